@@ -1,0 +1,121 @@
+"""Class counts -> groups of classes: head / medium / tail by rank, and many / medium / few by count."""
+
+import dataclasses
+import itertools
+
+import jax
+import numpy as np
+
+DEFAULT_FRACTIONS = (0.33, 0.34, 0.33)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class ClassGroups:
+    """A partition of C classes into G groups: an immutable pytree with one leaf.
+
+    Close over it, or pass it as an argument; under `jax.pmap` pass it with `in_axes=None`.
+
+    Attributes:
+      assignment: int32 `[C]`, the group of each class.
+      names: G names, in order; static.
+
+    >>> groups = ClassGroups.from_counts([500, 300, 100, 50, 20, 10])
+    >>> groups.names, groups.assignment.tolist()
+    (('head', 'medium', 'tail'), [0, 0, 1, 1, 2, 2])
+    """
+
+    assignment: jax.Array | np.ndarray
+    names: tuple[str, ...] = dataclasses.field(metadata=dict(static=True))
+
+    @property
+    def num_groups(self) -> int:
+        return len(self.names)
+
+    @classmethod
+    def from_counts(cls, class_counts, *, fractions=DEFAULT_FRACTIONS, names=None) -> "ClassGroups":
+        """Groups of classes by rank: sorted by training count, descending, ties by class index.
+
+        Group g ends at rank `round(C · (fractions[0] + … + fractions[g]))`. Source: LTKD (arXiv 2506.18496),
+        the head / medium / tail split; the fractions 33 / 34 / 33 % are known second-hand.
+
+        Args:
+          class_counts: `[C]` training images of each class, all positive.
+          fractions: G shares of the classes, from the most frequent on; they sum to 1.
+          names: G names; by default head, medium, tail for three groups, else `group 0` ….
+
+        Raises:
+          ValueError: a count that is not positive, fractions that do not sum to 1, an empty group.
+        """
+        counts = check_counts(class_counts)
+        fractions = np.asarray(fractions, np.float64)
+        if fractions.ndim != 1 or not fractions.size or (fractions <= 0).any() or abs(fractions.sum() - 1) > 1e-6:
+            raise ValueError(f"fractions={fractions.tolist()} must be positive and sum to 1")
+        if len(fractions) > len(counts):
+            raise ValueError(f"{len(fractions)} groups for {len(counts)} classes: give at most a group per class")
+        # The last boundary is C exactly: a cumulative sum of 0.9999999 must not drop a class.
+        ends = [round(len(counts) * share) for share in np.cumsum(fractions).round(9)[:-1]] + [len(counts)]
+        sizes = [end - start for start, end in itertools.pairwise([0, *ends])]
+        assignment = np.empty(len(counts), np.int32)
+        assignment[np.argsort(-counts, kind="stable")] = np.repeat(np.arange(len(sizes)), sizes)
+        return cls._checked(assignment, len(sizes), names)
+
+    @classmethod
+    def from_assignment(cls, assignment, *, names=None) -> "ClassGroups":
+        """Groups as given: `assignment[c]`, an integer in `[0, G)`, is the group of class c.
+
+        Raises:
+          ValueError: an assignment that is not a vector of integers from 0 on, or an empty group.
+        """
+        assignment = np.asarray(assignment)
+        if assignment.ndim != 1 or not assignment.size or not np.issubdtype(assignment.dtype, np.integer):
+            raise ValueError(f"assignment must be a vector of integers, got {assignment.dtype}{list(assignment.shape)}")
+        if assignment.min() < 0:
+            raise ValueError(f"assignment holds the negative group {assignment.min()}; groups count from 0")
+        num_groups = int(assignment.max()) + 1 if names is None else len(names)
+        return cls._checked(assignment.astype(np.int32), num_groups, names)
+
+    @classmethod
+    def _checked(cls, assignment, num_groups, names):
+        if names is None:
+            names = ("head", "medium", "tail") if num_groups == 3 else [f"group {g}" for g in range(num_groups)]
+        names = tuple(names)
+        if len(names) != num_groups or len(set(names)) != num_groups:
+            raise ValueError(f"names={names} must be {num_groups} different names, one for each group")
+        if assignment.max() >= num_groups:
+            raise ValueError(f"group {assignment.max()} is beyond the {num_groups} names {names}")
+        sizes = np.bincount(assignment, minlength=num_groups)
+        if (sizes == 0).any():
+            empty = [names[g] for g in np.flatnonzero(sizes == 0)]
+            raise ValueError(f"groups {empty} would be empty: {len(assignment)} classes in groups of {sizes.tolist()}")
+        assignment.setflags(write=False)
+        return cls(assignment, names)
+
+
+def shots(class_counts, *, many=100, few=20) -> dict[str, np.ndarray]:
+    """Classes by their number of training images, the other convention of the long-tail literature.
+
+    Args:
+      class_counts: `[C]` training images of each class.
+      many: more images than this is "many".
+      few: fewer images than this is "few"; the rest, `few..many`, is "medium".
+
+    Returns:
+      Bool masks `[C]` under "many", "medium" and "few"; any of them may be empty.
+
+    >>> {name: int(mask.sum()) for name, mask in shots([500, 100, 20, 19, 5]).items()}
+    {'many': 1, 'medium': 2, 'few': 2}
+    """
+    counts = check_counts(class_counts)
+    return {"many": counts > many, "medium": (counts >= few) & (counts <= many), "few": counts < few}
+
+
+def check_counts(class_counts) -> np.ndarray:
+    """`class_counts` as a float64 vector; a ValueError if it is not one or a class has no image."""
+    counts = np.asarray(class_counts, np.float64)
+    if counts.ndim != 1 or not counts.size:
+        raise ValueError(f"class_counts must be a vector, one count a class; got shape {counts.shape}")
+    if not (counts > 0).all():
+        bad = np.flatnonzero(~(counts > 0))[:5].tolist()
+        raise ValueError(f"class_counts must be positive; classes {bad} have {counts[bad].tolist()}: leave them out")
+    return counts
