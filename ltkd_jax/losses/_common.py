@@ -1,0 +1,82 @@
+"""What the losses share: input checks, and softmax in log space over the classes that exist."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def as_float(x) -> jax.Array:
+    """`x` in float32, or float64 where it already is that: statistics and losses are never kept in bfloat16."""
+    x = jnp.asarray(x)
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def logit_pair(student_logits, teacher_logits, temperature):
+    """Both logits as floats divided by τ; the teacher's carry no gradient."""
+    student, teacher = as_float(student_logits), jax.lax.stop_gradient(as_float(teacher_logits))
+    chex.assert_equal_shape(
+        (student, teacher), custom_message="student_logits and teacher_logits must both be [..., C]"
+    )
+    check_logits(student)
+    check_temperature(temperature)
+    return student / temperature, teacher / temperature
+
+
+def check_logits(logits):
+    if logits.ndim < 1 or logits.shape[-1] == 0:
+        raise ValueError(f"logits must be [..., C] with C > 0, got shape {logits.shape}")
+
+
+def check_temperature(temperature):
+    if isinstance(temperature, (int, float)) and not temperature > 0:
+        raise ValueError(f"temperature={temperature} must be positive")
+
+
+def class_vector(values, num_classes: int, name: str):
+    """A `[C]` vector of positive numbers, checked where it is concrete."""
+    if not isinstance(values, jax.core.Tracer):
+        concrete = np.asarray(values, np.float64)
+        if not (concrete > 0).all():
+            bad = np.flatnonzero(~(concrete > 0))[:5].tolist()
+            raise ValueError(f"{name} must be positive; classes {bad} are not: mask them with `where`")
+    values = as_float(values)
+    chex.assert_shape(values, (num_classes,), custom_message=f"{name} must hold one number a class, [C]")
+    return values
+
+
+def is_label(labels, logits) -> jax.Array:
+    """Bool `[..., C]`: true at each example's label."""
+    labels, num_classes = jnp.asarray(labels), logits.shape[-1]
+    chex.assert_type(labels, int)
+    chex.assert_shape(labels, logits.shape[:-1], custom_message="labels must be [...] where logits are [..., C]")
+    if not isinstance(labels, jax.core.Tracer) and ((labels < 0) | (labels >= num_classes)).any():
+        raise ValueError(f"labels from {labels.min()} to {labels.max()} are outside [0, C) with C = {num_classes}")
+    return labels[..., None] == jnp.arange(num_classes).reshape((1,) * labels.ndim + (-1,))
+
+
+def class_mask(where, logits) -> jax.Array:
+    """`where` as bool of the shape of the logits; all true for None."""
+    return jnp.broadcast_to(True if where is None else jnp.asarray(where, bool), logits.shape)
+
+
+def log_softmax(logits, where=None) -> jax.Array:
+    """log softmax over the classes of `where`; elsewhere 0, with no gradient."""
+    exists = class_mask(where, logits)
+    top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True, where=exists, initial=-jnp.inf))
+    # The maximum is taken off first: a large common offset then costs no precision.
+    shifted = jnp.where(exists, logits - jnp.where(jnp.isfinite(top), top, 0), 0)
+    total = jnp.sum(jnp.exp(shifted), axis=-1, keepdims=True, where=exists)
+    return jnp.where(exists, shifted - jnp.log(jnp.where(total > 0, total, 1)), 0)
+
+
+def cross_entropy(logits, labels, where=None) -> jax.Array:
+    """−log softmax(logits) at the label, NaN where the label is no existing class."""
+    at_label = is_label(labels, logits) & class_mask(where, logits)
+    loss = -jnp.sum(log_softmax(logits, where), axis=-1, where=at_label)
+    return jnp.where(at_label.any(axis=-1), loss, jnp.nan)
+
+
+def kl(log_p, log_q, where=None) -> jax.Array:
+    """Σ p (log p − log q) over the last axis, from logs; 0 · log 0 is 0 since all logs are finite."""
+    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1, where=class_mask(where, log_p))

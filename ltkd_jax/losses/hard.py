@@ -1,0 +1,76 @@
+"""Losses from labels alone: cross-entropy, and its two adjustments for long-tailed class counts."""
+
+import jax
+import jax.numpy as jnp
+
+from ltkd_jax.losses import _common
+
+
+def cross_entropy(student_logits, labels, *, where=None) -> jax.Array:
+    """Cross-entropy with integer labels: −log softmax(z)_y.
+
+    Args:
+      student_logits: `[..., C]`.
+      labels: int `[...]`, in `[0, C)`.
+      where: bool, broadcastable to `[..., C]`: the classes that exist.
+
+    Returns:
+      `[...]`, in nats.
+
+    >>> import jax.numpy as jnp
+    >>> round(float(cross_entropy(jnp.zeros((1, 4)), jnp.array([2]))[0]), 4)
+    1.3863
+    """
+    logits = _common.as_float(student_logits)
+    _common.check_logits(logits)
+    return _common.cross_entropy(logits, labels, where)
+
+
+def logit_adjusted(student_logits, labels, class_counts, *, strength=1.0, where=None) -> jax.Array:
+    """Cross-entropy of logits shifted by the log class prior: CE(y, z + t·log π).
+
+    π_c = n_c / Σ n. Source: Menon et al., "Long-tail learning via logit adjustment", ICLR 2021.
+
+    Args:
+      student_logits: `[..., C]`.
+      labels: int `[...]`, in `[0, C)`.
+      class_counts: `[C]` training images of each class, positive.
+      strength: t; 0 is cross-entropy.
+      where: bool, broadcastable to `[..., C]`: the classes that exist.
+
+    Returns:
+      `[...]`, in nats.
+
+    >>> import jax.numpy as jnp
+    >>> loss = logit_adjusted(jnp.zeros((1, 2)), jnp.array([1]), [9, 1])
+    >>> round(float(loss[0]), 4)  # −log(1 / 10)
+    2.3026
+    """
+    logits = _common.as_float(student_logits)
+    _common.check_logits(logits)
+    counts = _common.class_vector(class_counts, logits.shape[-1], "class_counts")
+    prior = (strength * jnp.log(counts / counts.sum())).reshape((1,) * (logits.ndim - 1) + (-1,))
+    return _common.cross_entropy(logits + prior, labels, where)
+
+
+def balanced_softmax(student_logits, labels, class_counts, *, where=None) -> jax.Array:
+    """Balanced softmax: CE(y, z + log n), the softmax of a student trained as if classes were balanced.
+
+    Source: Ren et al., "Balanced Meta-Softmax for Long-Tailed Visual Recognition", NeurIPS 2020. It is
+    `logit_adjusted` with strength 1: the softmax does not see the counts' common factor.
+
+    Args:
+      student_logits: `[..., C]`.
+      labels: int `[...]`, in `[0, C)`.
+      class_counts: `[C]` training images of each class, positive.
+      where: bool, broadcastable to `[..., C]`: the classes that exist.
+
+    Returns:
+      `[...]`, in nats.
+
+    >>> import jax.numpy as jnp
+    >>> loss = balanced_softmax(jnp.zeros((1, 2)), jnp.array([0]), [9, 1])
+    >>> round(float(loss[0]), 4)  # −log(9 / 10)
+    0.1054
+    """
+    return logit_adjusted(student_logits, labels, class_counts, where=where)
