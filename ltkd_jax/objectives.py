@@ -1,0 +1,230 @@
+"""The table of methods. A method is a sum of per-example loss terms, each with a weight.
+
+To add one: write a function that returns its terms, and decorate it with `@_method`. Its name is then
+`config.method.name`, and its keyword arguments are the hyperparameters that a config may set.
+"""
+
+import dataclasses
+import difflib
+import inspect
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ltkd_jax import losses
+from ltkd_jax.groups import ClassGroups, check_counts
+
+
+class Predictions(NamedTuple):
+    """What a term may look at. `teacher_logits` is None for a method without a teacher."""
+
+    student_logits: jax.Array  # [B, C]
+    teacher_logits: jax.Array | None  # [B, C]
+    labels: jax.Array  # int [B]
+    axis_name: str | None = None  # the device axis over which the batch is spread, if any
+
+
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """One per-example loss: `fn(predictions) -> [B]`, its static weight, and whether it needs the teacher."""
+
+    name: str
+    fn: Callable[[Predictions], jax.Array]
+    weight: float
+    distils: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """Named per-example terms with static weights; those that distil are warmed up linearly.
+
+    >>> import jax.numpy as jnp
+    >>> objective = create("kd", [500, 50, 5], warmup_steps=10)
+    >>> objective.names, objective.weights(5).tolist()
+    (('ce', 'kd'), [0.10000000149011612, 0.44999998807907104])
+    """
+
+    terms: tuple[Term, ...]
+    warmup_steps: int = 0
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(term.name for term in self.terms)
+
+    @property
+    def needs_teacher(self) -> bool:
+        return any(term.distils for term in self.terms)
+
+    def __call__(self, predictions: Predictions) -> jax.Array:
+        """All terms of each example, `[B, T]`."""
+        return jnp.stack([term.fn(predictions) for term in self.terms], axis=-1)
+
+    def weights(self, step) -> jax.Array:
+        """Static weights `[T]` at a step: those that distil grow from 0 over `warmup_steps`."""
+        warm = jnp.minimum(1.0, step / self.warmup_steps) if self.warmup_steps else 1.0
+        return jnp.stack([jnp.asarray(term.weight * (warm if term.distils else 1.0)) for term in self.terms])
+
+
+class ClassInfo(NamedTuple):
+    """What a method may know of the training set."""
+
+    counts: jax.Array  # float [C], images of each class
+    groups: ClassGroups
+
+
+METHODS: dict[str, Callable[..., tuple[Term, ...]]] = {}
+
+
+def _method(fn):
+    METHODS[fn.__name__] = fn
+    return fn
+
+
+def _hard(name, loss, weight=1.0):
+    return Term(name, lambda p: loss(p.student_logits, p.labels), weight, distils=False)
+
+
+def _soft(name, loss, weight):
+    return Term(name, lambda p: loss(p.student_logits, p.teacher_logits), weight, distils=True)
+
+
+def _balanced_softmax(info, weight=1.0):
+    return _hard("balanced_softmax", lambda z, y: losses.balanced_softmax(z, y, info.counts), weight)
+
+
+def _ltkd_terms(info, alpha, beta, temperature):
+    def inter(p):
+        return losses.rebalanced_inter_group(
+            p.student_logits, p.teacher_logits, info.groups, temperature=temperature, axis_name=p.axis_name
+        )
+
+    def intra(z, teacher):
+        return losses.uniform_intra_group(z, teacher, info.groups, temperature=temperature)
+
+    return (Term("inter", inter, alpha, distils=True), _soft("intra", intra, beta))
+
+
+@_method
+def ce(info):
+    """Cross-entropy."""
+    return (_hard("ce", losses.cross_entropy),)
+
+
+@_method
+def balanced_softmax(info):
+    """Balanced softmax."""
+    return (_balanced_softmax(info),)
+
+
+@_method
+def logit_adjusted(info, *, strength=1.0):
+    """Cross-entropy with logit adjustment."""
+    return (_hard("logit_adjusted", lambda z, y: losses.logit_adjusted(z, y, info.counts, strength=strength)),)
+
+
+@_method
+def kd(info, *, hard_weight=0.1, soft_weight=0.9, temperature=4.0):
+    """Knowledge distillation with mdistiller's weights."""
+    soft = _soft("kd", lambda z, t: losses.kd(z, t, temperature=temperature), soft_weight)
+    return (_hard("ce", losses.cross_entropy, hard_weight), soft)
+
+
+@_method
+def dkd(info, *, alpha=1.0, beta=8.0, temperature=4.0):
+    """Decoupled distillation: CE + α TCKD + β NCKD."""
+
+    def part(name, weight, **only):
+        fn = lambda p: losses.dkd(  # noqa: E731
+            p.student_logits, p.teacher_logits, p.labels, temperature=temperature, **only
+        )
+        return Term(name, fn, weight, distils=True)
+
+    target, rest = part("tckd", alpha, alpha=1.0, beta=0.0), part("nckd", beta, alpha=0.0, beta=1.0)
+    return (_hard("ce", losses.cross_entropy), target, rest)
+
+
+@_method
+def dive(info, *, soft_weight=0.5, power=0.5, temperature=4.0):
+    """DiVE: (1−a) balanced softmax + a distillation of the flattened teacher. The default a is our choice."""
+    soft = _soft("dive", lambda z, t: losses.dive(z, t, power=power, temperature=temperature), soft_weight)
+    return (_balanced_softmax(info, 1.0 - soft_weight), soft)
+
+
+@_method
+def bkd(info, *, soft_weight=1.0, class_beta=0.9999, temperature=4.0):
+    """Balanced distillation: CE + a distillation of the class-weighted teacher. The default a is our choice."""
+    weights = losses.effective_number_weights(info.counts, beta=class_beta)
+    soft = _soft("bkd", lambda z, t: losses.bkd(z, t, weights, temperature=temperature), soft_weight)
+    return (_hard("ce", losses.cross_entropy), soft)
+
+
+@_method
+def wsl(info, *, soft_weight=2.5, temperature=4.0):
+    """Weighted soft labels."""
+
+    def soft(p):
+        return losses.wsl(p.student_logits, p.teacher_logits, p.labels, temperature=temperature)
+
+    return (_hard("ce", losses.cross_entropy), Term("wsl", soft, soft_weight, distils=True))
+
+
+@_method
+def ltkd(info, *, alpha=1.0, beta=1.0, temperature=4.0):
+    """LTKD: CE + α rebalanced inter-group + β uniform intra-group."""
+    return (_hard("ce", losses.cross_entropy), *_ltkd_terms(info, alpha, beta, temperature))
+
+
+@_method
+def ltkd_bs(info, *, alpha=1.0, beta=1.0, temperature=4.0):
+    """LTKD's two terms beside balanced softmax in place of cross-entropy; neither paper has it."""
+    return (_balanced_softmax(info), *_ltkd_terms(info, alpha, beta, temperature))
+
+
+def hyperparameters(method: str) -> dict[str, float]:
+    """The hyperparameters of a method and their defaults.
+
+    >>> hyperparameters("wsl")
+    {'soft_weight': 2.5, 'temperature': 4.0}
+    """
+    signature = inspect.signature(_lookup(method))
+    return {name: p.default for name, p in signature.parameters.items() if p.kind is p.KEYWORD_ONLY}
+
+
+def create(method: str, class_counts, groups: ClassGroups | None = None, *, warmup_steps=0, **values) -> Objective:
+    """The objective of a method, for a training set with these class counts.
+
+    Args:
+      method: a row of `METHODS`.
+      class_counts: `[C]` training images of each class, positive.
+      groups: the groups of LTKD; head / medium / tail by rank if not given.
+      warmup_steps: steps over which the distillation terms grow linearly to their weight.
+      **values: hyperparameters of the method, see `hyperparameters(method)`.
+
+    Raises:
+      ValueError: an unknown method or hyperparameter; groups of another number of classes.
+
+    >>> create("ltkd", [500, 50, 5], alpha=2.0).names
+    ('ce', 'inter', 'intra')
+    """
+    known = hyperparameters(method)
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise ValueError(f"method {method!r} has no hyperparameter {unknown[0]!r}; it has {sorted(known)}")
+    if warmup_steps < 0:
+        raise ValueError(f"warmup_steps={warmup_steps} must not be negative")
+    counts = check_counts(class_counts)
+    if groups is None and method.startswith("ltkd"):
+        groups = ClassGroups.from_counts(counts)
+    if groups is not None and len(groups.assignment) != len(counts):
+        raise ValueError(f"the groups are of {len(groups.assignment)} classes, class_counts of {len(counts)}")
+    return Objective(METHODS[method](ClassInfo(counts, groups), **values), warmup_steps)
+
+
+def _lookup(method):
+    if method not in METHODS:
+        close = difflib.get_close_matches(str(method), METHODS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"unknown method {method!r}{hint} The methods are: {', '.join(METHODS)}")
+    return METHODS[method]
