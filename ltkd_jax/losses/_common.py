@@ -12,15 +12,15 @@ def as_float(x) -> jax.Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def logit_pair(student_logits, teacher_logits, temperature):
-    """Both logits as floats divided by τ; the teacher's carry no gradient."""
+def logit_pair(student_logits, teacher_logits, temperature, where=None):
+    """Both logits as floats, from the top and divided by τ; the teacher's carry no gradient."""
     student, teacher = as_float(student_logits), jax.lax.stop_gradient(as_float(teacher_logits))
     chex.assert_equal_shape(
         (student, teacher), custom_message="student_logits and teacher_logits must both be [..., C]"
     )
     check_logits(student)
     check_temperature(temperature)
-    return student / temperature, teacher / temperature
+    return from_top(student, where) / temperature, from_top(teacher, where) / temperature
 
 
 def check_logits(logits):
@@ -33,25 +33,29 @@ def check_temperature(temperature):
         raise ValueError(f"temperature={temperature} must be positive")
 
 
-def class_vector(values, num_classes: int, name: str):
-    """A `[C]` vector of positive numbers, checked where it is concrete."""
+def class_vector(values, logits, name: str):
+    """A `[C]` vector of positive numbers, checked where it is concrete, in the logits' precision and rank."""
     if not isinstance(values, jax.core.Tracer):
         concrete = np.asarray(values, np.float64)
         if not (concrete > 0).all():
             bad = np.flatnonzero(~(concrete > 0))[:5].tolist()
             raise ValueError(f"{name} must be positive; classes {bad} are not: mask them with `where`")
-    values = as_float(values)
-    chex.assert_shape(values, (num_classes,), custom_message=f"{name} must hold one number a class, [C]")
-    return values
+    values = jnp.asarray(values, logits.dtype)
+    chex.assert_shape(values, logits.shape[-1:], custom_message=f"{name} must hold one number a class, [C]")
+    return values.reshape((1,) * (logits.ndim - 1) + (-1,))
 
 
 def is_label(labels, logits) -> jax.Array:
     """Bool `[..., C]`: true at each example's label."""
-    labels, num_classes = jnp.asarray(labels), logits.shape[-1]
+    num_classes = logits.shape[-1]
+    # In NumPy: under `jit` an operation of JAX is traced also where its operands are concrete.
+    concrete = None if isinstance(labels, jax.core.Tracer) else np.asarray(labels)
+    labels = jnp.asarray(labels)
     chex.assert_type(labels, int)
     chex.assert_shape(labels, logits.shape[:-1], custom_message="labels must be [...] where logits are [..., C]")
-    if not isinstance(labels, jax.core.Tracer) and ((labels < 0) | (labels >= num_classes)).any():
-        raise ValueError(f"labels from {labels.min()} to {labels.max()} are outside [0, C) with C = {num_classes}")
+    if concrete is not None and ((concrete < 0) | (concrete >= num_classes)).any():
+        low, high = concrete.min(), concrete.max()
+        raise ValueError(f"labels from {low} to {high} are outside [0, C) with C = {num_classes}")
     return labels[..., None] == jnp.arange(num_classes).reshape((1,) * labels.ndim + (-1,))
 
 
@@ -60,12 +64,20 @@ def class_mask(where, logits) -> jax.Array:
     return jnp.broadcast_to(True if where is None else jnp.asarray(where, bool), logits.shape)
 
 
+def from_top(logits, where=None) -> jax.Array:
+    """Logits less the largest one that exists, 0 elsewhere. No softmax sees it.
+
+    It comes before anything is added to the logits or divides them: a large common offset then costs no precision.
+    """
+    exists = class_mask(where, logits)
+    top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True, where=exists, initial=-jnp.inf))
+    return jnp.where(exists, logits - jnp.where(jnp.isfinite(top), top, 0), 0)
+
+
 def log_softmax(logits, where=None) -> jax.Array:
     """log softmax over the classes of `where`; elsewhere 0, with no gradient."""
     exists = class_mask(where, logits)
-    top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True, where=exists, initial=-jnp.inf))
-    # The maximum is taken off first: a large common offset then costs no precision.
-    shifted = jnp.where(exists, logits - jnp.where(jnp.isfinite(top), top, 0), 0)
+    shifted = from_top(logits, where)
     total = jnp.sum(jnp.exp(shifted), axis=-1, keepdims=True, where=exists)
     return jnp.where(exists, shifted - jnp.log(jnp.where(total > 0, total, 1)), 0)
 

@@ -28,7 +28,7 @@ def kd(student_logits, teacher_logits, *, temperature=4.0, where=None) -> jax.Ar
     >>> kd(jnp.ones((2, 3)), jnp.zeros((2, 3))).tolist()  # the softmax ignores a common offset
     [0.0, 0.0]
     """
-    student, teacher = _common.logit_pair(student_logits, teacher_logits, temperature)
+    student, teacher = _common.logit_pair(student_logits, teacher_logits, temperature, where)
     log_p, log_q = _common.log_softmax(teacher, where), _common.log_softmax(student, where)
     return temperature**2 * _common.kl(log_p, log_q, where)
 
@@ -58,7 +58,7 @@ def dkd(
     >>> dkd(jnp.zeros((2, 3)), jnp.eye(2, 3), jnp.array([0, 1])).shape
     (2,)
     """
-    student, teacher = _common.logit_pair(student_logits, teacher_logits, temperature)
+    student, teacher = _common.logit_pair(student_logits, teacher_logits, temperature, where)
     target, exists = _common.is_label(labels, student), _common.class_mask(where, student)
     split = grouped.membership_kl(student, teacher, jnp.stack([target & exists, ~target & exists], axis=-2))
     loss = temperature**2 * (alpha * split.inter + beta * split.intra[..., 1])
@@ -84,7 +84,7 @@ def dive(student_logits, teacher_logits, *, power=0.5, temperature=4.0, where=No
     >>> dive(jnp.zeros((2, 3)), jnp.eye(2, 3), power=1.0).shape
     (2,)
     """
-    student, teacher = _common.logit_pair(student_logits, teacher_logits, temperature)
+    student, teacher = _common.logit_pair(student_logits, teacher_logits, temperature, where)
     log_q = _common.log_softmax(power * teacher, where)
     return temperature**2 * _common.kl(log_q, _common.log_softmax(student, where), where)
 
@@ -107,9 +107,8 @@ def bkd(student_logits, teacher_logits, class_weights, *, temperature=4.0, where
     >>> bkd(jnp.zeros((2, 3)), jnp.eye(2, 3), effective_number_weights([100, 10, 1])).shape
     (2,)
     """
-    student, teacher = _common.logit_pair(student_logits, teacher_logits, temperature)
-    weights = _common.class_vector(class_weights, student.shape[-1], "class_weights")
-    log_weights = jax.lax.stop_gradient(jnp.log(weights)).reshape((1,) * (student.ndim - 1) + (-1,))
+    student, teacher = _common.logit_pair(student_logits, teacher_logits, temperature, where)
+    log_weights = jax.lax.stop_gradient(jnp.log(_common.class_vector(class_weights, student, "class_weights")))
     log_q = _common.log_softmax(teacher + log_weights, where)
     return temperature**2 * _common.kl(log_q, _common.log_softmax(student, where), where)
 
@@ -137,6 +136,18 @@ def effective_number_weights(class_counts, *, beta=0.9999) -> jax.Array:
     return weights * (len(counts) / weights.sum())
 
 
+def _sure_cross_entropy(logits, labels, where):
+    """Cross-entropy as log(1 + Σ_{j≠y} exp(z_j − z_y)): right to rounding also where it is 1e-6, as a ratio needs.
+
+    −log softmax(z)_y is then a difference of numbers rounded at 1e-7. For values; it carries no gradient.
+    """
+    logits = jax.lax.stop_gradient(_common.from_top(_common.as_float(logits), where))
+    target, exists = _common.is_label(labels, logits), _common.class_mask(where, logits)
+    rest = jax.nn.logsumexp(logits, axis=-1, where=exists & ~target)
+    loss = jnp.logaddexp(0.0, rest - jnp.sum(logits, axis=-1, where=target))
+    return jnp.where((target & exists).any(axis=-1), loss, jnp.nan)
+
+
 def wsl(student_logits, teacher_logits, labels, *, temperature=4.0, where=None) -> jax.Array:
     """The soft part of weighted soft labels: τ² (1 − exp(−h^S/h^T)) · (−Σ p^T log p^S).
 
@@ -158,10 +169,10 @@ def wsl(student_logits, teacher_logits, labels, *, temperature=4.0, where=None) 
     >>> wsl(jnp.zeros((2, 3)), jnp.eye(2, 3), jnp.array([0, 1])).shape
     (2,)
     """
-    student, teacher = _common.logit_pair(student_logits, teacher_logits, temperature)
-    hard_student = _common.cross_entropy(_common.as_float(student_logits), labels, where)
-    hard_teacher = _common.cross_entropy(_common.as_float(teacher_logits), labels, where)
-    ratio = hard_student / jnp.maximum(hard_teacher, _MIN_TEACHER_LOSS)
+    student, teacher = _common.logit_pair(student_logits, teacher_logits, temperature, where)
+    ratio = _sure_cross_entropy(student_logits, labels, where) / jnp.maximum(
+        _sure_cross_entropy(teacher_logits, labels, where), _MIN_TEACHER_LOSS
+    )
     factor = jax.lax.stop_gradient(-jnp.expm1(-ratio))
     exists = _common.class_mask(where, student)
     log_p, log_q = _common.log_softmax(teacher, where), _common.log_softmax(student, where)

@@ -88,7 +88,7 @@ def _membership(groups, logits, where):
 
 
 def _tempered(student_logits, teacher_logits, groups, temperature, where):
-    student, teacher = _common.logit_pair(student_logits, teacher_logits, temperature)
+    student, teacher = _common.logit_pair(student_logits, teacher_logits, temperature, where)
     return student, teacher, _membership(groups, student, where)
 
 
@@ -130,7 +130,7 @@ def rebalance(teacher_log_mass, *, axis_name=None, where=None, example_mask=None
     Args:
       teacher_log_mass: `[B, G]`, log p_G.
       axis_name: the device axis (or axes) over which the batch is spread, under `pmap` or `shard_map`.
-      where: bool, broadcastable to `[B, G]`: the groups that exist; the others get 0 and take no part.
+      where: bool, broadcastable to `[B, G]`: the groups that exist; the others get −inf and take no part.
       example_mask: bool `[B]`: examples that are not padding; the others do not count in s_G.
 
     Returns:
@@ -151,12 +151,12 @@ def rebalance(teacher_log_mass, *, axis_name=None, where=None, example_mask=None
     top = jnp.max(log_mass, axis=0, where=counts, initial=-jnp.inf)
     if axis_name is not None:
         top = jax.lax.pmax(top, axis_name)
-    top = jnp.where(jnp.isfinite(top), top, 0)
-    total = jnp.sum(jnp.exp(jnp.where(counts, log_mass - top, 0)), axis=0, where=counts)
+    top = jnp.where(jnp.isfinite(top), top, 0)[None]
+    total = jnp.sum(jnp.exp(jnp.where(counts, log_mass - top, 0)), axis=0, keepdims=True, where=counts)
     if axis_name is not None:
         total = jax.lax.psum(total, axis_name)
     scaled = jnp.where(exists, log_mass - top, 0) - jnp.log(jnp.where(total > 0, total, 1))
-    return _common.log_softmax(scaled, exists)
+    return jnp.where(exists, _common.log_softmax(scaled, exists), -jnp.inf)
 
 
 def _example_mask(example_mask, batched):
@@ -196,6 +196,7 @@ def rebalanced_inter_group(
     target = rebalance(
         _log_split(teacher, member).log_mass, axis_name=axis_name, where=exists, example_mask=example_mask
     )
+    target = jnp.where(exists, target, 0)
     loss = temperature**2 * _common.kl(target, _log_split(student, member).log_mass, exists)
     return loss if example_mask is None else jnp.where(_example_mask(example_mask, loss), loss, 0)
 

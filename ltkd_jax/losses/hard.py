@@ -48,9 +48,9 @@ def logit_adjusted(student_logits, labels, class_counts, *, strength=1.0, where=
     """
     logits = _common.as_float(student_logits)
     _common.check_logits(logits)
-    counts = _common.class_vector(class_counts, logits.shape[-1], "class_counts")
-    prior = (strength * jnp.log(counts / counts.sum())).reshape((1,) * (logits.ndim - 1) + (-1,))
-    return _common.cross_entropy(logits + prior, labels, where)
+    counts = _common.class_vector(class_counts, logits, "class_counts")
+    prior = strength * jnp.log(counts / counts.sum())
+    return _common.cross_entropy(_common.from_top(logits, where) + prior, labels, where)
 
 
 def balanced_softmax(student_logits, labels, class_counts, *, where=None) -> jax.Array:

@@ -1,0 +1,151 @@
+"""What every config shares: the defaults, and the argument after the colon, `METHOD[,key=value…][,smoke]`."""
+
+import ast
+import difflib
+
+import ml_collections
+
+from ltkd_jax import objectives
+
+# Short names of the argument for places in the config. Any other key is a hyperparameter of the method
+# (`alpha=2`, `temperature=2`) or a full path (`train.epochs=60`).
+SHORT = {
+    "imbalance": "data.imbalance",
+    "teacher": "teacher.model",
+    "student": "student.model",
+    "epochs": "train.epochs",
+    "seed": "seed",
+    "seed_split": "seed_split",
+    "seed_teacher": "seed_teacher",
+}
+
+
+def recipe(**values) -> ml_collections.ConfigDict:
+    """SGD with momentum and L2, the learning rate times `decay` at each milestone (a fraction of all steps)."""
+    defaults = dict(
+        batch_size=64,
+        epochs=240.0,
+        max_steps=0,  # stop after so many steps; 0 runs all epochs
+        lr=0.05,
+        momentum=0.9,
+        weight_decay=5e-4,
+        milestones=(0.625, 0.75, 0.875),
+        decay=0.1,
+    )
+    return ml_collections.ConfigDict({**defaults, **values})
+
+
+def base(dataset: str, *, teacher: str, student: str, imbalance: float) -> ml_collections.ConfigDict:
+    """Every key there is, with its default."""
+    config = ml_collections.ConfigDict()
+    config.seed = 0  # the student's: initialisation, order and views
+    config.seed_split = 0
+    config.seed_teacher = 0
+    config.data = ml_collections.ConfigDict(
+        dict(
+            name=dataset,
+            dir="",  # a TFDS directory; TFDS's own default if empty
+            imbalance=imbalance,
+            n_max=0,  # training images of the most frequent class; 0 takes what the smallest class has left
+            meta_per_class=0,  # balanced images set aside for bilevel weighting
+            validation_per_class=0,  # balanced images set aside for choosing hyperparameters
+            test_images=0,  # evaluate on so many, balanced; 0 takes all
+        )
+    )
+    config.groups = ml_collections.ConfigDict(dict(fractions=(0.33, 0.34, 0.33)))
+    config.method = ml_collections.ConfigDict(dict(name="ltkd", warmup_epochs=0.0))
+    config.student = ml_collections.ConfigDict(dict(model=student))
+    config.train = recipe()
+    config.teacher = ml_collections.ConfigDict(
+        dict(
+            model=teacher,
+            train=recipe(),
+            cache="runs/teachers",
+            checkpoint="",  # a trained teacher's folder, in place of the cache
+            table="auto",  # auto | always | never
+            table_memory=0.4,  # share of the device's memory that the table may take
+            table_runs=1,  # runs that will share it
+        )
+    )
+    config.precision = "float32"  # float32 | tf32 | bfloat16
+    config.parallel = "jit"  # jit | pmap
+    config.steps_per_call = 0  # 0: one on CPU, an epoch on accelerators
+    config.eval_batch = 500
+    config.eval_every = 10  # epochs
+    config.checkpoint_every = 10  # epochs
+    config.smoke = False
+    return config
+
+
+def set_method(config, name: str, **defaults) -> None:
+    """Puts a method's hyperparameters, with their defaults, into `config.method`."""
+    known = objectives.hyperparameters(name)
+    values = {key: value for key, value in defaults.items() if key in known or key == "warmup_epochs"}
+    config.method = ml_collections.ConfigDict({"name": name, "warmup_epochs": 0.0, **known, **values})
+
+
+def apply_argument(config, argument: str | None, *, method_defaults=None) -> ml_collections.ConfigDict:
+    """The config with the argument's method and values in it.
+
+    Args:
+      config: from `base`.
+      argument: `METHOD[,key=value…][,smoke]`, each part optional.
+      method_defaults: hyperparameters by method, where this data set's differ from the library's.
+
+    Raises:
+      ValueError: an unknown method, key or a value of the wrong type.
+    """
+    parts = [part.strip() for part in (argument or "").split(",") if part.strip()]
+    words, pairs = [p for p in parts if "=" not in p], [p.split("=", 1) for p in parts if "=" in p]
+    smoke = "smoke" in words
+    methods = [word for word in words if word != "smoke"] or ["ltkd"]
+    if len(methods) > 1:
+        raise ValueError(f"the config's argument names several methods: {', '.join(methods)}; give one")
+    set_method(config, methods[0], **(method_defaults or {}).get(methods[0], {}))
+    if smoke:
+        _shrink(config)
+    for key, value in pairs:
+        _set(config, key.strip(), value.strip())
+    return config
+
+
+def _set(config, key, text):
+    path = SHORT.get(key) or (f"method.{key}" if key in config.method else key)
+    *parents, leaf = path.split(".")
+    node = config
+    for name in parents:
+        node = node[name] if isinstance(node, ml_collections.ConfigDict) and name in node else None
+    if not isinstance(node, ml_collections.ConfigDict) or leaf not in node:
+        known = [*SHORT, *(k for k in config.method if k != "name")]
+        close = difflib.get_close_matches(key, known, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else "."
+        raise ValueError(
+            f"unknown key {key!r} in the config's argument{hint} Short keys: {', '.join(known)}; "
+            "any other key of the config by its full path, such as train.lr"
+        )
+    node[leaf] = _parse(key, text, node[leaf])
+
+
+def _parse(key, text, old):
+    """The text as a value of the old one's type."""
+    if isinstance(old, str):
+        return text
+    try:
+        value = ast.literal_eval(text.capitalize() if text in ("true", "false") else text)
+    except (ValueError, SyntaxError):
+        value = None
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if isinstance(old, float) and number:
+        return float(value)
+    if type(value) is not type(old):
+        raise ValueError(f"{key}={text!r} must be of type {type(old).__name__}, like its default {old!r}")
+    return value
+
+
+def _shrink(config):
+    """The same path in seconds: 20 steps, small models, at most 1,000 test images."""
+    config.smoke = True
+    config.teacher.model, config.student.model = "resnet14", "resnet8"
+    for steps in (config.train, config.teacher.train):
+        steps.max_steps = 20
+    config.data.test_images = 1000

@@ -1,0 +1,22 @@
+"""Digits-LT: scikit-learn's 1,797 real 8×8 digits, made long-tailed. No download, minutes on a CPU.
+
+    python -m experiments.main --config=configs/digits_lt.py            # LTKD
+    python -m experiments.main --config=configs/digits_lt.py:kd,seed=1
+
+METHOD is one of ce, balanced_softmax, logit_adjusted, kd, dkd, dive, bkd, wsl, ltkd, ltkd_bs; short keys are
+imbalance, teacher, student, epochs, seed, and the method's own (alpha, beta, temperature, …); `smoke` runs 20 steps.
+
+Hardware: 2 CPU cores. Expected: see results/README.md, "Digits-LT"; `make demo` fills that table.
+"""
+
+from configs import common
+
+
+def get_config(argument: str = ""):
+    config = common.base("digits", teacher="resnet20", student="resnet8", imbalance=50.0)
+    config.data.n_max = 100
+    config.train = common.recipe(batch_size=64, epochs=60.0)
+    config.teacher.train = common.recipe(batch_size=64, epochs=60.0)
+    config.eval_every = 5
+    config.checkpoint_every = 20
+    return common.apply_argument(config, argument)

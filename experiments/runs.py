@@ -1,0 +1,100 @@
+"""A run: from config to `results.json`, in a work directory."""
+
+import contextlib
+import json
+import pathlib
+
+import numpy as np
+
+from experiments import build, provenance, teachers, train
+from ltkd_jax import files
+
+
+def run(config, workdir, *, command: str, deadline: float | None = None) -> dict:
+    """One row of a table: the teacher if the method needs one, the student, and `results.json`.
+
+    Args:
+      config: a validated config.
+      workdir: gets `config.json`, `metrics.jsonl`, `checkpoints/` and `results.json`. Where it holds a finished
+        run of the same config, that run's results are returned.
+      command: for the results.
+      deadline: of `time.monotonic()`, at which to save and stop.
+
+    Raises:
+      build.ConfigError: bad config or data, or a work directory that is in use or holds another config.
+      Stopped, Diverged: as `fit`.
+    """
+    build.validate(config)
+    workdir = pathlib.Path(workdir)
+    stop = train.StopRequest(deadline)
+    with _claimed(workdir, config), stop.listening():
+        results_path = workdir / "results.json"
+        if results_path.exists():
+            return json.loads(results_path.read_text())
+        results = _distil(config, workdir, stop, command)
+        files.write_text(results_path, json.dumps(results, indent=1))
+        return results
+
+
+@contextlib.contextmanager
+def _claimed(workdir, config):
+    """Holds the work directory for this config, and writes `config.json`."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(files.lock(workdir / ".lock", wait=False))
+        except BlockingIOError:
+            raise build.ConfigError(f"{workdir} is in use by another run: wait for it, or give --workdir") from None
+        path, mine = workdir / "config.json", build.identity(config)
+        if path.exists():
+            changed = _differences(json.loads(path.read_text()), mine)
+            if changed:
+                raise build.ConfigError(
+                    f"{workdir} holds a run of another config ({'; '.join(changed[:4])}): "
+                    "give another --workdir, or remove it"
+                )
+        files.write_text(path, json.dumps(mine, indent=1))
+        yield
+
+
+def _differences(old, new, prefix=""):
+    found = []
+    for key in sorted(set(old) | set(new)):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += _differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append(f"{prefix}{key}: {a!r} there, {b!r} here")
+    return found
+
+
+def _distil(config, workdir, stop, command):
+    data = build.dataset(config)
+    kind, teacher = "none", None
+    if build.needs_teacher(config):
+        teacher = teachers.obtain(config, stop)
+        kind = "table" if build.wants_table(config, data) else "network"
+    program = build.student_program(config, kind)
+    logits = {"none": lambda: None, "table": lambda: teacher.table(stop), "network": lambda: teacher.variables}
+    train_data = program.train_data(logits[kind]())
+    state, timing = train.fit(
+        program, train_data, config.seed, workdir, stop, config=config, label=f"{config.method.name} s{config.seed}"
+    )
+    summaries = {
+        name: train.summarize(program, program.evaluate(state.variables, images)) if len(images) else None
+        for name, images in (("test", data.test), ("validation", data.validation))
+    }
+    return {
+        "config_hash": build.config_hash(config),
+        "config": build.identity(config),
+        "seeds": {"split": config.seed_split, "teacher": config.seed_teacher, "student": config.seed},
+        "train_images": len(data.train),
+        "class_counts": data.class_counts.tolist(),
+        "group_assignment": np.asarray(data.groups.assignment).tolist(),
+        "epochs": round(program.total_steps / program.steps_per_epoch, 4),
+        **summaries,
+        "teacher": teacher.results if teacher else None,
+        "teacher_logits": kind,
+        "timing": timing,
+        **provenance.describe(config.precision, program.parallel.num_devices),
+        "command": command,
+    }

@@ -1,0 +1,17 @@
+"""What every command does first."""
+
+import os
+import shlex
+
+import jax
+
+
+def compilation_cache() -> None:
+    """Keeps compiled programs on disk between runs, in $LTKD_CACHE or .jax_cache."""
+    jax.config.update("jax_compilation_cache_dir", os.path.abspath(os.environ.get("LTKD_CACHE", ".jax_cache")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def command_line(module: str, arguments: list[str]) -> str:
+    """The command that repeats a run, without what differs between machines."""
+    return shlex.join(["python", "-m", module, *(a for a in arguments if not a.startswith("--config.data.dir"))])

@@ -1,0 +1,209 @@
+"""The one training loop, for teacher and student alike."""
+
+import contextlib
+import json
+import pathlib
+import signal
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+
+from experiments import build
+from ltkd_jax import files, metrics
+from ltkd_jax.training.checkpoint import Checkpoints
+
+
+class Stopped(Exception):
+    """The run was asked to stop, has saved, and resumes by the same command."""
+
+
+class Diverged(Exception):
+    """A loss or a parameter is not finite; the last good checkpoint is untouched."""
+
+
+class StopRequest:
+    """Set by SIGTERM, SIGINT or a deadline; the loop looks at it between chunks."""
+
+    def __init__(self, deadline: float | None = None):
+        self._deadline, self.signal = deadline, None
+
+    @property
+    def reason(self) -> str | None:
+        if self.signal is not None:
+            return signal.Signals(self.signal).name
+        if self._deadline is not None and time.monotonic() > self._deadline:
+            return "the time budget"
+        return None
+
+    @contextlib.contextmanager
+    def listening(self):
+        """Catches the signals meanwhile; a second one ends the process at once."""
+
+        def handle(number, frame):
+            self.signal = number
+            signal.signal(number, signal.SIG_DFL)
+
+        old = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield self
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+
+def fit(program: build.Program, train_data, seed: int, workdir, stop: StopRequest, *, config, label: str):
+    """Trains a network to its last step, from its newest checkpoint if there is one.
+
+    Args:
+      program: what to train.
+      train_data: its `TrainData`, on the devices.
+      seed: of initialisation, order and views.
+      workdir: gets `metrics.jsonl` and `checkpoints/`.
+      stop: asked between chunks.
+      config: for `eval_every` and `checkpoint_every`, in epochs.
+      label: of the progress bar.
+
+    Returns:
+      The final state, replicated, and a dict of timings.
+
+    Raises:
+      Stopped: after saving.
+      Diverged: before anything good is overwritten.
+    """
+    saved = Checkpoints(pathlib.Path(workdir) / "checkpoints")
+    log = MetricsLog(pathlib.Path(workdir) / "metrics.jsonl")
+    fresh = program.init(seed)
+    found = saved.restore(jax.eval_shape(lambda: fresh))
+    step, state, clock = found or (0, fresh, {"seconds": 0.0, "first_call_seconds": 0.0})
+    log.keep_until(step)
+    clock = Clock(**clock)
+    state = program.parallel.replicate(state)
+    bar = tqdm.tqdm(
+        total=program.total_steps,
+        initial=step,
+        desc=label,
+        unit="step",
+        dynamic_ncols=True,
+        mininterval=0.2 if sys.stderr.isatty() else 20,
+        disable=None if config.smoke else False,
+    )
+    plan, plan_epoch, first_step = None, None, step
+    with bar:
+        while step < program.total_steps:
+            epoch, row = divmod(step, program.steps_per_epoch)
+            if epoch != plan_epoch:
+                plan, plan_epoch = jax.tree.map(np.asarray, program.plan(seed, epoch)), epoch
+            count = min(
+                program.steps_per_call, program.steps_per_epoch - row, program.total_steps - step
+            )
+            rows = jax.tree.map(lambda x, row=row, count=count: x[row : row + count], plan)
+            state = program.chunk(state, train_data, program.parallel.shard(rows, 1))
+            jax.block_until_ready(state.step)  # a signal is heard, and the bar is true
+            clock.tick(count)
+            step += count
+            bar.update(count)
+            done, stopping = step == program.total_steps, stop.reason
+            epoch_ends = done or step % program.steps_per_epoch == 0
+            if epoch_ends:
+                _check_finite(program, state, saved)
+                log.write(_record(program, state, step, config, bar))
+            due = epoch_ends and (done or (epoch + 1) % config.checkpoint_every == 0)
+            if due or stopping:
+                _check_finite(program, state, saved)
+                saved.save(step, program.parallel.first(state), clock.as_dict())
+            if stopping and not done:
+                raise Stopped(f"{label}: stopped by {stopping} at step {step} of {program.total_steps}, and saved")
+    return state, clock.timing(program.recipe.batch_size * (program.total_steps - first_step))
+
+
+class Clock:
+    """Wall time of a run's steps and evaluations; the first call, which compiles, is kept apart."""
+
+    def __init__(self, seconds: float, first_call_seconds: float):
+        self._seconds, self._first_call = seconds, first_call_seconds
+        self._start, self._warm_since, self._warm_steps, self._steps = time.monotonic(), None, 0, 0
+
+    def tick(self, steps: int) -> None:
+        now = time.monotonic()
+        if self._warm_since is None:
+            self._warm_since = now
+            self._first_call += now - self._start
+        else:
+            self._warm_steps += steps
+        self._steps += steps
+
+    def as_dict(self) -> dict:
+        return {
+            "seconds": self._seconds + time.monotonic() - self._start,
+            "first_call_seconds": self._first_call,
+        }
+
+    def timing(self, images: int) -> dict:
+        """For `results.json`; images per second of what ran after the first call, evaluation included."""
+        warm = time.monotonic() - self._warm_since if self._warm_since else 0.0
+        rate = images * self._warm_steps / self._steps / warm if self._warm_steps and warm > 0 else None
+        return {**self.as_dict(), "images_per_second": rate}
+
+
+def _check_finite(program, state, saved):
+    sums = program.parallel.first(state.sums)
+    bad_step = int(sums.bad_step)
+    remedy = f"lower train.lr; the last good checkpoint is step {next(iter(saved.steps()), 0)}"
+    if bad_step >= 0:
+        names = [n for n, s in zip(program.objective.names, np.asarray(sums.terms)) if not np.isfinite(s)]
+        what = ", ".join(names) or "their weighted sum"
+        raise Diverged(f"the loss of step {bad_step} is not finite (terms: {what}): {remedy}")
+    if not all(_finite(leaf) for leaf in jax.tree.leaves((state.params, state.batch_stats))):
+        raise Diverged(f"parameters are not finite after step {int(program.parallel.first(state.step))}: {remedy}")
+
+
+_finite = jax.jit(lambda x: jnp.isfinite(x).all())
+
+
+def _record(program, state, step, config, bar):
+    """One line of `metrics.jsonl`: no clock in it, so that a resumed run writes the same."""
+    sums = jax.device_get(program.parallel.first(state.sums))
+    steps = int(sums.steps)
+    epoch = step / program.steps_per_epoch
+    record = {
+        "step": step,
+        "epoch": round(epoch, 4),
+        "lr": float(program.schedule(step - 1)),
+        "loss": float(sums.loss) / steps,
+        "terms": dict(zip(program.objective.names, (sums.terms / steps).tolist())),
+        "train_accuracy": 100 * float(sums.correct) / (steps * program.recipe.batch_size),
+    }
+    if step == program.total_steps or round(epoch) % config.eval_every == 0:
+        for name in ("test", "validation"):
+            if len(images := getattr(program.data, name)):
+                summary = summarize(program, program.evaluate(state.variables, images))
+                record[name] = {key: summary[key] for key in ("all", "groups")}
+        tail = program.data.groups.names[-1]
+        bar.set_postfix_str(f"test {record['test']['all']:.2f} %, {tail} {record['test']['groups'][tail]:.2f} %")
+    return record
+
+
+def summarize(program, sums) -> dict:
+    """`metrics.summarize` with the program's classes."""
+    return metrics.summarize(sums, program.data.groups, program.data.shots)
+
+
+class MetricsLog:
+    """`metrics.jsonl`: a JSON line for each epoch."""
+
+    def __init__(self, path: pathlib.Path):
+        self._path = path
+
+    def keep_until(self, step: int) -> None:
+        """Drops what an interrupted run logged after the checkpoint it resumes from, a torn line included."""
+        lines = self._path.read_text().splitlines(keepends=True) if self._path.exists() else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        files.write_text(self._path, "".join(kept))
+
+    def write(self, record: dict) -> None:
+        with open(self._path, "a") as file:
+            file.write(json.dumps(record) + "\n")

@@ -1,0 +1,96 @@
+"""The usual augmentation of small images, on the device: every (crop offset, flip) is a numbered view."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Views:
+    """The views of an image: crops at each of (2·pad+1)² offsets after zero padding, and their mirror images.
+
+    View v is `(dy · (2·pad+1) + dx) · F + flip`, with F = 2 if `flip` else 1; dy and dx in 0..2·pad are the
+    top and left edge of the crop in the padded image. Hashable, so it can be a static argument of `jit`.
+
+    >>> Views(pad=4, flip=True).num, Views(pad=4, flip=True).identity
+    (162, 80)
+    """
+
+    pad: int
+    flip: bool
+
+    def __post_init__(self):
+        if self.pad < 0:
+            raise ValueError(f"pad={self.pad}: give 0 (no crop) or more pixels")
+
+    @property
+    def num(self) -> int:
+        """The number of views."""
+        return (2 * self.pad + 1) ** 2 * self.flips
+
+    @property
+    def identity(self) -> int:
+        """The view that leaves an image as it is: the centre crop, not flipped."""
+        return (self.pad * (2 * self.pad + 1) + self.pad) * self.flips
+
+    @property
+    def flips(self) -> int:
+        """2 with mirror images, else 1."""
+        return 2 if self.flip else 1
+
+
+def apply(images: jax.Array, view: jax.Array, views: Views) -> jax.Array:
+    """View `view[b]` of `images[b]`, uint8 `[B, H, W, C]`; padding is black before normalisation.
+
+    Args:
+      images: uint8 `[B, H, W, C]`.
+      view: int32 `[B]` in [0, views.num). A value outside is not detected under jit: draw below `views.num`.
+      views: which views there are (static).
+
+    Raises:
+      AssertionError: for a wrong dtype or rank, or a different B.
+
+    >>> image = jnp.arange(2, dtype=jnp.uint8).reshape(1, 1, 2, 1)
+    >>> apply(image, jnp.array([1]), Views(pad=0, flip=True)).ravel().tolist()
+    [1, 0]
+    """
+    chex.assert_type(images, jnp.uint8)
+    chex.assert_rank([images, view], [4, 1])
+    chex.assert_equal_shape_prefix([images, view], 1)
+    if not views.pad and not views.flip:
+        return images
+    pad = views.pad
+    padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    offset, flip = jnp.divmod(view, views.flips)
+    dy, dx = jnp.divmod(offset, 2 * pad + 1)
+    crops = jax.vmap(lambda image, y, x: jax.lax.dynamic_slice(image, (y, x, 0), images.shape[1:]))(
+        padded, dy, dx
+    )
+    if not views.flip:
+        return crops
+    return jnp.where(flip.astype(bool)[:, None, None, None], crops[:, :, ::-1], crops)
+
+
+def normalize(images: jax.Array, mean: tuple, std: tuple, dtype=jnp.float32) -> jax.Array:
+    """(x / 255 − mean) / std, `[B, H, W, C]` of `dtype`, computed in float32.
+
+    Args:
+      images: uint8 `[B, H, W, C]`.
+      mean: of each channel, `[C]`, on the [0, 1] scale.
+      std: of each channel, `[C]`, on the [0, 1] scale.
+      dtype: of the result.
+
+    Raises:
+      AssertionError: for a wrong dtype or rank, or a number of means that is not the number of channels.
+
+    >>> normalize(jnp.full((1, 1, 1, 1), 255, jnp.uint8), (0.5,), (0.25,)).item()
+    2.0
+    """
+    chex.assert_type(images, jnp.uint8)
+    chex.assert_rank(images, 4)
+    mean, std = (jnp.asarray(x, jnp.float32) for x in (mean, std))
+    chex.assert_shape([mean, std], (images.shape[-1],))
+    mean, std = mean[None, None, None], std[None, None, None]
+    return ((images.astype(jnp.float32) / 255 - mean) / std).astype(dtype)

@@ -1,0 +1,202 @@
+"""Long-tailed subsets of a balanced data set: class counts, and a draw that depends on keys, not on order."""
+
+import hashlib
+from typing import NamedTuple
+
+import numpy as np
+
+# n_max / gamma is often a whole number that floating point puts just below itself (49 * (1 / 49) < 1).
+_ROUNDING = 1e-9
+
+
+class Split(NamedTuple):
+    """Sorted, disjoint int64 index arrays into a source's training images."""
+
+    train: np.ndarray
+    meta: np.ndarray
+    validation: np.ndarray
+
+
+def counts(n_max: int, imbalance: float, num_classes: int) -> np.ndarray:
+    """Number of training images of each class, int64 `[C]`: int(n_max · (1/γ)^(c/(C−1))), in label order.
+
+    Args:
+      n_max: images of class 0, the most frequent one.
+      imbalance: γ >= 1, the ratio between the first and the last class (1 is balanced).
+      num_classes: C.
+
+    Raises:
+      ValueError: for imbalance < 1, n_max < 1, num_classes < 1, or a class that would get no image.
+
+    >>> counts(n_max=500, imbalance=100, num_classes=100)[[0, 1, -1]].tolist()
+    [500, 477, 5]
+    """
+    if num_classes < 1:
+        raise ValueError(f"num_classes={num_classes}: give at least 1 class")
+    if n_max < 1:
+        raise ValueError(f"n_max={n_max}: class 0 needs at least 1 image")
+    if not 1 <= imbalance < np.inf:
+        raise ValueError(
+            f"imbalance={imbalance}: give a finite ratio >= 1 (1 is balanced, 100 is strongly long-tailed)"
+        )
+    position = np.arange(num_classes) / max(num_classes - 1, 1)
+    result = np.floor(n_max * (1.0 / imbalance) ** position + _ROUNDING).astype(np.int64)
+    if result[-1] < 1:
+        raise ValueError(
+            f"imbalance={imbalance}: with n_max={n_max} class {int(np.argmax(result < 1))} would get 0 images; "
+            f"give an imbalance of at most {n_max}"
+        )
+    return result
+
+
+def split(
+    labels: np.ndarray,
+    keys: np.ndarray,
+    *,
+    num_classes: int,
+    imbalance: float,
+    n_max: int = 0,
+    meta_per_class: int = 0,
+    validation_per_class: int = 0,
+    seed: int = 0,
+) -> Split:
+    """Draws the long-tailed training set, and balanced meta and validation sets that are taken out before.
+
+    In each class the examples are ranked by a hash of (seed, key). Training images come from the front of
+    the ranking and held-out images from its back. So the draw is independent of the order of the records,
+    a larger imbalance gives a subset of a smaller one, and holding images out does not change which images
+    are drawn for a given n_max.
+
+    Args:
+      labels: integers `[N]` in [0, num_classes).
+      keys: strings `[N]`, unique and stable, such as 'train_00042'.
+      num_classes: C.
+      imbalance: γ, see `counts`.
+      n_max: images of class 0; 0 means what is left of the smallest class.
+      meta_per_class: images of each class for the outer (bilevel) objective.
+      validation_per_class: images of each class for choosing hyperparameters.
+      seed: of the draw.
+
+    Raises:
+      ValueError: labels out of range, repeated keys, a class without images, or more images asked than exist.
+
+    >>> labels, keys = np.repeat([0, 1], 20), np.array([f"train_{i}" for i in range(40)])
+    >>> drawn = split(labels, keys, num_classes=2, imbalance=6, validation_per_class=2)
+    >>> np.bincount(labels[drawn.train]).tolist(), np.bincount(labels[drawn.validation]).tolist()
+    ([18, 3], [2, 2])
+    """
+    labels = check_labels(labels, num_classes)
+    _check_keys(keys, len(labels))
+    _check_held_out(meta_per_class, validation_per_class)
+    present = np.bincount(labels, minlength=num_classes)
+    held_out = meta_per_class + validation_per_class
+    n_max = _resolve_n_max(n_max, present, held_out)
+    wanted = counts(n_max, imbalance, num_classes)
+    _check_available(wanted, present, held_out, n_max)
+
+    digests = _digests(keys, seed)
+    order = np.lexsort((digests[:, 1], digests[:, 0], labels))
+    starts = np.cumsum(present) - present
+    rank = np.arange(len(labels)) - np.repeat(starts, present)  # of each entry of `order`, in its class
+    from_back = np.repeat(present, present) - 1 - rank
+    return Split(
+        train=np.sort(order[rank < np.repeat(wanted, present)]),
+        meta=np.sort(order[(from_back >= validation_per_class) & (from_back < held_out)]),
+        validation=np.sort(order[from_back < validation_per_class]),
+    )
+
+
+def balanced(
+    labels: np.ndarray, keys: np.ndarray, *, num_classes: int, per_class: int, seed: int = 0
+) -> np.ndarray:
+    """Sorted indices of `per_class` images of each class, chosen by a hash of (seed, key).
+
+    Raises:
+      ValueError: as `split`, and if per_class is not smaller than the smallest class.
+
+    >>> keys = np.array([f"image_{i}" for i in range(40)])
+    >>> len(balanced(np.repeat([0, 1], 20), keys, num_classes=2, per_class=3))
+    6
+    """
+    drawn = split(
+        labels, keys, num_classes=num_classes, imbalance=1, validation_per_class=per_class, seed=seed
+    )
+    return drawn.validation
+
+
+def check_labels(labels: np.ndarray, num_classes: int) -> np.ndarray:
+    """The labels as int64 `[N]`, checked on the host: under jit one out of range wraps or gives NaN unseen.
+
+    Raises:
+      ValueError: if they are not a vector of integers in [0, num_classes).
+
+    >>> check_labels(np.array([0, 2, 1], np.int32), 3).tolist()
+    [0, 2, 1]
+    """
+    labels = np.asarray(labels)
+    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(f"labels: shape {labels.shape}, dtype {labels.dtype}; give a vector of integers")
+    wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
+    if wrong.size:
+        raise ValueError(
+            f"labels[{wrong[0]}]={labels[wrong[0]]}: {wrong.size} labels are outside 0..{num_classes - 1}; "
+            f"check num_classes={num_classes} or the labels"
+        )
+    return labels.astype(np.int64)
+
+
+def _check_keys(keys: np.ndarray, expected: int) -> None:
+    if len(keys) != expected:
+        raise ValueError(f"keys: {len(keys)} keys for {expected} labels; give one key for each image")
+    unique, times = np.unique(np.asarray(keys), return_counts=True)
+    if unique.size != expected:
+        raise ValueError(
+            f"keys: {str(unique[np.argmax(times)])!r} occurs {times.max()} times; the draw needs unique keys"
+        )
+
+
+def _check_held_out(meta_per_class: int, validation_per_class: int) -> None:
+    for name, value in (("meta_per_class", meta_per_class), ("validation_per_class", validation_per_class)):
+        if value < 0:
+            raise ValueError(f"{name}={value}: give 0 (none) or more images of each class")
+
+
+def _resolve_n_max(n_max: int, present: np.ndarray, held_out: int) -> int:
+    """The size of class 0: as given, or what the smallest class has left."""
+    if n_max < 0:
+        raise ValueError(
+            f"n_max={n_max}: give a positive number, or 0 for what is left of the smallest class"
+        )
+    if not present.all():
+        missing = np.flatnonzero(present == 0)
+        raise ValueError(
+            f"labels: class {missing[0]} has no image ({missing.size} of {present.size} classes have none); "
+            f"check num_classes={present.size}"
+        )
+    if held_out >= present.min():
+        raise ValueError(
+            f"meta_per_class + validation_per_class = {held_out}: class {present.argmin()} has only "
+            f"{present.min()} images and needs one for training; hold out fewer"
+        )
+    return int(n_max or present.min() - held_out)
+
+
+def _check_available(wanted: np.ndarray, present: np.ndarray, held_out: int, n_max: int) -> None:
+    short = np.flatnonzero(wanted > present - held_out)
+    if short.size:
+        c = short[0]
+        raise ValueError(
+            f"n_max={n_max}: class {c} needs {wanted[c]} images, but {present[c] - held_out} are available "
+            f"({present[c]} less {held_out} held out); give a smaller n_max, or 0"
+        )
+
+
+def _digests(keys: np.ndarray, seed: int) -> np.ndarray:
+    """A 128-bit hash of (seed, key) of each key, as uint64 `[N, 2]`: wide enough for ties never to happen."""
+    prefix = hashlib.blake2b(f"{int(seed)}:".encode(), digest_size=16)
+    joined = bytearray()
+    for key in keys:
+        digest = prefix.copy()
+        digest.update(str(key).encode())
+        joined += digest.digest()
+    return np.frombuffer(bytes(joined), dtype=">u8").reshape(-1, 2)

@@ -1,0 +1,47 @@
+"""Which image and which view stands where in which batch: a function of (seed, step, position) alone."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Plan(NamedTuple):
+    """Batches as numbers: `index[s, b]` is the image, `view[s, b]` the view, at position b of batch s; int32."""
+
+    index: jax.Array
+    view: jax.Array
+
+
+def steps_per_epoch(num_examples: int, batch_size: int) -> int:
+    """ceil(N / B): every batch is full and every image is seen."""
+    return -(-num_examples // batch_size)
+
+
+def epoch_plan(seed, epoch, *, num_examples: int, batch_size: int, num_views: int) -> Plan:
+    """The batches of one epoch, `[S, B]` with S = ceil(N / B).
+
+    The epoch's permutation comes first, and is filled up from the beginning of the next epoch's. It depends on
+    nothing but the arguments: not on the device, the number of devices, or what ran before.
+
+    Args:
+      seed, epoch: int scalars, may be traced.
+      num_examples: N.
+      batch_size: B, the global batch.
+      num_views: views of an image; each is equally likely.
+
+    >>> plan = epoch_plan(0, 0, num_examples=5, batch_size=3, num_views=9)
+    >>> plan.index.shape, sorted(plan.index.ravel()[:5].tolist())
+    ((2, 3), [0, 1, 2, 3, 4])
+    """
+    shape = (steps_per_epoch(num_examples, batch_size), batch_size)
+    order_key, view_key = jax.random.split(jax.random.key(seed))
+
+    def permutation(epoch):
+        return jax.random.permutation(jax.random.fold_in(order_key, epoch), num_examples)
+
+    # A batch larger than the set takes from as many of the following permutations as it needs.
+    needed = -(-shape[0] * batch_size // num_examples)
+    order = jnp.concatenate([permutation(epoch + i) for i in range(needed)])[: shape[0] * batch_size]
+    view = jax.random.randint(jax.random.fold_in(view_key, epoch), shape, 0, num_views, jnp.int32)
+    return Plan(order.astype(jnp.int32).reshape(shape), view)

@@ -1,0 +1,35 @@
+"""Files that are either whole or not there, and locks between processes."""
+
+import contextlib
+import fcntl
+import os
+import pathlib
+
+
+def write_text(path, text: str) -> None:
+    """Writes a text file under a temporary name on the same file system, then renames it."""
+    path = pathlib.Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def lock(path, *, wait: bool):
+    """Holds an exclusive lock on a file, which the system frees however the process ends.
+
+    Args:
+      path: the lock file; its folder is made.
+      wait: wait for another holder, or raise BlockingIOError.
+    """
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield

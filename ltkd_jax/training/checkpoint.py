@@ -1,0 +1,107 @@
+"""Checkpoints by Orbax, with what it lacks: a checksum, and a walk back to the newest one that is whole."""
+
+import hashlib
+import json
+import logging
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from ltkd_jax.files import write_text
+
+_log = logging.getLogger(__name__)
+
+
+class Checkpoints:
+    """The checkpoints of one run, the newest `keep` of them.
+
+    A step counts once its checksum is written, after Orbax is done: a kill in between leaves the one before.
+
+    Args:
+      directory: made if it does not exist.
+      keep: how many to keep; at least 2 leave one to fall back on.
+    """
+
+    def __init__(self, directory, *, keep: int = 2):
+        self._dir = pathlib.Path(directory).resolve()
+        self._dir.mkdir(parents=True, exist_ok=True)
+        self._keep = keep
+        self._saver = ocp.PyTreeCheckpointer()
+
+    def save(self, step: int, tree: Any, extra: dict) -> None:
+        """Saves a pytree of arrays, and `extra`, a dict for JSON, under a step. Returns when it is whole."""
+        self._forget(step)
+        path = self._path(step)
+        self._saver.save(path / "state", jax.tree.map(np.asarray, jax.device_get(tree)))
+        write_text(path / "extra.json", json.dumps(extra))
+        write_text(self._checksum_path(step), _checksum(path))
+        for old in self.steps()[self._keep :]:
+            self._forget(old)
+
+    def restore(self, like: Any) -> tuple[int, Any, dict] | None:
+        """The newest whole checkpoint as (step, tree, extra); None if there is none.
+
+        Args:
+          like: a pytree of arrays or `ShapeDtypeStruct`s that the checkpoint must match.
+
+        Raises:
+          ValueError: the checkpoint is whole, but of another structure or of other shapes.
+        """
+        for step in self.steps():
+            path = self._path(step)
+            if not self._is_whole(step):
+                _log.warning("checkpoint %s is damaged or incomplete: passing it over for an older one", path)
+                self._forget(step)
+                continue
+            return step, self._read(path, like), json.loads((path / "extra.json").read_text())
+        return None
+
+    def steps(self) -> list[int]:
+        """Steps of which there is something on disk, newest first."""
+        found = (p.name.removeprefix("step_") for p in self._dir.glob("step_*") if p.is_dir())
+        return sorted((int(name) for name in found if name.isdigit()), reverse=True)
+
+    def _read(self, path, like):
+        try:
+            restored = self._saver.restore(
+                path / "state",
+                item=jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like),
+                restore_args=jax.tree.map(lambda x: ocp.RestoreArgs(restore_type=np.ndarray), like),
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"checkpoint {path} is of another model or optimizer: {error}") from error
+        for (where, want), got in zip(jax.tree.leaves_with_path(like), jax.tree.leaves(restored), strict=True):
+            if tuple(want.shape) != got.shape or want.dtype != got.dtype:
+                name = jax.tree_util.keystr(where)
+                raise ValueError(
+                    f"checkpoint {path}: {name} is {got.dtype}{list(got.shape)}, "
+                    f"expected {want.dtype}{list(want.shape)}: it is of another model"
+                )
+        return restored
+
+    def _is_whole(self, step):
+        path, checksum = self._path(step), self._checksum_path(step)
+        return path.is_dir() and checksum.exists() and checksum.read_text() == _checksum(path)
+
+    def _forget(self, step):
+        # The checksum goes first, so that a half-removed checkpoint is never taken for a whole one.
+        self._checksum_path(step).unlink(missing_ok=True)
+        shutil.rmtree(self._path(step), ignore_errors=True)
+
+    def _path(self, step):
+        return self._dir / f"step_{step}"
+
+    def _checksum_path(self, step):
+        return self._dir / f"step_{step}.sha256"
+
+
+def _checksum(path: pathlib.Path) -> str:
+    digest = hashlib.sha256()
+    for file in sorted(p for p in path.rglob("*") if p.is_file()):
+        digest.update(f"{file.relative_to(path)}\0{file.stat().st_size}\0".encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
