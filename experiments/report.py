@@ -1,0 +1,464 @@
+"""Turns work directories and result files into a page, a console table, or the results page of the repository.
+
+    python -m experiments.report PATH… [--out report.html] [--title TITLE]
+    python -m experiments.report --results results/ [--queue experiments/queues/gpu.json]
+
+PATH is a work directory, a result JSON, or a folder of either. The page is one file that needs no network. The second
+form writes README.md into the results folder: the papers' numbers (published.json) beside ours.
+"""
+
+import argparse
+import html
+import json
+import pathlib
+import re
+import sys
+
+from experiments import plots, tables
+
+PUBLISHED = pathlib.Path(__file__).with_name("published.json")
+NOT_RUN = tables.Cell("not run yet", quiet=True)
+
+
+class ReportError(ValueError):
+    """A file that cannot be reported on; the message names it and says why."""
+
+
+# ---- reading ------------------------------------------------------------------------------------------------------
+
+
+def load(path):
+    """Reads a work directory or a result JSON into one dictionary.
+
+    It is results.json's content with `source` (a name to show), `finished`, and `metrics` (a list, one entry a logged
+    epoch). A work directory without results.json is an unfinished run and has `config` and `metrics` only.
+    """
+    path = pathlib.Path(path)
+    if path.is_file():
+        return _checked(_read(path), path) | {"source": path.stem, "finished": True, "metrics": []}
+    if not path.is_dir():
+        raise ReportError(f"{path}: no such file or folder")
+    extra = {"source": path.resolve().name, "metrics": _read_lines(path / "metrics.jsonl")}
+    results = path / "results.json"
+    if results.exists():
+        return _checked(_read(results), results) | extra | {"finished": True}
+    config = path / "config.json"
+    return {"config": _read(config) if config.exists() else {}} | extra | {"finished": False}
+
+
+def _read(path):
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ReportError(f"{path}: not readable as JSON ({error})") from error
+
+
+def _read_lines(path):
+    """Reads metrics.jsonl; a last line that an interruption cut short is left out."""
+    found = []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            found += [json.loads(line)] if line.strip() else []
+        except ValueError as error:
+            if number < len(lines):
+                raise ReportError(f"{path}, line {number}: not readable as JSON ({error})") from error
+    return found
+
+
+def _checked(results, path):
+    """Checks that a JSON file holds a run's results, as far as everything below relies on it."""
+    needed = {"config": dict, "seeds": dict, "test": dict}
+    for key, kind in needed.items():
+        if not isinstance(results, dict) or not isinstance(results.get(key), kind):
+            raise ReportError(f"{path}: not a result file, it has no {key!r}")
+    if tables.value(results["test"], "all") is None:
+        raise ReportError(f"{path}: not a result file, it has no test accuracy")
+    return results
+
+
+def is_work_directory(path):
+    """Says whether a folder is a run's work directory."""
+    return any((path / name).exists() for name in ("results.json", "config.json", "metrics.jsonl"))
+
+
+def find(paths):
+    """Loads every run in the paths; a folder is searched, and JSON files in it that are not results are passed over."""
+    return [load(found) for path in paths for found in _runs_in(pathlib.Path(path))]
+
+
+def _runs_in(path):
+    if not path.is_dir() or is_work_directory(path):
+        return [path]
+    found = []
+    for child in sorted(path.iterdir()):
+        if child.is_dir() and not child.name.startswith(".") and child.name != "teachers":
+            found += _runs_in(child)
+        elif child.suffix == ".json":
+            content = _read(child)
+            found += [child] if isinstance(content, dict) and {"config", "test"} <= content.keys() else []
+    return found
+
+
+# ---- the page -----------------------------------------------------------------------------------------------------
+
+STYLE_SHEET = """
+* { box-sizing: border-box; }
+html { background: var(--page); color: var(--ink); -webkit-text-size-adjust: 100%; }
+body { margin: 0 auto; max-width: 50rem; padding: 2.5rem 1.25rem 4rem;
+  font: 1.0625rem/1.55 "Iowan Old Style", "Palatino Linotype", Palatino, Charter, Georgia, serif; }
+h1, h2, h3 { font-weight: 600; line-height: 1.2; text-wrap: balance; }
+h1 { font-size: 1.9rem; margin: 0 0 .3rem; }
+h2 { font-size: 1.4rem; margin: 3.5rem 0 .6rem; padding-top: 1.2rem; border-top: 1px solid var(--ink); }
+h3 { font-size: 1.08rem; margin: 2.6rem 0 .4rem; }
+p { margin: .5rem 0; max-width: 42rem; overflow-wrap: break-word; }
+a { color: inherit; }
+.lead { font-size: 1.2rem; line-height: 1.45; }
+.quiet, .note { color: var(--quiet); }
+.small, table, .key, summary, pre, figcaption { font-family: system-ui, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
+.small { font-size: .84rem; color: var(--quiet); line-height: 1.5; }
+.scroll { overflow-x: auto; margin: .8rem 0; }
+table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums lining-nums; white-space: nowrap; }
+.scroll > table { min-width: 100%; }
+th, td { padding: .36rem 0 .36rem 1.1rem; text-align: right; font-weight: 400; }
+th:first-child, td:first-child { padding-left: 0; }
+thead th { color: var(--quiet); border-bottom: 1px solid var(--ink); vertical-align: bottom; }
+tbody tr + tr > * { border-top: 1px solid var(--grid); }
+tbody tr:last-child > * { border-bottom: 1px solid var(--ink); }
+.words { text-align: left; }
+td:not(.words) .note { display: inline-block; min-width: 3.1em; text-align: left; font-size: .88em; }
+.note { font-size: .88em; }
+figure { margin: 1rem 0; }
+figure svg { display: block; width: 100%; height: auto; }
+.panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); gap: 1.2rem 1.5rem; }
+.narrow { display: none; }
+.key { display: flex; flex-wrap: wrap; gap: .1rem 1.3rem; font-size: .84rem; margin: .6rem 0; max-width: none; }
+.key span { display: inline-flex; align-items: center; gap: .5rem; }
+.key svg { width: 30px; height: 10px; flex: none; }
+.maps { display: flex; flex-wrap: wrap; gap: 1.2rem 2rem; }
+.maps figure { margin: 0; }
+.maps figcaption { font-size: .88rem; margin-bottom: .2rem; }
+.maps th, .maps td { padding: .3rem .45rem; border: 0 !important; font-size: .82rem; }
+.maps td { min-width: 3.1rem; text-align: center; }
+.maps thead th { text-align: center; }
+details { margin: .7rem 0; }
+summary { cursor: pointer; font-size: .88rem; }
+pre { overflow-x: auto; font: .78rem/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
+@media (max-width: 46rem) { .wide { display: none; } .narrow { display: block; } body { padding: 1.5rem 1rem 3rem; }
+  h1 { font-size: 1.55rem; } .lead { font-size: 1.1rem; } }
+@media print { body { max-width: none; padding: 0; } figure, tr { break-inside: avoid; } }
+"""
+
+
+def write_page(runs, out_path, title=None):
+    """Writes one self-contained HTML page about the runs, be it one or many."""
+    settings = tables.gather(runs)
+    unfinished = [run for run in runs if not run["finished"]]
+    title = title or _title(settings)
+    body = [f"<h1>{html.escape(title)}</h1>", f'<p class="small">{_size(settings, unfinished)}</p>']
+    if len(settings) > 1:
+        entries = (f'<li><a href="#s{i}">{html.escape(s.title)}</a></li>' for i, s in enumerate(settings))
+        body.append(f"<nav><ul>{''.join(entries)}</ul></nav>")
+    body += [_section(setting, f"s{i}") for i, setting in enumerate(settings)]
+    body += [_unfinished(unfinished)] if unfinished else []
+    if any("ltkd" in method.name for setting in settings for method in setting.methods):
+        body.append(f'<p class="small">{tables.RECONSTRUCTED}</p>')
+    page = (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{html.escape(title)}</title><style>{plots.STYLE_SHEET}{STYLE_SHEET}</style></head>\n"
+        f"<body><main>{chr(10).join(body)}</main></body></html>\n"
+    )
+    pathlib.Path(out_path).write_text(page, encoding="utf-8")
+
+
+def _title(settings):
+    methods = [method.label for setting in settings for method in setting.methods]
+    if len(methods) == 1:
+        return f"{methods[0]} on {settings[0].data}, imbalance {settings[0].imbalance:g}"
+    data = sorted({setting.data for setting in settings})
+    return f"{len(set(methods))} methods on {', '.join(data)}" if methods else "No finished run"
+
+
+def _size(settings, unfinished):
+    counts = [(sum(len(s.runs) for s in settings), "finished run"), (len(settings), "setting")]
+    counts += [(len(unfinished), "unfinished run")] if unfinished else []
+    return ", ".join(f"{n} {word}{'' if n == 1 else 's'}" for n, word in counts)
+
+
+def _unfinished(runs):
+    rows = [[run["source"], tables.progress(run)] for run in runs]
+    return f"<h2>Unfinished runs</h2>{tables.as_html(tables.Table(['run', 'progress'], rows, left=2))}"
+
+
+def _section(setting, anchor):
+    parts = [
+        f'<section id="{anchor}"><h2>{html.escape(setting.title)}</h2>',
+        f'<p class="lead">{html.escape(tables.headline(setting))}</p>',
+        tables.as_html(tables.accuracy_table(setting)),
+        f'<p class="small">{html.escape(setting.note())}. ECE: expected calibration error, lower is better. '
+        "Head, medium and tail are groups by rank; many, mid and few are more than 100, 20 to 100 and fewer than 20 "
+        "training images. Bold: better than every other method by the rule below.</p>",
+    ]
+    compared = tables.comparisons(setting)
+    parts += ["<h3>What can be told apart</h3>"] if compared else []
+    parts += [f'<p class="small">{html.escape(t)}</p>{tables.as_html(table)}' for t, table in compared]
+    parts += [f'<p class="small">{tables.RULE}</p>'] if compared else []
+    parts += [*plots.figures(setting), _how(setting)]
+    return "\n".join(parts) + "</section>"
+
+
+def duration(seconds):
+    """Writes a wall time: "2 h 05 min", "3 min 12 s"."""
+    if not isinstance(seconds, (int, float)):
+        return "–"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def _how(setting):
+    rows, commands, configs = [], [], []
+    for method in setting.methods:
+        for run in (method.runs[seeds] for seeds in sorted(method.runs)):
+            seeds, timing = run["seeds"], run.get("timing") or {}
+            speed = timing.get("images_per_second")
+            told = [run.get(key) or "–" for key in ("device", "precision", "commit", "config_hash")]
+            told += [" / ".join(str(seeds.get(key, "–")) for key in ("split", "teacher", "student"))]
+            rows.append(
+                [method.label, *told, duration(timing.get("seconds")), f"{speed:,.0f}" if speed else "–"]
+            )
+            commands.append(run.get("command") or "not recorded")
+        first = json.dumps(
+            method.runs[min(method.runs)]["config"], indent=1, sort_keys=True, ensure_ascii=False
+        )
+        configs.append(
+            f"<details><summary>{html.escape(method.label)}</summary><pre>{html.escape(first)}</pre></details>"
+        )
+    header = ["method", "hardware", "precision", "commit", "config", "seeds: split / teacher / student"]
+    table = tables.Table([*header, "wall time", "images/s"], rows, left=6)
+    versions = {name: v for run in setting.runs for name, v in (run.get("versions") or {}).items()}
+    listed = ", ".join(f"{name} {v}" for name, v in sorted(versions.items()))
+    return (
+        f"<h3>How it was run</h3>{tables.as_html(table)}<p class='small'>{html.escape(listed)}</p>"
+        f"<details><summary>Commands</summary><pre>{html.escape(chr(10).join(commands))}</pre></details>"
+        f"<details><summary>Full configs (of each method’s first seed)</summary>{''.join(configs)}</details>"
+    )
+
+
+# ---- the results page of the repository ---------------------------------------------------------------------------
+
+
+def render_results(runs, published, planned=()):
+    """Renders results/README.md: published numbers beside ours, the search, and everything else that was run."""
+    searched = [run for run in runs if run.get("group") == "search"]
+    settings = tables.gather([run for run in runs if run.get("group") != "search"])
+    wanted = {_cell(entry)[:4]: None for entry in published["settings"]}
+    wanted |= {_cell(entry)[:4]: None for entry in planned if entry.get("group") != "search"}
+    wanted |= {_cell(vars(setting))[:4]: None for setting in settings}
+    parts = [_preamble(published)]
+    for pair in wanted:
+        ours = [setting for setting in settings if _cell(vars(setting))[:4] == pair]
+        theirs = next((entry for entry in published["settings"] if _cell(entry)[:4] == pair), {})
+        names = {
+            entry["method"]
+            for entry in planned
+            if _cell(entry)[:4] == pair and entry.get("group") != "search"
+        }
+        parts += _pair_section(pair, ours, theirs, names)
+    parts += _search_section(searched, [entry for entry in planned if entry.get("group") == "search"])
+    parts += _anchors(published)
+    return "\n\n".join(parts) + "\n"
+
+
+def _cell(entry):
+    """The (data set, imbalance, teacher, student, method) that a published, planned or finished number belongs to."""
+    name = re.sub("[^a-z0-9]", "", str(entry["data"]).lower())
+    return name, float(entry["imbalance"]), entry["teacher"], entry["student"], entry.get("method")
+
+
+def planned_cells(queue):
+    """Returns what a queue of runs plans, as dictionaries with the keys of a cell, `set` and `group`."""
+    found = []
+    for entry in queue.get("runs", []):
+        path, _, chosen = entry["config"].partition(":")
+        method, *options = chosen.split(",")
+        data = re.sub("_?lt$", "", pathlib.PurePosixPath(path).stem)
+        cell = {
+            "data": data,
+            "imbalance": 100,
+            "teacher": "resnet32x4",
+            "student": "resnet8x4",
+            "method": method or "ltkd",
+        }
+        cell |= dict(option.split("=", 1) for option in options if "=" in option)
+        found.append(cell | {"set": entry.get("set") or {}, "group": entry.get("group")})
+    return found
+
+
+def _preamble(published):
+    marks = "\n".join(f"- **[{mark}]** {meaning}" for mark, meaning in published["marks"].items())
+    return f"""# Results
+
+Written by `python -m experiments.report --results results/`; do not edit by hand.
+
+Accuracies are top-1 on the balanced test set, in percent, of the last epoch: mean ± standard deviation over student
+seeds. Head, medium and tail are the groups by rank; many, mid and few are classes with more than 100, 20 to 100 and fewer
+than 20 training images. {tables.RECONSTRUCTED} {tables.RULE}
+
+How sure a published number is:
+
+{marks}"""
+
+
+def _pair_section(pair, ours, theirs, planned):
+    data, imbalance, teacher, student = pair
+    data = ours[0].data if ours else theirs.get("data", data)
+    title = f"## {data}, imbalance {imbalance:g}, {f'{teacher} → ' if teacher else ''}{student}"
+    parts = [tables.escape_markdown(title)]
+    parts += [f"Published: {theirs['paper']}. {theirs.get('note', '')}".rstrip()] if theirs else []
+    # What is missing stands in the table of the longest training, the one nearest to the papers'.
+    ours = sorted(ours, key=lambda setting: (-setting.epochs, setting.split, setting.images)) or [None]
+    for setting in ours:
+        missing = (planned | set(theirs.get("methods", {}))) if setting is ours[0] else set()
+        parts.append(tables.as_markdown(_side_by_side(setting, theirs.get("methods", {}), missing)))
+        parts += _below_table(setting) if setting else []
+    return parts
+
+
+def _side_by_side(setting, theirs, missing):
+    shown = tables.columns(setting) if setting else [(n, None) for n in ("all", "head", "medium", "tail")]
+    print_all = any(theirs.values())
+    published = lambda name: (
+        [_published(theirs.get(name, {}).get(c)) for c in ("all", "tail")] if print_all else []
+    )
+    rows = {}
+    methods = [*filter(None, [setting.teacher_method()]), *setting.methods] if setting else []
+    for method in methods:
+        cells = [tables.number(method.values(column).values()) for _, column in shown]
+        rows[_row_key(method.name, method.label)] = [
+            method.label,
+            *published(method.name),
+            *cells,
+            str(len(method.runs)),
+        ]
+    for name in missing - {method.name for method in methods}:
+        rows[_row_key(name, name)] = [name, *published(name), *[NOT_RUN] * len(shown), "0"]
+    header = [
+        "method",
+        *(["published all", "published tail"] if print_all else []),
+        *(title for title, _ in shown),
+        "n",
+    ]
+    return tables.Table(header, [rows[key] for key in sorted(rows)])
+
+
+def _row_key(name, label):
+    return (-1, "") if name == "teacher" else (*tables.method_rank(name), label)
+
+
+def _published(entry):
+    return f"{entry[0]:.2f} [{entry[1]}]" if entry else "?"
+
+
+def _below_table(setting):
+    parts = [f"{setting.note()}.", tables.escape_markdown(tables.headline(setting))]
+    for title, table in tables.comparisons(setting):
+        parts += [f"Paired, {tables.escape_markdown(title)}:", tables.as_markdown(table)]
+    rows, commands = [], []
+    for method in setting.methods:
+        runs = [method.runs[seeds] for seeds in sorted(method.runs)]
+        unique = [
+            ", ".join(sorted({str(run.get(key) or "–") for run in runs}))
+            for key in ("device", "precision", "commit")
+        ]
+        seconds, _, _ = tables.mean_std(
+            s for run in runs if (s := (run.get("timing") or {}).get("seconds")) is not None
+        )
+        rows.append([method.label, *unique, duration(seconds)])
+        commands += [" ".join((run.get("command") or "# not recorded").split()) for run in runs]
+    table = tables.Table(["method", "hardware", "precision", "commit", "wall time of a run"], rows, left=4)
+    fence = "`" * (3 + max((len(ticks) for ticks in re.findall("`+", "".join(commands))), default=0))
+    return [*parts, tables.as_markdown(table), f"{fence}sh\n{chr(10).join(commands)}\n{fence}"]
+
+
+def _search_section(runs, planned):
+    rows, done = [], [tables.flatten(run["config"]) for run in runs]
+    for setting in tables.gather(runs):
+        for method in setting.methods:
+            rivals = [other for other in setting.methods if other.name == method.name]
+            best = max(rivals, key=lambda other: other.mean("all", "validation") or -1)
+            chosen = "chosen" if method is best and method.values("all", "validation") else ""
+            columns = ["all", *(f"groups.{name}" for name in ("head", "medium", "tail"))]
+            cells = [tables.number(method.values(column, "validation").values()) for column in columns]
+            rows.append(
+                [setting.title, method.label, *cells, str(len(method.runs)), str(setting.epochs), chosen]
+            )
+    for entry in planned:
+        if not any(_is_planned(entry, config) for config in done):
+            data, imbalance, teacher, student, method = _cell(entry)
+            told = ", ".join(f"{key.split('.')[-1]}={v}" for key, v in entry["set"].items())
+            title = f"{data}, imbalance {imbalance:g}, {teacher} → {student}"
+            rows.append([title, f"{method} ({told})" if told else method, *[NOT_RUN] * 4, "0", "", ""])
+    if not rows:
+        return []
+    header = ["setting", "method", "all", "head", "medium", "tail", "n", "epochs", ""]
+    about = "Balanced accuracy on validation images taken from the training set; the test set chose nothing."
+    return ["## The search", about, tables.as_markdown(tables.Table(header, rows, left=2))]
+
+
+def _is_planned(entry, config):
+    keys = ("data.name", "data.imbalance", "teacher.model", "student.model")
+    own = dict(zip(("data", "imbalance", "teacher", "student"), (config.get(key) for key in keys)))
+    same = own["imbalance"] is not None and _cell(own)[:4] == _cell(entry)[:4]
+    same = same and config.get("method.name") == entry["method"]
+    return same and all(str(config.get(key)) == str(v) for key, v in entry["set"].items())
+
+
+def _anchors(published):
+    parts = ["## Numbers of others, for orientation"]
+    for anchor in published["anchors"]:
+        rows = [[name, f"{v:.2f}" if isinstance(v, float) else v] for name, v in anchor["all"].items()]
+        table = tables.Table(["method", f"top-1 % [{anchor['mark']}]"], rows)
+        parts += [f"{anchor['title']}:", tables.as_markdown(table)]
+    return parts
+
+
+# ---- the command --------------------------------------------------------------------------------------------------
+
+
+def write_results(folder, queue=None):
+    """Writes README.md into the results folder and returns its path."""
+    published = _read(PUBLISHED)
+    planned = planned_cells(_read(pathlib.Path(queue))) if queue else []
+    target = pathlib.Path(folder) / "README.md"
+    target.write_text(render_results(find([folder]), published, planned), encoding="utf-8")
+    return target
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m experiments.report", description=__doc__.splitlines()[0])
+    parser.add_argument("paths", nargs="*", help="work directories, result JSONs, or folders of them")
+    parser.add_argument("--out", default="report.html")
+    parser.add_argument("--title")
+    parser.add_argument("--results", help="write README.md into this folder of result JSONs instead")
+    parser.add_argument("--queue", help="a queue of runs: those not yet run are listed as such")
+    args = parser.parse_args(argv)
+    if bool(args.paths) == bool(args.results):
+        parser.error("give either PATHs or --results")
+    try:
+        if args.results:
+            print(write_results(args.results, args.queue))
+            return
+        runs = find(args.paths)
+        if not runs:
+            raise ReportError(f"no runs in {', '.join(args.paths)}")
+        write_page(runs, args.out, args.title)
+    except ReportError as error:
+        sys.exit(f"report: {error}")
+    print(f"{tables.console(runs)}\n\n{args.out}")
+
+
+if __name__ == "__main__":
+    main()

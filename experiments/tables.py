@@ -1,0 +1,473 @@
+"""Results as numbers: runs gathered by setting, methods compared over paired seeds, tables written as text, Markdown or HTML.
+
+A run is the dictionary that `report.load` returns. Runs that share everything but the seeds of the teacher and the
+student are one `Method`; methods that may be compared with each other are one `Setting`. Every table of the project is
+a `Table` and is written by the three functions below it, so that a number looks the same wherever it stands.
+"""
+
+import dataclasses
+import html
+import math
+import re
+import statistics
+
+ORDER = (
+    "ce",
+    "balanced_softmax",
+    "logit_adjusted",
+    "kd",
+    "dkd",
+    "reviewkd",
+    "wsl",
+    "dive",
+    "bkd",
+    "ltkd",
+    "ltkd_bs",
+    "bikd",
+)
+BETTER, WORSE, UNCLEAR = "better", "worse", "not distinguishable"
+RULE = (
+    "A method is called better than another only if, paired over the same student seeds, the mean difference exceeds "
+    "twice its standard error; the ± of a difference is that standard error. This is a rule of thumb: two equal methods "
+    "would pass it, one way or the other, in 30 % of cases with 2 seeds, 18 % with 3 and 12 % with 5."
+)
+RECONSTRUCTED = "LTKD is reconstructed from descriptions; there is no official code."
+# Parts of a config that do not change what is learned: two runs that differ in these only are the same method.
+_INCIDENTAL = frozenset(
+    "seed seeds workdir dir root path cache checkpoint log table call resume report every".split()
+)
+
+
+# ---- statistics ---------------------------------------------------------------------------------------------------
+
+
+def mean_std(values):
+    """Returns (mean, sample standard deviation or None for a single value, n) of a list; the mean of nothing is None."""
+    values = list(values)
+    if not values:
+        return None, None, 0
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values)
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """The mean of paired differences, its standard error (None for a single pair), the number of pairs, the verdict."""
+
+    mean: float | None
+    error: float | None
+    n: int
+    verdict: str
+
+
+def paired(ours, theirs, *, lower_is_better=False):
+    """Compares two {seed: value} dictionaries over the seeds that both have."""
+    differences = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
+    mean, deviation, n = mean_std(differences)
+    if deviation is None:
+        return Difference(mean, None, n, UNCLEAR)
+    error = deviation / math.sqrt(n)
+    if not abs(mean) > 2 * error:
+        return Difference(mean, error, n, UNCLEAR)
+    return Difference(mean, error, n, BETTER if (mean < 0) == lower_is_better else WORSE)
+
+
+# ---- runs, gathered -----------------------------------------------------------------------------------------------
+
+
+def value(result, column):
+    """Looks up a dotted column ("groups.tail") in a `test` or `validation` dictionary; None where it has none."""
+    for part in column.split("."):
+        result = result.get(part) if isinstance(result, dict) else None
+    return result if isinstance(result, (int, float)) else None
+
+
+@dataclasses.dataclass
+class Method:
+    """One row: the runs of a method that differ in their seeds only, by (teacher seed, student seed)."""
+
+    name: str
+    label: str
+    runs: dict
+
+    def values(self, column, part="test"):
+        """Returns {seeds: value} of the runs that have a finite value."""
+        found = {seeds: value(run.get(part), column) for seeds, run in self.runs.items()}
+        return {seeds: v for seeds, v in found.items() if v is not None and math.isfinite(v)}
+
+    def mean(self, column, part="test"):
+        """Returns the mean over the runs, None without a value."""
+        return mean_std(self.values(column, part).values())[0]
+
+
+@dataclasses.dataclass
+class Setting:
+    """The methods that can be compared: one data set, imbalance, pair of models, split and length of training."""
+
+    data: str
+    imbalance: float
+    teacher: str
+    student: str
+    split: int
+    epochs: int
+    images: int
+    methods: list
+
+    @property
+    def title(self):
+        """The setting in one line, without what `note` says."""
+        pair = f"{self.teacher} → {self.student}" if self.teacher else self.student
+        return f"{self.data}, imbalance {self.imbalance:g}, {pair}"
+
+    @property
+    def runs(self):
+        """All runs, in the order of the methods and the seeds."""
+        return [method.runs[seeds] for method in self.methods for seeds in sorted(method.runs)]
+
+    def teachers(self):
+        """Returns the distinct teachers, {hash: teacher}."""
+        found = {str(run["teacher"].get("hash")): run["teacher"] for run in self.runs if run.get("teacher")}
+        return dict(sorted(found.items()))
+
+    def teacher_method(self):
+        """Returns the teachers as a row of the table (one run per distinct teacher), or None."""
+        runs = {(0, i): {"test": t["test"]} for i, t in enumerate(self.teachers().values()) if t.get("test")}
+        return Method("teacher", "teacher", runs) if runs else None
+
+    def group_names(self):
+        """Returns the names of the class groups, the most frequent first."""
+        return list(dict.fromkeys(name for run in self.runs for name in run["test"].get("groups") or {}))
+
+    def tail(self):
+        """Returns the column of the least frequent group."""
+        names = self.group_names()
+        return "groups.tail" if "tail" in names or not names else f"groups.{names[-1]}"
+
+    def note(self):
+        """Says what the ± is over, and what was trained on."""
+        n = max(len(method.runs) for method in self.methods)
+        several = len(self.teachers()) > 1
+        over = f"one split, {len(self.teachers())} teachers" if several else "one split"
+        spread = (
+            f"mean ± standard deviation over student seeds, {over}" if n > 1 else f"one student seed, {over}"
+        )
+        images = f"{self.images:,} training images, " if self.images else ""
+        return f"{spread} (split seed {self.split}); {images}{self.epochs} epochs; the last epoch, in percent"
+
+    def best(self, column, *, lower_is_better=False):
+        """Returns the method with the best mean, None where no method has the column."""
+        known = [method for method in self.methods if method.values(column)]
+        sign = -1 if lower_is_better else 1
+        return max(known, key=lambda method: sign * method.mean(column), default=None)
+
+    def clear_best(self, column, *, lower_is_better=False):
+        """Returns the best method if it is better than each of the others, else None."""
+        best = self.best(column, lower_is_better=lower_is_better)
+        others = [method for method in self.methods if method is not best]
+        won = (
+            paired(best.values(column), other.values(column), lower_is_better=lower_is_better).verdict
+            == BETTER
+            for other in others
+            if best
+        )
+        return best if best and others and all(won) else None
+
+
+def method_name(config):
+    """Returns the name of a config's method; terms whose weights are learned are named after BiKD."""
+    method = config.get("method") or {}
+    name = str(method.get("name", "?")) if isinstance(method, dict) else str(method)
+    weighting = config.get("weighting") or (method.get("weighting") if isinstance(method, dict) else None)
+    if isinstance(weighting, dict):
+        weighting = weighting.get("name") or weighting.get("kind")
+    if weighting != "bilevel" or name.startswith("bikd"):
+        return name
+    return "bikd" if name == "kd" else f"bikd over {name}"
+
+
+def flatten(config, prefix=""):
+    """Turns a nested config into {"train.epochs": 240, …}."""
+    if not isinstance(config, dict) or not config:
+        return {prefix.rstrip("."): config}
+    return {k: v for name, inner in config.items() for k, v in flatten(inner, f"{prefix}{name}.").items()}
+
+
+def gather(runs):
+    """Gathers finished runs into settings, sorted; a run that is given twice counts once."""
+    settings = {}
+    for run in runs:
+        if run.get("finished", True):
+            settings.setdefault(_setting_key(run), []).append(run)
+    # A method without a teacher stands beside those with one, whatever the teacher.
+    for key in [key for key in settings if not key[2]]:
+        hosts = [other for other in settings if other[2] and other[:2] + other[3:] == key[:2] + key[3:]]
+        for host in hosts:
+            settings[host] += settings[key]
+        if hosts:
+            del settings[key]
+    return [Setting(*key, methods=_methods(settings[key])) for key in sorted(settings)]
+
+
+def _setting_key(run):
+    config = run["config"]
+    part = lambda name, key: (config.get(name) or {}).get(key)
+    data, imbalance = str(part("data", "name")), float(part("data", "imbalance") or 1)
+    models = str(part("teacher", "model") or ""), str(part("student", "model"))
+    sizes = run.get("epochs") or 0, run.get("train_images") or 0
+    return data, imbalance, *models, run["seeds"].get("split") or 0, *sizes
+
+
+def _methods(runs):
+    named = {}
+    for run in runs:
+        named.setdefault(method_name(run["config"]), []).append(run)
+    found = []
+    for name, same in named.items():
+        configs = [_essential(run["config"]) for run in same]
+        shared = set.intersection(*(set(config) for config in configs))
+        differing = sorted(key for key in shared if len({repr(config[key]) for config in configs}) > 1)
+        variants = {}
+        for run, config in zip(same, configs):
+            variants.setdefault(tuple(config[key] for key in differing), []).append(run)
+        for values in sorted(variants, key=repr):
+            told = ", ".join(f"{key.split('.')[-1]}={_plain(v)}" for key, v in zip(differing, values))
+            by_seeds = {}
+            for run in variants[values]:
+                by_seeds.setdefault((run["seeds"].get("teacher") or 0, run["seeds"].get("student") or 0), run)
+            found.append(Method(name, f"{name} ({told})" if told else name, by_seeds))
+    return sorted(found, key=lambda method: (method_rank(method.name), method.label))
+
+
+def _essential(config):
+    return {
+        key: str(v) for key, v in flatten(config).items() if not _INCIDENTAL & set(re.split(r"[._]", key))
+    }
+
+
+def _plain(text):
+    return f"{float(text):g}" if re.fullmatch(r"-?\d+\.\d+", text) else text
+
+
+def method_rank(name):
+    """Returns the place of a method in every table: the known ones as listed above, then by name."""
+    return (ORDER.index(name), "") if name in ORDER else (len(ORDER), name)
+
+
+# ---- what is said about a setting ---------------------------------------------------------------------------------
+
+
+def headline(setting):
+    """Says in plain words which method is the most accurate, by how much, and whether that can be told from chance."""
+    best = setting.best("all")
+    if best is None:
+        return "No run has a test accuracy yet."
+    tail = setting.tail()
+    said = f"{_reaches(best, tail)} of the balanced test set"
+    if len(setting.methods) > 1:
+        said = f"{said}, the highest of {len(setting.methods)} methods. {_told_apart(setting, best)}"
+        tail_best = setting.best(tail)
+        if tail_best not in (None, best):
+            said += f" On the {tail.split('.')[-1]} the highest is {tail_best.label}, {tail_best.mean(tail):.2f} %."
+    else:
+        said += "." if len(best.runs) > 1 else ", with one seed."
+    teacher = setting.teacher_method()
+    return f"{said} The teacher: {_numbers(teacher, tail)}." if teacher and teacher.values("all") else said
+
+
+def _numbers(method, tail):
+    told = f"{method.mean('all'):.2f} %"
+    return told if method.mean(tail) is None else f"{told}, {tail.split('.')[-1]} {method.mean(tail):.2f} %"
+
+
+def _reaches(method, tail):
+    told = f"{method.label} classifies {method.mean('all'):.2f} %"
+    return told if method.mean(tail) is None else f"{told} ({tail.split('.')[-1]} {method.mean(tail):.2f} %)"
+
+
+def _told_apart(setting, best):
+    others = [method for method in setting.methods if method is not best]
+    ours = best.values("all")
+    verdicts = {other.label: paired(ours, other.values("all")) for other in others}
+    clear = [label for label, found in verdicts.items() if found.verdict == BETTER]
+    unclear = [label for label, found in verdicts.items() if found.verdict != BETTER]
+    if all(found.n < 2 for found in verdicts.values()):
+        return "With one seed per method, no difference can be told from chance."
+    parts = [f"better than {_listed(clear)}"] if clear else []
+    parts += [f"{UNCLEAR} from {_listed(unclear)}"] if unclear else []
+    return f"Paired over student seeds it is {'; '.join(parts)}."
+
+
+def _listed(words):
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+# ---- tables -------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """A table's cell: a text, what follows it in a quieter voice, and how it is marked."""
+
+    text: str
+    note: str = ""
+    bold: bool = False
+    quiet: bool = False
+
+
+@dataclasses.dataclass
+class Table:
+    """A header and rows of cells (or plain strings); the first `left` columns are words, the others numbers."""
+
+    header: list
+    rows: list
+    left: int = 1
+
+    def cells(self):
+        """Returns the rows with every entry a `Cell`."""
+        return [[cell if isinstance(cell, Cell) else Cell(str(cell)) for cell in row] for row in self.rows]
+
+
+def number(values, *, bold=False):
+    """Returns the cell of a list of values: the mean, and ± the standard deviation where there are several."""
+    mean, deviation, _ = mean_std(values)
+    if mean is None:
+        return Cell("–", quiet=True)
+    return Cell(f"{mean:.2f}", "" if deviation is None else f"± {deviation:.2f}", bold)
+
+
+def columns(setting):
+    """Returns the (title, column) pairs of a setting's main table."""
+    shots = (("many", "shots.many"), ("mid", "shots.medium"), ("few", "shots.few"))
+    groups = [(name, f"groups.{name}") for name in setting.group_names()]
+    return [("all", "all"), *groups, *shots, ("ECE", "ece")]
+
+
+def accuracy_table(setting):
+    """Builds the main table: a row per method, the teacher first; the best of a column is bold if it is clearly so."""
+    shown = columns(setting)
+    clear = {column: setting.clear_best(column, lower_is_better=column == "ece") for _, column in shown}
+    rows = []
+    for method in filter(None, [setting.teacher_method(), *setting.methods]):
+        cells = [number(method.values(column).values(), bold=clear[column] is method) for _, column in shown]
+        rows.append([Cell(method.label, quiet=method.name == "teacher"), *cells, str(len(method.runs))])
+    return Table(["method", *(title for title, _ in shown), "n"], rows)
+
+
+def comparison_table(setting, column):
+    """Builds the paired comparisons of one column: every method against ce and kd, and the best against each."""
+    references = [method for method in setting.methods if method.label in ("ce", "kd")]
+    best = setting.best(column)
+    header = ["method", *(f"against {method.label}" for method in references)]
+    rows = []
+    for method in setting.methods:
+        pairs = [(method, reference) for reference in references] + [(best, method)]
+        rows.append([method.label, *(_verdict(*pair, column) for pair in pairs)])
+    return Table(
+        [*header, f"{best.label} against it" if best else "best against it"], rows, left=len(header) + 1
+    )
+
+
+def _verdict(ours, theirs, column):
+    if ours is theirs or ours is None:
+        return Cell("–", quiet=True)
+    found = paired(ours.values(column), theirs.values(column))
+    if not found.n:
+        return Cell("no shared seed", quiet=True)
+    spread = "" if found.error is None else f" ± {found.error:.2f}"
+    return Cell(
+        f"{found.mean:+.2f}{spread} {found.verdict}", f"n = {found.n}", quiet=found.verdict == UNCLEAR
+    )
+
+
+def comparisons(setting):
+    """Returns the (title, table) pairs of paired comparisons: all classes and the tail; empty for a single method."""
+    if len(setting.methods) < 2:
+        return []
+    shown = [("all classes", "all"), (setting.tail().split(".")[-1], setting.tail())]
+    return [(title, comparison_table(setting, column)) for title, column in shown if setting.best(column)]
+
+
+# ---- the one writer -----------------------------------------------------------------------------------------------
+
+
+def _joined(cell):
+    return f"{cell.text} {cell.note}".strip()
+
+
+def as_text(table):
+    """Writes a table for a terminal, in aligned columns."""
+    notes = [max((len(row[i].note) for row in table.cells()), default=0) for i in range(len(table.header))]
+    padded = lambda cell, i: f"{cell.text} {cell.note:<{notes[i]}}" if notes[i] else cell.text
+    lines = [[_printable(padded(cell, i)) for i, cell in enumerate(row)] for row in table.cells()]
+    header = [f"{title}{' ' * (notes[i] + 1 if notes[i] else 0)}" for i, title in enumerate(table.header)]
+    widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
+    rule = ["─" * width for width in widths]
+    align = lambda text, i: f"{text:<{widths[i]}}" if i < table.left else f"{text:>{widths[i]}}"
+    return "\n".join(
+        "  ".join(align(text, i) for i, text in enumerate(line)).rstrip() for line in [header, rule, *lines]
+    )
+
+
+def _printable(text):
+    return "".join(c if c.isprintable() else "?" for c in str(text))
+
+
+def as_markdown(table):
+    """Writes a table as Markdown."""
+    lines = [[escape_markdown(title) for title in table.header]]
+    lines.append(["---" if i < table.left else "---:" for i in range(len(table.header))])
+    for row in table.cells():
+        lines.append(
+            [f"**{escape_markdown(_joined(c))}**" if c.bold else escape_markdown(_joined(c)) for c in row]
+        )
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def escape_markdown(text):
+    """Escapes what would end a cell or begin HTML."""
+    return " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
+
+
+def as_html(table):
+    """Writes a table as HTML, in a box in which it scrolls when it is wider than the page."""
+    noted = [any(row[i].note for row in table.cells()) for i in range(len(table.header))]
+    kind = lambda i: ' class="words"' if i < table.left else ""
+    head = "".join(
+        f'<th scope="col"{kind(i)}>{html.escape(title)}</th>' for i, title in enumerate(table.header)
+    )
+    body = []
+    for row in table.cells():
+        cells = [_html_cell(cell, i, kind(i), noted[i]) for i, cell in enumerate(row)]
+        body.append(f"<tr>{''.join(cells)}</tr>")
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
+
+
+def _html_cell(cell, i, kind, noted):
+    text = html.escape(cell.text)
+    text = f"<b>{text}</b>" if cell.bold else f'<span class="quiet">{text}</span>' if cell.quiet else text
+    # Every cell of a column with notes gets one, so that the decimal points stay under each other.
+    note = f' <span class="note">{html.escape(cell.note)}</span>' if noted else ""
+    return f'<th scope="row"{kind}>{text}{note}</th>' if i == 0 else f"<td{kind}>{text}{note}</td>"
+
+
+def console(runs):
+    """Writes every setting of the runs for a terminal: headline, table, comparisons; then what is unfinished."""
+    parts = []
+    for setting in gather(runs):
+        parts += [
+            _printable(setting.title),
+            _printable(headline(setting)),
+            "",
+            as_text(accuracy_table(setting)),
+        ]
+        parts += [f"({setting.note()})", ""]
+        for title, table in comparisons(setting):
+            parts += [f"Paired, {title}:", as_text(table), ""]
+    unfinished = [run for run in runs if not run.get("finished", True)]
+    parts += [f"unfinished: {_printable(run['source'])} ({progress(run)})" for run in unfinished]
+    return "\n".join(parts or ["no runs"]).rstrip()
+
+
+def progress(run):
+    """Says how far an unfinished run has come."""
+    last = run["metrics"][-1] if run.get("metrics") else {}
+    return f"epoch {last['epoch']}" if "epoch" in last else "nothing logged yet"
