@@ -126,9 +126,7 @@ def read_cifar(source: pathlib.Path, layout: Cifar) -> Content:
     """
     found = _sha256(source)
     if found == layout.binary_sha256:
-        content = _from_records(
-            _read_members(source, _flatten(layout.binary_splits, layout.binary_names)), layout
-        )
+        content = _from_records(_read_members(source, _flatten(layout.binary_splits, layout.binary_names)), layout)
     else:
         try:
             members = _read_members(source, layout.pickle_md5)
@@ -174,9 +172,7 @@ def _sha256(path: pathlib.Path) -> str:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise ArchiveError(
-            f"{path} can't be read ({error.strerror}); give the path of the archive"
-        ) from error
+        raise ArchiveError(f"{path} can't be read ({error.strerror}); give the path of the archive") from error
 
 
 def _read_members(source: pathlib.Path, wanted) -> dict[str, bytes]:
@@ -221,18 +217,14 @@ def _read_tar(path: pathlib.Path, wanted) -> dict[str, bytes]:
 
 def _check_size(source: pathlib.Path, name: str, size: int) -> None:
     if size > _MAX_MEMBER:
-        raise ArchiveError(
-            f"{source}: {name} has {size} bytes, and at most {_MAX_MEMBER} are read; {_REMEDY}"
-        )
+        raise ArchiveError(f"{source}: {name} has {size} bytes, and at most {_MAX_MEMBER} are read; {_REMEDY}")
 
 
 def _check(source: pathlib.Path, members: dict[str, bytes], digests: dict[str, str], algorithm: str) -> None:
     for name, expected in digests.items():
         found = hashlib.new(algorithm, members[name], usedforsecurity=False).hexdigest()
         if found != expected:
-            raise ArchiveError(
-                f"{source}: {algorithm} of {name} expected {expected}, found {found}; {_REMEDY}"
-            )
+            raise ArchiveError(f"{source}: {algorithm} of {name} expected {expected}, found {found}; {_REMEDY}")
 
 
 def _gunzip(source: pathlib.Path, name: str, data: bytes) -> bytes:
@@ -290,8 +282,6 @@ class _Unpickler(pickle.Unpickler):
 def _parse_idx(data: bytes) -> np.ndarray:
     """The idx format: two zero bytes, the type (8 is uint8), the number of dimensions, the sizes, the values."""
     if data[:3] != b"\0\0\x08":
-        raise ArchiveError(
-            f"not an idx file of bytes: expected it to start with 000008, found {data[:3].hex()}"
-        )
+        raise ArchiveError(f"not an idx file of bytes: expected it to start with 000008, found {data[:3].hex()}")
     shape = np.frombuffer(data, ">u4", count=data[3], offset=4).astype(int)
     return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(shape)

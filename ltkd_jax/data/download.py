@@ -27,9 +27,7 @@ class File:
     sha256: str
 
 
-def fetch(
-    file: File, folder: pathlib.Path, *, timeout: float = 20.0, show_progress: bool = False
-) -> pathlib.Path:
+def fetch(file: File, folder: pathlib.Path, *, timeout: float = 20.0, show_progress: bool = False) -> pathlib.Path:
     """Fetches a file into `folder`, or finds it there, and verifies it. What is incomplete is kept as `NAME.part`.
 
     Raises:
@@ -58,9 +56,7 @@ def _receive(file: File, part: pathlib.Path, timeout: float, show_progress: bool
     except urllib.error.HTTPError as error:
         if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
             part.unlink()  # it is longer than the server's file: the next call starts over
-        raise DownloadError(
-            f"{file.url}: the server answers {error.code} {error.reason}; {remedy}"
-        ) from error
+        raise DownloadError(f"{file.url}: the server answers {error.code} {error.reason}; {remedy}") from error
     except urllib.error.URLError as error:
         raise DownloadError(f"{file.url} can't be reached ({error.reason}); {remedy}") from error
     except (OSError, http.client.HTTPException) as error:

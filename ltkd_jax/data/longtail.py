@@ -106,9 +106,7 @@ def split(
     )
 
 
-def balanced(
-    labels: np.ndarray, keys: np.ndarray, *, num_classes: int, per_class: int, seed: int = 0
-) -> np.ndarray:
+def balanced(labels: np.ndarray, keys: np.ndarray, *, num_classes: int, per_class: int, seed: int = 0) -> np.ndarray:
     """Sorted indices of `per_class` images of each class, chosen by a hash of (seed, key).
 
     Raises:
@@ -118,9 +116,7 @@ def balanced(
     >>> len(balanced(np.repeat([0, 1], 20), keys, num_classes=2, per_class=3))
     6
     """
-    drawn = split(
-        labels, keys, num_classes=num_classes, imbalance=1, validation_per_class=per_class, seed=seed
-    )
+    drawn = split(labels, keys, num_classes=num_classes, imbalance=1, validation_per_class=per_class, seed=seed)
     return drawn.validation
 
 
@@ -164,9 +160,7 @@ def _check_held_out(meta_per_class: int, validation_per_class: int) -> None:
 def _resolve_n_max(n_max: int, present: np.ndarray, held_out: int) -> int:
     """The size of class 0: as given, or what the smallest class has left."""
     if n_max < 0:
-        raise ValueError(
-            f"n_max={n_max}: give a positive number, or 0 for what is left of the smallest class"
-        )
+        raise ValueError(f"n_max={n_max}: give a positive number, or 0 for what is left of the smallest class")
     if not present.all():
         missing = np.flatnonzero(present == 0)
         raise ValueError(

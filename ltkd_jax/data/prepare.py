@@ -99,9 +99,7 @@ def _write(name: str, content: archives.Content, data_dir: pathlib.Path, show_pr
         try:
             os.rename(written, final)
         except OSError as error:
-            raise PrepareError(
-                f"{final} is in the way ({error.strerror}): move it away, and run again"
-            ) from error
+            raise PrepareError(f"{final} is in the way ({error.strerror}): move it away, and run again") from error
         return final
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -148,12 +146,8 @@ def _parse(argv) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("dataset", choices=("cifar100", "cifar10", "fashion_mnist"))
-    parser.add_argument(
-        "--data_dir", help="TFDS's directory (default: $TFDS_DATA_DIR, or ~/tensorflow_datasets)"
-    )
-    parser.add_argument(
-        "--source", metavar="ARCHIVE", help="an archive or folder at hand; without it, fetch one"
-    )
+    parser.add_argument("--data_dir", help="TFDS's directory (default: $TFDS_DATA_DIR, or ~/tensorflow_datasets)")
+    parser.add_argument("--source", metavar="ARCHIVE", help="an archive or folder at hand; without it, fetch one")
     return parser.parse_args(argv)
 
 

@@ -59,9 +59,7 @@ class _Spec:
 
 
 _SPECS = {
-    "cifar100": _Spec(
-        100, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761), augment.Views(pad=4, flip=True)
-    ),
+    "cifar100": _Spec(100, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761), augment.Views(pad=4, flip=True)),
     "cifar10": _Spec(10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), augment.Views(pad=4, flip=True)),
     "fashion_mnist": _Spec(10, (0.2860,), (0.3530,), augment.Views(pad=2, flip=True)),
     "digits": _Spec(10, (0.3041,), (0.3753,), augment.Views(pad=1, flip=False)),
@@ -130,11 +128,7 @@ def find_builder(name: str, data_dir: str | None = None):
 
 def resolve_data_dir(data_dir: str | os.PathLike | None) -> pathlib.Path:
     """TFDS's directory: as given, or TFDS's own default."""
-    return (
-        pathlib.Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
-        .expanduser()
-        .absolute()
-    )
+    return pathlib.Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser().absolute()
 
 
 def _load_digits() -> tuple[Images, Images, tuple[str, ...]]:

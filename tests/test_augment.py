@@ -1,0 +1,111 @@
+"""Views against a slow NumPy version, for every view and under every transformation."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ltkd_jax.data import augment
+
+VIEWS = [
+    augment.Views(pad=0, flip=False),
+    augment.Views(pad=0, flip=True),
+    augment.Views(pad=1, flip=False),
+    augment.Views(pad=2, flip=True),
+    augment.Views(pad=4, flip=True),
+]
+
+
+def reference(image, view, views):
+    """Pad, crop, flip: one image, in NumPy."""
+    flips, side = 1 + views.flip, 2 * views.pad + 1
+    dy, dx, flip = view // flips // side, view // flips % side, view % flips
+    height, width, _ = image.shape
+    padded = np.pad(image, ((views.pad, views.pad), (views.pad, views.pad), (0, 0)))
+    crop = padded[dy : dy + height, dx : dx + width]
+    return crop[:, ::-1] if flip else crop
+
+
+def random_images(batch, shape=(7, 9, 3), seed=0):
+    return np.random.default_rng(seed).integers(1, 256, (batch, *shape), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("views", VIEWS, ids=str)
+def test_every_view_is_that_of_numpy(views):
+    images, numbers = random_images(views.num), np.arange(views.num, dtype=np.int32)
+    result = augment.apply(jnp.asarray(images), jnp.asarray(numbers), views)
+    assert result.dtype == jnp.uint8
+    expected = np.stack([reference(image, view, views) for image, view in zip(images, numbers, strict=True)])
+    np.testing.assert_array_equal(result, expected)
+
+
+def test_under_vmap():
+    views = augment.Views(pad=2, flip=True)
+    images = random_images(6).reshape(2, 3, 7, 9, 3)
+    numbers = jnp.asarray([[0, 17, 49], [24, 25, 3]])
+    result = jax.vmap(lambda i, v: augment.apply(i, v, views))(jnp.asarray(images), numbers)
+    for row in range(2):
+        np.testing.assert_array_equal(result[row], augment.apply(jnp.asarray(images[row]), numbers[row], views))
+
+
+def test_under_jit_views_are_a_static_argument():
+    apply = jax.jit(augment.apply, static_argnums=2)
+    images = jnp.asarray(random_images(1))
+    for views in VIEWS:
+        for view in (views.identity, 0, views.num - 1):
+            expected = reference(np.asarray(images[0]), view, views)
+            np.testing.assert_array_equal(apply(images, jnp.asarray([view]), views)[0], expected)
+
+
+def test_the_162_views_of_an_image_are_distinct():
+    views = augment.Views(pad=4, flip=True)
+    assert views.num == 162
+    images = jnp.broadcast_to(jnp.asarray(random_images(1, (32, 32, 3))), (162, 32, 32, 3))
+    result = np.asarray(augment.apply(images, jnp.arange(162), views))
+    assert len({view.tobytes() for view in result}) == 162
+
+
+@pytest.mark.parametrize("views", VIEWS, ids=str)
+def test_identity(views):
+    images = random_images(2)
+    result = augment.apply(jnp.asarray(images), jnp.full(2, views.identity), views)
+    np.testing.assert_array_equal(result, images)
+
+
+def test_padding_is_zero_before_normalisation():
+    views = augment.Views(pad=4, flip=False)
+    corner = np.asarray(augment.apply(jnp.asarray(random_images(1)), jnp.asarray([0]), views))[0]
+    assert (corner[:4] == 0).all() and (corner[:, :4] == 0).all() and (corner[4:, 4:] > 0).all()
+
+
+def test_normalize():
+    images = random_images(3)
+    mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
+    expected = (images.astype(np.float64) / 255 - mean) / std
+    result = augment.normalize(jnp.asarray(images), mean, std)
+    assert result.dtype == jnp.float32
+    np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-6)
+    half = jax.jit(lambda i: augment.normalize(i, mean, std, jnp.bfloat16))(jnp.asarray(images))
+    assert half.dtype == jnp.bfloat16
+    np.testing.assert_allclose(half.astype(jnp.float32), expected, rtol=2**-7, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda i, v: augment.apply(i.astype(jnp.float32), v, VIEWS[1]),
+        lambda i, v: augment.apply(i, v[:1], VIEWS[1]),
+        lambda i, v: augment.apply(i[0], v, VIEWS[1]),
+        lambda i, v: augment.normalize(i, (0.5,), (0.5,)),
+        lambda i, v: augment.normalize(i.astype(jnp.float32), (0.5,) * 3, (0.5,) * 3),
+    ],
+    ids=["dtype", "batch", "rank", "channels", "normalised twice"],
+)
+def test_wrong_arguments_are_refused(call):
+    with pytest.raises(AssertionError):
+        call(jnp.asarray(random_images(2)), jnp.asarray([0, 1]))
+
+
+def test_a_negative_pad_is_refused():
+    with pytest.raises(ValueError, match="pad=-1"):
+        augment.Views(pad=-1, flip=True)

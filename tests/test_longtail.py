@@ -1,0 +1,175 @@
+"""Counts against the published totals; draws against what a long-tailed protocol promises."""
+
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+
+from ltkd_jax.data import longtail
+
+IMBALANCES = (10, 20, 50, 100)
+TOTALS = {  # (n_max, classes): totals at each imbalance
+    (500, 100): (19_573, 15_907, 12_608, 10_847),
+    (5_000, 10): (20_431, 17_023, 13_996, 12_406),
+    (500, 200): (39_072, 31_711, 25_082, 21_549),
+}
+
+
+def make(per_class=60, num_classes=10, *, order_seed=0):
+    """Labels and keys of a balanced set whose records come in some order."""
+    order = np.random.default_rng(order_seed).permutation(per_class * num_classes)
+    labels = np.repeat(np.arange(num_classes), per_class)
+    keys = np.array([f"train_{i:05d}" for i in range(len(labels))])
+    return labels[order], keys[order]
+
+
+@pytest.mark.parametrize("size, totals", TOTALS.items(), ids=["cifar100", "cifar10", "tiny_imagenet"])
+def test_counts_have_the_published_totals(size, totals):
+    n_max, num_classes = size
+    for imbalance, total in zip(IMBALANCES, totals, strict=True):
+        counts = longtail.counts(n_max, imbalance, num_classes)
+        assert counts.dtype == np.int64 and counts.shape == (num_classes,)
+        assert counts.sum() == total
+        assert counts[0] == n_max and counts[-1] == n_max // imbalance
+        assert (np.diff(counts) <= 0).all()
+
+
+def test_counts_with_validation_images_taken_out():
+    assert longtail.counts(490, 100, 100).sum() == 10_626
+    assert longtail.counts(490, 100, 100)[-1] == 4
+
+
+@hypothesis.given(st.integers(1, 3000), st.integers(1, 300))
+def test_whole_ratios_survive_rounding(last, imbalance):
+    """n_max / γ is a whole number here, which floating point may put just below itself."""
+    assert longtail.counts(last * imbalance, imbalance, 7)[-1] == last
+
+
+def test_counts_at_the_edges():
+    assert longtail.counts(5, 1, 3).tolist() == [5, 5, 5]
+    assert longtail.counts(5, 10, 1).tolist() == [5]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((500, 0.5, 100), "imbalance=0.5"),
+        ((500, float("nan"), 100), "imbalance=nan"),
+        ((500, float("inf"), 100), "imbalance=inf"),
+        ((50, 100, 100), "class 85 would get 0 images.*at most 50"),
+        ((0, 10, 100), "n_max=0"),
+        ((500, 10, 0), "num_classes=0"),
+    ],
+)
+def test_counts_refuses(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        longtail.counts(*arguments)
+
+
+def test_split_sizes_and_types():
+    labels, keys = make()
+    split = longtail.split(labels, keys, num_classes=10, imbalance=10, meta_per_class=4, validation_per_class=6, seed=1)
+    assert np.bincount(labels[split.train]).tolist() == longtail.counts(50, 10, 10).tolist()
+    assert np.bincount(labels[split.meta]).tolist() == [4] * 10
+    assert np.bincount(labels[split.validation]).tolist() == [6] * 10
+    together = np.concatenate(split)
+    assert len(np.unique(together)) == len(together)
+    for indices in split:
+        assert indices.dtype == np.int64 and (np.diff(indices) > 0).all()
+
+
+def test_nothing_held_out_gives_empty_sets():
+    labels, keys = make()
+    split = longtail.split(labels, keys, num_classes=10, imbalance=1)
+    assert len(split.train) == 600 and len(split.meta) == len(split.validation) == 0
+
+
+def test_the_draw_depends_on_keys_and_not_on_the_order_of_records():
+    draws = []
+    for order_seed in (0, 1):
+        labels, keys = make(order_seed=order_seed)
+        split = longtail.split(labels, keys, num_classes=10, imbalance=20, meta_per_class=3, validation_per_class=3)
+        draws.append([sorted(keys[indices]) for indices in split])
+    assert draws[0] == draws[1]
+
+
+def test_the_seed_changes_the_draw_and_nothing_else():
+    labels, keys = make()
+    a, b = (longtail.split(labels, keys, num_classes=10, imbalance=20, seed=seed).train for seed in (0, 1))
+    assert len(a) == len(b) and set(a) != set(b)
+    again = longtail.split(labels, keys, num_classes=10, imbalance=20, seed=0).train
+    np.testing.assert_array_equal(a, again)
+
+
+def test_the_draw_is_frozen():
+    """A change of the hash would silently change every reported split."""
+    labels, keys = make(4, 2)
+    split = longtail.split(labels, keys, num_classes=2, imbalance=2, meta_per_class=1, validation_per_class=1)
+    assert sorted(keys[split.train]) == ["train_00000", "train_00001", "train_00004"]
+    assert sorted(keys[split.meta]) == ["train_00002", "train_00005"]
+    assert sorted(keys[split.validation]) == ["train_00003", "train_00007"]
+
+
+def test_sets_are_nested_as_the_imbalance_grows():
+    labels, keys = make()
+    draw = [set(longtail.split(labels, keys, num_classes=10, imbalance=i).train) for i in (1, 10, 20, 50)]
+    assert draw[3] < draw[2] < draw[1] < draw[0]
+
+
+def test_holding_out_does_not_change_the_training_set():
+    labels, keys = make()
+    options = dict(num_classes=10, imbalance=10, n_max=40)
+    alone = longtail.split(labels, keys, **options)
+    with_meta = longtail.split(labels, keys, **options, meta_per_class=10, validation_per_class=10)
+    np.testing.assert_array_equal(alone.train, with_meta.train)
+
+
+def test_an_example_is_as_likely_as_another_to_be_drawn():
+    labels, keys = make(20, 1)
+    times = np.zeros(20)
+    for seed in range(400):
+        times[longtail.split(labels, keys, num_classes=1, imbalance=1, n_max=5, seed=seed).train] += 1
+    assert times.sum() == 2000
+    assert np.abs(times - 100).max() < 5 * np.sqrt(400 * 0.25 * 0.75)
+
+
+def test_n_max_of_zero_is_what_is_left_of_the_smallest_class():
+    labels = np.array([0] * 30 + [1] * 20)
+    keys = np.array([str(i) for i in range(50)])
+    split = longtail.split(labels, keys, num_classes=2, imbalance=2, validation_per_class=4)
+    assert np.bincount(labels[split.train]).tolist() == [16, 8]
+
+
+def test_a_small_class_serves_a_tail():
+    labels = np.array([0] * 30 + [1] * 5)
+    keys = np.array([str(i) for i in range(35)])
+    split = longtail.split(labels, keys, num_classes=2, imbalance=6, n_max=30)
+    assert np.bincount(labels[split.train]).tolist() == [30, 5]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(labels=np.array([0, 1, 2, 1])), r"labels\[2\]=2.*0\.\.1"),
+        (dict(labels=np.array([0, -1, 0, 1])), r"labels\[1\]=-1"),
+        (dict(labels=np.array([0.0, 1, 0, 1])), "vector of integers"),
+        (dict(labels=np.array([0, 0, 0, 0])), "class 1 has no image"),
+        (dict(keys=np.array(["a", "b", "b", "c"])), "'b' occurs 2 times"),
+        (dict(keys=np.array(["a", "b"])), "2 keys for 4 labels"),
+        (dict(n_max=3), "n_max=3: class 0 needs 3 images, but 2 are available"),
+        (dict(n_max=-1), "n_max=-1"),
+        (dict(meta_per_class=-1), "meta_per_class=-1"),
+        (dict(validation_per_class=2), "needs one for training"),
+        (dict(imbalance=0), "imbalance=0"),
+    ],
+)
+def test_split_refuses(change, message):
+    arguments = dict(labels=np.array([0, 1, 0, 1]), keys=np.array(["a", "b", "c", "d"]), num_classes=2, imbalance=1)
+    with pytest.raises(ValueError, match=message):
+        longtail.split(**arguments | change)
+
+
+def test_balanced_set():
+    labels, keys = make()
+    chosen = longtail.balanced(labels, keys, num_classes=10, per_class=7, seed=3)
+    assert np.bincount(labels[chosen]).tolist() == [7] * 10
