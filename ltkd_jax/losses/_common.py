@@ -61,7 +61,10 @@ def is_label(labels, logits) -> jax.Array:
 
 def class_mask(where, logits) -> jax.Array:
     """`where` as bool of the shape of the logits; all true for None."""
-    return jnp.broadcast_to(True if where is None else jnp.asarray(where, bool), logits.shape)
+    where = jnp.asarray(True if where is None else where, bool)
+    if len(where.shape) > logits.ndim or any(w not in (1, n) for w, n in zip(where.shape[::-1], logits.shape[::-1])):
+        raise ValueError(f"where has shape {where.shape}, which does not broadcast to {logits.shape}")
+    return jnp.broadcast_to(where, logits.shape)
 
 
 def from_top(logits, where=None) -> jax.Array:

@@ -1,0 +1,27 @@
+# Every target does its own set-up: a virtual environment in .venv, made once and again when pyproject.toml changes.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-slow lint clean
+
+demo: .venv/train.stamp  ## digits-LT: one teacher, four methods, three seeds; prints a table, writes a page
+	$(BIN)/python -m experiments.reproduce experiments/queues/demo.json --results=runs/demo/results
+
+test: .venv/test.stamp  ## the fast suite, under ten minutes on two cores
+	$(BIN)/python -m pytest -n 2
+
+test-slow: .venv/test.stamp  ## what takes minutes: kills and resumes, real data, whole runs
+	$(BIN)/python -m pytest -m slow
+
+lint: .venv/test.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf .venv .jax_cache build *.egg-info
+
+.venv/%.stamp: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable ".[$*]"
+	touch $@

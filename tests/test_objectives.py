@@ -1,0 +1,106 @@
+"""The table of methods."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ltkd_jax import groups, losses, objectives
+
+COUNTS = np.array([400, 200, 90, 40, 20, 9, 5])
+GROUPS = groups.ClassGroups.from_counts(COUNTS)
+METHODS = sorted(objectives.METHODS)
+
+
+def predictions(seed=0):
+    student, teacher = jax.random.normal(jax.random.key(seed), (2, 8, len(COUNTS))) * 3
+    labels = jax.random.randint(jax.random.key(seed + 1), (8,), 0, len(COUNTS))
+    return objectives.Predictions(student, teacher, labels)
+
+
+def total(method, **values):
+    objective = objectives.create(method, COUNTS, GROUPS, **values)
+    return (objective(predictions()) * objective.weights(10**6)[None, :]).sum(-1)
+
+
+def test_the_table_holds_the_methods_of_the_papers():
+    assert set(METHODS) == {
+        "ce", "balanced_softmax", "logit_adjusted", "kd", "dkd", "dive", "bkd", "wsl", "ltkd", "ltkd_bs",
+    }  # fmt: skip
+
+
+def test_every_method_is_the_sum_of_its_published_terms():
+    z, t, y, _ = predictions()
+    ce, bs = losses.cross_entropy(z, y), losses.balanced_softmax(z, y, COUNTS)
+    expected = {
+        "ce": ce,
+        "balanced_softmax": bs,
+        "logit_adjusted": losses.logit_adjusted(z, y, COUNTS),
+        "kd": 0.1 * ce + 0.9 * losses.kd(z, t),
+        "dkd": ce + losses.dkd(z, t, y, alpha=1.0, beta=8.0),
+        "dive": 0.5 * bs + 0.5 * losses.dive(z, t, power=0.5),
+        "bkd": ce + losses.bkd(z, t, losses.effective_number_weights(COUNTS)),
+        "wsl": ce + 2.5 * losses.wsl(z, t, y),
+        "ltkd": ce + losses.ltkd(z, t, GROUPS),
+        "ltkd_bs": bs + losses.ltkd(z, t, GROUPS),
+    }
+    for method in METHODS:
+        np.testing.assert_allclose(total(method), expected[method], rtol=2e-6, atol=1e-5, err_msg=method)
+
+
+def test_hyperparameters_reach_the_terms():
+    z, t, y, _ = predictions()
+    expected = losses.cross_entropy(z, y) + losses.ltkd(z, t, GROUPS, alpha=2.0, beta=0.5, temperature=1.5)
+    np.testing.assert_allclose(total("ltkd", alpha=2.0, beta=0.5, temperature=1.5), expected, rtol=1e-5)
+    expected = losses.cross_entropy(z, y) + losses.dkd(z, t, y, alpha=3.0, beta=0.25, temperature=2.0)
+    np.testing.assert_allclose(total("dkd", alpha=3.0, beta=0.25, temperature=2.0), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_terms_are_per_example_and_finite(method):
+    objective = objectives.create(method, COUNTS, GROUPS)
+    terms = jax.jit(objective)(predictions())
+    assert terms.shape == (8, len(objective.names)) and bool(jnp.isfinite(terms).all())
+    assert len(set(objective.names)) == len(objective.names)
+    assert objective.weights(0).shape == (len(objective.names),)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_warm_up_grows_the_distillation_terms_only(method):
+    objective = objectives.create(method, COUNTS, GROUPS, warmup_steps=20)
+    full = objectives.create(method, COUNTS, GROUPS).weights(0)
+    distils = np.array([term.distils for term in objective.terms])
+    for step, share in [(0, 0.0), (5, 0.25), (20, 1.0), (999, 1.0)]:
+        np.testing.assert_allclose(jax.jit(objective.weights)(step), np.where(distils, share, 1.0) * full, rtol=1e-6)
+
+
+def test_a_method_without_a_teacher_does_not_look_at_one():
+    needs = {method for method in METHODS if objectives.create(method, COUNTS, GROUPS).needs_teacher}
+    assert set(METHODS) - needs == {"ce", "balanced_softmax", "logit_adjusted"}
+    for method in set(METHODS) - needs:
+        objectives.create(method, COUNTS)(predictions()._replace(teacher_logits=None))
+
+
+def test_groups_are_by_rank_unless_given():
+    default = objectives.create("ltkd", COUNTS)(predictions())
+    np.testing.assert_array_equal(default, objectives.create("ltkd", COUNTS, GROUPS)(predictions()))
+    one = groups.ClassGroups.from_assignment(np.zeros(len(COUNTS), int))
+    z, t, *_ = predictions()
+    inter, intra = objectives.create("ltkd", COUNTS, one)(predictions())[:, 1:].T
+    np.testing.assert_allclose(inter, 0, atol=1e-6)
+    np.testing.assert_allclose(intra, losses.kd(z, t), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "arguments, values, message",
+    [
+        (("ltk", COUNTS), {}, "unknown method 'ltk'; did you mean 'ltkd'"),
+        (("kd", COUNTS), {"alpha": 1.0}, "'kd' has no hyperparameter 'alpha'; it has"),
+        (("kd", COUNTS), {"warmup_steps": -1}, "warmup_steps=-1"),
+        (("ltkd", COUNTS[:4], GROUPS), {}, "groups are of 7 classes, class_counts of 4"),
+        (("balanced_softmax", [5, 0]), {}, "must be positive; classes \\[1\\]"),
+    ],
+)
+def test_bad_input(arguments, values, message):
+    with pytest.raises(ValueError, match=message):
+        objectives.create(*arguments, **values)

@@ -1,0 +1,251 @@
+"""The step: against NumPy, over devices, with the teacher in the step and in its table."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ltkd_jax import groups, models, objectives
+from ltkd_jax.data import augment
+from ltkd_jax.data import plan as plans
+from ltkd_jax.training import state as states
+from ltkd_jax.training import steps, teacher_table
+from ltkd_jax.training.parallel import Parallel
+
+N, CLASSES, BATCH, SHAPE = 40, 5, 16, (6, 6, 1)
+VIEWS = augment.Views(pad=1, flip=True)
+COUNTS = np.array([16, 10, 7, 4, 3])
+GROUPS = groups.ClassGroups.from_counts(COUNTS)
+IMAGES = np.random.default_rng(0).integers(0, 256, (N, *SHAPE), np.uint8)
+LABELS = np.repeat(np.arange(CLASSES), COUNTS).astype(np.int32)
+
+
+class SmallNet(models.resnet.nn.Module):
+    """A batch-norm net without convolutions, which XLA compiles in no time."""
+
+    axis_name: str | None = None
+
+    @models.resnet.nn.compact
+    def __call__(self, images, *, train):
+        nn = models.resnet.nn
+        x = nn.Dense(12)(images.reshape(len(images), -1))
+        x = nn.BatchNorm(use_running_average=not train, momentum=0.9, axis_name=self.axis_name)(x)
+        return nn.Dense(CLASSES)(nn.relu(x))
+
+
+def preprocess(images):
+    return augment.normalize(images, (0.5,), (0.25,))
+
+
+def double(tree):
+    """The floats of a tree in float64, which flax then computes in."""
+    return jax.tree.map(lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+
+
+def optimizer(schedule=0.05):
+    return states.sgd(schedule, momentum=0.9, weight_decay=5e-4)
+
+
+def teacher_variables():
+    return SmallNet().init(jax.random.key(9), jnp.zeros((1, *SHAPE)), train=False)
+
+
+def table(variables):
+    out = np.zeros((N, VIEWS.num, CLASSES), np.float64 if jax.config.jax_enable_x64 else np.float32)
+    fetch = functools.partial(
+        steps.fetch, views=VIEWS, preprocess=preprocess, teacher_fn=steps.network_teacher(SmallNet())
+    )
+    data = steps.TrainData(jnp.asarray(IMAGES), jnp.asarray(LABELS), variables)
+    logits = jax.jit(lambda rows: fetch(data, rows).teacher_logits)
+    teacher_table.build(logits, out, batch_size=64)
+    return out
+
+
+def train(method, parallel, num_steps, *, teacher_fn=steps.no_teacher, teacher=None, batch=BATCH, per_call=1):
+    """The state after some steps of `SmallNet`, in the precision of the session."""
+    objective = objectives.create(method, COUNTS, GROUPS)
+    spe = plans.steps_per_epoch(N, batch)
+    chunk = functools.partial(
+        steps.train_chunk,
+        steps_per_epoch=spe,
+        fetch_fn=functools.partial(steps.fetch, views=VIEWS, preprocess=preprocess, teacher_fn=teacher_fn),
+        step_fn=functools.partial(
+            steps.train_step,
+            model=SmallNet(parallel.axis_name),
+            objective=objective,
+            optimizer=optimizer(),
+            axis_name=parallel.axis_name,
+        ),
+    )
+    chunk = parallel.compile(chunk, batch_axis=1, donate=(0,))
+    state = states.create(SmallNet(), optimizer(), len(objective.terms), SHAPE, 0)
+    state = parallel.replicate(double(state) if jax.config.jax_enable_x64 else state)
+    data = parallel.replicate(steps.TrainData(IMAGES, LABELS, teacher))
+    rows = [plans.epoch_plan(0, e, num_examples=N, batch_size=batch, num_views=VIEWS.num) for e in range(-(-num_steps // spe))]
+    rows = jax.tree.map(lambda *parts: np.concatenate(parts)[:num_steps], *rows)
+    for start in range(0, num_steps, per_call):
+        part = jax.tree.map(lambda x: x[start : start + per_call], rows)  # noqa: B023
+        state = chunk(state, data, parallel.shard(part, 1))
+    return jax.device_get(parallel.first(state))
+
+
+def assert_close(got, want, **tolerance):
+    jax.tree.map(functools.partial(np.testing.assert_allclose, **tolerance), got, want)
+
+
+def parameters(state):
+    return state.params, state.batch_stats, state.opt_state
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    with jax.enable_x64(True):
+        teacher = jax.device_get(double(teacher_variables()))
+        run = functools.partial(train, teacher_fn=steps.network_teacher(SmallNet()), teacher=teacher)
+        return {m: run(m, Parallel("jit", jax.devices()[:1]), 20) for m in ("ce", "ltkd")}, teacher
+
+
+@pytest.mark.parametrize("method", ["ce", "ltkd"])
+@pytest.mark.parametrize("mode", ["jit", "pmap"])
+def test_eight_devices_are_one(method, mode, one_device):
+    """Batch norm and group rebalancing over the global batch; in float64, to 1e-9 after 20 steps."""
+    expected, teacher = one_device
+    with jax.enable_x64(True):
+        got = train(method, Parallel(mode), 20, teacher_fn=steps.network_teacher(SmallNet()), teacher=teacher)
+    assert_close(parameters(got), parameters(expected[method]), rtol=1e-9, atol=1e-9)
+    assert_close(got.sums, expected[method].sums, rtol=1e-6)
+    assert got.step == 20
+
+
+def test_many_steps_in_one_call_are_the_same_steps(one_device):
+    expected, teacher = one_device
+    with jax.enable_x64(True):
+        parallel = Parallel("jit", jax.devices()[:1])
+        got = train("ltkd", parallel, 20, teacher_fn=steps.network_teacher(SmallNet()), teacher=teacher, per_call=10)
+    assert_close(parameters(got), parameters(expected["ltkd"]), rtol=1e-9, atol=1e-9)
+
+
+def test_the_table_is_the_teacher_in_the_step(one_device):
+    expected, teacher = one_device
+    with jax.enable_x64(True):
+        looked_up = table(teacher)
+        parallel = Parallel("jit", jax.devices()[:1])
+        got = train("ltkd", parallel, 20, teacher_fn=steps.table_teacher, teacher=looked_up)
+    assert_close(parameters(got), parameters(expected["ltkd"]), rtol=1e-9, atol=1e-9)
+
+
+def test_a_table_of_another_teacher_is_noticed(one_device):
+    """The comparison above can fail: one logit changed by 1e-3 shows."""
+    expected, teacher = one_device
+    with jax.enable_x64(True):
+        looked_up = table(teacher)
+        looked_up[:, :, 0] += 1e-3
+        got = train("ltkd", Parallel("jit", jax.devices()[:1]), 20, teacher_fn=steps.table_teacher, teacher=looked_up)
+    with pytest.raises(AssertionError):
+        assert_close(parameters(got), parameters(expected["ltkd"]), rtol=1e-9, atol=1e-9)
+
+
+def test_looked_up_logits_are_the_teachers():
+    """A convolutional teacher, 1,000 random views, to 1e-5."""
+    views = augment.Views(pad=4, flip=True)
+    images = np.random.default_rng(1).integers(0, 256, (12, 16, 16, 3), np.uint8)
+    model = models.create("resnet8", CLASSES)
+    variables = model.init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)), train=False)
+    fetch = functools.partial(
+        steps.fetch,
+        views=views,
+        preprocess=lambda x: augment.normalize(x, (0.5,) * 3, (0.25,) * 3),
+        teacher_fn=steps.network_teacher(model),
+    )
+    data = steps.TrainData(jnp.asarray(images), jnp.zeros(12, jnp.int32), variables)
+    logits = jax.jit(lambda rows: fetch(data, rows).teacher_logits)
+    out = np.full((12, views.num, CLASSES), np.nan, np.float32)
+    done = []
+    teacher_table.build(logits, out, batch_size=250, on_batch=done.append)
+    assert done[-1] == 12 * views.num and np.isfinite(out).all()
+    rng = np.random.default_rng(2)
+    index, view = rng.integers(0, 12, 1000), rng.integers(0, views.num, 1000)
+    for start in range(0, 1000, 250):
+        rows = plans.Plan(jnp.asarray(index[start : start + 250]), jnp.asarray(view[start : start + 250]))
+        direct = logits(rows)
+        looked_up = steps.table_teacher(jnp.asarray(out), rows, None)
+        np.testing.assert_allclose(looked_up, direct, rtol=1e-5, atol=1e-5)
+    assert np.ptp(out, axis=1).max() > 0.01  # the views differ, so a wrong view would show
+
+
+def test_the_table_pays_by_its_rule():
+    assert teacher_table.pays(162, epochs=240, runs=1) and teacher_table.pays(162, epochs=60, runs=3)
+    assert not teacher_table.pays(162, epochs=60, runs=2)
+    pairs = [(i, v) for plan in teacher_table.batches(5, 3, 4) for i, v in zip(*plan)]
+    assert pairs[:15] == [(i, v) for i in range(5) for v in range(3)] and pairs[15:] == [(4, 2)]
+
+
+def flops(method, student, teacher_fn, teacher):
+    objective = objectives.create(method, np.ones(100), warmup_steps=0)
+    model, tx = models.create(student, 100), optimizer()
+    state = jax.eval_shape(lambda: states.create(model, tx, len(objective.terms), (32, 32, 3), 0))
+    data = steps.TrainData(
+        jax.ShapeDtypeStruct((1000, 32, 32, 3), jnp.uint8), jax.ShapeDtypeStruct((1000,), jnp.int32), teacher
+    )
+    rows = plans.Plan(*[jax.ShapeDtypeStruct((1, 64), jnp.int32)] * 2)
+    step = functools.partial(steps.train_step, model=model, objective=objective, optimizer=tx)
+    fetch = functools.partial(
+        steps.fetch,
+        views=augment.Views(4, True),
+        preprocess=lambda x: augment.normalize(x, (0.5,) * 3, (0.25,) * 3),
+        teacher_fn=teacher_fn,
+    )
+    chunk = functools.partial(steps.train_chunk, steps_per_epoch=10, fetch_fn=fetch, step_fn=step)
+    return jax.jit(chunk).lower(state, data, rows).cost_analysis()["flops"]
+
+
+def test_the_table_takes_the_teacher_out_of_the_step():
+    """ResNet32x4 → ResNet8x4: with the table at most 0.36 of the FLOPs, by the compiler's count."""
+    teacher = models.create("resnet32x4", 100)
+    variables = jax.eval_shape(lambda: teacher.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), train=False))
+    looked_up = flops("kd", "resnet8x4", steps.table_teacher, jax.ShapeDtypeStruct((1000, 162, 100), jnp.float32))
+    in_step = flops("kd", "resnet8x4", steps.network_teacher(teacher), variables)
+    assert looked_up / in_step <= 0.36
+
+
+def test_a_step_is_sgd_with_momentum_and_l2_as_pytorch_has_it():
+    """Against a loop in NumPy, in float64: buffer = m · buffer + (g + wd · p); p −= lr · buffer."""
+    with jax.enable_x64(True):
+        target = np.random.default_rng(0).normal(size=7)
+        schedule = states.step_schedule(0.1, total_steps=10, milestones=(0.3, 0.6), decay=0.1)
+        tx = states.sgd(schedule, momentum=0.9, weight_decay=0.01)
+        params = jnp.zeros(7)
+        opt_state = tx.init(params)
+        p, buffer = np.zeros(7), np.zeros(7)
+        for step in range(10):
+            updates, opt_state = tx.update(params - target, opt_state, params)
+            params = optax.apply_updates(params, updates)
+            buffer = 0.9 * buffer + (p - target + 0.01 * p)
+            p = p - 0.1 * 0.1 ** ((step >= 3) + (step >= 6)) * buffer
+        # optax keeps its schedule in float32
+        np.testing.assert_allclose(params, p, rtol=1e-6)
+
+
+def test_equal_milestones_both_count():
+    schedule = states.step_schedule(1.0, total_steps=4, milestones=(0.5, 0.51), decay=0.1)
+    assert float(schedule(1)) == 1.0 and float(schedule(2)) == pytest.approx(0.01)
+
+
+def test_the_first_step_that_is_not_finite_is_remembered():
+    objective = objectives.create("ce", COUNTS)
+    model, tx = SmallNet(), optimizer()
+    state = states.create(model, tx, 1, SHAPE, 0)
+    step = jax.jit(functools.partial(steps.train_step, model=model, objective=objective, optimizer=tx))
+    good = steps.Batch(preprocess(jnp.asarray(IMAGES[:BATCH])), jnp.asarray(LABELS[:BATCH]), None)
+    bad = good._replace(images=good.images.at[0, 0, 0, 0].set(jnp.nan))
+    for batch in (good, good, bad, good):
+        state = step(state, batch)
+    assert int(state.sums.bad_step) == 2 and int(state.sums.steps) == 4 and not np.isfinite(state.sums.terms).any()
+
+
+def test_unknown_mode():
+    with pytest.raises(ValueError, match="parallel='ddp' must be one of jit, pmap"):
+        Parallel("ddp")
