@@ -8,7 +8,6 @@ The work directory gets config.json, metrics.jsonl, checkpoints, results.json an
 resumes an interrupted run, exactly.
 """
 
-import logging
 import pathlib
 import sys
 
@@ -30,7 +29,6 @@ def default_workdir(config) -> str:
 def main(argv):
     if len(argv) > 1:
         sys.exit(f"error: unexpected argument {argv[1]!r}; flags are --config, --config.KEY and --workdir")
-    logging.getLogger().setLevel(logging.WARNING)
     from experiments import build, report, runs, setup, tables, train  # after the flags: --help stays quick
 
     setup.compilation_cache()
@@ -47,5 +45,17 @@ def main(argv):
     print(f"\n{workdir / 'results.json'}   {workdir / 'report.html'}")
 
 
+def parse_flags(argv):
+    """Flags, with a config's own error in one line in place of a traceback."""
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        last = str(error).strip().splitlines()[-1].strip()
+        sys.exit(f"error: {last.removeprefix('ValueError: ')}")
+    except (AttributeError, KeyError) as error:
+        given = " ".join(a for a in argv if a.startswith("--config."))
+        sys.exit(f"error: no key {str(error).strip(chr(34))} in the config ({given}); configs/common.py has them all")
+
+
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

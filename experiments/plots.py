@@ -1,8 +1,8 @@
 """Figures of the report: arrays in, one inline SVG a panel out.
 
-Panels are small, so that a page can lay them side by side on a desk and under each other on a phone at the same size of
-letters. Matplotlib draws them with colours that stand for CSS variables (`STYLE_SHEET`), which are put in afterwards:
-the page's light and dark colours reach into the figures, and text stays text.
+Panels are small, so that a page can lay them side by side on a desk and under each other on a phone at the same
+size of letters. Matplotlib draws them with colours that stand for CSS variables (`STYLE_SHEET`), which are put in
+afterwards: the page's light and dark colours reach into the figures, and text stays text.
 """
 
 import collections
@@ -19,9 +19,9 @@ from matplotlib.figure import Figure
 
 from experiments import tables
 
-# Told apart by people with protanopia and deuteranopia too (CIELAB distance of any two at least 16), and at least 2.9 : 1
-# against the page. A line's dashes carry the same information a second time.
-LIGHT = ("#8c8c8c", "#c68300", "#0b5f4a", "#743f9c", "#4499cb", "#6b4216", "#cc4f1c", "#2c57d0")
+# Told apart by people with protanopia and deuteranopia too (CIELAB distance of any two at least 15), and at least
+# 3 : 1 against the page. Where a colour serves two methods, the dashes tell them apart.
+LIGHT = ("#8c8c8c", "#c68300", "#0b5f4a", "#743f9c", "#4499cb", "#6b4216", "#b8420f", "#2c57d0")
 DARK = ("#d0d0d0", "#f0cf4a", "#4fdf9a", "#a878b8", "#86c8f5", "#a9795c", "#ee7a3a", "#5f7df0")
 SOLID, DASHED, DOTTED, MIXED = "solid", (0, (4, 2)), (0, (1.2, 1.6)), (0, (5, 1.6, 1.2, 1.6))
 DASHES = (SOLID, DASHED, DOTTED, MIXED)
@@ -31,15 +31,18 @@ STYLES = {
     "ltkd": (6, SOLID), "ltkd_bs": (3, SOLID), "bikd": (7, SOLID), "bikd over ltkd": (7, DASHED),
     "bikd over ltkd_bs": (7, MIXED),
 }  # fmt: skip
+PANEL, DESK, PHONE = 300, 950, 350  # widths in CSS pixels
 INK, QUIET, GRID, FIRST = "#010101", "#020202", "#030303", 0x10
 _RC = {
     "svg.fonttype": "none", "svg.hashsalt": "report", "text.parse_math": False, "font.size": 11, "axes.titlesize": 12,
     "axes.titlelocation": "left", "axes.edgecolor": QUIET, "axes.labelcolor": INK, "text.color": INK,
-    "axes.titlecolor": INK, "xtick.color": QUIET, "ytick.color": QUIET, "xtick.labelcolor": INK, "ytick.labelcolor": INK,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.grid.axis": "y", "grid.color": GRID,
+    "axes.titlecolor": INK, "xtick.color": QUIET, "ytick.color": QUIET, "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK, "axes.spines.top": False,
+    "axes.spines.right": False, "axes.grid": True, "axes.grid.axis": "y", "grid.color": GRID,
     "grid.linewidth": 0.8, "axes.axisbelow": True, "axes.linewidth": 0.8, "xtick.labelsize": 10, "ytick.labelsize": 10,
     "axes.labelsize": 10.5, "lines.linewidth": 1.8, "xtick.major.size": 3, "ytick.major.size": 0,
-    "figure.constrained_layout.use": True, "figure.constrained_layout.h_pad": 0.03, "figure.constrained_layout.w_pad": 0.03,
+    "figure.constrained_layout.use": True, "figure.constrained_layout.h_pad": 0.03,
+    "figure.constrained_layout.w_pad": 0.03,
 }  # fmt: skip
 
 
@@ -55,7 +58,7 @@ STYLE_SHEET = f"""
 
 
 def styles(methods):
-    """Returns {label: (colour index, dashes)}: a colour for a method's name, dashes where a name has several rows."""
+    """Returns {label: (colour index, dashes)}: the name decides the colour, dashes tell its rows apart."""
     found, seen = {}, {}
     for method in methods:
         unknown = (sum(method.name.encode()) % len(LIGHT), MIXED)
@@ -77,9 +80,7 @@ def key(labels, found):
         index, dashes = found[label]
         dashed = "" if dashes == SOLID else f' stroke-dasharray="{" ".join(f"{2 * d:g}" for d in dashes[1])}"'
         line = f'<line x1="0" y1="5" x2="30" y2="5" stroke-width="3"{dashed} style="stroke: {css(index)}"/>'
-        entries.append(
-            f'<span><svg viewBox="0 0 30 10" aria-hidden="true">{line}</svg>{html.escape(label)}</span>'
-        )
+        entries.append(f'<span><svg viewBox="0 0 30 10" aria-hidden="true">{line}</svg>{html.escape(label)}</span>')
     return f'<p class="key">{"".join(entries)}</p>'
 
 
@@ -88,10 +89,10 @@ def css(index):
     return "var(--ink)" if index is None else f"var(--c{index})"
 
 
-# ---- the one way from a figure to SVG -----------------------------------------------------------------------------
+# The one way from a figure to SVG.
 
 
-def figure(width=350, height=230):
+def figure(width=PANEL, height=185):
     """Returns an empty figure; one unit is one CSS pixel."""
     return Figure(figsize=(width / 72, height / 72))
 
@@ -106,15 +107,12 @@ def svg(fig, described):
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.S)
     text = re.sub(r"<[^>]*>", lambda tag: _lean(tag[0], prefix), text).strip()
-    width = round(fig.get_figwidth() * 72)
-    opening = f'<svg role="img" aria-label="{html.escape(described)}" style="max-width: {width}px"'
-    return re.sub(
-        r'<svg( xmlns:xlink="[^"]*") width="[^"]*" height="[^"]*"', lambda m: opening + m[1], text, count=1
-    )
+    opening = f'<svg role="img" aria-label="{html.escape(described)}"'
+    return re.sub(r'<svg( xmlns:xlink="[^"]*") width="[^"]*" height="[^"]*"', lambda m: opening + m[1], text, count=1)
 
 
 def _lean(tag, prefix):
-    """Shortens a tag, puts the CSS variables in, and makes its ids unique. The text between tags is left alone."""
+    """Shortens a tag, puts the CSS variables in, makes its ids unique; text between tags is left alone."""
     tag = re.sub(r' id="[A-Za-z0-9.]+_\d+"| transform="rotate\(-?0 [^)]*\)"|font-family: [^;"]*;? ?', "", tag)
     tag = re.sub(r'( id="|xlink:href="#|clip-path="url\(#)', rf"\g<1>{prefix}", tag)
     tag = re.sub(r"-?\d+\.\d{2,}", lambda found: f"{float(found[0]):.1f}".removesuffix(".0"), tag)
@@ -124,7 +122,7 @@ def _lean(tag, prefix):
 
 
 def _styled(draw):
-    """Makes a function that returns (figure, description) one that returns SVG, drawn under the report's settings."""
+    """Turns a function that returns (figure, description) into one that returns SVG in the report's style."""
 
     @functools.wraps(draw)
     def drawn(*args, **kwargs):
@@ -134,11 +132,11 @@ def _styled(draw):
     return drawn
 
 
-# ---- accuracy per class -------------------------------------------------------------------------------------------
+# Accuracy by class.
 
 
 def smooth(values):
-    """Averages over neighbouring classes (a Gaussian, 3 % of the classes wide) where there are too many to read."""
+    """Averages over neighbouring classes, by a Gaussian, where there are too many to read."""
     values = np.asarray(values, float)
     if len(values) < 30:
         return values
@@ -156,11 +154,20 @@ def _mark_groups(ax, assignment, names):
         middle = (start + np.flatnonzero(assignment == g)[-1]) / 2
         if len(names) <= 6:
             above = ax.get_xaxis_transform()
-            ax.text(middle, 0.98, names[g], transform=above, ha="center", va="top", fontsize=9.5, color=QUIET)
+            ax.text(middle, 1.0, names[g], transform=above, ha="center", va="top", fontsize=9.5, color=QUIET)
+
+
+def _plain_log(ax):
+    """Labels a logarithmic axis with plain numbers; Matplotlib's own labels are formulas."""
+    low, high = ax.get_ylim()
+    steps = (1,) if high / low > 100 else (1, 2, 5)
+    ticks = [s * 10.0**e for e in range(-8, 9) for s in steps if low <= s * 10.0**e <= high]
+    ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    ax.minorticks_off()
 
 
 @_styled
-def by_class(curves, found, counts, assignment, names, *, width=720):
+def by_class(curves, found, counts, assignment, names, *, width=DESK):
     """Draws the (smoothed) accuracy of every method by class, sorted by count, over the counts themselves."""
     fig = figure(width, 340)
     ax, strip = fig.subplots(2, 1, sharex=True, height_ratios=(4.2, 1))
@@ -168,7 +175,7 @@ def by_class(curves, found, counts, assignment, names, *, width=720):
         index, dashes = found[label]
         dotted = {"marker": "o", "markersize": 4} if len(values) < 30 else {}
         ax.plot(smooth(values), color=colour(index), linestyle=dashes, **dotted)
-    ax.set_ylim(0, 105)
+    ax.set_ylim(0, 112)
     ax.set_yticks(range(0, 101, 20))
     ax.set_title("test accuracy, %")
     _mark_groups(ax, assignment, names)
@@ -177,23 +184,20 @@ def by_class(curves, found, counts, assignment, names, *, width=720):
     strip.set_title("training images (log scale)", fontsize=10.5)
     strip.set_xlabel("class, the most frequent first")
     strip.set_xlim(-0.5, len(counts) - 0.5)
-    strip.minorticks_off()
-    smoothed = "smoothed " if len(counts) >= 30 else ""
-    return (
-        fig,
-        f"{smoothed.capitalize()}test accuracy of each class, sorted by training images: {', '.join(curves)}",
-    )
+    _plain_log(strip)
+    what = "Smoothed test accuracy" if len(counts) >= 30 else "Test accuracy"
+    return fig, f"{what} of each class, sorted by training images: {', '.join(curves)}"
 
 
 @_styled
 def one_by_class(label, values, style, counts, assignment, names):
     """Draws one method's accuracy of every class as dots, with the smoothed curve through them."""
-    fig = figure(350, 200)
+    fig = figure()
     ax = fig.subplots()
     x = np.arange(len(values))
     ax.plot(x, values, "o", color=colour(style[0]), markersize=3.4, markeredgewidth=0, alpha=0.55)
     ax.plot(x, smooth(values), color=colour(style[0]), linestyle=style[1])
-    ax.set(ylim=(0, 105), xlim=(-1, len(values)), title=label, yticks=range(0, 101, 25))
+    ax.set(ylim=(0, 115), xlim=(-1, len(values)), title=label, yticks=range(0, 101, 25))
     ticks = np.unique(np.linspace(0, len(counts) - 1, 5).round().astype(int))
     ax.set_xticks(ticks, [f"{counts[i]:g}" for i in ticks])
     ax.set_xlabel("training images of the class")
@@ -201,42 +205,38 @@ def one_by_class(label, values, style, counts, assignment, names):
     return fig, f"Test accuracy of each class for {label}, against the class's number of training images"
 
 
-# ---- the teacher's bias -------------------------------------------------------------------------------------------
+# The teacher's bias.
 
 
 @_styled
-def group_mass(title, mass, marks):
-    """Draws the teacher's probability mass per group as bars; `marks` are {what: ({group: share}, character)}."""
-    fig = figure(350, 64 + 38 * len(mass))
+def group_mass(title, mass, fair, training):
+    """Draws the teacher's mass per group as bars, the fair shares as ticks, the training images' as diamonds."""
+    fig = figure(height=64 + 36 * len(mass))
     ax = fig.subplots()
-    names = list(mass)
-    ax.barh(range(len(names)), [mass[name] for name in names], height=0.56, color=QUIET, alpha=0.45)
+    names, rows = list(mass), range(len(mass))
+    ax.barh(rows, [mass[name] for name in names], height=0.56, color=QUIET, alpha=0.45)
+    hollow = {"markersize": 7, "markeredgecolor": colour(7), "markerfacecolor": "none", "markeredgewidth": 1.8}
+    if training != fair:
+        ax.plot([training[name] for name in names], rows, "D", clip_on=False, **hollow)
+    fair_at = [fair[name] for name in names]
+    ax.plot(fair_at, rows, "|", color=colour(6), markersize=19, markeredgewidth=2.4, clip_on=False)
     for row, name in enumerate(names):
-        ax.text(1.0, row, f"{mass[name]:.2f}", ha="right", va="center")
-        for shares, marker in marks.values():
-            style = {"color": colour(6), "markersize": 19, "markeredgewidth": 2.4}
-            if marker != "|":
-                style = {
-                    "markersize": 7,
-                    "markeredgecolor": colour(7),
-                    "markerfacecolor": "none",
-                    "markeredgewidth": 1.8,
-                }
-            ax.plot([shares[name]], [row], marker, clip_on=False, **style)
-    ax.set(xlim=(0, 1), ylim=(len(names) - 0.4, -0.6), title=title, xticks=np.linspace(0, 1, 5))
-    ax.set_yticks(range(len(names)), names)
+        ax.text(1.12, row, f"{mass[name]:.2f}", ha="right", va="center")
+    ax.set(xlim=(0, 1), ylim=(len(names) - 0.4, -0.6), title=title, yticks=rows, yticklabels=names)
+    ticks = (0, 0.25, 0.5, 0.75, 1)
+    ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     ax.grid(axis="x")
     ax.grid(visible=False, axis="y")
     return fig, f"{title}: " + ", ".join(f"{name} {mass[name]:.2f}" for name in names)
 
 
-# ---- training -----------------------------------------------------------------------------------------------------
+# Training.
 
 
 @_styled
 def lines(title, series, found, *, log=False):
     """Draws {label: (x, y)} over the epochs."""
-    fig = figure(350, 200)
+    fig = figure()
     ax = fig.subplots()
     for label, (x, y) in series.items():
         index, dashes = found[label]
@@ -246,13 +246,13 @@ def lines(title, series, found, *, log=False):
     ax.set(title=title, xlabel="epoch")
     if log and all(np.min(y) > 0 for _, y in series.values()):
         ax.set_yscale("log")
-        ax.minorticks_off()
+        _plain_log(ax)
     else:
         ax.set_ylim(bottom=min(0.0, *(float(np.min(y)) for _, y in series.values())))
     return fig, f"{title} over the epochs: {', '.join(series)}"
 
 
-# ---- a setting's figures, as parts of a page ----------------------------------------------------------------------
+# A setting's figures, as parts of a page.
 
 
 def figures(setting):
@@ -288,7 +288,7 @@ def _class_section(setting, found):
     if not curves:
         return ""
     shared = counts[order], assignment[order] if names else assignment, names
-    both = [by_class(curves, found, *shared, width=width) for width in (720, 350)]
+    both = [by_class(curves, found, *shared, width=width) for width in (DESK, PHONE)]
     dots = "".join(one_by_class(label, v, found[label], *shared) for label, v in curves.items())
     what = "Curves are averages over neighbouring classes; dots are classes. " if len(counts) >= 30 else ""
     return (
@@ -298,63 +298,61 @@ def _class_section(setting, found):
     )
 
 
+def _shares(run, names):
+    """Returns each group's share of a run's training images and of its classes, {} where that is not recorded."""
+    assignment, counts = run.get("group_assignment") or [], run.get("class_counts") or []
+    if not counts or len(assignment) != len(counts):
+        return {}, {}
+    belongs = [[g == assigned for assigned in assignment] for g in range(len(names))]
+    images = {name: float(np.dot(mask, counts) / sum(counts)) for name, mask in zip(names, belongs)}
+    return images, {name: float(np.mean(mask)) for name, mask in zip(names, belongs)}
+
+
 def _bias_section(setting):
-    figures = []
-    for teacher, run in {
-        str(r["teacher"].get("hash")): (r["teacher"], r) for r in setting.runs if r.get("teacher")
-    }.values():
-        mass, names = teacher.get("group_mass") or {}, setting.group_names()
-        assignment, counts = (
-            np.asarray(run.get("group_assignment") or []),
-            np.asarray(run.get("class_counts") or []),
-        )
-        if not mass or not len(assignment) == len(counts) > 0:
-            continue
-        share = lambda weights: {
-            n: float(weights[assignment == g].sum() / weights.sum()) for g, n in enumerate(names)
-        }
-        training, classes = share(counts), share(np.ones(len(counts)))
-        for kind, own in (("long_tailed", training), ("balanced", classes)):
-            if set(names) <= (mass.get(kind) or {}).keys():
-                marks = {"own": (own, "|")} | ({"training": (training, "D")} if kind == "balanced" else {})
+    names = setting.group_names()
+    run = next((run for run in setting.runs if run.get("group_assignment")), {})
+    training, classes = _shares(run, names)
+    panels = []
+    for teacher in setting.teachers().values():
+        for kind, fair in (("long_tailed", training), ("balanced", classes)):
+            mass = (teacher.get("group_mass") or {}).get(kind) or {}
+            if fair and set(names) <= mass.keys():
                 title = f"{kind.replace('_', '-')} input"
-                figures.append(group_mass(title, {n: mass[kind][n] for n in names}, marks))
-    if not figures:
+                panels.append(group_mass(title, {name: mass[name] for name in names}, fair, training))
+    if not panels:
         return ""
     return (
-        "<h3>The teacher’s bias</h3><p class='small'>The teacher’s mean probability mass on each group (bars), and the share "
-        f"of that input’s images in the group (<span style='color: {css(6)}'>❙</span>), which an unbiased "
-        f"teacher would match. <span style='color: {css(7)}'>◇</span> marks the share of the training images.</p>"
-        f'<figure class="panels">{"".join(figures)}</figure>'
+        '<h3>The teacher’s bias</h3><p class="small">Bars: the teacher’s mean probability mass on each group. '
+        f'<span style="color: {css(6)}">❙</span> the true share of that input’s images, which an unbiased teacher '
+        f'would match. <span style="color: {css(7)}">◇</span> the share of the training images.</p>'
+        f'<figure class="panels">{"".join(panels)}</figure>'
     )
 
 
+def _heat_map(label, matrix, names):
+    """Writes a matrix in percent as a table whose cells are the darker, the larger they are."""
+    head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in names)
+    rows = []
+    for name, row in zip(names, matrix):
+        shade = [f"background: color-mix(in srgb, var(--c7) {0.62 * v:.0f}%, transparent)" for v in row]
+        cells = "".join(f'<td style="{style}">{v:.1f}</td>' for style, v in zip(shade, row))
+        rows.append(f'<tr><th scope="row">{html.escape(name)}</th>{cells}</tr>')
+    caption = f"<figcaption>{html.escape(label)}</figcaption>"
+    body = f"<table><thead><tr><td></td>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    return f'<figure class="scroll">{caption}{body}</figure>'
+
+
 def _confusion_section(setting):
-    maps = []
+    names, maps = setting.group_names(), []
     for method in _with_teacher(setting):
         matrix = _mean_of(method, "confusion")
-        names = setting.group_names()
-        if matrix is None or matrix.shape != (len(names), len(names)):
-            continue
-        head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in names)
-        heat = "".join(
-            f'<tr><th scope="row">{html.escape(name)}</th>'
-            + "".join(
-                f'<td style="background: color-mix(in srgb, var(--c7) {0.62 * v:.0f}%, transparent)">{v:.1f}</td>'
-                for v in row
-            )
-            + "</tr>"
-            for name, row in zip(names, matrix)
-        )
-        maps.append(
-            f"<figure><figcaption>{html.escape(method.label)}</figcaption><table><thead><tr><td></td>{head}</tr></thead>"
-            f"<tbody>{heat}</tbody></table></figure>"
-        )
+        if matrix is not None and matrix.shape == (len(names), len(names)):
+            maps.append(_heat_map(method.label, matrix, names))
     if not maps:
         return ""
     return (
-        '<h3>Confusion between groups</h3><p class="small">Rows: the group of the true class. Columns: the group of the '
-        f'predicted class, in percent of the row.</p><div class="scroll"><div class="maps">{"".join(maps)}</div></div>'
+        '<h3>Confusion between groups</h3><p class="small">Rows: the group of the true class. Columns: the group '
+        f'of the predicted class, in percent of the row.</p><div class="maps">{"".join(maps)}</div>'
     )
 
 
@@ -366,34 +364,38 @@ def _curve(method, pick):
             found = pick(entry)
             if isinstance(found, (int, float)) and math.isfinite(found) and "epoch" in entry:
                 by_epoch[entry["epoch"]].append(found)
-    return np.array(sorted(by_epoch), float), np.array(
-        [np.mean(by_epoch[epoch]) for epoch in sorted(by_epoch)]
-    )
+    epochs = sorted(by_epoch)
+    return np.array(epochs, float), np.array([np.mean(by_epoch[epoch]) for epoch in epochs])
+
+
+def _logged(curves):
+    return {label: curve for label, curve in curves.items() if len(curve[0])}
+
+
+def _terms_panel(method, style):
+    """Draws the loss terms of one method, each with its own dashes and a key below."""
+    entries = [entry for run in method.runs.values() for entry in run.get("metrics") or []]
+    names = sorted({name for entry in entries for name in entry.get("terms") or {}})
+    series = _logged({n: _curve(method, lambda e, n=n: (e.get("terms") or {}).get(n)) for n in names})
+    if not series:
+        return ""
+    dashes = {name: (style[0], DASHES[i % len(DASHES)]) for i, name in enumerate(series)}
+    return f"<div>{lines(f'loss terms, {method.label}', series, dashes, log=True)}{key(series, dashes)}</div>"
 
 
 def _training_section(setting, found):
-    tail = setting.tail()
+    shown = {"all classes": "all", "head": "groups.head", setting.tail().split(".")[-1]: setting.tail()}
     picks = {
-        "test accuracy, all classes, %": lambda e: tables.value(e.get("test"), "all"),
-        "test accuracy, head, %": lambda e: tables.value(e.get("test"), "groups.head"),
-        f"test accuracy, {tail.split('.')[-1]}, %": lambda e: tables.value(e.get("test"), tail),
-        "training accuracy, %": lambda e: e.get("train_accuracy"),
+        f"test accuracy, {title}, %": lambda e, column=column: tables.value(e.get("test"), column)
+        for title, column in shown.items()
     }
+    picks["training accuracy, %"] = lambda e: e.get("train_accuracy")
     panels = []
     for title, pick in picks.items():
-        series = {method.label: _curve(method, pick) for method in setting.methods}
-        series = {label: curve for label, curve in series.items() if len(curve[0])}
+        series = _logged({method.label: _curve(method, pick) for method in setting.methods})
         panels += [lines(title, series, found)] if series else []
-    for method in setting.methods:
-        entries = [entry for run in method.runs.values() for entry in run.get("metrics") or []]
-        names = sorted({name for entry in entries for name in entry.get("terms") or {}})
-        series = {n: _curve(method, lambda e, n=n: (e.get("terms") or {}).get(n)) for n in names}
-        series = {n: curve for n, curve in series.items() if len(curve[0])}
-        if series:
-            dashes = {n: (found[method.label][0], DASHES[i % 4]) for i, n in enumerate(series)}
-            panels.append(
-                f"<div>{lines(f'loss terms, {method.label}', series, dashes, log=True)}{key(series, dashes)}</div>"
-            )
-    if not panels:
+    panels += [_terms_panel(method, found[method.label]) for method in setting.methods]
+    if not any(panels):
         return ""
-    return f'<h3>Training</h3>{key([m.label for m in setting.methods], found)}<figure class="panels">{"".join(panels)}</figure>'
+    shared = key([method.label for method in setting.methods], found)
+    return f'<h3>Training</h3>{shared}<figure class="panels">{"".join(panels)}</figure>'

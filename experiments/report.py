@@ -17,6 +17,8 @@ import sys
 from experiments import plots, tables
 
 PUBLISHED = pathlib.Path(__file__).with_name("published.json")
+# (imbalance, teacher, student) of a config file that is given without them.
+DEFAULTS = {"cifar100": (100, "resnet32x4", "resnet8x4"), "digits": (50, "resnet20", "resnet8")}
 NOT_RUN = tables.Cell("not run yet", quiet=True)
 
 
@@ -24,7 +26,7 @@ class ReportError(ValueError):
     """A file that cannot be reported on; the message names it and says why."""
 
 
-# ---- reading ------------------------------------------------------------------------------------------------------
+# Reading.
 
 
 def load(path):
@@ -100,12 +102,12 @@ def _runs_in(path):
     return found
 
 
-# ---- the page -----------------------------------------------------------------------------------------------------
+# The page.
 
 STYLE_SHEET = """
 * { box-sizing: border-box; }
 html { background: var(--page); color: var(--ink); -webkit-text-size-adjust: 100%; }
-body { margin: 0 auto; max-width: 50rem; padding: 2.5rem 1.25rem 4rem;
+body { margin: 0 auto; max-width: 62rem; padding: 2.5rem 1.25rem 4rem;
   font: 1.0625rem/1.55 "Iowan Old Style", "Palatino Linotype", Palatino, Charter, Georgia, serif; }
 h1, h2, h3 { font-weight: 600; line-height: 1.2; text-wrap: balance; }
 h1 { font-size: 1.9rem; margin: 0 0 .3rem; }
@@ -115,10 +117,12 @@ p { margin: .5rem 0; max-width: 42rem; overflow-wrap: break-word; }
 a { color: inherit; }
 .lead { font-size: 1.2rem; line-height: 1.45; }
 .quiet, .note { color: var(--quiet); }
-.small, table, .key, summary, pre, figcaption { font-family: system-ui, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
+.small, table, .key, summary, figure, h1 + p, nav {
+  font-family: system-ui, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
 .small { font-size: .84rem; color: var(--quiet); line-height: 1.5; }
 .scroll { overflow-x: auto; margin: .8rem 0; }
-table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums lining-nums; white-space: nowrap; }
+table { border-collapse: collapse; font-size: .88rem; white-space: nowrap;
+  font-variant-numeric: tabular-nums lining-nums; }
 .scroll > table { min-width: 100%; }
 th, td { padding: .36rem 0 .36rem 1.1rem; text-align: right; font-weight: 400; }
 th:first-child, td:first-child { padding-left: 0; }
@@ -126,17 +130,21 @@ thead th { color: var(--quiet); border-bottom: 1px solid var(--ink); vertical-al
 tbody tr + tr > * { border-top: 1px solid var(--grid); }
 tbody tr:last-child > * { border-bottom: 1px solid var(--ink); }
 .words { text-align: left; }
-td:not(.words) .note { display: inline-block; min-width: 3.1em; text-align: left; font-size: .88em; }
+td.words { white-space: normal; min-width: 6.5rem; }
+td.words .note { white-space: nowrap; }
+td:not(.words) .note { display: inline-block; min-width: 3.4em; text-align: left; }
 .note { font-size: .88em; }
+nav { font-size: .9rem; }
+nav ul { padding-left: 1.1rem; }
 figure { margin: 1rem 0; }
 figure svg { display: block; width: 100%; height: auto; }
-.panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); gap: 1.2rem 1.5rem; }
+.panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(18rem, 100%), 1fr)); gap: 1.2rem 1.4rem; }
 .narrow { display: none; }
 .key { display: flex; flex-wrap: wrap; gap: .1rem 1.3rem; font-size: .84rem; margin: .6rem 0; max-width: none; }
 .key span { display: inline-flex; align-items: center; gap: .5rem; }
 .key svg { width: 30px; height: 10px; flex: none; }
 .maps { display: flex; flex-wrap: wrap; gap: 1.2rem 2rem; }
-.maps figure { margin: 0; }
+.maps figure { margin: 0; max-width: 100%; }
 .maps figcaption { font-size: .88rem; margin-bottom: .2rem; }
 .maps th, .maps td { padding: .3rem .45rem; border: 0 !important; font-size: .82rem; }
 .maps td { min-width: 3.1rem; text-align: center; }
@@ -144,7 +152,7 @@ figure svg { display: block; width: 100%; height: auto; }
 details { margin: .7rem 0; }
 summary { cursor: pointer; font-size: .88rem; }
 pre { overflow-x: auto; font: .78rem/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
-@media (max-width: 46rem) { .wide { display: none; } .narrow { display: block; } body { padding: 1.5rem 1rem 3rem; }
+@media (max-width: 44rem) { .wide { display: none; } .narrow { display: block; } body { padding: 1.5rem 1rem 3rem; }
   h1 { font-size: 1.55rem; } .lead { font-size: 1.1rem; } }
 @media print { body { max-width: none; padding: 0; } figure, tr { break-inside: avoid; } }
 """
@@ -153,7 +161,7 @@ pre { overflow-x: auto; font: .78rem/1.5 ui-monospace, "SF Mono", Menlo, Consola
 def write_page(runs, out_path, title=None):
     """Writes one self-contained HTML page about the runs, be it one or many."""
     settings = tables.gather(runs)
-    unfinished = [run for run in runs if not run["finished"]]
+    unfinished = [run for run in runs if not run.get("finished", True)]
     title = title or _title(settings)
     body = [f"<h1>{html.escape(title)}</h1>", f'<p class="small">{_size(settings, unfinished)}</p>']
     if len(settings) > 1:
@@ -196,14 +204,12 @@ def _section(setting, anchor):
         f'<section id="{anchor}"><h2>{html.escape(setting.title)}</h2>',
         f'<p class="lead">{html.escape(tables.headline(setting))}</p>',
         tables.as_html(tables.accuracy_table(setting)),
-        f'<p class="small">{html.escape(setting.note())}. ECE: expected calibration error, lower is better. '
-        "Head, medium and tail are groups by rank; many, mid and few are more than 100, 20 to 100 and fewer than 20 "
-        "training images. Bold: better than every other method by the rule below.</p>",
+        f'<p class="small">{html.escape(setting.note())}. {tables.COLUMNS}</p>',
     ]
     compared = tables.comparisons(setting)
-    parts += ["<h3>What can be told apart</h3>"] if compared else []
-    parts += [f'<p class="small">{html.escape(t)}</p>{tables.as_html(table)}' for t, table in compared]
-    parts += [f'<p class="small">{tables.RULE}</p>'] if compared else []
+    if compared:
+        parts.append(f'<h3>What can be told apart</h3><p class="small">{tables.RULE}</p>')
+        parts += [f'<p class="key">On {html.escape(t)}:</p>{tables.as_html(table)}' for t, table in compared]
     parts += [*plots.figures(setting), _how(setting)]
     return "\n".join(parts) + "</section>"
 
@@ -221,59 +227,55 @@ def duration(seconds):
 def _how(setting):
     rows, commands, configs = [], [], []
     for method in setting.methods:
-        for run in (method.runs[seeds] for seeds in sorted(method.runs)):
-            seeds, timing = run["seeds"], run.get("timing") or {}
-            speed = timing.get("images_per_second")
-            told = [run.get(key) or "–" for key in ("device", "precision", "commit", "config_hash")]
-            told += [" / ".join(str(seeds.get(key, "–")) for key in ("split", "teacher", "student"))]
-            rows.append(
-                [method.label, *told, duration(timing.get("seconds")), f"{speed:,.0f}" if speed else "–"]
-            )
-            commands.append(run.get("command") or "not recorded")
-        first = json.dumps(
-            method.runs[min(method.runs)]["config"], indent=1, sort_keys=True, ensure_ascii=False
-        )
-        configs.append(
-            f"<details><summary>{html.escape(method.label)}</summary><pre>{html.escape(first)}</pre></details>"
-        )
-    header = ["method", "hardware", "precision", "commit", "config", "seeds: split / teacher / student"]
-    table = tables.Table([*header, "wall time", "images/s"], rows, left=6)
+        runs = [method.runs[seeds] for seeds in sorted(method.runs)]
+        rows += [[method.label, *_told(run)] for run in runs]
+        commands += [run.get("command") or "not recorded" for run in runs]
+        first = html.escape(json.dumps(runs[0]["config"], indent=1, sort_keys=True, ensure_ascii=False))
+        configs.append(f"<details><summary>{html.escape(method.label)}</summary><pre>{first}</pre></details>")
+    header = ["method", "hardware", "precision", "commit", "config", "seeds", "wall time", "images/s"]
+    table = tables.as_html(tables.Table(header, rows, left=6))
     versions = {name: v for run in setting.runs for name, v in (run.get("versions") or {}).items()}
-    listed = ", ".join(f"{name} {v}" for name, v in sorted(versions.items()))
+    listed = "".join(f"; {name} {v}" for name, v in sorted(versions.items()))
     return (
-        f"<h3>How it was run</h3>{tables.as_html(table)}<p class='small'>{html.escape(listed)}</p>"
+        f'<h3>How it was run</h3>{table}<p class="small">Seeds: split / teacher / student{html.escape(listed)}.</p>'
         f"<details><summary>Commands</summary><pre>{html.escape(chr(10).join(commands))}</pre></details>"
-        f"<details><summary>Full configs (of each method’s first seed)</summary>{''.join(configs)}</details>"
+        f"<details><summary>Full configs, of each method’s first seed</summary>{''.join(configs)}</details>"
     )
 
 
-# ---- the results page of the repository ---------------------------------------------------------------------------
+def _told(run):
+    seeds, timing = run["seeds"], run.get("timing") or {}
+    speed = timing.get("images_per_second")
+    told = [str(run.get(key) or "–") for key in ("device", "precision", "commit", "config_hash")]
+    told.append(" / ".join(str(seeds.get(key, "–")) for key in ("split", "teacher", "student")))
+    return [*told, duration(timing.get("seconds")), f"{speed:,.0f}" if speed else "–"]
+
+
+# The results page of the repository.
 
 
 def render_results(runs, published, planned=()):
-    """Renders results/README.md: published numbers beside ours, the search, and everything else that was run."""
+    """Renders results/README.md: published numbers beside ours, the search, and all else that was run."""
     searched = [run for run in runs if run.get("group") == "search"]
+    tabled = [entry for entry in planned if entry.get("group") != "search"]
     settings = tables.gather([run for run in runs if run.get("group") != "search"])
     wanted = {_cell(entry)[:4]: None for entry in published["settings"]}
-    wanted |= {_cell(entry)[:4]: None for entry in planned if entry.get("group") != "search"}
+    wanted |= {_cell(entry)[:4]: None for entry in tabled}
     wanted |= {_cell(vars(setting))[:4]: None for setting in settings}
     parts = [_preamble(published)]
     for pair in wanted:
         ours = [setting for setting in settings if _cell(vars(setting))[:4] == pair]
         theirs = next((entry for entry in published["settings"] if _cell(entry)[:4] == pair), {})
-        names = {
-            entry["method"]
-            for entry in planned
-            if _cell(entry)[:4] == pair and entry.get("group") != "search"
-        }
+        names = {entry["method"] for entry in tabled if _cell(entry)[:4] == pair}
         parts += _pair_section(pair, ours, theirs, names)
     parts += _search_section(searched, [entry for entry in planned if entry.get("group") == "search"])
+    parts += _bias(settings, published["group_mass"])
     parts += _anchors(published)
     return "\n\n".join(parts) + "\n"
 
 
 def _cell(entry):
-    """The (data set, imbalance, teacher, student, method) that a published, planned or finished number belongs to."""
+    """The (data set, imbalance, teacher, student, method) that a number belongs to, published, planned or run."""
     name = re.sub("[^a-z0-9]", "", str(entry["data"]).lower())
     return name, float(entry["imbalance"]), entry["teacher"], entry["student"], entry.get("method")
 
@@ -285,15 +287,11 @@ def planned_cells(queue):
         path, _, chosen = entry["config"].partition(":")
         method, *options = chosen.split(",")
         data = re.sub("_?lt$", "", pathlib.PurePosixPath(path).stem)
-        cell = {
-            "data": data,
-            "imbalance": 100,
-            "teacher": "resnet32x4",
-            "student": "resnet8x4",
-            "method": method or "ltkd",
-        }
+        cell = dict(zip(("imbalance", "teacher", "student"), DEFAULTS.get(data, DEFAULTS["cifar100"])))
+        cell |= {"data": data, "method": method or "ltkd"}
         cell |= dict(option.split("=", 1) for option in options if "=" in option)
-        found.append(cell | {"set": entry.get("set") or {}, "group": entry.get("group")})
+        values = (queue.get("set") or {}) | (entry.get("set") or {})
+        found.append(cell | {"set": values, "group": entry.get("group")})
     return found
 
 
@@ -304,10 +302,11 @@ def _preamble(published):
 Written by `python -m experiments.report --results results/`; do not edit by hand.
 
 Accuracies are top-1 on the balanced test set, in percent, of the last epoch: mean ± standard deviation over student
-seeds. Head, medium and tail are the groups by rank; many, mid and few are classes with more than 100, 20 to 100 and fewer
-than 20 training images. {tables.RECONSTRUCTED} {tables.RULE}
+seeds. {tables.COLUMNS}
 
-How sure a published number is:
+{tables.RULE}
+
+{tables.RECONSTRUCTED} How sure a published number is:
 
 {marks}"""
 
@@ -416,6 +415,22 @@ def _is_planned(entry, config):
     return same and all(str(config.get(key)) == str(v) for key, v in entry["set"].items())
 
 
+def _bias(settings, published):
+    """The teacher's mass per group as LTKD prints it, summed over a batch of 64."""
+    names, rows = ("head", "medium", "tail"), []
+    for kind in ("long_tailed", "balanced"):
+        title = kind.replace("_", "-")
+        rows.append(["LTKD's paper", title, *(_published(published[kind][name]) for name in names)])
+        for setting in settings:
+            for teacher in setting.teachers().values():
+                mass = (teacher.get("group_mass") or {}).get(kind) or {}
+                if set(names) <= mass.keys():
+                    rows.append([setting.title, title, *(f"{64 * mass[name]:.2f}" for name in names)])
+    table = tables.Table(["teacher of", "input", *names], rows, left=2)
+    about = f"{published['about']}. Ours are the mean mass at temperature 1, times 64."
+    return ["## The teacher's bias", about, tables.as_markdown(table)]
+
+
 def _anchors(published):
     parts = ["## Numbers of others, for orientation"]
     for anchor in published["anchors"]:
@@ -425,7 +440,7 @@ def _anchors(published):
     return parts
 
 
-# ---- the command --------------------------------------------------------------------------------------------------
+# The command.
 
 
 def write_results(folder, queue=None):

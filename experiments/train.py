@@ -89,7 +89,6 @@ def fit(program: build.Program, train_data, seed: int, workdir, stop: StopReques
         unit="step",
         dynamic_ncols=True,
         mininterval=0.2 if sys.stderr.isatty() else 20,
-        disable=None if config.smoke else False,
     )
     plan, plan_epoch, first_step = None, None, step
     with bar:
