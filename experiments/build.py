@@ -262,9 +262,7 @@ class Program:
         chunk = functools.partial(
             steps.train_chunk,
             steps_per_epoch=self.steps_per_epoch,
-            fetch_fn=functools.partial(
-                steps.fetch, views=views, preprocess=data.preprocess, teacher_fn=teacher_fn
-            ),
+            fetch_fn=functools.partial(steps.fetch, views=views, preprocess=data.preprocess, teacher_fn=teacher_fn),
             step_fn=functools.partial(
                 steps.train_step,
                 model=model,
@@ -288,9 +286,7 @@ class Evaluator:
     def __init__(self, model, data: Dataset, parallel: Parallel, batch_size: int):
         self._parallel = parallel
         self._batch = -(-batch_size // parallel.num_devices) * parallel.num_devices
-        step = functools.partial(
-            steps.eval_step, model=model, preprocess=data.preprocess, axis_name=parallel.axis_name
-        )
+        step = functools.partial(steps.eval_step, model=model, preprocess=data.preprocess, axis_name=parallel.axis_name)
         self._step = parallel.compile(step, batch_axis=0)
         self._on_device = {}
 
@@ -349,9 +345,7 @@ def _program(key: str, role: str, teacher_kind: str) -> Program:
     if teacher_fn is None:
         teacher_fn = steps.network_teacher(teacher_model(config, data))
     try:
-        return Program(
-            config, data, model_name=config[role].model, recipe=recipe, method=method, teacher_fn=teacher_fn
-        )
+        return Program(config, data, model_name=config[role].model, recipe=recipe, method=method, teacher_fn=teacher_fn)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 

@@ -14,25 +14,19 @@ import sys
 from absl import app, flags
 from ml_collections import config_flags
 
+_DEFAULT = "configs/digits_lt.py"
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", "configs/digits_lt.py", "The config file, with its argument after a colon.", lock_config=True
+    "config", None, f"The config file, with its argument after a colon; {_DEFAULT} unless given.", lock_config=True
 )
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; by default runs/<what is trained>.")
-
-
-def default_workdir(config) -> str:
-    """runs/<dataset>-<imbalance>-<method>-<teacher>-<student>-s<seed>, for a smoke run with -smoke behind it."""
-    parts = (config.data.name, f"{config.data.imbalance:g}", config.method.name, config.teacher.model)
-    return f"runs/{'-'.join(parts)}-{config.student.model}-s{config.seed}" + ("-smoke" if config.smoke else "")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; runs/<what is trained> unless given.")
 
 
 def main(argv):
-    if len(argv) > 1:
-        sys.exit(f"error: unexpected argument {argv[1]!r}; flags are --config, --config.KEY and --workdir")
     from experiments import build, report, runs, setup, tables, train  # after the flags: --help stays quick
 
-    setup.compilation_cache()
-    config, workdir = _CONFIG.value, pathlib.Path(_WORKDIR.value or default_workdir(_CONFIG.value))
+    setup.once()
+    config = _CONFIG.value
+    workdir = pathlib.Path(_WORKDIR.value or runs.default_workdir(config))
     try:
         results = runs.run(config, workdir, command=setup.command_line("experiments.main", sys.argv[1:]))
     except (build.ConfigError, train.Diverged) as error:
@@ -47,14 +41,22 @@ def main(argv):
 
 def parse_flags(argv):
     """Flags, with a config's own error in one line in place of a traceback."""
+    if not any(word.lstrip("-").split("=")[0] == "config" for word in argv[1:]):
+        argv = [argv[0], f"--config={_DEFAULT}", *argv[1:]]
     try:
-        return flags.FLAGS(argv)
-    except flags.Error as error:
+        rest = flags.FLAGS(argv)
+        _CONFIG.value.lock()  # a file that could not be loaded only says so when it is used
+    except (flags.Error, OSError) as error:
         last = str(error).strip().splitlines()[-1].strip()
         sys.exit(f"error: {last.removeprefix('ValueError: ')}")
     except (AttributeError, KeyError) as error:
-        given = " ".join(a for a in argv if a.startswith("--config."))
-        sys.exit(f"error: no key {str(error).strip(chr(34))} in the config ({given}); configs/common.py has them all")
+        given = " ".join(word for word in argv if word.startswith("--config."))
+        sys.exit(
+            f"error: no key {str(error.args[0]).strip(chr(34))} in the config ({given}); configs/common.py has them all"
+        )
+    if len(rest) > 1:
+        sys.exit(f"error: unexpected argument {rest[1]!r}; the flags are --config, --config.KEY and --workdir")
+    return rest
 
 
 if __name__ == "__main__":

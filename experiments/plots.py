@@ -31,18 +31,17 @@ STYLES = {
     "ltkd": (6, SOLID), "ltkd_bs": (3, SOLID), "bikd": (7, SOLID), "bikd over ltkd": (7, DASHED),
     "bikd over ltkd_bs": (7, MIXED),
 }  # fmt: skip
+MANY = 30  # classes, from which on curves are smoothed
 PANEL, DESK, PHONE = 300, 950, 350  # widths in CSS pixels
 INK, QUIET, GRID, FIRST = "#010101", "#020202", "#030303", 0x10
 _RC = {
     "svg.fonttype": "none", "svg.hashsalt": "report", "text.parse_math": False, "font.size": 11, "axes.titlesize": 12,
     "axes.titlelocation": "left", "axes.edgecolor": QUIET, "axes.labelcolor": INK, "text.color": INK,
     "axes.titlecolor": INK, "xtick.color": QUIET, "ytick.color": QUIET, "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK, "axes.spines.top": False,
-    "axes.spines.right": False, "axes.grid": True, "axes.grid.axis": "y", "grid.color": GRID,
+    "ytick.labelcolor": INK, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+    "axes.grid.axis": "y", "grid.color": GRID,
     "grid.linewidth": 0.8, "axes.axisbelow": True, "axes.linewidth": 0.8, "xtick.labelsize": 10, "ytick.labelsize": 10,
     "axes.labelsize": 10.5, "lines.linewidth": 1.8, "xtick.major.size": 3, "ytick.major.size": 0,
-    "figure.constrained_layout.use": True, "figure.constrained_layout.h_pad": 0.03,
-    "figure.constrained_layout.w_pad": 0.03,
 }  # fmt: skip
 
 
@@ -92,9 +91,11 @@ def css(index):
 # The one way from a figure to SVG.
 
 
-def figure(width=PANEL, height=185):
-    """Returns an empty figure; one unit is one CSS pixel."""
-    return Figure(figsize=(width / 72, height / 72))
+def figure(width=PANEL, height=190, *, left=34, right=6):
+    """Returns an empty figure, in CSS pixels; the margins are fixed, so that panels align."""
+    fig = Figure(figsize=(width / 72, height / 72))
+    fig.subplots_adjust(left / width, 38 / height, 1 - right / width, 1 - 24 / height, hspace=0.3)
+    return fig
 
 
 def svg(fig, described):
@@ -138,7 +139,7 @@ def _styled(draw):
 def smooth(values):
     """Averages over neighbouring classes, by a Gaussian, where there are too many to read."""
     values = np.asarray(values, float)
-    if len(values) < 30:
+    if len(values) < MANY:
         return values
     distance = np.subtract.outer(np.arange(len(values)), np.arange(len(values)))
     weights = np.exp(-0.5 * (distance / (0.03 * len(values))) ** 2)
@@ -169,11 +170,11 @@ def _plain_log(ax):
 @_styled
 def by_class(curves, found, counts, assignment, names, *, width=DESK):
     """Draws the (smoothed) accuracy of every method by class, sorted by count, over the counts themselves."""
-    fig = figure(width, 340)
+    fig = figure(width, 350)
     ax, strip = fig.subplots(2, 1, sharex=True, height_ratios=(4.2, 1))
     for label, values in curves.items():
         index, dashes = found[label]
-        dotted = {"marker": "o", "markersize": 4} if len(values) < 30 else {}
+        dotted = {"marker": "o", "markersize": 4} if len(values) < MANY else {}
         ax.plot(smooth(values), color=colour(index), linestyle=dashes, **dotted)
     ax.set_ylim(0, 112)
     ax.set_yticks(range(0, 101, 20))
@@ -185,7 +186,7 @@ def by_class(curves, found, counts, assignment, names, *, width=DESK):
     strip.set_xlabel("class, the most frequent first")
     strip.set_xlim(-0.5, len(counts) - 0.5)
     _plain_log(strip)
-    what = "Smoothed test accuracy" if len(counts) >= 30 else "Test accuracy"
+    what = "Smoothed test accuracy" if len(counts) >= MANY else "Test accuracy"
     return fig, f"{what} of each class, sorted by training images: {', '.join(curves)}"
 
 
@@ -211,7 +212,8 @@ def one_by_class(label, values, style, counts, assignment, names):
 @_styled
 def group_mass(title, mass, fair, training):
     """Draws the teacher's mass per group as bars, the fair shares as ticks, the training images' as diamonds."""
-    fig = figure(height=64 + 36 * len(mass))
+    longest = max(len(name) for name in mass)
+    fig = figure(height=64 + 36 * len(mass), left=min(110, 14 + 6 * longest), right=38)
     ax = fig.subplots()
     names, rows = list(mass), range(len(mass))
     ax.barh(rows, [mass[name] for name in names], height=0.56, color=QUIET, alpha=0.45)
@@ -221,7 +223,7 @@ def group_mass(title, mass, fair, training):
     fair_at = [fair[name] for name in names]
     ax.plot(fair_at, rows, "|", color=colour(6), markersize=19, markeredgewidth=2.4, clip_on=False)
     for row, name in enumerate(names):
-        ax.text(1.12, row, f"{mass[name]:.2f}", ha="right", va="center")
+        ax.text(1.17, row, f"{mass[name]:.2f}", ha="right", va="center")
     ax.set(xlim=(0, 1), ylim=(len(names) - 0.4, -0.6), title=title, yticks=rows, yticklabels=names)
     ticks = (0, 0.25, 0.5, 0.75, 1)
     ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
@@ -289,12 +291,14 @@ def _class_section(setting, found):
         return ""
     shared = counts[order], assignment[order] if names else assignment, names
     both = [by_class(curves, found, *shared, width=width) for width in (DESK, PHONE)]
-    dots = "".join(one_by_class(label, v, found[label], *shared) for label, v in curves.items())
-    what = "Curves are averages over neighbouring classes; dots are classes. " if len(counts) >= 30 else ""
+    dots, what = "", "Means over student seeds."
+    if len(counts) >= MANY:
+        dots = "".join(one_by_class(label, v, found[label], *shared) for label, v in curves.items())
+        what = f"Curves are averages over neighbouring classes; dots are classes. {what}"
     return (
         f"<h3>Accuracy by class frequency</h3>{key(curves, found)}"
         f'<figure><div class="wide">{both[0]}</div><div class="narrow">{both[1]}</div></figure>'
-        f'<p class="small">{what}Means over student seeds.</p><figure class="panels">{dots}</figure>'
+        f'<p class="small">{what}</p><figure class="panels">{dots}</figure>'
     )
 
 

@@ -120,20 +120,23 @@ a { color: inherit; }
 .small, table, .key, summary, figure, h1 + p, nav {
   font-family: system-ui, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
 .small { font-size: .84rem; color: var(--quiet); line-height: 1.5; }
-.scroll { overflow-x: auto; margin: .8rem 0; }
-table { border-collapse: collapse; font-size: .88rem; white-space: nowrap;
+.scroll { overflow-x: auto; margin: .8rem 0;
+  background: linear-gradient(to left, var(--page) 40%, transparent) right / 2.5rem 100% no-repeat local,
+    linear-gradient(to left, var(--grid), transparent) right / 1.2rem 100% no-repeat scroll; }
+.scroll th:first-child { position: sticky; left: 0; background: var(--page); }
+table { border-collapse: collapse; font-size: .86rem; white-space: nowrap;
   font-variant-numeric: tabular-nums lining-nums; }
 .scroll > table { min-width: 100%; }
-th, td { padding: .36rem 0 .36rem 1.1rem; text-align: right; font-weight: 400; }
+th, td { padding: .36rem 0 .36rem .75rem; text-align: right; font-weight: 400; }
 th:first-child, td:first-child { padding-left: 0; }
 thead th { color: var(--quiet); border-bottom: 1px solid var(--ink); vertical-align: bottom; }
 tbody tr + tr > * { border-top: 1px solid var(--grid); }
 tbody tr:last-child > * { border-bottom: 1px solid var(--ink); }
 .words { text-align: left; }
-td.words { white-space: normal; min-width: 6.5rem; }
+td.words { white-space: normal; min-width: 9rem; }
 td.words .note { white-space: nowrap; }
-td:not(.words) .note { display: inline-block; min-width: 3.4em; text-align: left; }
-.note { font-size: .88em; }
+td:not(.words) .note { display: inline-block; min-width: 3.1em; text-align: left; }
+.note { font-size: .86em; }
 nav { font-size: .9rem; }
 nav ul { padding-left: 1.1rem; }
 figure { margin: 1rem 0; }
@@ -327,29 +330,20 @@ def _pair_section(pair, ours, theirs, planned):
 
 
 def _side_by_side(setting, theirs, missing):
-    shown = tables.columns(setting) if setting else [(n, None) for n in ("all", "head", "medium", "tail")]
-    print_all = any(theirs.values())
-    published = lambda name: (
-        [_published(theirs.get(name, {}).get(c)) for c in ("all", "tail")] if print_all else []
-    )
+    ours = tables.columns(setting) if setting else [(name, "") for name in ("all", "head", "medium", "tail")]
+    paper = ("all", "tail") if any(theirs.values()) else ()
+    header = ["method", *(f"published {column}" for column in paper), *(title for title, _ in ours), "n"]
+    clear = setting.clear_best if setting else None
+    best = {column: clear(column, lower_is_better=column == "ece") for _, column in ours} if setting else {}
     rows = {}
-    methods = [*filter(None, [setting.teacher_method()]), *setting.methods] if setting else []
-    for method in methods:
-        cells = [tables.number(method.values(column).values()) for _, column in shown]
-        rows[_row_key(method.name, method.label)] = [
-            method.label,
-            *published(method.name),
-            *cells,
-            str(len(method.runs)),
-        ]
-    for name in missing - {method.name for method in methods}:
-        rows[_row_key(name, name)] = [name, *published(name), *[NOT_RUN] * len(shown), "0"]
-    header = [
-        "method",
-        *(["published all", "published tail"] if print_all else []),
-        *(title for title, _ in shown),
-        "n",
-    ]
+    for method in [*filter(None, [setting.teacher_method()]), *setting.methods] if setting else []:
+        published = [_published(theirs.get(method.name, {}).get(column)) for column in paper]
+        cells = [tables.number(method.values(c).values(), bold=best[c] is method) for _, c in ours]
+        rows[_row_key(method.name, method.label)] = [method.label, *published, *cells, str(len(method.runs))]
+        missing = missing - {method.name}
+    for name in missing:
+        published = [_published(theirs.get(name, {}).get(column)) for column in paper]
+        rows[_row_key(name, name)] = [name, *published, *[NOT_RUN] * len(ours), "0"]
     return tables.Table(header, [rows[key] for key in sorted(rows)])
 
 
@@ -368,13 +362,10 @@ def _below_table(setting):
     rows, commands = [], []
     for method in setting.methods:
         runs = [method.runs[seeds] for seeds in sorted(method.runs)]
-        unique = [
-            ", ".join(sorted({str(run.get(key) or "–") for run in runs}))
-            for key in ("device", "precision", "commit")
-        ]
-        seconds, _, _ = tables.mean_std(
-            s for run in runs if (s := (run.get("timing") or {}).get("seconds")) is not None
-        )
+        columns = ([str(run.get(key) or "–") for run in runs] for key in ("device", "precision", "commit"))
+        unique = [", ".join(sorted(set(column))) for column in columns]
+        times = [(run.get("timing") or {}).get("seconds") for run in runs]
+        seconds, _, _ = tables.mean_std(time for time in times if time is not None)
         rows.append([method.label, *unique, duration(seconds)])
         commands += [" ".join((run.get("command") or "# not recorded").split()) for run in runs]
     table = tables.Table(["method", "hardware", "precision", "commit", "wall time of a run"], rows, left=4)
@@ -384,20 +375,18 @@ def _below_table(setting):
 
 def _search_section(runs, planned):
     rows, done = [], [tables.flatten(run["config"]) for run in runs]
+    shown = ["all", *(f"groups.{name}" for name in ("head", "medium", "tail"))]
     for setting in tables.gather(runs):
         for method in setting.methods:
-            rivals = [other for other in setting.methods if other.name == method.name]
-            best = max(rivals, key=lambda other: other.mean("all", "validation") or -1)
-            chosen = "chosen" if method is best and method.values("all", "validation") else ""
-            columns = ["all", *(f"groups.{name}" for name in ("head", "medium", "tail"))]
-            cells = [tables.number(method.values(column, "validation").values()) for column in columns]
-            rows.append(
-                [setting.title, method.label, *cells, str(len(method.runs)), str(setting.epochs), chosen]
-            )
+            rivals = [m for m in setting.methods if m.name == method.name and m.values("all", "validation")]
+            best = max(rivals, key=lambda rival: rival.mean("all", "validation"), default=None)
+            cells = [tables.number(method.values(column, "validation").values()) for column in shown]
+            told = [str(len(method.runs)), f"{setting.epochs:g}", "chosen" if method is best else ""]
+            rows.append([setting.title, method.label, *cells, *told])
     for entry in planned:
         if not any(_is_planned(entry, config) for config in done):
             data, imbalance, teacher, student, method = _cell(entry)
-            told = ", ".join(f"{key.split('.')[-1]}={v}" for key, v in entry["set"].items())
+            told = ", ".join(f"{key.removeprefix('method.')}={v}" for key, v in entry["set"].items())
             title = f"{data}, imbalance {imbalance:g}, {teacher} → {student}"
             rows.append([title, f"{method} ({told})" if told else method, *[NOT_RUN] * 4, "0", "", ""])
     if not rows:
@@ -412,7 +401,7 @@ def _is_planned(entry, config):
     own = dict(zip(("data", "imbalance", "teacher", "student"), (config.get(key) for key in keys)))
     same = own["imbalance"] is not None and _cell(own)[:4] == _cell(entry)[:4]
     same = same and config.get("method.name") == entry["method"]
-    return same and all(str(config.get(key)) == str(v) for key, v in entry["set"].items())
+    return same and all(str(config.get(key, v)) == str(v) for key, v in entry["set"].items())
 
 
 def _bias(settings, published):

@@ -23,7 +23,6 @@ import time
 import tqdm
 
 from experiments import build, report, runs, setup, tables, train
-from experiments.main import default_workdir
 from ltkd_jax import files
 
 
@@ -50,12 +49,14 @@ def read_queue(path) -> list[Entry]:
         for run in queue["runs"]:
             unknown = set(run) - {"config", "set", "seeds", "group", "best_of"}
             if unknown:
-                raise KeyError(f"unknown key {sorted(unknown)[0]!r} in {json.dumps(run)}")
+                raise ValueError(f"unknown key {sorted(unknown)[0]!r} in {json.dumps(run)}")
             for seed in run.get("seeds", [0]):
                 values = {**shared, **run.get("set", {})}
                 entries.append(Entry(run["config"], values, seed, run.get("group"), run.get("best_of")))
-    except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise build.ConfigError(f"cannot read the queue {path}: {error}") from None
+    except KeyError as error:
+        raise build.ConfigError(f"the queue {path} lacks the key {error}") from None
     missing = {entry.best_of for entry in entries} - {entry.group for entry in entries} - {None}
     if missing:
         raise build.ConfigError(f"queue {path}: best_of names {sorted(missing)[0]!r}, which is no run's group")
@@ -71,7 +72,7 @@ def load_config(reference: str):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     try:
-        return module.get_config(argument)
+        return module.get_config(argument).lock()
     except ValueError as error:
         raise build.ConfigError(f"{reference}: {error}") from None
 
@@ -117,7 +118,7 @@ class Results:
         files.write_text(self._path(config), json.dumps({**results, "group": group}, indent=1) + "\n")
 
     def _path(self, config):
-        return self._folder / f"{pathlib.Path(default_workdir(config)).name}-{build.config_hash(config)}.json"
+        return self._folder / f"{pathlib.Path(runs.default_workdir(config)).name}-{build.config_hash(config)}.json"
 
 
 def choose(entries: list[Entry], group: str, results: Results) -> dict | None:
@@ -166,7 +167,7 @@ class Reproduction:
 
     def carry_out(self, entry: Entry, config, deadline: float | None) -> None:
         """Does one run, in its own work directory, and adds its result."""
-        workdir = self._folder / f"{pathlib.Path(default_workdir(config)).name}-{build.config_hash(config)}"
+        workdir = self._folder / f"{pathlib.Path(runs.default_workdir(config)).name}-{build.config_hash(config)}"
         found = runs.run(config, workdir, command=command(entry, config), deadline=deadline)
         self._results.add(config, found, entry.group)
 
@@ -212,7 +213,7 @@ def main(argv=None):
     options = parser.parse_args(argv)
     deadline = time.monotonic() + 60 * options.minutes if options.minutes else None
     folder = pathlib.Path(options.runs or pathlib.Path("runs") / pathlib.Path(options.queue).stem)
-    setup.compilation_cache()
+    setup.once()
     try:
         reproduction = Reproduction(read_queue(options.queue), Results(options.results), folder, options.data_dir)
         if options.list:

@@ -10,6 +10,12 @@ from experiments import build, provenance, teachers, train
 from ltkd_jax import files
 
 
+def default_workdir(config) -> str:
+    """runs/<dataset>-<imbalance>-<method>-<teacher>-<student>-s<seed>, for a smoke run with -smoke behind it."""
+    parts = (config.data.name, f"{config.data.imbalance:g}", config.method.name, config.teacher.model)
+    return f"runs/{'-'.join(parts)}-{config.student.model}-s{config.seed}" + ("-smoke" if config.smoke else "")
+
+
 def run(config, workdir, *, command: str, deadline: float | None = None) -> dict:
     """One row of a table: the teacher if the method needs one, the student, and `results.json`.
 

@@ -1,13 +1,16 @@
 """What every command does first."""
 
+import logging
 import os
 import shlex
 
 import jax
 
 
-def compilation_cache() -> None:
-    """Keeps compiled programs on disk between runs, in $LTKD_CACHE or .jax_cache."""
+def once() -> None:
+    """Keeps compiled programs on disk between runs, in $LTKD_CACHE or .jax_cache, and the log to warnings."""
+    logging.getLogger().setLevel(logging.WARNING)
+    logging.getLogger("absl").setLevel(logging.WARNING)
     jax.config.update("jax_compilation_cache_dir", os.path.abspath(os.environ.get("LTKD_CACHE", ".jax_cache")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 

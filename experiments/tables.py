@@ -1,8 +1,8 @@
-"""Results as numbers: runs gathered by setting, methods compared over paired seeds, tables written as text, Markdown or HTML.
+"""Results as numbers: runs gathered by setting, methods compared over paired seeds, tables written.
 
 A run is the dictionary that `report.load` returns. Runs that share everything but the seeds of the teacher and the
-student are one `Method`; methods that may be compared with each other are one `Setting`. Every table of the project is
-a `Table` and is written by the three functions below it, so that a number looks the same wherever it stands.
+student are one `Method`; methods that may be compared with each other are one `Setting`. Every table of a report is a
+`Table`, written by `as_text`, `as_markdown` or `as_html`, so that a number looks the same wherever it stands.
 """
 
 import dataclasses
@@ -11,38 +11,28 @@ import math
 import re
 import statistics
 
-ORDER = (
-    "ce",
-    "balanced_softmax",
-    "logit_adjusted",
-    "kd",
-    "dkd",
-    "reviewkd",
-    "wsl",
-    "dive",
-    "bkd",
-    "ltkd",
-    "ltkd_bs",
-    "bikd",
-)
+ORDER = "ce balanced_softmax logit_adjusted kd dkd reviewkd wsl dive bkd ltkd ltkd_bs bikd".split()
 BETTER, WORSE, UNCLEAR = "better", "worse", "not distinguishable"
 RULE = (
     "A method is called better than another only if, paired over the same student seeds, the mean difference exceeds "
-    "twice its standard error; the ± of a difference is that standard error. This is a rule of thumb: two equal methods "
-    "would pass it, one way or the other, in 30 % of cases with 2 seeds, 18 % with 3 and 12 % with 5."
+    "twice its standard error; the ± of a difference is that standard error. This is a rule of thumb: two equal "
+    "methods would pass it, one way or the other, in 30 % of cases with 2 seeds, 18 % with 3 and 12 % with 5."
+)
+COLUMNS = (
+    "Head, medium and tail are groups by rank; many, mid and few are the classes with more than 100, 20 to 100 and "
+    "fewer than 20 training images. ECE: expected calibration error, lower is better. Bold: better than every other "
+    "method."
 )
 RECONSTRUCTED = "LTKD is reconstructed from descriptions; there is no official code."
 # Parts of a config that do not change what is learned: two runs that differ in these only are the same method.
-_INCIDENTAL = frozenset(
-    "seed seeds workdir dir root path cache checkpoint log table call resume report every".split()
-)
+_INCIDENTAL = set("seed seeds dir path cache checkpoint table parallel call eval every smoke workdir log".split())
 
 
-# ---- statistics ---------------------------------------------------------------------------------------------------
+# Statistics.
 
 
 def mean_std(values):
-    """Returns (mean, sample standard deviation or None for a single value, n) of a list; the mean of nothing is None."""
+    """Returns (mean, sample standard deviation, n); what too few values do not have is None."""
     values = list(values)
     if not values:
         return None, None, 0
@@ -71,7 +61,7 @@ def paired(ours, theirs, *, lower_is_better=False):
     return Difference(mean, error, n, BETTER if (mean < 0) == lower_is_better else WORSE)
 
 
-# ---- runs, gathered -----------------------------------------------------------------------------------------------
+# Runs, gathered.
 
 
 def value(result, column):
@@ -147,11 +137,9 @@ class Setting:
         n = max(len(method.runs) for method in self.methods)
         several = len(self.teachers()) > 1
         over = f"one split, {len(self.teachers())} teachers" if several else "one split"
-        spread = (
-            f"mean ± standard deviation over student seeds, {over}" if n > 1 else f"one student seed, {over}"
-        )
+        spread = f"Mean ± standard deviation over student seeds, {over}" if n > 1 else f"One student seed, {over}"
         images = f"{self.images:,} training images, " if self.images else ""
-        return f"{spread} (split seed {self.split}); {images}{self.epochs} epochs; the last epoch, in percent"
+        return f"{spread} (split seed {self.split}); {images}{self.epochs:g} epochs; the last epoch, in percent"
 
     def best(self, column, *, lower_is_better=False):
         """Returns the method with the best mean, None where no method has the column."""
@@ -163,13 +151,11 @@ class Setting:
         """Returns the best method if it is better than each of the others, else None."""
         best = self.best(column, lower_is_better=lower_is_better)
         others = [method for method in self.methods if method is not best]
-        won = (
-            paired(best.values(column), other.values(column), lower_is_better=lower_is_better).verdict
-            == BETTER
-            for other in others
-            if best
-        )
-        return best if best and others and all(won) else None
+        if best is None or not others:
+            return None
+        ours = best.values(column)
+        found = [paired(ours, other.values(column), lower_is_better=lower_is_better) for other in others]
+        return best if all(difference.verdict == BETTER for difference in found) else None
 
 
 def method_name(config):
@@ -209,38 +195,36 @@ def gather(runs):
 
 def _setting_key(run):
     config = run["config"]
-    part = lambda name, key: (config.get(name) or {}).get(key)
-    data, imbalance = str(part("data", "name")), float(part("data", "imbalance") or 1)
-    models = str(part("teacher", "model") or ""), str(part("student", "model"))
-    sizes = run.get("epochs") or 0, run.get("train_images") or 0
-    return data, imbalance, *models, run["seeds"].get("split") or 0, *sizes
+    data, teacher, student = (config.get(name) or {} for name in ("data", "teacher", "student"))
+    models = str(teacher.get("model") or ""), str(student.get("model"))
+    sizes = run["seeds"].get("split") or 0, run.get("epochs") or 0, run.get("train_images") or 0
+    return str(data.get("name")), float(data.get("imbalance") or 1), *models, *sizes
 
 
 def _methods(runs):
     named = {}
     for run in runs:
         named.setdefault(method_name(run["config"]), []).append(run)
-    found = []
-    for name, same in named.items():
-        configs = [_essential(run["config"]) for run in same]
-        shared = set.intersection(*(set(config) for config in configs))
-        differing = sorted(key for key in shared if len({repr(config[key]) for config in configs}) > 1)
-        variants = {}
-        for run, config in zip(same, configs):
-            variants.setdefault(tuple(config[key] for key in differing), []).append(run)
-        for values in sorted(variants, key=repr):
-            told = ", ".join(f"{key.split('.')[-1]}={_plain(v)}" for key, v in zip(differing, values))
-            by_seeds = {}
-            for run in variants[values]:
-                by_seeds.setdefault((run["seeds"].get("teacher") or 0, run["seeds"].get("student") or 0), run)
-            found.append(Method(name, f"{name} ({told})" if told else name, by_seeds))
+    found = [method for name, same in named.items() for method in _variants(name, same)]
     return sorted(found, key=lambda method: (method_rank(method.name), method.label))
 
 
+def _variants(name, runs):
+    """Splits the runs of one name where their configs differ in more than seeds; the label says in what."""
+    configs = [_essential(run["config"]) for run in runs]
+    shared = set.intersection(*(set(config) for config in configs))
+    differing = sorted(key for key in shared if len({config[key] for config in configs}) > 1)
+    found = {}
+    for run, config in zip(runs, configs):
+        seeds = run["seeds"].get("teacher") or 0, run["seeds"].get("student") or 0
+        found.setdefault(tuple(config[key] for key in differing), {}).setdefault(seeds, run)
+    for values, by_seeds in found.items():
+        told = ", ".join(f"{key.removeprefix('method.')}={_plain(v)}" for key, v in zip(differing, values))
+        yield Method(name, f"{name} ({told})" if told else name, by_seeds)
+
+
 def _essential(config):
-    return {
-        key: str(v) for key, v in flatten(config).items() if not _INCIDENTAL & set(re.split(r"[._]", key))
-    }
+    return {key: str(v) for key, v in flatten(config).items() if not _INCIDENTAL & set(re.split(r"[._]", key))}
 
 
 def _plain(text):
@@ -252,11 +236,11 @@ def method_rank(name):
     return (ORDER.index(name), "") if name in ORDER else (len(ORDER), name)
 
 
-# ---- what is said about a setting ---------------------------------------------------------------------------------
+# What is said about a setting.
 
 
 def headline(setting):
-    """Says in plain words which method is the most accurate, by how much, and whether that can be told from chance."""
+    """Says in plain words which method is the most accurate, and from which others it can be told."""
     best = setting.best("all")
     if best is None:
         return "No run has a test accuracy yet."
@@ -300,7 +284,7 @@ def _listed(words):
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
-# ---- tables -------------------------------------------------------------------------------------------------------
+# Tables.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -342,7 +326,7 @@ def columns(setting):
 
 
 def accuracy_table(setting):
-    """Builds the main table: a row per method, the teacher first; the best of a column is bold if it is clearly so."""
+    """Builds the main table: a row per method, the teacher first; the clear best of a column is bold."""
     shown = columns(setting)
     clear = {column: setting.clear_best(column, lower_is_better=column == "ece") for _, column in shown}
     rows = []
@@ -361,9 +345,7 @@ def comparison_table(setting, column):
     for method in setting.methods:
         pairs = [(method, reference) for reference in references] + [(best, method)]
         rows.append([method.label, *(_verdict(*pair, column) for pair in pairs)])
-    return Table(
-        [*header, f"{best.label} against it" if best else "best against it"], rows, left=len(header) + 1
-    )
+    return Table([*header, f"{best.label} against it" if best else "best against it"], rows, left=len(header) + 1)
 
 
 def _verdict(ours, theirs, column):
@@ -374,7 +356,7 @@ def _verdict(ours, theirs, column):
         return Cell("no shared seed", quiet=True)
     spread = "" if found.error is None else f" ± {found.error:.2f}"
     return Cell(
-        f"{found.mean:+.2f}{spread} {found.verdict}", f"n = {found.n}", quiet=found.verdict == UNCLEAR
+        f"{found.mean:+.2f}{spread} {found.verdict}".replace("-", "−"), f"n = {found.n}", quiet=found.verdict == UNCLEAR
     )
 
 
@@ -382,29 +364,24 @@ def comparisons(setting):
     """Returns the (title, table) pairs of paired comparisons: all classes and the tail; empty for a single method."""
     if len(setting.methods) < 2:
         return []
-    shown = [("all classes", "all"), (setting.tail().split(".")[-1], setting.tail())]
+    shown = [("all classes", "all"), (f"the {setting.tail().split('.')[-1]}", setting.tail())]
     return [(title, comparison_table(setting, column)) for title, column in shown if setting.best(column)]
 
 
-# ---- the one writer -----------------------------------------------------------------------------------------------
-
-
-def _joined(cell):
-    return f"{cell.text} {cell.note}".strip()
+# The one writer.
 
 
 def as_text(table):
     """Writes a table for a terminal, in aligned columns."""
-    notes = [max((len(row[i].note) for row in table.cells()), default=0) for i in range(len(table.header))]
-    padded = lambda cell, i: f"{cell.text} {cell.note:<{notes[i]}}" if notes[i] else cell.text
-    lines = [[_printable(padded(cell, i)) for i, cell in enumerate(row)] for row in table.cells()]
-    header = [f"{title}{' ' * (notes[i] + 1 if notes[i] else 0)}" for i, title in enumerate(table.header)]
-    widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
-    rule = ["─" * width for width in widths]
-    align = lambda text, i: f"{text:<{widths[i]}}" if i < table.left else f"{text:>{widths[i]}}"
-    return "\n".join(
-        "  ".join(align(text, i) for i, text in enumerate(line)).rstrip() for line in [header, rule, *lines]
-    )
+    columns = []
+    for i, (title, *cells) in enumerate(zip(table.header, *table.cells())):
+        side = "<" if i < table.left else ">"
+        note = max((len(cell.note) + 1 for cell in cells if cell.note), default=0)
+        lines = [title + " " * note, *(cell.text + f" {cell.note}".ljust(note)[:note] for cell in cells)]
+        lines = [_printable(line) for line in lines]
+        width = max(map(len, lines))
+        columns.append([f"{line:{side}{width}}" for line in [lines[0], "─" * width, *lines[1:]]])
+    return "\n".join("  ".join(line).rstrip() for line in zip(*columns))
 
 
 def _printable(text):
@@ -416,9 +393,8 @@ def as_markdown(table):
     lines = [[escape_markdown(title) for title in table.header]]
     lines.append(["---" if i < table.left else "---:" for i in range(len(table.header))])
     for row in table.cells():
-        lines.append(
-            [f"**{escape_markdown(_joined(c))}**" if c.bold else escape_markdown(_joined(c)) for c in row]
-        )
+        texts = [escape_markdown(f"{cell.text} {cell.note}") for cell in row]
+        lines.append([f"**{text}**" if cell.bold else text for cell, text in zip(row, texts)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -429,20 +405,19 @@ def escape_markdown(text):
 
 def as_html(table):
     """Writes a table as HTML, in a box in which it scrolls when it is wider than the page."""
+    kinds = [' class="words"' if i < table.left else "" for i in range(len(table.header))]
     noted = [any(row[i].note for row in table.cells()) for i in range(len(table.header))]
-    kind = lambda i: ' class="words"' if i < table.left else ""
-    head = "".join(
-        f'<th scope="col"{kind(i)}>{html.escape(title)}</th>' for i, title in enumerate(table.header)
-    )
+    head = [f'<th scope="col"{kind}>{html.escape(title)}</th>' for kind, title in zip(kinds, table.header)]
     body = []
     for row in table.cells():
-        cells = [_html_cell(cell, i, kind(i), noted[i]) for i, cell in enumerate(row)]
+        cells = [_html_cell(cell, i, kinds[i], noted[i]) for i, cell in enumerate(row)]
         body.append(f"<tr>{''.join(cells)}</tr>")
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
+    head, body = "".join(head), "\n".join(body)
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _html_cell(cell, i, kind, noted):
-    text = html.escape(cell.text)
+    text = html.escape(cell.text.replace(" ± ", "\u00a0±\u00a0"))
     text = f"<b>{text}</b>" if cell.bold else f'<span class="quiet">{text}</span>' if cell.quiet else text
     # Every cell of a column with notes gets one, so that the decimal points stay under each other.
     note = f' <span class="note">{html.escape(cell.note)}</span>' if noted else ""
@@ -453,15 +428,10 @@ def console(runs):
     """Writes every setting of the runs for a terminal: headline, table, comparisons; then what is unfinished."""
     parts = []
     for setting in gather(runs):
-        parts += [
-            _printable(setting.title),
-            _printable(headline(setting)),
-            "",
-            as_text(accuracy_table(setting)),
-        ]
-        parts += [f"({setting.note()})", ""]
+        said = [_printable(line) for line in (setting.title, headline(setting), f"({setting.note()})")]
+        parts += [*said[:2], "", as_text(accuracy_table(setting)), said[2], ""]
         for title, table in comparisons(setting):
-            parts += [f"Paired, {title}:", as_text(table), ""]
+            parts += [f"Paired, {_printable(title)}:", as_text(table), ""]
     unfinished = [run for run in runs if not run.get("finished", True)]
     parts += [f"unfinished: {_printable(run['source'])} ({progress(run)})" for run in unfinished]
     return "\n".join(parts or ["no runs"]).rstrip()

@@ -96,9 +96,7 @@ def fit(program: build.Program, train_data, seed: int, workdir, stop: StopReques
             epoch, row = divmod(step, program.steps_per_epoch)
             if epoch != plan_epoch:
                 plan, plan_epoch = jax.tree.map(np.asarray, program.plan(seed, epoch)), epoch
-            count = min(
-                program.steps_per_call, program.steps_per_epoch - row, program.total_steps - step
-            )
+            count = min(program.steps_per_call, program.steps_per_epoch - row, program.total_steps - step)
             rows = jax.tree.map(lambda x, row=row, count=count: x[row : row + count], plan)
             state = program.chunk(state, train_data, program.parallel.shard(rows, 1))
             jax.block_until_ready(state.step)  # a signal is heard, and the bar is true

@@ -23,7 +23,9 @@ def fresh(name="resnet8", classes=4, seed=0):
 def state():
     """A state whose every leaf is something else than zero."""
     leaves, structure = jax.tree.flatten(jax.jit(fresh)())
-    return jax.tree.unflatten(structure, [leaf + jnp.arange(leaf.size, dtype=leaf.dtype).reshape(leaf.shape) for leaf in leaves])
+    return jax.tree.unflatten(
+        structure, [leaf + jnp.arange(leaf.size, dtype=leaf.dtype).reshape(leaf.shape) for leaf in leaves]
+    )
 
 
 @pytest.fixture(scope="module")

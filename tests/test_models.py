@@ -91,7 +91,11 @@ def test_batch_norm_uses_the_batch_in_training_and_its_running_statistics_in_eva
     variables = model.init(jax.random.key(1), images, train=False)
     _, updates = model.apply(variables, images, train=True, mutable=["batch_stats"])
     conv = jax.lax.conv_general_dilated(
-        images, variables["params"]["stem"]["kernel"], (1, 1), [(1, 1), (1, 1)], dimension_numbers=("NHWC", "HWIO", "NHWC")
+        images,
+        variables["params"]["stem"]["kernel"],
+        (1, 1),
+        [(1, 1), (1, 1)],
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
     running = updates["batch_stats"]["stem_norm"]
     np.testing.assert_allclose(running["mean"], 0.1 * conv.mean((0, 1, 2)), rtol=1e-4, atol=1e-5)

@@ -84,7 +84,10 @@ def train(method, parallel, num_steps, *, teacher_fn=steps.no_teacher, teacher=N
     state = states.create(SmallNet(), optimizer(), len(objective.terms), SHAPE, 0)
     state = parallel.replicate(double(state) if jax.config.jax_enable_x64 else state)
     data = parallel.replicate(steps.TrainData(IMAGES, LABELS, teacher))
-    rows = [plans.epoch_plan(0, e, num_examples=N, batch_size=batch, num_views=VIEWS.num) for e in range(-(-num_steps // spe))]
+    rows = [
+        plans.epoch_plan(0, e, num_examples=N, batch_size=batch, num_views=VIEWS.num)
+        for e in range(-(-num_steps // spe))
+    ]
     rows = jax.tree.map(lambda *parts: np.concatenate(parts)[:num_steps], *rows)
     for start in range(0, num_steps, per_call):
         part = jax.tree.map(lambda x: x[start : start + per_call], rows)  # noqa: B023

@@ -39,7 +39,7 @@ def class_vector(values, logits, name: str):
         concrete = np.asarray(values, np.float64)
         if not (concrete > 0).all():
             bad = np.flatnonzero(~(concrete > 0))[:5].tolist()
-            raise ValueError(f"{name} must be positive; classes {bad} are not: mask them with `where`")
+            raise ValueError(f"{name} must be positive; classes {bad} are not: leave them out")
     values = jnp.asarray(values, logits.dtype)
     chex.assert_shape(values, logits.shape[-1:], custom_message=f"{name} must hold one number a class, [C]")
     return values.reshape((1,) * (logits.ndim - 1) + (-1,))

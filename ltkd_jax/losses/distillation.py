@@ -33,9 +33,7 @@ def kd(student_logits, teacher_logits, *, temperature=4.0, where=None) -> jax.Ar
     return temperature**2 * _common.kl(log_p, log_q, where)
 
 
-def dkd(
-    student_logits, teacher_logits, labels, *, alpha=1.0, beta=8.0, temperature=4.0, where=None
-) -> jax.Array:
+def dkd(student_logits, teacher_logits, labels, *, alpha=1.0, beta=8.0, temperature=4.0, where=None) -> jax.Array:
     """Decoupled distillation: τ² (α TCKD + β NCKD).
 
     TCKD is the KL of the binary (target, rest) distributions, NCKD the KL over the classes that are not the
