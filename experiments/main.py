@@ -51,9 +51,8 @@ def parse_flags(argv):
         sys.exit(f"error: {last.removeprefix('ValueError: ')}")
     except (AttributeError, KeyError) as error:
         given = " ".join(word for word in argv if word.startswith("--config."))
-        sys.exit(
-            f"error: no key {str(error.args[0]).strip(chr(34))} in the config ({given}); configs/common.py has them all"
-        )
+        key = str(error.args[0]).strip('"')
+        sys.exit(f"error: no key {key} in the config ({given}); configs/common.py has them all")
     if len(rest) > 1:
         sys.exit(f"error: unexpected argument {rest[1]!r}; the flags are --config, --config.KEY and --workdir")
     return rest

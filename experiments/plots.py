@@ -91,7 +91,7 @@ def css(index):
 # The one way from a figure to SVG.
 
 
-def figure(width=PANEL, height=190, *, left=34, right=6):
+def figure(width=PANEL, height=190, *, left=34, right=12):
     """Returns an empty figure, in CSS pixels; the margins are fixed, so that panels align."""
     fig = Figure(figsize=(width / 72, height / 72))
     fig.subplots_adjust(left / width, 38 / height, 1 - right / width, 1 - 24 / height, hspace=0.3)

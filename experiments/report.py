@@ -348,7 +348,7 @@ def _side_by_side(setting, theirs, missing):
 
 
 def _row_key(name, label):
-    return (-1, "") if name == "teacher" else (*tables.method_rank(name), label)
+    return (-1, "") if name == "teacher" else (*tables.method_rank(name), tables.natural(label))
 
 
 def _published(entry):
@@ -386,9 +386,12 @@ def _search_section(runs, planned):
     for entry in planned:
         if not any(_is_planned(entry, config) for config in done):
             data, imbalance, teacher, student, method = _cell(entry)
-            told = ", ".join(f"{key.removeprefix('method.')}={v}" for key, v in entry["set"].items())
+            chosen = [(key, v) for key, v in entry["set"].items() if key.startswith("method.")]
+            told = ", ".join(f"{key.removeprefix('method.')}={v}" for key, v in chosen)
             title = f"{data}, imbalance {imbalance:g}, {teacher} → {student}"
-            rows.append([title, f"{method} ({told})" if told else method, *[NOT_RUN] * 4, "0", "", ""])
+            epochs = entry["set"].get("train.epochs", "")
+            label = f"{method} ({told})" if told else method
+            rows.append([title, label, *[NOT_RUN] * len(shown), "0", f"{epochs:g}" if epochs else "", ""])
     if not rows:
         return []
     header = ["setting", "method", "all", "head", "medium", "tail", "n", "epochs", ""]
@@ -423,7 +426,7 @@ def _bias(settings, published):
 def _anchors(published):
     parts = ["## Numbers of others, for orientation"]
     for anchor in published["anchors"]:
-        rows = [[name, f"{v:.2f}" if isinstance(v, float) else v] for name, v in anchor["all"].items()]
+        rows = [[name, str(v)] for name, v in anchor["all"].items()]
         table = tables.Table(["method", f"top-1 % [{anchor['mark']}]"], rows)
         parts += [f"{anchor['title']}:", tables.as_markdown(table)]
     return parts

@@ -206,7 +206,12 @@ def _methods(runs):
     for run in runs:
         named.setdefault(method_name(run["config"]), []).append(run)
     found = [method for name, same in named.items() for method in _variants(name, same)]
-    return sorted(found, key=lambda method: (method_rank(method.name), method.label))
+    return sorted(found, key=lambda method: (method_rank(method.name), natural(method.label)))
+
+
+def natural(label):
+    """A key that puts alpha=2 before alpha=16."""
+    return tuple(float(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+(?:\.\d+)?)", label)))
 
 
 def _variants(name, runs):

@@ -363,9 +363,9 @@ def test_eight_devices_are_one(how):
         actual = jax.pmap(on_devices, "devices", in_axes=(BATCHED,))(split)
     elif how == "shard_map":
         out_specs = PartitionSpec("devices")
-        actual = jax.jit(
-            jax.shard_map(on_devices, mesh=mesh, in_specs=(specs,), out_specs=out_specs, check_vma=False)
-        )(x)
+        actual = jax.jit(jax.shard_map(on_devices, mesh=mesh, in_specs=(specs,), out_specs=out_specs, check_vma=False))(
+            x
+        )
     else:  # one global array: no axis name
         shardings = jax.tree.map(functools.partial(NamedSharding, mesh), specs)
         actual = jax.jit(batch_losses_and_gradients, in_shardings=(shardings,))(x)
@@ -385,7 +385,6 @@ def test_rebalance_on_eight_devices():
 
 
 # --- Errors -------------------------------------------------------------------------------------
-
 
 
 WRONG_SHAPES = [

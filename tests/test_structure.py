@@ -88,3 +88,10 @@ except ModuleNotFoundError:
 
 def test_main_is_short():
     assert len((ROOT / "experiments" / "main.py").read_text().splitlines()) < 70
+
+
+def test_the_readmes_example_runs():
+    blocks = (ROOT / "README.md").read_text().split("```python\n")[1:]
+    assert blocks
+    for block in blocks:
+        exec(compile(block.split("```")[0], "README.md", "exec"), {})

@@ -65,9 +65,11 @@ def apply(images: jax.Array, view: jax.Array, views: Views) -> jax.Array:
     padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
     offset, flip = jnp.divmod(view, views.flips)
     dy, dx = jnp.divmod(offset, 2 * pad + 1)
-    crops = jax.vmap(lambda image, y, x: jax.lax.dynamic_slice(image, (y, x, jnp.zeros_like(y)), images.shape[1:]))(
-        padded, dy, dx
-    )
+
+    def crop(image, y, x):
+        return jax.lax.dynamic_slice(image, (y, x, jnp.zeros_like(y)), images.shape[1:])
+
+    crops = jax.vmap(crop)(padded, dy, dx)
     if not views.flip:
         return crops
     return jnp.where(flip.astype(bool)[:, None, None, None], crops[:, :, ::-1], crops)
