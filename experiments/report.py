@@ -1,7 +1,7 @@
 """Turns work directories and result files into a page, a console table, or the results page of the repository.
 
     python -m experiments.report PATH… [--out report.html] [--title TITLE]
-    python -m experiments.report --results results/ [--queue experiments/queues/gpu.json]
+    python -m experiments.report --results results/ [--queue experiments/queues/*.json]
 
 PATH is a work directory, a result JSON, or a folder of either. The page is one file that needs no network. The second
 form writes README.md into the results folder: the papers' numbers (published.json) beside ours.
@@ -17,8 +17,6 @@ import sys
 from experiments import plots, tables
 
 PUBLISHED = pathlib.Path(__file__).with_name("published.json")
-# (imbalance, teacher, student) of a config file that is given without them.
-DEFAULTS = {"cifar100": (100, "resnet32x4", "resnet8x4"), "digits": (50, "resnet20", "resnet8")}
 NOT_RUN = tables.Cell("not run yet", quiet=True)
 
 
@@ -283,18 +281,16 @@ def _cell(entry):
     return name, float(entry["imbalance"]), entry["teacher"], entry["student"], entry.get("method")
 
 
-def planned_cells(queue):
-    """Returns what a queue of runs plans, as dictionaries with the keys of a cell, `set` and `group`."""
+def planned_cells(path):
+    """Returns what a queue file plans, as dictionaries with the keys of a cell, `set` and `group`."""
+    from experiments import entries  # here, because configs need jax, and a report of results does not
+
     found = []
-    for entry in queue.get("runs", []):
-        path, _, chosen = entry["config"].partition(":")
-        method, *options = chosen.split(",")
-        data = re.sub("_?lt$", "", pathlib.PurePosixPath(path).stem)
-        cell = dict(zip(("imbalance", "teacher", "student"), DEFAULTS.get(data, DEFAULTS["cifar100"])))
-        cell |= {"data": data, "method": method or "ltkd"}
-        cell |= dict(option.split("=", 1) for option in options if "=" in option)
-        values = (queue.get("set") or {}) | (entry.get("set") or {})
-        found.append(cell | {"set": values, "group": entry.get("group")})
+    for entry in entries.read_queue(path):
+        config = entries.resolve(entry)
+        cell = {"data": config.data.name, "imbalance": config.data.imbalance, "method": config.method.name}
+        cell |= {"teacher": config.teacher.model, "student": config.student.model}
+        found.append(cell | {"set": entry.set, "group": entry.group})
     return found
 
 
@@ -435,10 +431,10 @@ def _anchors(published):
 # The command.
 
 
-def write_results(folder, queue=None):
+def write_results(folder, queues=()):
     """Writes README.md into the results folder and returns its path."""
     published = _read(PUBLISHED)
-    planned = planned_cells(_read(pathlib.Path(queue))) if queue else []
+    planned = [cell for queue in queues for cell in planned_cells(queue)]
     target = pathlib.Path(folder) / "README.md"
     target.write_text(render_results(find([folder]), published, planned), encoding="utf-8")
     return target
@@ -450,7 +446,7 @@ def main(argv=None):
     parser.add_argument("--out", default="report.html")
     parser.add_argument("--title")
     parser.add_argument("--results", help="write README.md into this folder of result JSONs instead")
-    parser.add_argument("--queue", help="a queue of runs: those not yet run are listed as such")
+    parser.add_argument("--queue", nargs="*", default=[], help="queues: what is not yet run is listed as such")
     args = parser.parse_args(argv)
     if bool(args.paths) == bool(args.results):
         parser.error("give either PATHs or --results")
@@ -462,8 +458,8 @@ def main(argv=None):
         if not runs:
             raise ReportError(f"no runs in {', '.join(args.paths)}")
         write_page(runs, args.out, args.title)
-    except ReportError as error:
-        sys.exit(f"report: {error}")
+    except ValueError as error:  # a file that cannot be reported on, or a queue that cannot be read
+        sys.exit(f"error: {error}")
     print(f"{tables.console(runs)}\n\n{args.out}")
 
 

@@ -2,7 +2,7 @@
 
     python -m experiments.reproduce experiments/queues/demo.json --results=runs/demo/results
     python -m experiments.reproduce experiments/queues/gpu.json --minutes=25 --data_dir=DIR
-    python -m experiments.report --results=results --queue=experiments/queues/gpu.json   # the table, beside the papers'
+    python -m experiments.report --results=results --queue experiments/queues/*.json   # the table, beside the papers'
 
 A queue is JSON: {"about": …, "set": {…}, "runs": [{"config": "configs/x.py:METHOD,…", "set": {"train.epochs": 60},
 "seeds": [0, 1, 2], "group": …, "best_of": …}]}. A run with "best_of" takes its method's hyperparameters from the run
@@ -12,95 +12,16 @@ A result is known by the hash of its resolved config, so a changed default is a 
 
 import argparse
 import collections
-import dataclasses
-import importlib.util
 import json
 import pathlib
-import shlex
 import sys
 import time
 
 import tqdm
 
 from experiments import build, report, runs, setup, tables, train
+from experiments.entries import Entry, command, read_queue, resolve
 from ltkd_jax import files
-
-
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """One run of a queue: a config, what is set in it, and its place."""
-
-    config: str
-    set: dict
-    seed: int
-    group: str | None = None
-    best_of: str | None = None
-
-
-def read_queue(path) -> list[Entry]:
-    """The runs of a queue file, in order.
-
-    Raises:
-      build.ConfigError: the file is not there, not JSON, or has a key that no run has.
-    """
-    try:
-        queue = json.loads(pathlib.Path(path).read_text())
-        shared, entries = queue.get("set", {}), []
-        for run in queue["runs"]:
-            unknown = set(run) - {"config", "set", "seeds", "group", "best_of"}
-            if unknown:
-                raise ValueError(f"unknown key {sorted(unknown)[0]!r} in {json.dumps(run)}")
-            for seed in run.get("seeds", [0]):
-                values = {**shared, **run.get("set", {})}
-                entries.append(Entry(run["config"], values, seed, run.get("group"), run.get("best_of")))
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise build.ConfigError(f"cannot read the queue {path}: {error}") from None
-    except KeyError as error:
-        raise build.ConfigError(f"the queue {path} lacks the key {error}") from None
-    missing = {entry.best_of for entry in entries} - {entry.group for entry in entries} - {None}
-    if missing:
-        raise build.ConfigError(f"queue {path}: best_of names {sorted(missing)[0]!r}, which is no run's group")
-    return entries
-
-
-def load_config(reference: str):
-    """The config of "configs/x.py:argument", as `--config` takes it."""
-    path, _, argument = reference.partition(":")
-    if not pathlib.Path(path).is_file():
-        raise build.ConfigError(f"no config file {path!r}")
-    spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    try:
-        return module.get_config(argument).lock()
-    except ValueError as error:
-        raise build.ConfigError(f"{reference}: {error}") from None
-
-
-def resolve(entry: Entry, best: dict | None = None, data_dir: str = ""):
-    """The config of an entry; `best` is the result whose hyperparameters it takes."""
-    config = load_config(entry.config)
-    values = {**entry.set, "seed": entry.seed}
-    if best is not None:
-        chosen = best["config"]["method"]
-        values |= {f"method.{key}": chosen[key] for key in config.method if key != "name" and key in chosen}
-    if data_dir:
-        values["data.dir"] = data_dir
-    try:
-        config.update_from_flattened_dict(values)
-    except (KeyError, TypeError, ValueError) as error:
-        raise build.ConfigError(f"{entry.config} with {values}: {error}") from None
-    build.validate(config)
-    return config
-
-
-def command(entry: Entry, config) -> str:
-    """The command that does this run alone."""
-    values = {**entry.set, "seed": entry.seed}
-    if entry.best_of:
-        values |= {f"method.{key}": value for key, value in config.method.items() if key != "name"}
-    words = [f"--config.{key}={value}" for key, value in values.items()]
-    return shlex.join(["python", "-m", "experiments.main", f"--config={entry.config}", *words])
 
 
 class Results:

@@ -427,7 +427,7 @@ def test_results_page_puts_published_beside_ours(tmp_path):
     queue = tmp_path / "queue.json.txt"
     runs = [{"config": "configs/cifar100lt.py:ltkd_bs,imbalance=100", "seeds": [0], "group": "table"}]
     queue.write_text(json.dumps({"about": "x", "runs": runs}))
-    text = report.write_results(tmp_path, queue).read_text(encoding="utf-8")
+    text = report.write_results(tmp_path, [queue]).read_text(encoding="utf-8")
     (setting,) = tables.gather(report.find([tmp_path]))
     ours = tables.number(setting.methods[0].values("all").values())
     assert row_of(text, "| ltkd |").startswith(f"| ltkd | 51.08 [S] | 27.21 [S] | {ours.text} {ours.note} |")
@@ -436,7 +436,7 @@ def test_results_page_puts_published_beside_ours(tmp_path):
     assert "not run yet" in row_of(text, "| dkd |")
     assert "reconstructed from descriptions" in text and "**[S]** second-hand" in text
     assert "python -m experiments.main --config=configs/cifar100lt.py:ltkd,seed=0" in text
-    assert report.write_results(tmp_path, queue).read_text(encoding="utf-8") == text
+    assert report.write_results(tmp_path, [queue]).read_text(encoding="utf-8") == text
 
 
 def test_results_page_does_not_depend_on_the_order_of_files():
@@ -451,7 +451,7 @@ def test_results_page_without_any_run_says_so():
     assert "not run yet" in row_of(text, "| ltkd |") and "51.08 [S]" in text
 
 
-def test_search_names_the_chosen_by_validation_accuracy():
+def test_search_names_the_chosen_by_validation_accuracy(tmp_path):
     runs, queue = [], {"runs": []}
     for alpha, accuracy in ((1.0, 40.0), (4.0, 44.0), (8.0, None)):
         entry = {"config": "configs/cifar100lt.py:ltkd", "set": {"method.alpha": alpha}, "group": "search"}
@@ -461,7 +461,9 @@ def test_search_names_the_chosen_by_validation_accuracy():
             run["config"]["method"]["alpha"] = alpha
             run["validation"] = {"all": accuracy, "groups": dict.fromkeys(NAMES, accuracy)}
             runs.append(run)
-    text = report.render_results(runs, published(), report.planned_cells(queue))
+    path = tmp_path / "queue.json"
+    path.write_text(json.dumps(queue))
+    text = report.render_results(runs, published(), report.planned_cells(path))
     lines = [line for line in text.split("## The search")[1].splitlines() if "ltkd (alpha" in line]
     assert [("alpha=4" in line, "chosen" in line, "not run yet" in line) for line in lines] == [
         (False, False, False),
@@ -469,16 +471,6 @@ def test_search_names_the_chosen_by_validation_accuracy():
         (False, False, True),
     ]
     assert "44.00" in lines[1] and "not run yet" in row_of(text, "| ltkd |")  # a search is no entry of the table
-
-
-def test_planned_cells_take_their_defaults():
-    runs = [
-        {"config": "configs/cifar100lt.py:kd,imbalance=20,teacher=resnet50,student=mobilenetv2"},
-        {"config": "configs/cifar10_lt.py:ce"},
-    ]
-    first, second = (report._cell(cell) for cell in report.planned_cells({"runs": runs}))
-    assert first == ("cifar100", 20.0, "resnet50", "mobilenetv2", "kd")
-    assert second == ("cifar10", 100.0, "resnet32x4", "resnet8x4", "ce")
 
 
 def test_command_writes_a_page(tmp_path, capsys):

@@ -5,13 +5,13 @@ import json
 import pytest
 from small import ROOT, TINY
 
-from experiments import build, reproduce
+from experiments import build, entries, reproduce
 
 
-def queue_file(tmp_path, *entries):
+def queue_file(tmp_path, *runs):
     path = tmp_path / "queue.json"
     shared = {**TINY, "teacher.cache": str(tmp_path / "teachers"), "train.epochs": 1.0, "teacher.train.epochs": 1.0}
-    path.write_text(json.dumps({"about": "a test", "set": shared, "runs": entries}))
+    path.write_text(json.dumps({"about": "a test", "set": shared, "runs": runs}))
     return str(path)
 
 
@@ -57,12 +57,12 @@ def test_a_changed_default_is_a_run_to_do(tmp_path, capsys):
 
 def test_the_queues_of_the_project_are_readable():
     for path in sorted((ROOT / "experiments" / "queues").glob("*.json")):
-        entries = reproduce.read_queue(path)
-        hashes = [build.config_hash(reproduce.resolve(e)) for e in entries if not e.best_of]
+        found = entries.read_queue(path)
+        hashes = [build.config_hash(entries.resolve(e)) for e in found if not e.best_of]
         assert len(set(hashes)) == len(hashes), path
-    search = [e for e in reproduce.read_queue(ROOT / "experiments/queues/gpu.json") if e.group == "search"]
+    search = [e for e in entries.read_queue(ROOT / "experiments/queues/gpu.json") if e.group == "search"]
     assert 0 < len(search) <= 12
-    assert len({build.teacher_hash(reproduce.resolve(e)) for e in search}) == 1
+    assert len({build.teacher_hash(entries.resolve(e)) for e in search}) == 1
 
 
 @pytest.mark.parametrize(
