@@ -6,7 +6,8 @@
 METHOD is one of ce, balanced_softmax, logit_adjusted, kd, dkd, dive, bkd, wsl, ltkd, ltkd_bs; short keys are
 imbalance, teacher, student, epochs, seed, and the method's own (alpha, beta, temperature, …); `smoke` runs 20 steps.
 
-Hardware: 2 CPU cores. Expected: see results/README.md, "Digits-LT"; `make demo` fills that table.
+Hardware: 2 CPU cores. Expected for ltkd: 81.2 ± 1.5 all, 49.7 ± 4.4 tail over student seeds 0-2 (results/README.md);
+`make demo` fills that table.
 """
 
 from configs import common
