@@ -49,7 +49,7 @@ def base(dataset: str, *, teacher: str, student: str, imbalance: float) -> ml_co
             n_max=0,  # training images of the most frequent class; 0 takes what the smallest class has left
             meta_per_class=0,  # balanced images set aside for bilevel weighting
             validation_per_class=0,  # balanced images set aside for choosing hyperparameters
-            test_images=0,  # evaluate on so many, balanced; 0 takes all
+            test_images=0,  # evaluate on so many, balanced, so rounded to the classes; 0 takes all
         )
     )
     config.groups = ml_collections.ConfigDict(dict(fractions=(0.33, 0.34, 0.33)))

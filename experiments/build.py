@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import os
+import pathlib
 
 import jax
 import ml_collections
@@ -17,7 +18,8 @@ from ltkd_jax.training import state as states
 from ltkd_jax.training import steps, teacher_table
 from ltkd_jax.training.parallel import MODES, Parallel
 
-# How a run is carried out, not what it computes: no part of a result's identity.
+# How a run is carried out, not what it computes: no part of a result's identity. (A teacher from elsewhere is one, by
+# its hash and not by its folder.)
 EXECUTION = (
     "data.dir",
     "teacher.cache",
@@ -69,6 +71,8 @@ def validate(config) -> None:
         _require(_at(config, key) >= 1, key, _at(config, key), "must be at least 1")
     for key in ("steps_per_call", "method.warmup_epochs", "seed", "seed_split", "seed_teacher"):
         _require(0 <= _at(config, key) < 2**31, key, _at(config, key), "must not be negative, and below 2³¹")
+    for path, value in _floats(config.to_dict()):
+        _require(np.isfinite(value), path, value, "must be finite")
     temperature = method.get("temperature", 1.0)
     _require(temperature > 0, "method.temperature", temperature, "must be positive")
     for role, recipe in (("train", config.train), ("teacher.train", config.teacher.train)):
@@ -81,7 +85,7 @@ def _validate_recipe(role, recipe, parallel):
     for key in ("max_steps", "weight_decay"):
         _require(recipe[key] >= 0, f"{role}.{key}", recipe[key], "must not be negative")
     _require(0 <= recipe.momentum < 1, f"{role}.momentum", recipe.momentum, "must lie in [0, 1)")
-    inside = all(0 < milestone <= 1 for milestone in recipe.milestones)
+    inside = all(isinstance(m, (int, float)) and 0 < m <= 1 for m in recipe.milestones)
     _require(inside, f"{role}.milestones", recipe.milestones, "must be fractions of the run, in (0, 1]")
     devices = jax.device_count()
     divides = recipe.batch_size % devices == 0
@@ -93,6 +97,14 @@ def _require(condition, key, value, what):
         raise ConfigError(f"config.{key}={value!r} {what}")
 
 
+def _floats(tree, prefix=""):
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _floats(value, f"{prefix}{key}.")
+        elif isinstance(value, float):
+            yield f"{prefix}{key}", value
+
+
 def _at(config, path):
     for name in path.split("."):
         config = config[name]
@@ -100,27 +112,63 @@ def _at(config, path):
 
 
 def identity(config) -> dict:
-    """What the result depends on: the config without the keys of `EXECUTION`."""
-    return _without(_plain(config), EXECUTION)
+    """What the result depends on: the config without the keys of `EXECUTION`; a teacher from elsewhere by its hash."""
+    tree = _without(_plain(config), EXECUTION)
+    if config.teacher.checkpoint:
+        tree["teacher"]["checkpoint"] = teacher_results(config.teacher.checkpoint)["hash"]
+    return tree
 
 
 def config_hash(config) -> str:
     """Twelve hexadecimal digits of the SHA-256 of `identity(config)`."""
-    return _hash(identity(config))
+    return identity_hash(identity(config))
 
 
 def teacher_identity(config) -> dict:
     """What the teacher depends on: data, split, model, recipe and precision, and nothing of the student."""
     whole = identity(config)
-    return {**{key: whole[key] for key in _TEACHER_KEYS}, "teacher": whole["teacher"]}
+    own = {key: value for key, value in whole["teacher"].items() if key != "checkpoint"}
+    return {**{key: whole[key] for key in _TEACHER_KEYS}, "teacher": own}
+
+
+def teacher_results(folder) -> dict:
+    """The `results.json` of a finished teacher.
+
+    Raises:
+      ConfigError: the folder holds none.
+    """
+    path = pathlib.Path(folder) / "results.json"
+    found = read_json(path) if path.exists() else {}
+    if not {"hash", "model", "step"} <= set(found):
+        raise ConfigError(
+            f"{folder} holds no finished teacher: give config.teacher.checkpoint a folder of config.teacher.cache, "
+            "or, where it is of the cache, remove it and the teacher is trained again"
+        )
+    return found
+
+
+def read_json(path) -> dict:
+    """A JSON object from a file.
+
+    Raises:
+      ConfigError: the file is damaged.
+    """
+    try:
+        found = json.loads(pathlib.Path(path).read_text())
+    except ValueError as error:
+        raise ConfigError(f"{path} is damaged ({error}): remove it") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path} holds no JSON object: remove it")
+    return found
 
 
 def teacher_hash(config) -> str:
     """The hash of `teacher_identity(config)`."""
-    return _hash(teacher_identity(config))
+    return identity_hash(teacher_identity(config))
 
 
-def _hash(tree):
+def identity_hash(tree: dict) -> str:
+    """Twelve hexadecimal digits of the SHA-256 of a tree, as JSON."""
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -285,7 +333,8 @@ class Evaluator:
 
     def __init__(self, model, data: Dataset, parallel: Parallel, batch_size: int):
         self._parallel = parallel
-        self._batch = -(-batch_size // parallel.num_devices) * parallel.num_devices
+        largest = min(batch_size, max(len(data.train), len(data.test)))
+        self._batch = -(-largest // parallel.num_devices) * parallel.num_devices
         step = functools.partial(steps.eval_step, model=model, preprocess=data.preprocess, axis_name=parallel.axis_name)
         self._step = parallel.compile(step, batch_axis=0)
         self._on_device = {}

@@ -40,6 +40,12 @@ def read_queue(path) -> list[Entry]:
         raise build.ConfigError(f"cannot read the queue {path}: {error}") from None
     except KeyError as error:
         raise build.ConfigError(f"the queue {path} lacks the key {error}") from None
+    for entry in entries:
+        texts = (entry.config, *(name for name in (entry.group, entry.best_of) if name is not None))
+        if not all(isinstance(text, str) for text in texts) or not entry.config.partition(":")[0].endswith(".py"):
+            raise build.ConfigError(f"queue {path}: {entry.config!r} must be configs/….py:ARGUMENT, a group a name")
+        if entry.best_of is not None and entry.best_of == entry.group:
+            raise build.ConfigError(f"queue {path}: a run of group {entry.group!r} cannot be best_of its own group")
     missing = {entry.best_of for entry in entries} - {entry.group for entry in entries} - {None}
     if missing:
         raise build.ConfigError(f"queue {path}: best_of names {sorted(missing)[0]!r}, which is no run's group")

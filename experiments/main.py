@@ -29,7 +29,7 @@ def main(argv):
     workdir = pathlib.Path(_WORKDIR.value or runs.default_workdir(config))
     try:
         results = runs.run(config, workdir, command=setup.command_line("experiments.main", sys.argv[1:]))
-    except (build.ConfigError, train.Diverged) as error:
+    except (build.ConfigError, train.Diverged, OSError) as error:
         sys.exit(f"error: {error}")
     except train.Stopped as stopped:
         print(f"{stopped}. The same command goes on from there.", file=sys.stderr)

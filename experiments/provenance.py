@@ -35,7 +35,7 @@ def _commit():
         return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", "../ltkd_jax", "../configs", ".")
+        changed = git("status", "--porcelain", "--", "../ltkd_jax", "../configs", ".")
         return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

@@ -32,7 +32,7 @@ class Results:
 
     def find(self, config) -> dict | None:
         path = self._path(config)
-        return json.loads(path.read_text()) if path.exists() else None
+        return build.read_json(path) if path.exists() else None
 
     def add(self, config, results: dict, group: str | None) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -116,7 +116,7 @@ def reproduce(reproduction: Reproduction, deadline: float | None) -> int:
             except train.Stopped as stopped:
                 tqdm.tqdm.write(f"{stopped}; the same command goes on from here", file=sys.stderr)
                 return failed
-            except (build.ConfigError, train.Diverged) as error:
+            except (build.ConfigError, train.Diverged, OSError) as error:
                 tqdm.tqdm.write(f"error: {entry.config}, seed {entry.seed}: {error}", file=sys.stderr)
                 failed += 1
     return failed

@@ -36,7 +36,7 @@ def run(config, workdir, *, command: str, deadline: float | None = None) -> dict
     with _claimed(workdir, config), stop.listening():
         results_path = workdir / "results.json"
         if results_path.exists():
-            return json.loads(results_path.read_text())
+            return build.read_json(results_path)
         results = _distil(config, workdir, stop, command)
         files.write_text(results_path, json.dumps(results, indent=1))
         return results
@@ -47,12 +47,13 @@ def _claimed(workdir, config):
     """Holds the work directory for this config, and writes `config.json`."""
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(files.lock(workdir / ".lock", wait=False))
+            stack.enter_context(files.lock(workdir / ".lock"))
         except BlockingIOError:
             raise build.ConfigError(f"{workdir} is in use by another run: wait for it, or give --workdir") from None
         path, mine = workdir / "config.json", build.identity(config)
-        if path.exists():
-            changed = _differences(json.loads(path.read_text()), mine)
+        # A run that failed before its first step has claimed nothing.
+        if path.exists() and any((workdir / name).exists() for name in ("results.json", "checkpoints")):
+            changed = _differences(build.read_json(path), mine)
             if changed:
                 raise build.ConfigError(
                     f"{workdir} holds a run of another config ({'; '.join(changed[:4])}): "
@@ -92,7 +93,11 @@ def _distil(config, workdir, stop, command):
     return {
         "config_hash": build.config_hash(config),
         "config": build.identity(config),
-        "seeds": {"split": config.seed_split, "teacher": config.seed_teacher, "student": config.seed},
+        "seeds": {
+            "split": config.seed_split,
+            "teacher": None if config.teacher.checkpoint else config.seed_teacher,
+            "student": config.seed,
+        },
         "train_images": len(data.train),
         "class_counts": data.class_counts.tolist(),
         "group_assignment": np.asarray(data.groups.assignment).tolist(),

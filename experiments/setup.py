@@ -17,4 +17,11 @@ def once() -> None:
 
 def command_line(module: str, arguments: list[str]) -> str:
     """The command that repeats a run, without what differs between machines."""
-    return shlex.join(["python", "-m", module, *(a for a in arguments if not a.startswith("--config.data.dir"))])
+    kept, words = [], iter(arguments)
+    for word in words:
+        name, equals, _ = word.lstrip("-").partition("=")
+        if name != "config.data.dir":
+            kept.append(word)
+        elif not equals:
+            next(words, None)  # the folder, as a word of its own
+    return shlex.join(["python", "-m", module, *kept])

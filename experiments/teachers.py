@@ -1,9 +1,14 @@
 """Teachers: trained once for all methods and seeds, kept in a cache, shared between processes."""
 
+import contextlib
 import dataclasses
+import hashlib
 import json
+import logging
 import os
 import pathlib
+import sys
+import time
 
 import jax
 import numpy as np
@@ -11,10 +16,11 @@ import tqdm
 
 from experiments import build, train
 from ltkd_jax import files, metrics
-from ltkd_jax.training import teacher_table
+from ltkd_jax.training import steps, teacher_table
 from ltkd_jax.training.checkpoint import Checkpoints
 
 _TABLE_BATCH = 2048
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,59 +40,89 @@ class Teacher:
     results: dict
 
     def table(self, stop) -> np.ndarray:
-        """Its logits of every view of every training image, `[N, views, C]`, from disk or built now."""
+        """Its logits of every view of every training image, `[N, views, C]`, from disk or built now.
+
+        Raises:
+          train.Stopped: while it was built; the next call goes on from there.
+        """
         data = build.dataset(self.config)
         shape = (len(data.train), data.source.views.num, data.num_classes)
         # A teacher from elsewhere may be used with several splits: the table's name says which.
         path = self.folder / f"table-{build.teacher_hash(self.config)}-{'x'.join(map(str, shape))}-float32.npy"
-        with files.lock(path.with_suffix(".lock"), wait=True):
-            if not path.exists():
+        checksum = path.with_suffix(".sha256")
+        with _locked(path.with_suffix(".lock"), stop, "the teacher's table"):
+            if not (path.exists() and checksum.exists() and checksum.read_text() == _sha256(path)):
+                if path.exists():
+                    _log.warning("%s is damaged: building it again", path)
                 self._build_table(path, data, shape, stop)
+                files.write_text(checksum, _sha256(path))
         return np.load(path, mmap_mode="r")
 
     def _build_table(self, path, data, shape, stop):
+        """Builds under a temporary name; what is done is noted, so that a stop or a kill loses minutes at most."""
         logits = build.table_logits(self.config, data)
-        train_data = jax.device_put(build.steps.TrainData(data.train.images, data.train.labels, self.variables))
-        temporary = path.with_suffix(".tmp")
-        out = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
-        with tqdm.tqdm(total=shape[0] * shape[1], desc="teacher's table", unit="view", unit_scale=True) as bar:
+        train_data = jax.device_put(steps.TrainData(data.train.images, data.train.labels, self.variables))
+        temporary, note = path.with_suffix(".tmp"), path.with_suffix(".done")
+        done = int(note.read_text()) if note.exists() and temporary.exists() else 0
+        out = np.lib.format.open_memmap(temporary, mode="r+" if done else "w+", dtype=np.float32, shape=shape)
+        total, noted = shape[0] * shape[1], time.monotonic()
+
+        def keep(done):
+            out.flush()
+            files.write_text(note, str(done))
+
+        with tqdm.tqdm(total=total, initial=done, desc="teacher's table", unit="view", unit_scale=True) as bar:
 
             def on_batch(done):
+                nonlocal noted
                 bar.update(done - bar.n)
+                if stop.reason or time.monotonic() - noted > 60:
+                    keep(done)
+                    noted = time.monotonic()
                 if stop.reason:
-                    raise train.Stopped(f"stopped by {stop.reason} while the teacher's table was built")
+                    raise train.Stopped(f"teacher's table: stopped by {stop.reason} at {done} of {total}, and saved")
 
-            try:
-                batch_size = min(_TABLE_BATCH, shape[0] * shape[1])
-                teacher_table.build(
-                    lambda rows: logits(train_data, rows), out, batch_size=batch_size, on_batch=on_batch
-                )
-                out.flush()
-                os.replace(temporary, path)
-            finally:
-                temporary.unlink(missing_ok=True)
+            batch_size = min(_TABLE_BATCH, total)
+            run = lambda rows: logits(train_data, rows)  # noqa: E731
+            teacher_table.build(run, out, batch_size=batch_size, start=done, on_batch=on_batch)
+        keep(total)
+        os.replace(temporary, path)
+        note.unlink()
 
 
 def obtain(config, stop) -> Teacher:
     """The teacher of a config: `teacher.checkpoint` if given, else from the cache, trained now if need be.
 
     Raises:
-      build.ConfigError: a checkpoint that is not there, or of another architecture or class count.
+      build.ConfigError: a checkpoint that is not there, damaged, or of another architecture or class count.
       train.Stopped: while it was trained; the next call goes on from there.
     """
     if config.teacher.checkpoint:
-        folder = pathlib.Path(config.teacher.checkpoint)
-        if not (folder / "results.json").exists():
-            raise build.ConfigError(
-                f"config.teacher.checkpoint={str(folder)!r} holds no finished teacher: give a folder "
-                "of config.teacher.cache, with results.json and checkpoints/ in it"
-            )
-        return _load(config, folder)
+        return _load(config, pathlib.Path(config.teacher.checkpoint))
     folder = pathlib.Path(config.teacher.cache) / build.teacher_hash(config)
-    with files.lock(folder.with_suffix(".lock"), wait=True):
+    with _locked(folder.with_suffix(".lock"), stop, "the teacher"):
         if not folder.exists():
             _train(config, folder, stop)
     return _load(config, folder)
+
+
+@contextlib.contextmanager
+def _locked(path, stop, what):
+    """Holds a lock that another run may hold for as long as it trains; a stop is heard meanwhile."""
+    with contextlib.ExitStack() as stack:
+        told = False
+        while True:
+            try:
+                stack.enter_context(files.lock(path))
+                break
+            except BlockingIOError:
+                if not told:
+                    print(f"waiting for {what}, which another run is making ({path})", file=sys.stderr)
+                    told = True
+            if stop.reason:
+                raise train.Stopped(f"stopped by {stop.reason} while waiting for {what} of another run")
+            time.sleep(0.5)
+        yield
 
 
 def _train(config, folder, stop):
@@ -111,6 +147,7 @@ def _train(config, folder, stop):
         "model": config.teacher.model,
         "num_classes": data.num_classes,
         "image_shape": list(data.image_shape),
+        "step": program.total_steps,
         "test": train.summarize(program, on_test),
         "group_mass": {
             "long_tailed": metrics.group_mass(on_train, data.groups),
@@ -124,7 +161,7 @@ def _train(config, folder, stop):
 
 
 def _load(config, folder):
-    results = json.loads((folder / "results.json").read_text())
+    results = build.teacher_results(folder)
     data = build.dataset(config)
     wanted = {
         "model": config.teacher.model,
@@ -132,9 +169,9 @@ def _load(config, folder):
         "image_shape": list(data.image_shape),
     }
     for key, want in wanted.items():
-        if results[key] != want:
+        if results.get(key) != want:
             raise build.ConfigError(
-                f"the teacher in {folder} has {key}={results[key]!r}, the config wants {want!r}: "
+                f"the teacher in {folder} has {key}={results.get(key)!r}, the config wants {want!r}: "
                 "change config.teacher.model or config.teacher.checkpoint"
             )
     program = build.teacher_program(config)
@@ -142,7 +179,15 @@ def _load(config, folder):
         found = Checkpoints(folder / "checkpoints").restore(jax.eval_shape(program.init, 0))
     except ValueError as error:
         raise build.ConfigError(str(error)) from error
-    if found is None:
-        raise build.ConfigError(f"{folder} holds no whole checkpoint: remove it, and the teacher is trained again")
-    _, state, _ = found
-    return Teacher(config, folder, state.variables, results)
+    # An earlier checkpoint is another teacher than the one whose results stand there.
+    if found is None or found[0] != results["step"]:
+        raise build.ConfigError(
+            f"the teacher's last checkpoint in {folder} is damaged: remove the folder; "
+            "one of the cache is then trained again"
+        )
+    return Teacher(config, folder, found[1].variables, results)
+
+
+def _sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -79,6 +79,7 @@ def fit(program: build.Program, train_data, seed: int, workdir, stop: StopReques
     fresh = program.init(seed)
     found = saved.restore(jax.eval_shape(lambda: fresh))
     step, state, clock = found or (0, fresh, {"seconds": 0.0, "first_call_seconds": 0.0})
+    saved.discard_after(step)
     log.keep_until(step)
     clock = Clock(**clock)
     state = program.parallel.replicate(state)
@@ -106,11 +107,11 @@ def fit(program: build.Program, train_data, seed: int, workdir, stop: StopReques
             done, stopping = step == program.total_steps, stop.reason
             epoch_ends = done or step % program.steps_per_epoch == 0
             if epoch_ends:
-                _check_finite(program, state, saved)
+                _check_finite(program, state, saved, label)
                 log.write(_record(program, state, step, config, bar))
             due = epoch_ends and (done or (epoch + 1) % config.checkpoint_every == 0)
             if due or stopping:
-                _check_finite(program, state, saved)
+                _check_finite(program, state, saved, label)
                 saved.save(step, program.parallel.first(state), clock.as_dict())
             if stopping and not done:
                 raise Stopped(f"{label}: stopped by {stopping} at step {step} of {program.total_steps}, and saved")
@@ -146,16 +147,17 @@ class Clock:
         return {**self.as_dict(), "images_per_second": rate}
 
 
-def _check_finite(program, state, saved):
+def _check_finite(program, state, saved, label):
     sums = program.parallel.first(state.sums)
     bad_step = int(sums.bad_step)
-    remedy = f"lower train.lr; the last good checkpoint is step {next(iter(saved.steps()), 0)}"
+    remedy = f"lower its learning rate; the last good checkpoint is step {next(iter(saved.steps()), 0)}"
     if bad_step >= 0:
-        names = [n for n, s in zip(program.objective.names, np.asarray(sums.terms)) if not np.isfinite(s)]
-        what = ", ".join(names) or "their weighted sum"
-        raise Diverged(f"the loss of step {bad_step} is not finite (terms: {what}): {remedy}")
+        names = [name for name, bad in zip(program.objective.names, np.asarray(sums.bad_terms)) if bad]
+        what = ", ".join(names) or "only their weighted sum"
+        raise Diverged(f"{label}: the loss of step {bad_step} is not finite (terms: {what}): {remedy}")
     if not all(_finite(leaf) for leaf in jax.tree.leaves((state.params, state.batch_stats))):
-        raise Diverged(f"parameters are not finite after step {int(program.parallel.first(state.step))}: {remedy}")
+        step = int(program.parallel.first(state.step))
+        raise Diverged(f"{label}: parameters are not finite after step {step}: {remedy}")
 
 
 _finite = jax.jit(lambda x: jnp.isfinite(x).all())
@@ -198,8 +200,15 @@ class MetricsLog:
     def keep_until(self, step: int) -> None:
         """Drops what an interrupted run logged after the checkpoint it resumes from, a torn line included."""
         lines = self._path.read_text().splitlines(keepends=True) if self._path.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        files.write_text(self._path, "".join(kept))
+        files.write_text(self._path, "".join(line for line in lines if self._step(line) <= step))
+
+    @staticmethod
+    def _step(line):
+        """The step of a line; infinity for one that is torn or no record."""
+        try:
+            return json.loads(line)["step"] if line.endswith("\n") else float("inf")
+        except (ValueError, KeyError, TypeError):
+            return float("inf")
 
     def write(self, record: dict) -> None:
         with open(self._path, "a") as file:

@@ -21,15 +21,17 @@ def write_text(path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def lock(path, *, wait: bool):
+def lock(path):
     """Holds an exclusive lock on a file, which the system frees however the process ends.
 
     Args:
       path: the lock file; its folder is made.
-      wait: wait for another holder, or raise BlockingIOError.
+
+    Raises:
+      BlockingIOError: another process, or another call in this one, holds it.
     """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield

@@ -72,6 +72,8 @@ class ClassGroups:
             raise ValueError(f"assignment must be a vector of integers, got {assignment.dtype}{list(assignment.shape)}")
         if assignment.min() < 0:
             raise ValueError(f"assignment holds the negative group {assignment.min()}; groups count from 0")
+        if assignment.max() >= len(assignment):
+            raise ValueError(f"group {assignment.max()} of {len(assignment)} classes: some group would be empty")
         num_groups = int(assignment.max()) + 1 if names is None else len(names)
         return cls._checked(assignment.astype(np.int32), num_groups, names)
 
@@ -115,7 +117,9 @@ def check_counts(class_counts) -> np.ndarray:
     counts = np.asarray(class_counts, np.float64)
     if counts.ndim != 1 or not counts.size:
         raise ValueError(f"class_counts must be a vector, one count a class; got shape {counts.shape}")
-    if not (counts > 0).all():
-        bad = np.flatnonzero(~(counts > 0))[:5].tolist()
-        raise ValueError(f"class_counts must be positive; classes {bad} have {counts[bad].tolist()}: leave them out")
+    if not ((counts > 0) & np.isfinite(counts)).all():
+        bad = np.flatnonzero(~((counts > 0) & np.isfinite(counts)))[:5].tolist()
+        raise ValueError(
+            f"class_counts must be positive and finite; classes {bad} have {counts[bad].tolist()}: leave them out"
+        )
     return counts

@@ -10,7 +10,7 @@ import time
 import pytest
 from small import ROOT, TINY, parameters
 
-from experiments import report
+from experiments import report, setup
 
 
 def command(tmp_path, workdir, *extra):
@@ -113,3 +113,15 @@ def test_smoke_on_the_real_cifar100(cifar100_dir, tmp_path):
     assert time.monotonic() - begun < 180
     results = report.load(tmp_path / "run")
     assert results["train_images"] == 10_847 and results["teacher"]["model"] == "resnet14"
+
+
+def test_the_recorded_command_repeats_the_run_on_another_machine():
+    words = [
+        "--config=a.py:kd,x=1",
+        "--config.data.dir",
+        "/x",
+        "-config.data.dir=/y",
+        "--config.seed=3",
+        "--config.data.dir=/z",
+    ]
+    assert setup.command_line("m", words) == "python -m m --config=a.py:kd,x=1 --config.seed=3"

@@ -48,7 +48,8 @@ def test_bad_arguments(argument, message):
         ("precision", "float16"), ("parallel", "ddp"),
         ("teacher.table", "maybe"), ("teacher.table_memory", 2.0), ("eval_every", 0), ("seed", -1),
         ("seed_split", 2**31),
-        ("data.n_max", -1), ("student.model", "resnet9"), ("teacher.model", "vgg13"), ("method.temperature", 0.0),
+        ("data.n_max", -1), ("train.epochs", float("inf")), ("train.milestones", (0.5, "x")),
+        ("student.model", "resnet9"), ("teacher.model", "vgg13"), ("method.temperature", 0.0),
         ("method.name", "kdd"), ("method.name", "kd"), ("method.warmup_epochs", -1.0),
     ],
 )  # fmt: skip

@@ -170,3 +170,14 @@ def test_shots_at_the_bounds(counts, more, expected):
     shots = groups.shots(np.array(counts), **more)
     assert list(shots) == ["many", "medium", "few"]
     np.testing.assert_array_equal(np.stack(list(shots.values())), np.arange(3)[:, None] == np.array(expected))
+
+
+@pytest.mark.parametrize("counts", [[5, float("inf")], [5, float("nan")]])
+def test_counts_that_are_not_finite(counts):
+    with pytest.raises(ValueError, match="positive and finite"):
+        groups.ClassGroups.from_counts(counts, fractions=(0.5, 0.5))
+
+
+def test_a_far_away_group_is_refused_at_once():
+    with pytest.raises(ValueError, match="some group would be empty"):
+        groups.ClassGroups.from_assignment([2**40, 0])

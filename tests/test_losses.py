@@ -446,3 +446,26 @@ def test_labels_may_be_constants_of_a_jitted_function(loss):
 def test_effective_number_weights_refuses(counts):
     with pytest.raises(ValueError, match="class_counts"):
         losses.effective_number_weights(counts)
+
+
+@pytest.mark.parametrize("temperature", [-1, 0.0, np.float32(-1), np.float32(0), jnp.float32(-2), float("nan")])
+def test_a_temperature_that_is_not_positive(temperature):
+    with pytest.raises(ValueError, match="must be positive"):
+        losses.kd(jnp.zeros((2, 3)), jnp.zeros((2, 3)), temperature=temperature)
+
+
+def test_what_is_no_logit_or_no_mask():
+    zeros = jnp.zeros((2, 3))
+    with pytest.raises(TypeError, match="logits must be real"):
+        losses.cross_entropy(zeros + 1j, jnp.array([0, 1]))
+    with pytest.raises(AssertionError, match="bool"):
+        losses.kd(zeros, zeros, where=jnp.full(3, 0.5))
+    with pytest.raises(ValueError, match="positive and finite"):
+        losses.balanced_softmax(zeros, jnp.array([0, 1]), [1.0, 2.0, float("inf")])
+
+
+@pytest.mark.parametrize("size", [1e15, 1e30])
+def test_finite_for_large_logits(size):
+    student, teacher = jnp.array([[size, -size, 0.0]]), jnp.array([[-size, size, 0.0]])
+    value, gradient = jax.value_and_grad(lambda z: losses.kd(z, teacher).sum())(student)
+    assert jnp.isfinite(value) and jnp.isfinite(gradient).all()

@@ -1,6 +1,7 @@
 """Whole small runs in this process, spread over the eight devices of the tests."""
 
 import json
+import shutil
 import time
 
 import numpy as np
@@ -63,7 +64,7 @@ def test_a_work_directory_of_another_config_is_refused(done):
 
 def test_a_work_directory_in_use_is_refused(done):
     config, folder, _ = done
-    with files.lock(folder / "run" / ".lock", wait=False):
+    with files.lock(folder / "run" / ".lock"):
         with pytest.raises(build.ConfigError, match="in use by another run"):
             run(config, folder / "run")
 
@@ -122,6 +123,99 @@ def test_a_teacher_of_another_class_count(done, tmp_path):
         teachers.obtain(tiny(folder, "kd", **{"teacher.checkpoint": str(other)}), train.StopRequest())
 
 
+def copy_of_teacher(done, tmp_path):
+    """A copy of the finished run's teacher, and a config that uses it."""
+    config, folder, _ = done
+    place = tmp_path / "teacher"
+    shutil.copytree(folder / "teachers" / build.teacher_hash(config), place)
+    return place, tiny(folder, "kd", **{"teacher.checkpoint": str(place)})
+
+
+def test_a_teacher_whose_last_checkpoint_is_damaged_is_not_replaced_by_an_earlier_one(done, tmp_path):
+    place, config = copy_of_teacher(done, tmp_path)
+    assert len(Checkpoints(place / "checkpoints").steps()) == 2
+    newest = place / "checkpoints" / f"step_{Checkpoints(place / 'checkpoints').steps()[0]}"
+    victim = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    victim.write_bytes(victim.read_bytes()[:-1] + b"x")
+    with pytest.raises(build.ConfigError, match="last checkpoint in .* is damaged: remove the folder"):
+        teachers.obtain(config, train.StopRequest())
+    assert newest.exists()
+
+
+def test_a_teacher_from_elsewhere_is_part_of_the_identity(done, tmp_path):
+    place, config = copy_of_teacher(done, tmp_path)
+    own = tiny(tmp_path, "kd")
+    assert build.config_hash(config) != build.config_hash(own)
+    assert build.teacher_hash(config) == build.teacher_hash(own)
+    moved = place.rename(tmp_path / "moved")
+    again = tiny(tmp_path, "kd", **{"teacher.checkpoint": str(moved)})
+    assert build.config_hash(again) == build.identity_hash(build.identity(again))
+    (moved / "results.json").write_text("{")
+    with pytest.raises(build.ConfigError, match="is damaged"):
+        build.config_hash(again)
+
+
+def test_a_damaged_table_is_built_again(done, tmp_path):
+    _, config = copy_of_teacher(done, tmp_path)
+    teacher = teachers.obtain(config, train.StopRequest())
+    good = np.array(teacher.table(train.StopRequest()))
+    (path,) = teacher.folder.glob("table-*.npy")
+    for damage in (lambda content: content[:-40] + bytes(40), lambda content: content[:500]):
+        path.write_bytes(damage(path.read_bytes()))
+        np.testing.assert_array_equal(teacher.table(train.StopRequest()), good)
+
+
+def test_a_table_that_was_stopped_is_gone_on_with(done, tmp_path, monkeypatch):
+    _, config = copy_of_teacher(done, tmp_path)
+    teacher = teachers.obtain(config, train.StopRequest())
+    good = np.array(teacher.table(train.StopRequest()))
+    (path,) = teacher.folder.glob("table-*.npy")
+    path.unlink()
+    monkeypatch.setattr(teachers, "_TABLE_BATCH", 50)
+    with pytest.raises(train.Stopped, match="at 50 of"):
+        teacher.table(train.StopRequest(deadline=0))
+    starts, build_table = [], teachers.teacher_table.build
+
+    def noting(*arguments, start, **keywords):
+        starts.append(start)
+        build_table(*arguments, start=start, **keywords)
+
+    monkeypatch.setattr(teachers.teacher_table, "build", noting)
+    np.testing.assert_allclose(teacher.table(train.StopRequest()), good, rtol=1e-5, atol=1e-5)
+    assert starts == [50] and not list(teacher.folder.glob("*.tmp")) and not list(teacher.folder.glob("*.done"))
+
+
+def test_a_stop_is_heard_while_waiting_for_another_run(tmp_path, capsys):
+    config = tiny(tmp_path, "kd")
+    lock = (tmp_path / "teachers" / build.teacher_hash(config)).with_suffix(".lock")
+    with files.lock(lock), pytest.raises(train.Stopped, match="while waiting for the teacher of another run"):
+        teachers.obtain(config, train.StopRequest(deadline=0))
+    assert "waiting for the teacher" in capsys.readouterr().err
+
+
+def test_a_run_that_could_not_start_claims_nothing(tmp_path):
+    with pytest.raises(build.ConfigError):
+        run(tiny(tmp_path, "ce", **{"groups.fractions": (0.5, 0.6)}), tmp_path / "run")
+    run(tiny(tmp_path, "ce", **{"groups.fractions": (0.5, 0.5), "train.max_steps": 1}), tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["results.json", "config.json"])
+def test_a_damaged_file_of_a_finished_run_is_named(done, tmp_path, name):
+    config, folder, _ = done
+    shutil.copytree(folder / "run", tmp_path / "run")
+    path = tmp_path / "run" / name
+    path.write_text(path.read_text()[:40])
+    with pytest.raises(build.ConfigError, match=f"{name} is damaged .*: remove it"):
+        run(config, tmp_path / "run")
+
+
+def test_garbage_in_the_metrics_is_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\nwhat\n[3]\n{"step": 2}\n{"step": 3}\n{"ste')
+    train.MetricsLog(path).keep_until(2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_before_anything_is_lost(tmp_path):
     config = tiny(tmp_path, "ce")
     with pytest.raises(train.Stopped):
@@ -129,7 +223,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_anything_is_lost(tmp_pat
     (good,) = Checkpoints(tmp_path / "run" / "checkpoints").steps()
     saved = sorted((tmp_path / "run" / "checkpoints").rglob("*"))
     program = build.student_program(tiny(tmp_path, "ce", **{"train.lr": 1e30}), "none")
-    with pytest.raises(train.Diverged, match="is not finite.*ce.*last good checkpoint is step") as caught:
+    with pytest.raises(train.Diverged, match="x: the loss of step .*ce.*last good checkpoint is step") as caught:
         train.fit(program, program.train_data(None), 0, tmp_path / "run", train.StopRequest(), config=config, label="x")
     assert f"last good checkpoint is step {good}" in str(caught.value)
     assert sorted((tmp_path / "run" / "checkpoints").rglob("*")) == saved

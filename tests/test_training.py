@@ -182,7 +182,7 @@ def test_looked_up_logits_are_the_teachers():
 def test_the_table_pays_by_its_rule():
     assert teacher_table.pays(162, epochs=240, runs=1) and teacher_table.pays(162, epochs=60, runs=3)
     assert not teacher_table.pays(162, epochs=60, runs=2)
-    pairs = [(i, v) for plan in teacher_table.batches(5, 3, 4) for i, v in zip(*plan)]
+    pairs = [(i, v) for _, plan in teacher_table.batches(5, 3, 4) for i, v in zip(*plan)]
     assert pairs[:15] == [(i, v) for i in range(5) for v in range(3)] and pairs[15:] == [(4, 2)]
 
 
@@ -246,6 +246,7 @@ def test_the_first_step_that_is_not_finite_is_remembered():
     bad = good._replace(images=good.images.at[0, 0, 0, 0].set(jnp.nan))
     for batch in (good, good, bad, good):
         state = step(state, batch)
+    assert state.sums.bad_terms.tolist() == [True]
     assert int(state.sums.bad_step) == 2 and int(state.sums.steps) == 4 and not np.isfinite(state.sums.terms).any()
 
 

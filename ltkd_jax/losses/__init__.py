@@ -1,11 +1,12 @@
 """Per-example losses for distillation under long tails: pure functions `[B, C] -> [B]`.
 
 Shapes: B examples, C classes, G groups. Every loss is computed in log space, in float32 (float64 for float64
-input), is finite with finite gradients for any finite logits, sends no gradient into the teacher, contains its
-τ² factor, and is not reduced. `where` (bool, broadcastable to `[..., C]`) marks the classes that exist;
-`example_mask` (bool `[B]`) the examples that are not padding. Temperature and weights may be traced.
+input), is finite with finite gradients for logits up to 1e30 (float32 ends at 3e38), sends no gradient into the
+teacher, contains its τ² factor, and is not reduced. `where` (bool, broadcastable to `[..., C]`) marks the classes
+that exist; `example_mask` (bool `[B]`) the examples that are not padding. Temperature and weights may be traced.
 
-Labels out of range raise a ValueError where they are concrete and give NaN where they are traced.
+Labels out of range raise a ValueError where they are concrete and give NaN where they are traced; so does a label
+that `where` excludes, always.
 
 >>> import jax.numpy as jnp
 >>> from ltkd_jax import groups, losses

@@ -9,6 +9,8 @@ import numpy as np
 def as_float(x) -> jax.Array:
     """`x` in float32, or float64 where it already is that: statistics and losses are never kept in bfloat16."""
     x = jnp.asarray(x)
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        raise TypeError(f"logits must be real, got {x.dtype}")
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
@@ -29,7 +31,7 @@ def check_logits(logits):
 
 
 def check_temperature(temperature):
-    if isinstance(temperature, (int, float)) and not temperature > 0:
+    if not isinstance(temperature, jax.core.Tracer) and not (np.asarray(temperature) > 0).all():
         raise ValueError(f"temperature={temperature} must be positive")
 
 
@@ -37,9 +39,10 @@ def class_vector(values, logits, name: str):
     """A `[C]` vector of positive numbers, checked where it is concrete, in the logits' precision and rank."""
     if not isinstance(values, jax.core.Tracer):
         concrete = np.asarray(values, np.float64)
-        if not (concrete > 0).all():
-            bad = np.flatnonzero(~(concrete > 0))[:5].tolist()
-            raise ValueError(f"{name} must be positive; classes {bad} are not: leave them out")
+        good = (concrete > 0) & np.isfinite(concrete)
+        if not good.all():
+            bad = np.flatnonzero(~good)[:5].tolist()
+            raise ValueError(f"{name} must be positive and finite; classes {bad} are not: leave them out")
     values = jnp.asarray(values, logits.dtype)
     chex.assert_shape(values, logits.shape[-1:], custom_message=f"{name} must hold one number a class, [C]")
     return values.reshape((1,) * (logits.ndim - 1) + (-1,))
@@ -61,7 +64,8 @@ def is_label(labels, logits) -> jax.Array:
 
 def class_mask(where, logits) -> jax.Array:
     """`where` as bool of the shape of the logits; all true for None."""
-    where = jnp.asarray(True if where is None else where, bool)
+    where = jnp.asarray(True if where is None else where)
+    chex.assert_type(where, bool)
     if len(where.shape) > logits.ndim or any(w not in (1, n) for w, n in zip(where.shape[::-1], logits.shape[::-1])):
         raise ValueError(f"where has shape {where.shape}, which does not broadcast to {logits.shape}")
     return jnp.broadcast_to(where, logits.shape)

@@ -55,10 +55,15 @@ class Checkpoints:
             path = self._path(step)
             if not self._is_whole(step):
                 _log.warning("checkpoint %s is damaged or incomplete: passing it over for an older one", path)
-                self._forget(step)
                 continue
             return step, self._read(path, like), json.loads((path / "extra.json").read_text())
         return None
+
+    def discard_after(self, step: int) -> None:
+        """Removes what is newer than the step that a run goes on from: damaged ones must not count as the newest."""
+        for newer in self.steps():
+            if newer > step:
+                self._forget(newer)
 
     def steps(self) -> list[int]:
         """Steps of which there is something on disk, newest first."""

@@ -16,6 +16,7 @@ class EpochSums(NamedTuple):
       correct: float scalar, number of right predictions on training views.
       steps: int scalar, steps summed.
       bad_step: int scalar, the first step whose loss was not finite; −1 if there was none.
+      bad_terms: bool `[T]`, the terms that were not finite at that step.
     """
 
     terms: jax.Array
@@ -23,6 +24,7 @@ class EpochSums(NamedTuple):
     correct: jax.Array
     steps: jax.Array
     bad_step: jax.Array
+    bad_terms: jax.Array
 
 
 class TrainState(NamedTuple):
@@ -48,6 +50,7 @@ def zero_sums(num_terms: int) -> EpochSums:
         correct=jnp.zeros(()),
         steps=jnp.zeros((), jnp.int32),
         bad_step=-jnp.ones((), jnp.int32),
+        bad_terms=jnp.zeros(num_terms, bool),
     )
 
 

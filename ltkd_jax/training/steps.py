@@ -121,6 +121,7 @@ def _add(sums: EpochSums, terms, loss, correct, step) -> EpochSums:
         correct=sums.correct + correct,
         steps=sums.steps + 1,
         bad_step=jnp.where(first_bad, step, sums.bad_step),
+        bad_terms=jnp.where(first_bad, ~jnp.isfinite(terms), sums.bad_terms),
     )
 
 

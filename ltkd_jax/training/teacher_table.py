@@ -31,12 +31,15 @@ def pays(num_views: int, *, epochs: float, runs: int) -> bool:
     return num_views <= epochs * runs
 
 
-def batches(num_examples: int, num_views: int, batch_size: int) -> Iterator[Plan]:
-    """Every (image, view), image-major, in batches of `batch_size`; the last is filled up with the last pair."""
+def batches(num_examples: int, num_views: int, batch_size: int, start: int = 0) -> Iterator[tuple[int, Plan]]:
+    """Every (image, view) from the `start`-th on, image-major, in batches, each with the number of its first pair.
+
+    The last batch is filled up with the last pair.
+    """
     total = num_examples * num_views
-    for start in range(0, total, batch_size):
-        flat = np.minimum(np.arange(start, start + batch_size), total - 1)
-        yield Plan(*(part.astype(np.int32) for part in np.divmod(flat, num_views)))
+    for first in range(start, total, batch_size):
+        flat = np.minimum(np.arange(first, first + batch_size), total - 1)
+        yield first, Plan(*(part.astype(np.int32) for part in np.divmod(flat, num_views)))
 
 
 def build(
@@ -44,6 +47,7 @@ def build(
     out: np.ndarray,
     *,
     batch_size: int,
+    start: int = 0,
     on_batch: Callable[[int], None] = lambda done: None,
 ) -> None:
     """Fills `out` `[N, V, C]` with `logits_fn(rows) -> [B, C]` of every image and view.
@@ -52,20 +56,21 @@ def build(
       logits_fn: a compiled function of a `Plan` of one batch, index and view `[B]`.
       out: writable, such as a memory map.
       batch_size: B.
-      on_batch: called with the number of forwards done, for a progress bar.
+      start: how many pairs, image-major, are there already.
+      on_batch: called with the number of pairs that are there now.
     """
     num_examples, num_views, num_classes = out.shape
     flat, total = out.reshape(-1, num_classes), num_examples * num_views
     pending = collections.deque()
 
     def write():
-        start, logits = pending.popleft()
-        stop = min(start + batch_size, total)
-        flat[start:stop] = np.asarray(logits)[: stop - start]
+        first, logits = pending.popleft()
+        stop = min(first + batch_size, total)
+        flat[first:stop] = np.asarray(logits)[: stop - first]
         on_batch(stop)
 
-    for i, rows in enumerate(batches(num_examples, num_views, batch_size)):
-        pending.append((i * batch_size, logits_fn(rows)))
+    for first, rows in batches(num_examples, num_views, batch_size, start):
+        pending.append((first, logits_fn(rows)))
         # A few batches in flight: the device computes while the host copies.
         if len(pending) > 4:
             write()
