@@ -1,188 +1,21 @@
-"""Config -> objects: the checks, the identity of a run, its data, and its compiled functions."""
+"""Config -> objects: a run's data and its compiled functions."""
 
 import dataclasses
 import functools
-import hashlib
 import json
 import os
-import pathlib
 
 import jax
 import ml_collections
 import numpy as np
 
+from experiments import checks
 from ltkd_jax import groups, models, objectives
 from ltkd_jax.data import augment, longtail, sources
 from ltkd_jax.data import plan as plans
 from ltkd_jax.training import state as states
 from ltkd_jax.training import steps, teacher_table
-from ltkd_jax.training.parallel import MODES, Parallel
-
-# How a run is carried out, not what it computes: no part of a result's identity. (A teacher from elsewhere is one, by
-# its hash and not by its folder.)
-EXECUTION = (
-    "data.dir",
-    "teacher.cache",
-    "teacher.checkpoint",
-    "teacher.table",
-    "teacher.table_memory",
-    "teacher.table_runs",
-    "parallel",
-    "steps_per_call",
-    "eval_batch",
-    "eval_every",
-    "checkpoint_every",
-    "smoke",
-)
-_TEACHER_KEYS = ("data", "groups", "seed_split", "seed_teacher", "precision")
-
-
-class ConfigError(ValueError):
-    """A config that cannot be run; its message names the key, the value and the remedy."""
-
-
-def validate(config) -> None:
-    """Checks all that can be checked without the data.
-
-    Raises:
-      ConfigError: naming the key, its value and what it may be.
-    """
-    method = config.method.to_dict()
-    try:
-        known = set(objectives.hyperparameters(method["name"])) | {"name", "warmup_epochs"}
-        for role in ("teacher", "student"):
-            models.create(config[role].model, 1, precision=config.precision)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    if known != set(method):
-        raise ConfigError(
-            f"config.method holds {sorted(method)}, but {method['name']!r} takes {sorted(known)}: "
-            f"choose a method by the config's argument, --config=configs/….py:{method['name']}"
-        )
-    _require(config.parallel in MODES, "parallel", config.parallel, f"must be one of {', '.join(MODES)}")
-    choices = ("auto", "always", "never")
-    _require(config.teacher.table in choices, "teacher.table", config.teacher.table, f"must be one of {choices}")
-    memory = config.teacher.table_memory
-    _require(0 < memory <= 1, "teacher.table_memory", memory, "must lie in (0, 1]")
-    _require(config.data.imbalance >= 1, "data.imbalance", config.data.imbalance, "must be at least 1 (balanced)")
-    for key in ("data.n_max", "data.meta_per_class", "data.validation_per_class", "data.test_images"):
-        _require(_at(config, key) >= 0, key, _at(config, key), "must not be negative")
-    for key in ("eval_batch", "eval_every", "checkpoint_every", "teacher.table_runs"):
-        _require(_at(config, key) >= 1, key, _at(config, key), "must be at least 1")
-    for key in ("steps_per_call", "method.warmup_epochs", "seed", "seed_split", "seed_teacher"):
-        _require(0 <= _at(config, key) < 2**31, key, _at(config, key), "must not be negative, and below 2³¹")
-    for path, value in _floats(config.to_dict()):
-        _require(np.isfinite(value), path, value, "must be finite")
-    temperature = method.get("temperature", 1.0)
-    _require(temperature > 0, "method.temperature", temperature, "must be positive")
-    for role, recipe in (("train", config.train), ("teacher.train", config.teacher.train)):
-        _validate_recipe(role, recipe, config.parallel)
-
-
-def _validate_recipe(role, recipe, parallel):
-    for key in ("batch_size", "epochs", "lr", "decay"):
-        _require(recipe[key] > 0, f"{role}.{key}", recipe[key], "must be positive")
-    for key in ("max_steps", "weight_decay"):
-        _require(recipe[key] >= 0, f"{role}.{key}", recipe[key], "must not be negative")
-    _require(0 <= recipe.momentum < 1, f"{role}.momentum", recipe.momentum, "must lie in [0, 1)")
-    inside = all(isinstance(m, (int, float)) and 0 < m <= 1 for m in recipe.milestones)
-    _require(inside, f"{role}.milestones", recipe.milestones, "must be fractions of the run, in (0, 1]")
-    devices = jax.device_count()
-    divides = recipe.batch_size % devices == 0
-    _require(divides, f"{role}.batch_size", recipe.batch_size, f"must be a multiple of the {devices} devices")
-
-
-def _require(condition, key, value, what):
-    if not condition:
-        raise ConfigError(f"config.{key}={value!r} {what}")
-
-
-def _floats(tree, prefix=""):
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _floats(value, f"{prefix}{key}.")
-        elif isinstance(value, float):
-            yield f"{prefix}{key}", value
-
-
-def _at(config, path):
-    for name in path.split("."):
-        config = config[name]
-    return config
-
-
-def identity(config) -> dict:
-    """What the result depends on: the config without the keys of `EXECUTION`; a teacher from elsewhere by its hash."""
-    tree = _without(_plain(config), EXECUTION)
-    if config.teacher.checkpoint:
-        tree["teacher"]["checkpoint"] = teacher_results(config.teacher.checkpoint)["hash"]
-    return tree
-
-
-def config_hash(config) -> str:
-    """Twelve hexadecimal digits of the SHA-256 of `identity(config)`."""
-    return identity_hash(identity(config))
-
-
-def teacher_identity(config) -> dict:
-    """What the teacher depends on: data, split, model, recipe and precision, and nothing of the student."""
-    whole = identity(config)
-    own = {key: value for key, value in whole["teacher"].items() if key != "checkpoint"}
-    return {**{key: whole[key] for key in _TEACHER_KEYS}, "teacher": own}
-
-
-def teacher_results(folder) -> dict:
-    """The `results.json` of a finished teacher.
-
-    Raises:
-      ConfigError: the folder holds none.
-    """
-    path = pathlib.Path(folder) / "results.json"
-    found = read_json(path) if path.exists() else {}
-    if not {"hash", "model", "step"} <= set(found):
-        raise ConfigError(
-            f"{folder} holds no finished teacher: give config.teacher.checkpoint a folder of config.teacher.cache, "
-            "or, where it is of the cache, remove it and the teacher is trained again"
-        )
-    return found
-
-
-def read_json(path) -> dict:
-    """A JSON object from a file.
-
-    Raises:
-      ConfigError: the file is damaged.
-    """
-    try:
-        found = json.loads(pathlib.Path(path).read_text())
-    except ValueError as error:
-        raise ConfigError(f"{path} is damaged ({error}): remove it") from None
-    if not isinstance(found, dict):
-        raise ConfigError(f"{path} holds no JSON object: remove it")
-    return found
-
-
-def teacher_hash(config) -> str:
-    """The hash of `teacher_identity(config)`."""
-    return identity_hash(teacher_identity(config))
-
-
-def identity_hash(tree: dict) -> str:
-    """Twelve hexadecimal digits of the SHA-256 of a tree, as JSON."""
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def _plain(config):
-    """A ConfigDict as JSON has it: dicts, lists and scalars."""
-    return json.loads(json.dumps(config.to_dict()))
-
-
-def _without(tree, paths, prefix=""):
-    return {
-        key: _without(value, paths, f"{prefix}{key}.") if isinstance(value, dict) else value
-        for key, value in tree.items()
-        if f"{prefix}{key}" not in paths
-    }
+from ltkd_jax.training.parallel import Parallel
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -214,10 +47,10 @@ def dataset(config) -> Dataset:
     """The data of a config; the last ones are kept, so that runs in one process share them.
 
     Raises:
-      ConfigError: unknown or unprepared data, or a split that the data cannot give.
+      checks.ConfigError: unknown or unprepared data, or a split that the data cannot give.
     """
     keys = ("data", "groups", "seed_split")
-    return _dataset(json.dumps({key: _plain(config)[key] for key in keys}))
+    return _dataset(json.dumps({key: checks.plain(config)[key] for key in keys}))
 
 
 @functools.lru_cache(maxsize=2)
@@ -241,7 +74,7 @@ def _dataset(key: str) -> Dataset:
         by_rank = groups.ClassGroups.from_counts(class_counts, fractions=spec["groups"]["fractions"])
         test = _some(source.test, data["test_images"], source.num_classes)
     except ValueError as error:
-        raise ConfigError(str(error)) from error
+        raise checks.ConfigError(str(error)) from error
     return Dataset(
         source=source,
         train=train,
@@ -379,7 +212,7 @@ def teacher_program(config) -> Program:
 
 
 def _seedless(config):
-    return json.dumps(_without(_plain(config), ("seed", "seed_teacher")))
+    return json.dumps(checks.without(checks.plain(config), ("seed", "seed_teacher")))
 
 
 @functools.lru_cache(maxsize=3)
@@ -396,7 +229,7 @@ def _program(key: str, role: str, teacher_kind: str) -> Program:
     try:
         return Program(config, data, model_name=config[role].model, recipe=recipe, method=method, teacher_fn=teacher_fn)
     except ValueError as error:
-        raise ConfigError(str(error)) from error
+        raise checks.ConfigError(str(error)) from error
 
 
 def teacher_model(config, data: Dataset):

@@ -6,7 +6,7 @@ import json
 import pathlib
 import shlex
 
-from experiments import build
+from experiments import checks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +24,7 @@ def read_queue(path) -> list[Entry]:
     """The runs of a queue file, in order.
 
     Raises:
-      build.ConfigError: the file is not there, not JSON, or has a key that no run has.
+      checks.ConfigError: the file is not there, not JSON, or has a key that no run has.
     """
     try:
         queue = json.loads(pathlib.Path(path).read_text())
@@ -37,18 +37,18 @@ def read_queue(path) -> list[Entry]:
                 values = {**shared, **run.get("set", {})}
                 entries.append(Entry(run["config"], values, seed, run.get("group"), run.get("best_of")))
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise build.ConfigError(f"cannot read the queue {path}: {error}") from None
+        raise checks.ConfigError(f"cannot read the queue {path}: {error}") from None
     except KeyError as error:
-        raise build.ConfigError(f"the queue {path} lacks the key {error}") from None
+        raise checks.ConfigError(f"the queue {path} lacks the key {error}") from None
     for entry in entries:
         texts = (entry.config, *(name for name in (entry.group, entry.best_of) if name is not None))
         if not all(isinstance(text, str) for text in texts) or not entry.config.partition(":")[0].endswith(".py"):
-            raise build.ConfigError(f"queue {path}: {entry.config!r} must be configs/….py:ARGUMENT, a group a name")
+            raise checks.ConfigError(f"queue {path}: {entry.config!r} must be configs/….py:ARGUMENT, a group a name")
         if entry.best_of is not None and entry.best_of == entry.group:
-            raise build.ConfigError(f"queue {path}: a run of group {entry.group!r} cannot be best_of its own group")
+            raise checks.ConfigError(f"queue {path}: a run of group {entry.group!r} cannot be best_of its own group")
     missing = {entry.best_of for entry in entries} - {entry.group for entry in entries} - {None}
     if missing:
-        raise build.ConfigError(f"queue {path}: best_of names {sorted(missing)[0]!r}, which is no run's group")
+        raise checks.ConfigError(f"queue {path}: best_of names {sorted(missing)[0]!r}, which is no run's group")
     return entries
 
 
@@ -56,14 +56,14 @@ def load_config(reference: str):
     """The config of "configs/x.py:argument", as `--config` takes it."""
     path, _, argument = reference.partition(":")
     if not pathlib.Path(path).is_file():
-        raise build.ConfigError(f"no config file {path!r}")
+        raise checks.ConfigError(f"no config file {path!r}")
     spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     try:
         return module.get_config(argument).lock()
     except ValueError as error:
-        raise build.ConfigError(f"{reference}: {error}") from None
+        raise checks.ConfigError(f"{reference}: {error}") from None
 
 
 def resolve(entry: Entry, best: dict | None = None, data_dir: str = ""):
@@ -78,8 +78,8 @@ def resolve(entry: Entry, best: dict | None = None, data_dir: str = ""):
     try:
         config.update_from_flattened_dict(values)
     except (KeyError, TypeError, ValueError) as error:
-        raise build.ConfigError(f"{entry.config} with {values}: {error}") from None
-    build.validate(config)
+        raise checks.ConfigError(f"{entry.config} with {values}: {error}") from None
+    checks.validate(config)
     return config
 
 

@@ -22,14 +22,14 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; runs/<what
 
 
 def main(argv):
-    from experiments import build, report, runs, setup, tables, train  # after the flags: --help stays quick
+    from experiments import checks, report, runs, setup, tables, train  # after the flags: --help stays quick
 
     setup.once()
     config = _CONFIG.value
     workdir = pathlib.Path(_WORKDIR.value or runs.default_workdir(config))
     try:
         results = runs.run(config, workdir, command=setup.command_line("experiments.main", sys.argv[1:]))
-    except (build.ConfigError, train.Diverged, OSError) as error:
+    except (checks.ConfigError, train.Diverged, OSError) as error:
         sys.exit(f"error: {error}")
     except train.Stopped as stopped:
         print(f"{stopped}. The same command goes on from there.", file=sys.stderr)

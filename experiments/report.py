@@ -11,13 +11,9 @@ import argparse
 import html
 import json
 import pathlib
-import re
 import sys
 
 from experiments import plots, tables
-
-PUBLISHED = pathlib.Path(__file__).with_name("published.json")
-NOT_RUN = tables.Cell("not run yet", quiet=True)
 
 
 class ReportError(ValueError):
@@ -35,18 +31,18 @@ def load(path):
     """
     path = pathlib.Path(path)
     if path.is_file():
-        return _checked(_read(path), path) | {"source": path.stem, "finished": True, "metrics": []}
+        return _checked(read(path), path) | {"source": path.stem, "finished": True, "metrics": []}
     if not path.is_dir():
         raise ReportError(f"{path}: no such file or folder")
     extra = {"source": path.resolve().name, "metrics": _read_lines(path / "metrics.jsonl")}
     results = path / "results.json"
     if results.exists():
-        return _checked(_read(results), results) | extra | {"finished": True}
+        return _checked(read(results), results) | extra | {"finished": True}
     config = path / "config.json"
-    return {"config": _read(config) if config.exists() else {}} | extra | {"finished": False}
+    return {"config": read(config) if config.exists() else {}} | extra | {"finished": False}
 
 
-def _read(path):
+def read(path):
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
@@ -95,7 +91,7 @@ def _runs_in(path):
         if child.is_dir() and not child.name.startswith(".") and child.name != "teachers":
             found += _runs_in(child)
         elif child.suffix == ".json":
-            content = _read(child)
+            content = read(child)
             found += [child] if isinstance(content, dict) and {"config", "test"} <= content.keys() else []
     return found
 
@@ -252,192 +248,7 @@ def _told(run):
     return [*told, duration(timing.get("seconds")), f"{speed:,.0f}" if speed else "–"]
 
 
-# The results page of the repository.
-
-
-def render_results(runs, published, planned=()):
-    """Renders results/README.md: published numbers beside ours, the search, and all else that was run."""
-    searched = [run for run in runs if run.get("group") == "search"]
-    tabled = [entry for entry in planned if entry.get("group") != "search"]
-    settings = tables.gather([run for run in runs if run.get("group") != "search"])
-    wanted = {_cell(entry)[:4]: None for entry in published["settings"]}
-    wanted |= {_cell(entry)[:4]: None for entry in tabled}
-    wanted |= {_cell(vars(setting))[:4]: None for setting in settings}
-    parts = [_preamble(published)]
-    for pair in wanted:
-        ours = [setting for setting in settings if _cell(vars(setting))[:4] == pair]
-        theirs = next((entry for entry in published["settings"] if _cell(entry)[:4] == pair), {})
-        names = {entry["method"] for entry in tabled if _cell(entry)[:4] == pair}
-        parts += _pair_section(pair, ours, theirs, names)
-    parts += _search_section(searched, [entry for entry in planned if entry.get("group") == "search"])
-    parts += _bias(settings, published["group_mass"])
-    parts += _anchors(published)
-    return "\n\n".join(parts) + "\n"
-
-
-def _cell(entry):
-    """The (data set, imbalance, teacher, student, method) that a number belongs to, published, planned or run."""
-    name = re.sub("[^a-z0-9]", "", str(entry["data"]).lower())
-    return name, float(entry["imbalance"]), entry["teacher"], entry["student"], entry.get("method")
-
-
-def planned_cells(path):
-    """Returns what a queue file plans, as dictionaries with the keys of a cell, `set` and `group`."""
-    from experiments import entries  # here, because configs need jax, and a report of results does not
-
-    found = []
-    for entry in entries.read_queue(path):
-        config = entries.resolve(entry)
-        cell = {"data": config.data.name, "imbalance": config.data.imbalance, "method": config.method.name}
-        cell |= {"teacher": config.teacher.model, "student": config.student.model}
-        found.append(cell | {"set": entry.set, "group": entry.group})
-    return found
-
-
-def _preamble(published):
-    marks = "\n".join(f"- **[{mark}]** {meaning}" for mark, meaning in published["marks"].items())
-    return f"""# Results
-
-Written by `python -m experiments.report --results results/`; do not edit by hand.
-
-Accuracies are top-1 on the balanced test set, in percent, of the last epoch: mean ± standard deviation over student
-seeds. {tables.COLUMNS}
-
-{tables.RULE}
-
-{tables.RECONSTRUCTED} How sure a published number is:
-
-{marks}"""
-
-
-def _pair_section(pair, ours, theirs, planned):
-    data, imbalance, teacher, student = pair
-    data = ours[0].data if ours else theirs.get("data", data)
-    title = f"## {data}, imbalance {imbalance:g}, {f'{teacher} → ' if teacher else ''}{student}"
-    parts = [tables.escape_markdown(title)]
-    parts += [f"Published: {theirs['paper']}. {theirs.get('note', '')}".rstrip()] if theirs else []
-    # What is missing stands in the table of the longest training, the one nearest to the papers'.
-    ours = sorted(ours, key=lambda setting: (-setting.epochs, setting.split, setting.images)) or [None]
-    for setting in ours:
-        missing = (planned | set(theirs.get("methods", {}))) if setting is ours[0] else set()
-        parts.append(tables.as_markdown(_side_by_side(setting, theirs.get("methods", {}), missing)))
-        parts += _below_table(setting) if setting else []
-    return parts
-
-
-def _side_by_side(setting, theirs, missing):
-    ours = tables.columns(setting) if setting else [(name, "") for name in ("all", "head", "medium", "tail")]
-    paper = ("all", "tail") if any(theirs.values()) else ()
-    header = ["method", *(f"published {column}" for column in paper), *(title for title, _ in ours), "n"]
-    clear = setting.clear_best if setting else None
-    best = {column: clear(column, lower_is_better=column == "ece") for _, column in ours} if setting else {}
-    rows = {}
-    for method in [*filter(None, [setting.teacher_method()]), *setting.methods] if setting else []:
-        published = [_published(theirs.get(method.name, {}).get(column)) for column in paper]
-        cells = [tables.number(method.values(c).values(), bold=best[c] is method) for _, c in ours]
-        rows[_row_key(method.name, method.label)] = [method.label, *published, *cells, str(len(method.runs))]
-        missing = missing - {method.name}
-    for name in missing:
-        published = [_published(theirs.get(name, {}).get(column)) for column in paper]
-        rows[_row_key(name, name)] = [name, *published, *[NOT_RUN] * len(ours), "0"]
-    return tables.Table(header, [rows[key] for key in sorted(rows)])
-
-
-def _row_key(name, label):
-    return (-1, "") if name == "teacher" else (*tables.method_rank(name), tables.natural(label))
-
-
-def _published(entry):
-    return f"{entry[0]:.2f} [{entry[1]}]" if entry else "?"
-
-
-def _below_table(setting):
-    parts = [f"{setting.note()}.", tables.escape_markdown(tables.headline(setting))]
-    for title, table in tables.comparisons(setting):
-        parts += [f"Paired, {tables.escape_markdown(title)}:", tables.as_markdown(table)]
-    rows, commands = [], []
-    for method in setting.methods:
-        runs = [method.runs[seeds] for seeds in sorted(method.runs)]
-        columns = ([str(run.get(key) or "–") for run in runs] for key in ("device", "precision", "commit"))
-        unique = [", ".join(sorted(set(column))) for column in columns]
-        times = [(run.get("timing") or {}).get("seconds") for run in runs]
-        seconds, _, _ = tables.mean_std(time for time in times if time is not None)
-        rows.append([method.label, *unique, duration(seconds)])
-        commands += [" ".join((run.get("command") or "# not recorded").split()) for run in runs]
-    table = tables.Table(["method", "hardware", "precision", "commit", "wall time of a run"], rows, left=4)
-    fence = "`" * (3 + max((len(ticks) for ticks in re.findall("`+", "".join(commands))), default=0))
-    return [*parts, tables.as_markdown(table), f"{fence}sh\n{chr(10).join(commands)}\n{fence}"]
-
-
-def _search_section(runs, planned):
-    rows, done = [], [tables.flatten(run["config"]) for run in runs]
-    shown = ["all", *(f"groups.{name}" for name in ("head", "medium", "tail"))]
-    for setting in tables.gather(runs):
-        for method in setting.methods:
-            rivals = [m for m in setting.methods if m.name == method.name and m.values("all", "validation")]
-            best = max(rivals, key=lambda rival: rival.mean("all", "validation"), default=None)
-            cells = [tables.number(method.values(column, "validation").values()) for column in shown]
-            told = [str(len(method.runs)), f"{setting.epochs:g}", "chosen" if method is best else ""]
-            rows.append([setting.title, method.label, *cells, *told])
-    for entry in planned:
-        if not any(_is_planned(entry, config) for config in done):
-            data, imbalance, teacher, student, method = _cell(entry)
-            chosen = [(key, v) for key, v in entry["set"].items() if key.startswith("method.")]
-            told = ", ".join(f"{key.removeprefix('method.')}={v}" for key, v in chosen)
-            title = f"{data}, imbalance {imbalance:g}, {teacher} → {student}"
-            epochs = entry["set"].get("train.epochs", "")
-            label = f"{method} ({told})" if told else method
-            rows.append([title, label, *[NOT_RUN] * len(shown), "0", f"{epochs:g}" if epochs else "", ""])
-    if not rows:
-        return []
-    header = ["setting", "method", "all", "head", "medium", "tail", "n", "epochs", ""]
-    about = "Balanced accuracy on validation images taken from the training set; the test set chose nothing."
-    return ["## The search", about, tables.as_markdown(tables.Table(header, rows, left=2))]
-
-
-def _is_planned(entry, config):
-    keys = ("data.name", "data.imbalance", "teacher.model", "student.model")
-    own = dict(zip(("data", "imbalance", "teacher", "student"), (config.get(key) for key in keys)))
-    same = own["imbalance"] is not None and _cell(own)[:4] == _cell(entry)[:4]
-    same = same and config.get("method.name") == entry["method"]
-    return same and all(str(config.get(key, v)) == str(v) for key, v in entry["set"].items())
-
-
-def _bias(settings, published):
-    """The teacher's mass per group as LTKD prints it, summed over a batch of 64."""
-    names, rows = ("head", "medium", "tail"), []
-    for kind in ("long_tailed", "balanced"):
-        title = kind.replace("_", "-")
-        rows.append(["LTKD's paper", title, *(_published(published[kind][name]) for name in names)])
-        for setting in settings:
-            for teacher in setting.teachers().values():
-                mass = (teacher.get("group_mass") or {}).get(kind) or {}
-                if set(names) <= mass.keys():
-                    rows.append([setting.title, title, *(f"{64 * mass[name]:.2f}" for name in names)])
-    table = tables.Table(["teacher of", "input", *names], rows, left=2)
-    about = f"{published['about']}. Ours are the mean mass at temperature 1, times 64."
-    return ["## The teacher's bias", about, tables.as_markdown(table)]
-
-
-def _anchors(published):
-    parts = ["## Numbers of others, for orientation"]
-    for anchor in published["anchors"]:
-        rows = [[name, str(v)] for name, v in anchor["all"].items()]
-        table = tables.Table(["method", f"top-1 % [{anchor['mark']}]"], rows)
-        parts += [f"{anchor['title']}:", tables.as_markdown(table)]
-    return parts
-
-
 # The command.
-
-
-def write_results(folder, queues=()):
-    """Writes README.md into the results folder and returns its path."""
-    published = _read(PUBLISHED)
-    planned = [cell for queue in queues for cell in planned_cells(queue)]
-    target = pathlib.Path(folder) / "README.md"
-    target.write_text(render_results(find([folder]), published, planned), encoding="utf-8")
-    return target
 
 
 def main(argv=None):
@@ -452,7 +263,9 @@ def main(argv=None):
         parser.error("give either PATHs or --results")
     try:
         if args.results:
-            print(write_results(args.results, args.queue))
+            from experiments import results_page  # it stands on this module
+
+            print(results_page.write_results(args.results, args.queue))
             return
         runs = find(args.paths)
         if not runs:

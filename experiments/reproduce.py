@@ -19,7 +19,7 @@ import time
 
 import tqdm
 
-from experiments import build, report, runs, setup, tables, train
+from experiments import build, checks, report, runs, setup, tables, train
 from experiments.entries import Entry, command, read_queue, resolve
 from ltkd_jax import files
 
@@ -32,27 +32,27 @@ class Results:
 
     def find(self, config) -> dict | None:
         path = self._path(config)
-        return build.read_json(path) if path.exists() else None
+        return checks.read_json(path) if path.exists() else None
 
     def add(self, config, results: dict, group: str | None) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
         files.write_text(self._path(config), json.dumps({**results, "group": group}, indent=1) + "\n")
 
     def _path(self, config):
-        return self._folder / f"{pathlib.Path(runs.default_workdir(config)).name}-{build.config_hash(config)}.json"
+        return self._folder / f"{pathlib.Path(runs.default_workdir(config)).name}-{checks.config_hash(config)}.json"
 
 
 def choose(entries: list[Entry], group: str, results: Results) -> dict | None:
     """The result of a group with the best balanced validation accuracy; None while one is missing.
 
     Raises:
-      build.ConfigError: a result of the group without a validation set.
+      checks.ConfigError: a result of the group without a validation set.
     """
     found = [results.find(resolve(entry)) for entry in entries if entry.group == group]
     if any(result is None for result in found):
         return None
     if any(result["validation"] is None for result in found):
-        raise build.ConfigError(f"group {group!r} has runs without validation images: set data.validation_per_class")
+        raise checks.ConfigError(f"group {group!r} has runs without validation images: set data.validation_per_class")
     return max(found, key=lambda result: result["validation"]["all"])
 
 
@@ -64,7 +64,7 @@ class Reproduction:
         self._sharing = collections.Counter()
         for entry in entries:
             config = resolve(entry)
-            self._sharing[build.teacher_hash(config)] += build.needs_teacher(config)
+            self._sharing[checks.teacher_hash(config)] += build.needs_teacher(config)
 
     def config(self, entry: Entry):
         """The entry's config, or None while the group it waits for is not done."""
@@ -72,7 +72,7 @@ class Reproduction:
         if entry.best_of and best is None:
             return None
         config = resolve(entry, best, self._data_dir)
-        config.teacher.table_runs = max(1, self._sharing[build.teacher_hash(config)])
+        config.teacher.table_runs = max(1, self._sharing[checks.teacher_hash(config)])
         return config
 
     def missing(self) -> list[Entry]:
@@ -88,7 +88,7 @@ class Reproduction:
 
     def carry_out(self, entry: Entry, config, deadline: float | None) -> None:
         """Does one run, in its own work directory, and adds its result."""
-        workdir = self._folder / f"{pathlib.Path(runs.default_workdir(config)).name}-{build.config_hash(config)}"
+        workdir = self._folder / f"{pathlib.Path(runs.default_workdir(config)).name}-{checks.config_hash(config)}"
         found = runs.run(config, workdir, command=command(entry, config), deadline=deadline)
         self._results.add(config, found, entry.group)
 
@@ -116,7 +116,7 @@ def reproduce(reproduction: Reproduction, deadline: float | None) -> int:
             except train.Stopped as stopped:
                 tqdm.tqdm.write(f"{stopped}; the same command goes on from here", file=sys.stderr)
                 return failed
-            except (build.ConfigError, train.Diverged, OSError) as error:
+            except (checks.ConfigError, train.Diverged, OSError) as error:
                 tqdm.tqdm.write(f"error: {entry.config}, seed {entry.seed}: {error}", file=sys.stderr)
                 failed += 1
     return failed
@@ -142,7 +142,7 @@ def main(argv=None):
                 print(f"{entry.config} seed={entry.seed} {json.dumps(entry.set)}")
             return
         failed = reproduce(reproduction, deadline)
-    except build.ConfigError as error:
+    except checks.ConfigError as error:
         sys.exit(f"error: {error}")
     if reproduction.done():
         print(tables.console(reproduction.done()))

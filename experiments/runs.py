@@ -6,7 +6,7 @@ import pathlib
 
 import numpy as np
 
-from experiments import build, provenance, teachers, train
+from experiments import build, checks, provenance, teachers, train
 from ltkd_jax import files
 
 
@@ -27,16 +27,16 @@ def run(config, workdir, *, command: str, deadline: float | None = None) -> dict
       deadline: of `time.monotonic()`, at which to save and stop.
 
     Raises:
-      build.ConfigError: bad config or data, or a work directory that is in use or holds another config.
+      checks.ConfigError: bad config or data, or a work directory that is in use or holds another config.
       Stopped, Diverged: as `fit`.
     """
-    build.validate(config)
+    checks.validate(config)
     workdir = pathlib.Path(workdir)
     stop = train.StopRequest(deadline)
     with _claimed(workdir, config), stop.listening():
         results_path = workdir / "results.json"
         if results_path.exists():
-            return build.read_json(results_path)
+            return checks.read_json(results_path)
         results = _distil(config, workdir, stop, command)
         files.write_text(results_path, json.dumps(results, indent=1))
         return results
@@ -49,13 +49,13 @@ def _claimed(workdir, config):
         try:
             stack.enter_context(files.lock(workdir / ".lock"))
         except BlockingIOError:
-            raise build.ConfigError(f"{workdir} is in use by another run: wait for it, or give --workdir") from None
-        path, mine = workdir / "config.json", build.identity(config)
+            raise checks.ConfigError(f"{workdir} is in use by another run: wait for it, or give --workdir") from None
+        path, mine = workdir / "config.json", checks.identity(config)
         # A run that failed before its first step has claimed nothing.
         if path.exists() and any((workdir / name).exists() for name in ("results.json", "checkpoints")):
-            changed = _differences(build.read_json(path), mine)
+            changed = _differences(checks.read_json(path), mine)
             if changed:
-                raise build.ConfigError(
+                raise checks.ConfigError(
                     f"{workdir} holds a run of another config ({'; '.join(changed[:4])}): "
                     "give another --workdir, or remove it"
                 )
@@ -91,8 +91,8 @@ def _distil(config, workdir, stop, command):
         for name, images in (("test", data.test), ("validation", data.validation))
     }
     return {
-        "config_hash": build.config_hash(config),
-        "config": build.identity(config),
+        "config_hash": checks.config_hash(config),
+        "config": checks.identity(config),
         "seeds": {
             "split": config.seed_split,
             "teacher": None if config.teacher.checkpoint else config.seed_teacher,

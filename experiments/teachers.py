@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import tqdm
 
-from experiments import build, train
+from experiments import build, checks, train
 from ltkd_jax import files, metrics
 from ltkd_jax.training import steps, teacher_table
 from ltkd_jax.training.checkpoint import Checkpoints
@@ -48,7 +48,7 @@ class Teacher:
         data = build.dataset(self.config)
         shape = (len(data.train), data.source.views.num, data.num_classes)
         # A teacher from elsewhere may be used with several splits: the table's name says which.
-        path = self.folder / f"table-{build.teacher_hash(self.config)}-{'x'.join(map(str, shape))}-float32.npy"
+        path = self.folder / f"table-{checks.teacher_hash(self.config)}-{'x'.join(map(str, shape))}-float32.npy"
         checksum = path.with_suffix(".sha256")
         with _locked(path.with_suffix(".lock"), stop, "the teacher's table"):
             if not (path.exists() and checksum.exists() and checksum.read_text() == _sha256(path)):
@@ -94,12 +94,12 @@ def obtain(config, stop) -> Teacher:
     """The teacher of a config: `teacher.checkpoint` if given, else from the cache, trained now if need be.
 
     Raises:
-      build.ConfigError: a checkpoint that is not there, damaged, or of another architecture or class count.
+      checks.ConfigError: a checkpoint that is not there, damaged, or of another architecture or class count.
       train.Stopped: while it was trained; the next call goes on from there.
     """
     if config.teacher.checkpoint:
         return _load(config, pathlib.Path(config.teacher.checkpoint))
-    folder = pathlib.Path(config.teacher.cache) / build.teacher_hash(config)
+    folder = pathlib.Path(config.teacher.cache) / checks.teacher_hash(config)
     with _locked(folder.with_suffix(".lock"), stop, "the teacher"):
         if not folder.exists():
             _train(config, folder, stop)
@@ -143,7 +143,7 @@ def _train(config, folder, stop):
     on_test = program.evaluate(state.variables, data.test)
     on_train = program.evaluate(state.variables, data.train)
     results = {
-        "hash": build.teacher_hash(config),
+        "hash": checks.teacher_hash(config),
         "model": config.teacher.model,
         "num_classes": data.num_classes,
         "image_shape": list(data.image_shape),
@@ -155,13 +155,13 @@ def _train(config, folder, stop):
         },
         "timing": timing,
     }
-    files.write_text(unfinished / "config.json", json.dumps(build.teacher_identity(config), indent=1))
+    files.write_text(unfinished / "config.json", json.dumps(checks.teacher_identity(config), indent=1))
     files.write_text(unfinished / "results.json", json.dumps(results, indent=1))
     os.rename(unfinished, folder)
 
 
 def _load(config, folder):
-    results = build.teacher_results(folder)
+    results = checks.teacher_results(folder)
     data = build.dataset(config)
     wanted = {
         "model": config.teacher.model,
@@ -170,7 +170,7 @@ def _load(config, folder):
     }
     for key, want in wanted.items():
         if results.get(key) != want:
-            raise build.ConfigError(
+            raise checks.ConfigError(
                 f"the teacher in {folder} has {key}={results.get(key)!r}, the config wants {want!r}: "
                 "change config.teacher.model or config.teacher.checkpoint"
             )
@@ -178,10 +178,10 @@ def _load(config, folder):
     try:
         found = Checkpoints(folder / "checkpoints").restore(jax.eval_shape(program.init, 0))
     except ValueError as error:
-        raise build.ConfigError(str(error)) from error
+        raise checks.ConfigError(str(error)) from error
     # An earlier checkpoint is another teacher than the one whose results stand there.
     if found is None or found[0] != results["step"]:
-        raise build.ConfigError(
+        raise checks.ConfigError(
             f"the teacher's last checkpoint in {folder} is damaged: remove the folder; "
             "one of the cache is then trained again"
         )

@@ -6,7 +6,7 @@ import time
 import pytest
 from small import config_of
 
-from experiments import build
+from experiments import build, checks
 from ltkd_jax import objectives
 
 CONFIGS = ("digits_lt", "cifar100lt")
@@ -16,10 +16,10 @@ CONFIGS = ("digits_lt", "cifar100lt")
 @pytest.mark.parametrize("method", sorted(objectives.METHODS))
 def test_every_config_takes_every_method(name, method):
     config = config_of(name, f"{method},imbalance=20,seed=3,teacher=resnet14,train.lr=0.1")
-    build.validate(config)
+    checks.validate(config)
     assert (config.method.name, config.data.imbalance, config.seed) == (method, 20.0, 3)
     assert (config.teacher.model, config.train.lr) == ("resnet14", 0.1)
-    build.validate(config_of(name, f"{method},smoke"))
+    checks.validate(config_of(name, f"{method},smoke"))
     assert f"configs/{name}.py" in importlib.import_module(f"configs.{name}").__doc__
 
 
@@ -56,8 +56,8 @@ def test_bad_arguments(argument, message):
 def test_bad_values_are_named(key, value):
     config = config_of("digits_lt")
     config.update_from_flattened_dict({key: value})
-    with pytest.raises(build.ConfigError) as caught:
-        build.validate(config)
+    with pytest.raises(checks.ConfigError) as caught:
+        checks.validate(config)
     # A model or a method is named by its value; every other error names its key too.
     assert str(value) in str(caught.value)
     assert key.endswith((".model", ".name")) or key.split(".")[-1] in str(caught.value)
@@ -84,14 +84,14 @@ def test_bad_data_is_told_within_a_second(values, message):
     importlib.import_module("tensorflow_datasets")
     config.update_from_flattened_dict(values)
     start = time.monotonic()
-    with pytest.raises(build.ConfigError, match=message.replace("(", "\\(")):
+    with pytest.raises(checks.ConfigError, match=message.replace("(", "\\(")):
         build.dataset(config)
     assert time.monotonic() - start < 1
 
 
 def test_the_identity_of_a_result():
     """What is computed is in the hash, how it is carried out is not; a teacher does not depend on the student."""
-    base, teacher = build.config_hash(config_of("digits_lt")), build.teacher_hash(config_of("digits_lt"))
+    base, teacher = checks.config_hash(config_of("digits_lt")), checks.teacher_hash(config_of("digits_lt"))
     for key, value, same, same_teacher in [
         ("seed", 1, False, True), ("train.lr", 0.1, False, True), ("method.alpha", 2.0, False, True),
         ("student.model", "resnet14", False, True), ("seed_teacher", 1, False, False), ("seed_split", 1, False, False),
@@ -102,9 +102,9 @@ def test_the_identity_of_a_result():
     ]:  # fmt: skip
         config = config_of("digits_lt")
         config.update_from_flattened_dict({key: value})
-        assert (build.config_hash(config) == base) is same, key
-        assert (build.teacher_hash(config) == teacher) is same_teacher, key
-    assert len({build.teacher_hash(config_of("digits_lt", m)) for m in objectives.METHODS}) == 1
+        assert (checks.config_hash(config) == base) is same, key
+        assert (checks.teacher_hash(config) == teacher) is same_teacher, key
+    assert len({checks.teacher_hash(config_of("digits_lt", m)) for m in objectives.METHODS}) == 1
 
 
 def test_the_rule_for_the_table():

@@ -10,7 +10,7 @@ import subprocess
 import pytest
 from matplotlib import image
 
-from experiments import plots, report, tables
+from experiments import plots, report, results_page, tables
 
 NAMES = ("head", "medium", "tail")
 STRENGTH = {"ce": (70, 30, 2), "kd": (72, 28, 3), "dkd": (71, 36, 6), "ltkd": (66, 44, 20), "ltkd_bs": (62, 47, 24)}
@@ -394,7 +394,7 @@ def test_hostile_strings_are_escaped(tmp_path):
     page = Page(text)
     assert "script" not in page.tags and "<script" not in text
     assert page.text.count('<script>alert("x")</script>') > 10
-    rendered = report.render_results([run], published())
+    rendered = results_page.render_results([run], published())
     assert "<script" not in rendered.split("```")[0]
     assert "\x1b" not in tables.console([run | {"source": "\x1b[31m", "finished": False}])
 
@@ -403,7 +403,7 @@ def test_hostile_strings_are_escaped(tmp_path):
 
 
 def published():
-    return json.loads(report.PUBLISHED.read_text(encoding="utf-8"))
+    return json.loads(results_page.PUBLISHED.read_text(encoding="utf-8"))
 
 
 def test_published_numbers_are_marked():
@@ -427,7 +427,7 @@ def test_results_page_puts_published_beside_ours(tmp_path):
     queue = tmp_path / "queue.json.txt"
     runs = [{"config": "configs/cifar100lt.py:ltkd_bs,imbalance=100", "seeds": [0], "group": "table"}]
     queue.write_text(json.dumps({"about": "x", "runs": runs}))
-    text = report.write_results(tmp_path, [queue]).read_text(encoding="utf-8")
+    text = results_page.write_results(tmp_path, [queue]).read_text(encoding="utf-8")
     (setting,) = tables.gather(report.find([tmp_path]))
     ours = tables.number(setting.methods[0].values("all").values())
     assert row_of(text, "| ltkd |").startswith(f"| ltkd | 51.08 [S] | 27.21 [S] | {ours.text} {ours.note} |")
@@ -436,18 +436,18 @@ def test_results_page_puts_published_beside_ours(tmp_path):
     assert "not run yet" in row_of(text, "| dkd |")
     assert "reconstructed from descriptions" in text and "**[S]** second-hand" in text
     assert "python -m experiments.main --config=configs/cifar100lt.py:ltkd,seed=0" in text
-    assert report.write_results(tmp_path, [queue]).read_text(encoding="utf-8") == text
+    assert results_page.write_results(tmp_path, [queue]).read_text(encoding="utf-8") == text
 
 
 def test_results_page_does_not_depend_on_the_order_of_files():
     runs = [
         fabricate(method, seed, classes=classes) for method in ("ce", "kd") for seed in (0, 1) for classes in (10, 100)
     ]
-    assert report.render_results(runs, published()) == report.render_results(runs[::-1], published())
+    assert results_page.render_results(runs, published()) == results_page.render_results(runs[::-1], published())
 
 
 def test_results_page_without_any_run_says_so():
-    text = report.render_results([], published())
+    text = results_page.render_results([], published())
     assert "not run yet" in row_of(text, "| ltkd |") and "51.08 [S]" in text
 
 
@@ -463,7 +463,7 @@ def test_search_names_the_chosen_by_validation_accuracy(tmp_path):
             runs.append(run)
     path = tmp_path / "queue.json"
     path.write_text(json.dumps(queue))
-    text = report.render_results(runs, published(), report.planned_cells(path))
+    text = results_page.render_results(runs, published(), results_page.planned_cells(path))
     lines = [line for line in text.split("## The search")[1].splitlines() if "ltkd (alpha" in line]
     assert [("alpha=4" in line, "chosen" in line, "not run yet" in line) for line in lines] == [
         (False, False, False),

@@ -5,7 +5,7 @@ import json
 import pytest
 from small import ROOT, TINY
 
-from experiments import build, entries, reproduce
+from experiments import checks, entries, reproduce
 
 
 def queue_file(tmp_path, *runs):
@@ -58,11 +58,11 @@ def test_a_changed_default_is_a_run_to_do(tmp_path, capsys):
 def test_the_queues_of_the_project_are_readable():
     for path in sorted((ROOT / "experiments" / "queues").glob("*.json")):
         found = entries.read_queue(path)
-        hashes = [build.config_hash(entries.resolve(e)) for e in found if not e.best_of]
+        hashes = [checks.config_hash(entries.resolve(e)) for e in found if not e.best_of]
         assert len(set(hashes)) == len(hashes), path
     search = [e for e in entries.read_queue(ROOT / "experiments/queues/gpu.json") if e.group == "search"]
     assert 0 < len(search) <= 12
-    assert len({build.teacher_hash(entries.resolve(e)) for e in search}) == 1
+    assert len({checks.teacher_hash(entries.resolve(e)) for e in search}) == 1
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from small import parameters, run, tiny
 
-from experiments import build, runs, teachers, train
+from experiments import build, checks, runs, teachers, train
 from ltkd_jax import files
 from ltkd_jax.training.checkpoint import Checkpoints
 
@@ -24,7 +24,7 @@ def done(tmp_path_factory):
 def test_results_hold_what_they_promise(done):
     config, folder, results = done
     assert json.loads((folder / "run" / "results.json").read_text()) == json.loads(json.dumps(results))
-    assert results["config_hash"] == build.config_hash(config) and results["config"]["method"]["name"] == "ltkd"
+    assert results["config_hash"] == checks.config_hash(config) and results["config"]["method"]["name"] == "ltkd"
     assert results["seeds"] == {"split": 0, "teacher": 0, "student": 0}
     assert results["train_images"] == sum(results["class_counts"]) and results["class_counts"][0] == 12
     assert results["epochs"] == 3.0
@@ -35,7 +35,7 @@ def test_results_hold_what_they_promise(done):
         assert part["all"] == pytest.approx(np.mean(part["per_class"]))
     mass = results["teacher"]["group_mass"]
     assert all(sum(mass[kind].values()) == pytest.approx(1) for kind in ("long_tailed", "balanced"))
-    assert results["teacher"]["hash"] == build.teacher_hash(config)
+    assert results["teacher"]["hash"] == checks.teacher_hash(config)
     assert {"device", "precision", "versions", "commit", "timing", "command"} <= set(results)
 
 
@@ -58,14 +58,14 @@ def test_a_finished_run_is_not_repeated(done):
 def test_a_work_directory_of_another_config_is_refused(done):
     config, folder, _ = done
     other = tiny(folder, "kd", seed=5)
-    with pytest.raises(build.ConfigError, match="holds a run of another config .*method"):
+    with pytest.raises(checks.ConfigError, match="holds a run of another config .*method"):
         run(other, folder / "run")
 
 
 def test_a_work_directory_in_use_is_refused(done):
     config, folder, _ = done
     with files.lock(folder / "run" / ".lock"):
-        with pytest.raises(build.ConfigError, match="in use by another run"):
+        with pytest.raises(checks.ConfigError, match="in use by another run"):
             run(config, folder / "run")
 
 
@@ -73,7 +73,7 @@ def test_table_and_network_teacher_give_the_same_run(done):
     config, folder, results = done
     assert results["teacher_logits"] == "network"
     other = tiny(folder, **{"teacher.table": "always"})
-    assert build.config_hash(other) == build.config_hash(config)
+    assert checks.config_hash(other) == checks.config_hash(config)
     looked_up = run(other, folder / "by_table")
     assert looked_up["teacher_logits"] == "table"
     for name in ("run", "by_table"):
@@ -92,7 +92,7 @@ def test_pmap_gives_the_same_run(done):
 def test_the_teacher_is_shared(done):
     config, folder, results = done
     before = sorted((folder / "teachers").glob("*/results.json"))
-    assert [path.parent.name for path in before] == [build.teacher_hash(config)]
+    assert [path.parent.name for path in before] == [checks.teacher_hash(config)]
     stamp = before[0].stat().st_mtime_ns
     other = run(tiny(folder, "kd", seed=2), folder / "kd")
     assert other["teacher"] == results["teacher"] and before[0].stat().st_mtime_ns == stamp
@@ -108,8 +108,8 @@ def test_the_teacher_is_shared(done):
 )
 def test_a_teacher_that_does_not_fit(done, values, message):
     config, folder, _ = done
-    own = {"teacher.checkpoint": str(folder / "teachers" / build.teacher_hash(config))}
-    with pytest.raises(build.ConfigError, match=message):
+    own = {"teacher.checkpoint": str(folder / "teachers" / checks.teacher_hash(config))}
+    with pytest.raises(checks.ConfigError, match=message):
         teachers.obtain(tiny(folder, "kd", **{**own, **values}), train.StopRequest())
 
 
@@ -117,9 +117,9 @@ def test_a_teacher_of_another_class_count(done, tmp_path):
     config, folder, _ = done
     other = tmp_path / "other"
     other.mkdir()
-    own = folder / "teachers" / build.teacher_hash(config) / "results.json"
+    own = folder / "teachers" / checks.teacher_hash(config) / "results.json"
     (other / "results.json").write_text(json.dumps({**json.loads(own.read_text()), "num_classes": 100}))
-    with pytest.raises(build.ConfigError, match="num_classes=100, the config wants 10"):
+    with pytest.raises(checks.ConfigError, match="num_classes=100, the config wants 10"):
         teachers.obtain(tiny(folder, "kd", **{"teacher.checkpoint": str(other)}), train.StopRequest())
 
 
@@ -127,7 +127,7 @@ def copy_of_teacher(done, tmp_path):
     """A copy of the finished run's teacher, and a config that uses it."""
     config, folder, _ = done
     place = tmp_path / "teacher"
-    shutil.copytree(folder / "teachers" / build.teacher_hash(config), place)
+    shutil.copytree(folder / "teachers" / checks.teacher_hash(config), place)
     return place, tiny(folder, "kd", **{"teacher.checkpoint": str(place)})
 
 
@@ -137,7 +137,7 @@ def test_a_teacher_whose_last_checkpoint_is_damaged_is_not_replaced_by_an_earlie
     newest = place / "checkpoints" / f"step_{Checkpoints(place / 'checkpoints').steps()[0]}"
     victim = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
     victim.write_bytes(victim.read_bytes()[:-1] + b"x")
-    with pytest.raises(build.ConfigError, match="last checkpoint in .* is damaged: remove the folder"):
+    with pytest.raises(checks.ConfigError, match="last checkpoint in .* is damaged: remove the folder"):
         teachers.obtain(config, train.StopRequest())
     assert newest.exists()
 
@@ -145,14 +145,14 @@ def test_a_teacher_whose_last_checkpoint_is_damaged_is_not_replaced_by_an_earlie
 def test_a_teacher_from_elsewhere_is_part_of_the_identity(done, tmp_path):
     place, config = copy_of_teacher(done, tmp_path)
     own = tiny(tmp_path, "kd")
-    assert build.config_hash(config) != build.config_hash(own)
-    assert build.teacher_hash(config) == build.teacher_hash(own)
+    assert checks.config_hash(config) != checks.config_hash(own)
+    assert checks.teacher_hash(config) == checks.teacher_hash(own)
     moved = place.rename(tmp_path / "moved")
     again = tiny(tmp_path, "kd", **{"teacher.checkpoint": str(moved)})
-    assert build.config_hash(again) == build.identity_hash(build.identity(again))
+    assert checks.config_hash(again) == checks.identity_hash(checks.identity(again))
     (moved / "results.json").write_text("{")
-    with pytest.raises(build.ConfigError, match="is damaged"):
-        build.config_hash(again)
+    with pytest.raises(checks.ConfigError, match="is damaged"):
+        checks.config_hash(again)
 
 
 def test_a_damaged_table_is_built_again(done, tmp_path):
@@ -187,14 +187,14 @@ def test_a_table_that_was_stopped_is_gone_on_with(done, tmp_path, monkeypatch):
 
 def test_a_stop_is_heard_while_waiting_for_another_run(tmp_path, capsys):
     config = tiny(tmp_path, "kd")
-    lock = (tmp_path / "teachers" / build.teacher_hash(config)).with_suffix(".lock")
+    lock = (tmp_path / "teachers" / checks.teacher_hash(config)).with_suffix(".lock")
     with files.lock(lock), pytest.raises(train.Stopped, match="while waiting for the teacher of another run"):
         teachers.obtain(config, train.StopRequest(deadline=0))
     assert "waiting for the teacher" in capsys.readouterr().err
 
 
 def test_a_run_that_could_not_start_claims_nothing(tmp_path):
-    with pytest.raises(build.ConfigError):
+    with pytest.raises(checks.ConfigError):
         run(tiny(tmp_path, "ce", **{"groups.fractions": (0.5, 0.6)}), tmp_path / "run")
     run(tiny(tmp_path, "ce", **{"groups.fractions": (0.5, 0.5), "train.max_steps": 1}), tmp_path / "run")
 
@@ -205,7 +205,7 @@ def test_a_damaged_file_of_a_finished_run_is_named(done, tmp_path, name):
     shutil.copytree(folder / "run", tmp_path / "run")
     path = tmp_path / "run" / name
     path.write_text(path.read_text()[:40])
-    with pytest.raises(build.ConfigError, match=f"{name} is damaged .*: remove it"):
+    with pytest.raises(checks.ConfigError, match=f"{name} is damaged .*: remove it"):
         run(config, tmp_path / "run")
 
 
