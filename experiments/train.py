@@ -91,7 +91,7 @@ def fit(program: build.Program, train_data, seed: int, workdir, stop: StopReques
         dynamic_ncols=True,
         mininterval=0.2 if sys.stderr.isatty() else 20,
     )
-    plan, plan_epoch, first_step = None, None, step
+    plan, plan_epoch = None, None
     with bar:
         while step < program.total_steps:
             epoch, row = divmod(step, program.steps_per_epoch)
@@ -115,7 +115,7 @@ def fit(program: build.Program, train_data, seed: int, workdir, stop: StopReques
                 saved.save(step, program.parallel.first(state), clock.as_dict())
             if stopping and not done:
                 raise Stopped(f"{label}: stopped by {stopping} at step {step} of {program.total_steps}, and saved")
-    return state, clock.timing(program.recipe.batch_size * (program.total_steps - first_step))
+    return state, clock.timing(program.recipe.batch_size)
 
 
 class Clock:
@@ -123,7 +123,7 @@ class Clock:
 
     def __init__(self, seconds: float, first_call_seconds: float):
         self._seconds, self._first_call = seconds, first_call_seconds
-        self._start, self._warm_since, self._warm_steps, self._steps = time.monotonic(), None, 0, 0
+        self._start, self._warm_since, self._warm_steps = time.monotonic(), None, 0
 
     def tick(self, steps: int) -> None:
         now = time.monotonic()
@@ -132,7 +132,6 @@ class Clock:
             self._first_call += now - self._start
         else:
             self._warm_steps += steps
-        self._steps += steps
 
     def as_dict(self) -> dict:
         return {
@@ -140,10 +139,9 @@ class Clock:
             "first_call_seconds": self._first_call,
         }
 
-    def timing(self, images: int) -> dict:
+    def timing(self, batch_size: int) -> dict:
         """For `results.json`; images per second of what ran after the first call, evaluation included."""
-        warm = time.monotonic() - self._warm_since if self._warm_since else 0.0
-        rate = images * self._warm_steps / self._steps / warm if self._warm_steps and warm > 0 else None
+        rate = batch_size * self._warm_steps / (time.monotonic() - self._warm_since) if self._warm_steps else None
         return {**self.as_dict(), "images_per_second": rate}
 
 
@@ -155,12 +153,14 @@ def _check_finite(program, state, saved, label):
         names = [name for name, bad in zip(program.objective.names, np.asarray(sums.bad_terms)) if bad]
         what = ", ".join(names) or "only their weighted sum"
         raise Diverged(f"{label}: the loss of step {bad_step} is not finite (terms: {what}): {remedy}")
-    if not all(_finite(leaf) for leaf in jax.tree.leaves((state.params, state.batch_stats))):
+    if not _all_finite((state.params, state.batch_stats)):
         step = int(program.parallel.first(state.step))
         raise Diverged(f"{label}: parameters are not finite after step {step}: {remedy}")
 
 
-_finite = jax.jit(lambda x: jnp.isfinite(x).all())
+@jax.jit
+def _all_finite(tree):
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
 
 def _record(program, state, step, config, bar):
