@@ -10,7 +10,8 @@ imbalance, teacher, student, epochs, seed, and the method's own (alpha, beta, te
 of small models.
 
 Hardware: one GPU (float32; `--config.precision=tf32` or `bfloat16` for speed); `smoke` on 2 CPU cores in under
-3 minutes. Expected, published: 51.08 all / 27.21 tail for LTKD. What was measured here: results/README.md.
+3 minutes. Expected, published: 51.08 all / 27.21 tail for LTKD; not yet run here. Measured here: ResNet20 → ResNet8, 15
+epochs, one seed, on two CPU cores: teacher 21.7 / 0.1, ce 16.6 / 0.0, kd 18.6 / 0.0, ltkd 23.2 / 2.3 (results/README.md).
 LTKD's temperature, α, β and warm-up are not published: these are this library's defaults, not the paper's.
 """
 
