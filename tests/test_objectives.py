@@ -98,7 +98,7 @@ def test_groups_are_by_rank_unless_given():
         (("kd", COUNTS), {"alpha": 1.0}, "'kd' has no hyperparameter 'alpha'; it has"),
         (("kd", COUNTS), {"warmup_steps": -1}, "warmup_steps=-1"),
         (("ltkd", COUNTS[:4], GROUPS), {}, "groups are of 7 classes, class_counts of 4"),
-        (("balanced_softmax", [5, 0]), {}, "must be positive; classes \\[1\\]"),
+        (("balanced_softmax", [5, 0]), {}, "must be positive and finite; classes \\[1\\]"),
     ],
 )
 def test_bad_input(arguments, values, message):
