@@ -65,7 +65,7 @@ def table(variables):
 
 
 def train(method, parallel, num_steps, *, teacher_fn=steps.no_teacher, teacher=None, batch=BATCH, per_call=1):
-    """The state after some steps of `SmallNet`, in the precision of the session."""
+    """The state after some steps of `SmallNet`, in float64 where that is enabled."""
     objective = objectives.create(method, COUNTS, GROUPS)
     spe = plans.steps_per_epoch(N, batch)
     chunk = functools.partial(
