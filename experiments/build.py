@@ -107,14 +107,14 @@ class Program:
       init: `seed -> TrainState` on the default device.
       plan: `(seed, epoch) -> Plan`.
       chunk: `(state, data, rows) -> state`, state and data replicated, rows sharded; the state is donated.
+      evaluate: `(variables, images) -> metrics.EvalSums` of a set, variables replicated.
     """
 
     def __init__(self, config, data: Dataset, *, model_name, recipe, method, teacher_fn):
         self.data, self.recipe = data, recipe
         self.parallel = Parallel(config.parallel)
         self.steps_per_epoch = plans.steps_per_epoch(len(data.train), recipe.batch_size)
-        every_step = max(1, round(recipe.epochs * self.steps_per_epoch))
-        self.total_steps = min(every_step, recipe.max_steps or every_step)
+        self.total_steps = _total_steps(recipe, self.steps_per_epoch)
         self.steps_per_call = config.steps_per_call or (1 if jax.default_backend() == "cpu" else self.steps_per_epoch)
         values = {key: value for key, value in method.items() if key not in ("name", "warmup_epochs")}
         warmup = round(method["warmup_epochs"] * self.steps_per_epoch)
@@ -153,12 +153,16 @@ class Program:
             ),
         )
         self.chunk = self.parallel.compile(chunk, batch_axis=1, donate=(0,))
-        self._evaluator = Evaluator(local, data, self.parallel, config.eval_batch)
-        self.evaluate = self._evaluator.evaluate
+        self.evaluate = Evaluator(local, data, self.parallel, config.eval_batch).evaluate
 
     def train_data(self, teacher) -> steps.TrainData:
         """The training set on the devices, with what its `TeacherFn` reads."""
         return self.parallel.replicate(steps.TrainData(self.data.train.images, self.data.train.labels, teacher))
+
+
+def _total_steps(recipe, steps_per_epoch):
+    of_epochs = max(1, round(recipe.epochs * steps_per_epoch))
+    return min(of_epochs, recipe.max_steps or of_epochs)
 
 
 class Evaluator:
@@ -174,10 +178,12 @@ class Evaluator:
 
     def evaluate(self, variables, images: sources.Images):
         """`metrics.EvalSums` of a set; `variables` replicated."""
-        # Keyed by the object itself: the sets are few and live as long as the data.
         if id(images) not in self._on_device:
-            self._on_device[id(images)] = [self._parallel.shard(batch, 0) for batch in self._batches(images)]
-        parts = [self._parallel.first(self._step(variables, batch)) for batch in self._on_device[id(images)]]
+            on_device = [self._parallel.shard(batch, 0) for batch in self._batches(images)]
+            # The images are held too: were they freed, another set could get their id.
+            self._on_device[id(images)] = images, on_device
+        _, batches = self._on_device[id(images)]
+        parts = [self._parallel.first(self._step(variables, batch)) for batch in batches]
         return jax.tree.map(lambda *sums: np.sum([np.asarray(s, np.float64) for s in sums], axis=0), *parts)
 
     def _batches(self, images):
@@ -238,7 +244,7 @@ def teacher_model(config, data: Dataset):
 
 
 def table_logits(config, data: Dataset):
-    """`(teacher's variables, train data, rows) -> logits`, compiled: the teacher on any views, for its table."""
+    """`(train data, rows) -> logits [B, C]`, compiled; the data holds the teacher's variables. For its table."""
     fetch = functools.partial(
         steps.fetch,
         views=data.source.views,
@@ -252,9 +258,8 @@ def wants_table(config, data: Dataset) -> bool:
     """Whether this run reads the teacher's table: `teacher.table`, or for "auto" the rule of `teacher_table`."""
     if config.teacher.table != "auto":
         return config.teacher.table == "always"
-    program_steps = config.train.epochs * plans.steps_per_epoch(len(data.train), config.train.batch_size)
-    forwards = min(program_steps, config.train.max_steps or program_steps) * config.train.batch_size
-    epochs = forwards / len(data.train)
+    steps_per_epoch = plans.steps_per_epoch(len(data.train), config.train.batch_size)
+    epochs = _total_steps(config.train, steps_per_epoch) / steps_per_epoch
     views = data.source.views.num
     size = teacher_table.table_bytes(len(data.train), views, data.num_classes)
     return (

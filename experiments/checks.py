@@ -68,10 +68,10 @@ def validate(config) -> None:
     temperature = method.get("temperature", 1.0)
     _require(temperature > 0, "method.temperature", temperature, "must be positive")
     for role, recipe in (("train", config.train), ("teacher.train", config.teacher.train)):
-        _validate_recipe(role, recipe, config.parallel)
+        _validate_recipe(role, recipe)
 
 
-def _validate_recipe(role, recipe, parallel):
+def _validate_recipe(role, recipe):
     for key in ("batch_size", "epochs", "lr", "decay"):
         _require(recipe[key] > 0, f"{role}.{key}", recipe[key], "must be positive")
     for key in ("max_steps", "weight_decay"):

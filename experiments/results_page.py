@@ -52,7 +52,7 @@ def _preamble(published):
     marks = "\n".join(f"- **[{mark}]** {meaning}" for mark, meaning in published["marks"].items())
     return f"""# Results
 
-Written by `python -m experiments.report --results results/`; do not edit by hand.
+Written by `python -m experiments.report --results results/ --queue experiments/queues/*.json`; do not edit by hand.
 
 Accuracies are top-1 on the balanced test set, in percent, of the last epoch: mean ± standard deviation over student
 seeds. {tables.COLUMNS}

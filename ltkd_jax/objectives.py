@@ -225,6 +225,6 @@ def create(method: str, class_counts, groups: ClassGroups | None = None, *, warm
 def _lookup(method):
     if method not in METHODS:
         close = difflib.get_close_matches(str(method), METHODS, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
+        hint = f"; did you mean {close[0]!r}?" if close else "."
         raise ValueError(f"unknown method {method!r}{hint} The methods are: {', '.join(METHODS)}")
     return METHODS[method]

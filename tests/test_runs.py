@@ -143,13 +143,17 @@ def test_a_teacher_whose_last_checkpoint_is_damaged_is_not_replaced_by_an_earlie
 
 
 def test_a_teacher_from_elsewhere_is_part_of_the_identity(done, tmp_path):
+    """By what it is, not by where it lies."""
     place, config = copy_of_teacher(done, tmp_path)
-    own = tiny(tmp_path, "kd")
-    assert checks.config_hash(config) != checks.config_hash(own)
+    own, there = tiny(tmp_path, "kd"), checks.config_hash(config)
+    assert there != checks.config_hash(own)
     assert checks.teacher_hash(config) == checks.teacher_hash(own)
     moved = place.rename(tmp_path / "moved")
     again = tiny(tmp_path, "kd", **{"teacher.checkpoint": str(moved)})
-    assert checks.config_hash(again) == checks.identity_hash(checks.identity(again))
+    assert checks.config_hash(again) == there
+    results = json.loads((moved / "results.json").read_text())
+    (moved / "results.json").write_text(json.dumps({**results, "hash": "another"}))
+    assert checks.config_hash(again) != there
     (moved / "results.json").write_text("{")
     with pytest.raises(checks.ConfigError, match="is damaged"):
         checks.config_hash(again)
