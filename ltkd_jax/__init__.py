@@ -6,7 +6,7 @@ Submodules load on first use, so `import ltkd_jax.losses` needs jax, chex and op
 import importlib
 
 __version__ = "0.1.0"
-__all__ = ["data", "groups", "losses", "metrics", "models", "objectives", "training"]
+__all__ = ["bilevel", "data", "groups", "losses", "metrics", "models", "objectives", "training"]
 
 
 def __getattr__(name):

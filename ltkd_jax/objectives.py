@@ -182,14 +182,19 @@ def ltkd_bs(info, *, alpha=1.0, beta=1.0, temperature=4.0):
     return (_balanced_softmax(info), *_ltkd_terms(info, alpha, beta, temperature))
 
 
-def hyperparameters(method: str) -> dict[str, float]:
-    """The hyperparameters of a method and their defaults.
+# Hyperparameters that are a term's static weight and nothing else: weights that are learned replace them.
+STATIC_WEIGHTS = ("hard_weight", "soft_weight", "alpha", "beta")
 
-    >>> hyperparameters("wsl")
-    {'soft_weight': 2.5, 'temperature': 4.0}
+
+def hyperparameters(method: str, *, learned_weights: bool = False) -> dict[str, float]:
+    """The hyperparameters of a method and their defaults; those of its terms alone where the weights are learned.
+
+    >>> hyperparameters("wsl"), hyperparameters("wsl", learned_weights=True)
+    ({'soft_weight': 2.5, 'temperature': 4.0}, {'temperature': 4.0})
     """
-    signature = inspect.signature(_lookup(method))
-    return {name: p.default for name, p in signature.parameters.items() if p.kind is p.KEYWORD_ONLY}
+    parameters = inspect.signature(_lookup(method)).parameters
+    found = {name: p.default for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
+    return {name: value for name, value in found.items() if not (learned_weights and name in STATIC_WEIGHTS)}
 
 
 def create(method: str, class_counts, groups: ClassGroups | None = None, *, warmup_steps=0, **values) -> Objective:
@@ -220,6 +225,61 @@ def create(method: str, class_counts, groups: ClassGroups | None = None, *, warm
     if groups is not None and len(groups.assignment) != len(counts):
         raise ValueError(f"the groups are of {len(groups.assignment)} classes, class_counts of {len(counts)}")
     return Objective(METHODS[method](ClassInfo(counts, groups), **values), warmup_steps)
+
+
+def features(objective: Objective, names) -> Callable[[Predictions], jax.Array]:
+    """Per-example losses as the input of a weight net: `predictions -> [B, F]`.
+
+    Args:
+      objective: whose terms may be named.
+      names: each a term of the objective, "student_ce", or, where there is a teacher, "teacher_ce". The
+        paper's (arXiv 2605.17839) are ("student_ce", "teacher_ce").
+
+    Raises:
+      ValueError: no name, or one that the objective does not have.
+
+    >>> features(create("ce", [5, 3, 1]), ("student_ce", "teacher_ce"))
+    Traceback (most recent call last):
+    ...
+    ValueError: feature 'teacher_ce': these terms have student_ce, ce (there is no teacher)
+    """
+    known = {"student_ce": lambda p: losses.cross_entropy(p.student_logits, p.labels)}
+    if objective.needs_teacher:
+        known["teacher_ce"] = lambda p: losses.cross_entropy(p.teacher_logits, p.labels)
+    known |= {term.name: term.fn for term in objective.terms}
+    without = "" if objective.needs_teacher else " (there is no teacher)"
+    for name in names:
+        if name not in known:
+            raise ValueError(f"feature {name!r}: these terms have {', '.join(known)}{without}")
+    if not names:
+        raise ValueError(f"features: give at least one of {', '.join(known)}")
+    return lambda predictions: jnp.stack([known[name](predictions) for name in names], axis=-1)
+
+
+OUTER = ("hard", "soft", "mix")
+
+
+def outer_loss(objective: Objective, kind: str) -> Callable[[Predictions], jax.Array]:
+    """The loss on balanced images that learned weights are to lower: `predictions -> [B]`.
+
+    Source: arXiv 2605.17839 for KD's terms; the sum over any method's terms is this library's.
+
+    Args:
+      objective: whose terms make the soft loss.
+      kind: "hard", cross-entropy whatever the objective's own hard term; "soft", the sum of the terms that distil;
+        or "mix", the sum of both.
+
+    Raises:
+      ValueError: an unknown kind; "soft" or "mix" where no term distils.
+    """
+    soft = [term.fn for term in objective.terms if term.distils]
+    if kind not in OUTER:
+        raise ValueError(f"outer loss {kind!r} must be one of {', '.join(OUTER)}")
+    if kind != "hard" and not soft:
+        raise ValueError(f"outer loss {kind!r}: none of the terms {', '.join(objective.names)} distils; give 'hard'")
+    hard = [lambda p: losses.cross_entropy(p.student_logits, p.labels)]
+    parts = {"hard": hard, "soft": soft, "mix": hard + soft}[kind]
+    return lambda predictions: sum(part(predictions) for part in parts)
 
 
 def _lookup(method):

@@ -17,7 +17,8 @@ MAY_IMPORT = {
     "data": {"data", "files", "groups"},
     "metrics": {"groups"},
     "objectives": {"groups", "losses"},
-    "training": {"training", "losses", "models", "data", "objectives", "metrics", "groups", "files"},
+    "bilevel": set(),
+    "training": {"training", "bilevel", "losses", "models", "data", "objectives", "metrics", "groups", "files"},
 }
 # The library knows no flags, no config object, no progress bar on its own account.
 FOREIGN_TO_LIBRARY = {"absl", "ml_collections", "experiments", "configs", "matplotlib"}

@@ -45,3 +45,25 @@ def epoch_plan(seed, epoch, *, num_examples: int, batch_size: int, num_views: in
     order = jnp.concatenate([permutation(epoch + i) for i in range(needed)])[: shape[0] * batch_size]
     view = jax.random.randint(jax.random.fold_in(view_key, epoch), shape, 0, num_views, jnp.int32)
     return Plan(order.astype(jnp.int32).reshape(shape), view)
+
+
+def stream(seed, first_step, *, num_steps: int, num_examples: int, batch_size: int, num_views: int) -> Plan:
+    """Batches of the endless stream of epochs, `[num_steps, B]`, from a step on.
+
+    Args:
+      seed, first_step: int scalars, may be traced.
+      num_steps: how many.
+      num_examples, batch_size, num_views: as `epoch_plan`.
+
+    >>> plan = stream(0, 1, num_steps=2, num_examples=5, batch_size=3, num_views=9)
+    >>> epochs = [epoch_plan(0, epoch, num_examples=5, batch_size=3, num_views=9) for epoch in (0, 1)]
+    >>> [bool((plan.index[i] == epochs[i].index[1 - i]).all()) for i in (0, 1)]
+    [True, True]
+    """
+    per_epoch = steps_per_epoch(num_examples, batch_size)
+    epochs = first_step // per_epoch + jnp.arange(-(-num_steps // per_epoch) + 1)
+    each = jax.vmap(
+        lambda epoch: epoch_plan(seed, epoch, num_examples=num_examples, batch_size=batch_size, num_views=num_views)
+    )(epochs)
+    flat = jax.tree.map(lambda x: x.reshape(-1, batch_size), each)
+    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first_step % per_epoch, num_steps), flat)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from ltkd_jax.models import resnet
+from ltkd_jax.models.weight_net import WeightNet
 
 REGISTRY = {
     **{f"resnet{depth}": functools.partial(resnet.CifarResNet, depth) for depth in (8, 14, 20, 32, 44, 56, 110)},
@@ -25,6 +26,8 @@ _PRECISIONS = {
     "bfloat16": (jnp.bfloat16, jax.lax.Precision.DEFAULT),
 }
 PRECISIONS = tuple(_PRECISIONS)
+
+__all__ = ["PRECISIONS", "REGISTRY", "WeightNet", "create", "resnet"]
 
 
 def create(name: str, num_classes: int, *, precision: str = "float32", axis_name: str | None = None) -> nn.Module:

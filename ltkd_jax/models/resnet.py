@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from ltkd_jax.models.linear import linear
+
 NARROW = (16, 16, 32, 64)  # channels of the stem and of the three stages
 WIDE = (32, 64, 128, 256)
 
 _conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-_dense_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 class CifarResNet(nn.Module):
@@ -50,13 +51,7 @@ class CifarResNet(nn.Module):
                 x = self._block(x, width, stride, train, f"stage{stage + 1}_block{block + 1}")
         x = x.mean(axis=(1, 2))
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        return nn.Dense(
-            self.num_classes,
-            precision=self.precision,
-            kernel_init=_dense_init,
-            bias_init=_uniform_bias(x.shape[-1]),
-            name="classifier",
-        )(x)
+        return linear(x, self.num_classes, precision=self.precision, name="classifier")
 
     def _block(self, x, width, stride, train, name):
         y = nn.relu(self._norm(train, f"{name}_norm1")(self._conv(width, 3, stride, f"{name}_conv1")(x)))
@@ -89,8 +84,3 @@ class CifarResNet(nn.Module):
             axis_name=self.axis_name,
             name=name,
         )
-
-
-def _uniform_bias(fan_in):
-    bound = fan_in**-0.5
-    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)

@@ -17,6 +17,7 @@ class EpochSums(NamedTuple):
       steps: int scalar, steps summed.
       bad_step: int scalar, the first step whose loss was not finite; −1 if there was none.
       bad_terms: bool `[T]`, the terms that were not finite at that step.
+      learned: `LearnedSums` where the weights are learned, else ().
     """
 
     terms: jax.Array
@@ -25,6 +26,24 @@ class EpochSums(NamedTuple):
     steps: jax.Array
     bad_step: jax.Array
     bad_terms: jax.Array
+    learned: Any = ()
+
+
+class LearnedSums(NamedTuple):
+    """What learned weights did, by group of the example's class; sums over examples.
+
+    Attributes:
+      outer_loss: float scalar, sum over steps.
+      weights: float `[G, T]`.
+      features, squares: float `[G, F]`, the weight net's input and its square.
+      examples: float `[G]`.
+    """
+
+    outer_loss: jax.Array
+    weights: jax.Array
+    features: jax.Array
+    squares: jax.Array
+    examples: jax.Array
 
 
 class TrainState(NamedTuple):
@@ -35,6 +54,7 @@ class TrainState(NamedTuple):
     batch_stats: Any
     opt_state: Any
     sums: EpochSums
+    meta: Any = ()  # `bilevel.MetaState` where the weights are learned
 
     @property
     def variables(self) -> dict:
@@ -43,7 +63,7 @@ class TrainState(NamedTuple):
 
 
 def zero_sums(num_terms: int) -> EpochSums:
-    """The sums at an epoch's start."""
+    """The sums of no step, for T static weights."""
     return EpochSums(
         terms=jnp.zeros(num_terms),
         loss=jnp.zeros(()),
@@ -52,6 +72,11 @@ def zero_sums(num_terms: int) -> EpochSums:
         bad_step=-jnp.ones((), jnp.int32),
         bad_terms=jnp.zeros(num_terms, bool),
     )
+
+
+def cleared(sums: EpochSums) -> EpochSums:
+    """The sums at an epoch's start."""
+    return jax.tree.map(jnp.zeros_like, sums)._replace(bad_step=-jnp.ones_like(sums.bad_step))
 
 
 def create(model, optimizer: optax.GradientTransformation, num_terms: int, image_shape, seed) -> TrainState:

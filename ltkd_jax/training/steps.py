@@ -1,5 +1,6 @@
 """The step, written once: it runs on one device, sharded by `jit`, or mapped by `pmap` with an `axis_name`."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from ltkd_jax import metrics
 from ltkd_jax.data import augment
 from ltkd_jax.data.plan import Plan
 from ltkd_jax.objectives import Objective, Predictions
-from ltkd_jax.training.state import EpochSums, TrainState, zero_sums
+from ltkd_jax.training.state import EpochSums, TrainState, cleared
 
 
 class TrainData(NamedTuple):
@@ -69,6 +70,18 @@ def fetch(data: TrainData, rows: Plan, *, views: augment.Views, preprocess: Prep
     return Batch(images, data.labels[rows.index], teacher_fn(data.teacher, rows, images))
 
 
+def terms_of(model, objective: Objective, batch_stats, axis_name: str | None):
+    """The student's forward: `(params, batch) -> (terms [B, T], (Predictions, new batch statistics))`."""
+
+    def terms_fn(params, batch: Batch):
+        variables = {"params": params, "batch_stats": batch_stats}
+        logits, updates = model.apply(variables, batch.images, train=True, mutable=["batch_stats"])
+        predictions = Predictions(logits, batch.teacher_logits, batch.labels, axis_name)
+        return objective(predictions), (predictions, updates["batch_stats"])
+
+    return terms_fn
+
+
 def train_step(
     state: TrainState,
     batch: Batch,
@@ -87,24 +100,37 @@ def train_step(
       optimizer: an optax transformation.
       axis_name: the device axis under `pmap`; gradients are averaged over it.
     """
-    weights = objective.weights(state.step)
+    weights = objective.weights(state.step)[None, :]
+    terms_fn = terms_of(model, objective, state.batch_stats, axis_name)
 
     def loss_fn(params):
-        variables = {"params": params, "batch_stats": state.batch_stats}
-        logits, updates = model.apply(variables, batch.images, train=True, mutable=["batch_stats"])
-        terms = objective(Predictions(logits, batch.teacher_logits, batch.labels, axis_name))
-        correct = jnp.sum(jnp.argmax(logits, axis=-1) == batch.labels)
+        terms, seen = terms_fn(params, batch)
         # The local mean: a collective's value must not be returned to `grad`. Gradients are averaged below.
-        loss = jnp.mean(jnp.sum(terms * weights[None, :], axis=-1))
-        return loss, (updates["batch_stats"], terms.mean(axis=0), correct)
+        return jnp.mean(jnp.sum(terms * weights, axis=-1)), (terms, seen)
 
-    (loss, (batch_stats, terms, correct)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-    if axis_name is not None:
-        # Batch norm's statistics are already those of the global batch.
-        grads, loss, terms = jax.lax.pmean((grads, loss, terms), axis_name)
-        correct = jax.lax.psum(correct, axis_name)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    return TrainState(
+    gradient, (terms, seen) = jax.grad(loss_fn, has_aux=True)(state.params)
+    gradient = mean_over_devices(gradient, axis_name)
+    return advance(state, gradient, terms, weights, seen, optimizer=optimizer, axis_name=axis_name)
+
+
+def advance(state: TrainState, gradient, terms, weights, seen, *, optimizer, axis_name) -> TrainState:
+    """The state after the optimizer's step along an averaged gradient, with the step in its sums.
+
+    Args:
+      state: before.
+      gradient: by the parameters, the same on all devices.
+      terms: `[B, T]`.
+      weights: `[B, T]` or `[1, T]`.
+      seen: predictions and new batch statistics, as `terms_of` gives them.
+      optimizer, axis_name: as `train_step`.
+    """
+    predictions, batch_stats = seen  # batch norm's statistics are already those of the global batch
+    loss = jnp.mean(jnp.sum(terms * weights, axis=-1))
+    correct = jnp.sum(jnp.argmax(predictions.student_logits, axis=-1) == predictions.labels)
+    loss, terms = mean_over_devices((loss, terms.mean(axis=0)), axis_name)
+    correct = sum_over_devices(correct, axis_name)
+    updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+    return state._replace(
         step=state.step + 1,
         params=optax.apply_updates(state.params, updates),
         batch_stats=batch_stats,
@@ -113,9 +139,19 @@ def train_step(
     )
 
 
+def mean_over_devices(tree, axis_name: str | None):
+    """The mean over a named device axis; under `jit` values are global already."""
+    return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
+
+
+def sum_over_devices(tree, axis_name: str | None):
+    """The sum over a named device axis; under `jit` values are global already."""
+    return tree if axis_name is None else jax.lax.psum(tree, axis_name)
+
+
 def _add(sums: EpochSums, terms, loss, correct, step) -> EpochSums:
     first_bad = (sums.bad_step < 0) & ~jnp.isfinite(loss)
-    return EpochSums(
+    return sums._replace(
         terms=sums.terms + terms,
         loss=sums.loss + loss,
         correct=sums.correct + correct,
@@ -125,19 +161,25 @@ def _add(sums: EpochSums, terms, loss, correct, step) -> EpochSums:
     )
 
 
-def train_chunk(state: TrainState, data: TrainData, rows: Plan, *, steps_per_epoch: int, fetch_fn, step_fn):
-    """Steps over `rows`, index and view `[K, B]`, as one computation; an epoch's first step clears the sums.
+def train_chunk(state: TrainState, data, rows, *, steps_per_epoch: int, fetch_fn, step_fn):
+    """Steps over `rows`, leaves `[S, …]`, as one computation; an epoch's first step clears the sums.
 
     A single row is not put in a loop: XLA's convolutions inside one are several times slower on CPU.
+
+    Args:
+      state: before.
+      data, rows: what `fetch_fn(data, row)` makes a batch of.
+      steps_per_epoch: of the run.
+      fetch_fn: such as `fetch`.
+      step_fn: `(state, batch) -> state`.
     """
 
     def body(state, row):
-        fresh = zero_sums(state.sums.terms.shape[0])
         at_start = state.step % steps_per_epoch == 0
-        sums = jax.tree.map(lambda new, old: jnp.where(at_start, new.astype(old.dtype), old), fresh, state.sums)
+        sums = jax.tree.map(functools.partial(jnp.where, at_start), cleared(state.sums), state.sums)
         return step_fn(state._replace(sums=sums), fetch_fn(data, row)), None
 
-    if rows.index.shape[0] == 1:
+    if jax.tree.leaves(rows)[0].shape[0] == 1:
         return body(state, jax.tree.map(lambda leaf: leaf[0], rows))[0]
     return jax.lax.scan(body, state, rows)[0]
 
@@ -145,5 +187,4 @@ def train_chunk(state: TrainState, data: TrainData, rows: Plan, *, steps_per_epo
 def eval_step(variables, batch: EvalBatch, *, model, preprocess: Preprocess, axis_name: str | None = None):
     """`metrics.EvalSums` of one padded batch, over all devices."""
     logits = model.apply(variables, preprocess(batch.images), train=False)
-    sums = metrics.eval_sums(logits, batch.labels, batch.mask)
-    return sums if axis_name is None else jax.lax.psum(sums, axis_name)
+    return sum_over_devices(metrics.eval_sums(logits, batch.labels, batch.mask), axis_name)
