@@ -1,4 +1,7 @@
-"""What every config shares: the defaults, and the argument after the colon, `METHOD[,key=value…][,smoke]`."""
+"""What every config shares: the defaults, and the argument after the colon, `METHOD[,key=value…][,smoke]`.
+
+METHOD is a row of the method table, or bikd: the terms of a method (`terms=kd` unless given) with learned weights.
+"""
 
 import ast
 import difflib
@@ -17,6 +20,9 @@ SHORT = {
     "seed": "seed",
     "seed_split": "seed_split",
     "seed_teacher": "seed_teacher",
+    "lookahead": "weighting.lookahead",
+    "every": "weighting.every",
+    "outer": "weighting.outer",
 }
 
 
@@ -54,6 +60,7 @@ def base(dataset: str, *, teacher: str, student: str, imbalance: float) -> ml_co
     )
     config.groups = ml_collections.ConfigDict(dict(fractions=(0.33, 0.34, 0.33)))
     config.method = ml_collections.ConfigDict(dict(name="ltkd", warmup_epochs=0.0))
+    config.weighting = ml_collections.ConfigDict(dict(name="static"))
     config.student = ml_collections.ConfigDict(dict(model=student))
     config.train = recipe()
     config.teacher = ml_collections.ConfigDict(
@@ -77,19 +84,58 @@ def base(dataset: str, *, teacher: str, student: str, imbalance: float) -> ml_co
     return config
 
 
-def set_method(config, name: str, **defaults) -> None:
-    """Puts a method's hyperparameters, with their defaults, into `config.method`."""
-    known = objectives.hyperparameters(name)
-    values = {key: value for key, value in defaults.items() if key in known or key == "warmup_epochs"}
-    config.method = ml_collections.ConfigDict({"name": name, "warmup_epochs": 0.0, **known, **values})
+def bilevel(**values) -> dict:
+    """Weights from a net that learns beside the student: BiKD's for CIFAR-100 unless given."""
+    defaults = dict(
+        name="bilevel",
+        lookahead=1,  # K, virtual steps through which the weight net's gradient goes
+        every=5,  # k, gradients gathered for one update of the weight net
+        outer="hard",  # hard | soft | mix: the loss on the meta images
+        features=("student_ce", "teacher_ce"),  # per-example losses that the weight net sees, terms by their names too
+        hidden=(64, 64),
+        scales=(),  # constants that multiply the weights, one a term; () is 1 for each
+        lr=1e-3,
+        weight_decay=1e-4,
+        decay=0.8,  # of lr, at the milestones of config.train
+    )
+    return {**defaults, **values}
 
 
-def apply_argument(config, argument: str | None, *, method_defaults=None) -> ml_collections.ConfigDict:
+def bikd_recipe(*, n_max: int, meta_per_class: int) -> dict:
+    """BiKD's recipe as values of the config: 120 epochs of batch 100, the meta images taken before the tail is cut."""
+    sgd = dict(batch_size=100, epochs=120.0, lr=0.1, milestones=(80 / 120, 100 / 120))
+    trained = {f"{role}.{key}": value for role in ("train", "teacher.train") for key, value in sgd.items()}
+    return {"data.n_max": n_max, "data.meta_per_class": meta_per_class, **trained}
+
+
+def set_method(config, name: str, *, weighting: dict | None = None, **defaults) -> None:
+    """Puts a method's hyperparameters, with their defaults, into `config.method`; with `weighting`, those of its terms.
+
+    Args:
+      config: from `base`.
+      name: of the method.
+      weighting: from `bilevel`.
+      **defaults: hyperparameters of methods, of which this one takes its own.
+    """
+    known = objectives.hyperparameters(name, learned_weights=weighting is not None)
+    # A warm-up is of static weights; learned ones replace it.
+    known = known if weighting else {"warmup_epochs": 0.0, **known}
+    values = {key: value for key, value in defaults.items() if key in known}
+    config.method = ml_collections.ConfigDict({"name": name, **known, **values})
+    if weighting:
+        config.weighting = ml_collections.ConfigDict(weighting)
+
+
+def apply_argument(
+    config, argument: str | None, *, bikd: dict, weighting: dict, method_defaults=None
+) -> ml_collections.ConfigDict:
     """The config with the argument's method and values in it.
 
     Args:
       config: from `base`.
       argument: `METHOD[,key=value…][,smoke]`, each part optional.
+      bikd: values of the config that make its recipe BiKD's: `recipe=bikd` sets them, the default for bikd.
+      weighting: from `bilevel`, for bikd.
       method_defaults: hyperparameters by method, where this data set's differ from the library's.
 
     Raises:
@@ -101,11 +147,24 @@ def apply_argument(config, argument: str | None, *, method_defaults=None) -> ml_
     methods = [word for word in words if word != "smoke"] or ["ltkd"]
     if len(methods) > 1:
         raise ValueError(f"the config's argument names several methods: {', '.join(methods)}; give one")
-    set_method(config, methods[0], **(method_defaults or {}).get(methods[0], {}))
+    (name,), pairs = methods, {key.strip(): value.strip() for key, value in pairs}
+    learned = name == "bikd"
+    terms = pairs.pop("terms", "kd") if learned else name
+    recipe = pairs.pop("recipe", "bikd" if learned else "base")
+    if terms not in objectives.METHODS:
+        close = difflib.get_close_matches(terms, [*objectives.METHODS, "bikd"], n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else "."
+        raise ValueError(f"unknown method {terms!r}{hint} The methods are: {', '.join(objectives.METHODS)} and bikd")
+    if recipe not in ("base", "bikd"):
+        raise ValueError(f"recipe={recipe!r} must be one of base, bikd")
+    defaults = (method_defaults or {}).get(terms, {})
+    set_method(config, terms, weighting=weighting if learned else None, **defaults)
+    if recipe == "bikd":
+        config.update_from_flattened_dict(bikd)
     if smoke:
         _shrink(config)
-    for key, value in pairs:
-        _set(config, key.strip(), value.strip())
+    for key, value in pairs.items():
+        _set(config, key, value)
     return config
 
 
@@ -116,7 +175,10 @@ def _set(config, key, text):
     for name in parents:
         node = node[name] if isinstance(node, ml_collections.ConfigDict) and name in node else None
     if not isinstance(node, ml_collections.ConfigDict) or leaf not in node:
-        known = [*SHORT, *(k for k in config.method if k != "name")]
+        if config.weighting.name == "bilevel" and key in objectives.STATIC_WEIGHTS:
+            raise ValueError(f"{key!r} is a static weight, which bikd learns instead; weighting.scales multiplies it")
+        short = [key for key, path in SHORT.items() if path.split(".")[-1] in config.weighting or "weight" not in path]
+        known = ["recipe", *short, *(k for k in config.method if k != "name")]
         close = difflib.get_close_matches(key, known, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else "."
         raise ValueError(

@@ -15,6 +15,7 @@ from ltkd_jax.data import augment, longtail, sources
 from ltkd_jax.data import plan as plans
 from ltkd_jax.training import state as states
 from ltkd_jax.training import steps, teacher_table
+from ltkd_jax.training import weighting as bilevel
 from ltkd_jax.training.parallel import Parallel
 
 
@@ -24,6 +25,7 @@ class Dataset:
 
     source: sources.Source
     train: sources.Images
+    meta: sources.Images
     validation: sources.Images
     test: sources.Images
     class_counts: np.ndarray
@@ -78,6 +80,7 @@ def _dataset(key: str) -> Dataset:
     return Dataset(
         source=source,
         train=train,
+        meta=_take(source.train, split.meta),
         validation=_take(source.train, split.validation),
         test=test,
         class_counts=class_counts,
@@ -104,60 +107,125 @@ class Program:
     Attributes:
       total_steps, steps_per_epoch: of the whole run.
       objective, schedule: the loss terms and the learning rate, functions of the step.
+      weighting: how the terms' weights are learned; None where they are static.
       init: `seed -> TrainState` on the default device.
-      plan: `(seed, epoch) -> Plan`.
-      chunk: `(state, data, rows) -> state`, state and data replicated, rows sharded; the state is donated.
+      plan: `(seed, epoch) -> rows`, a pytree of leaves `[steps, B, …]`.
       evaluate: `(variables, images) -> metrics.EvalSums` of a set, variables replicated.
     """
 
-    def __init__(self, config, data: Dataset, *, model_name, recipe, method, teacher_fn):
+    def __init__(self, config, data: Dataset, *, model_name, recipe, method, weighting, teacher_fn):
         self.data, self.recipe = data, recipe
         self.parallel = Parallel(config.parallel)
         self.steps_per_epoch = plans.steps_per_epoch(len(data.train), recipe.batch_size)
         self.total_steps = _total_steps(recipe, self.steps_per_epoch)
-        self.steps_per_call = config.steps_per_call or (1 if jax.default_backend() == "cpu" else self.steps_per_epoch)
-        values = {key: value for key, value in method.items() if key not in ("name", "warmup_epochs")}
-        warmup = round(method["warmup_epochs"] * self.steps_per_epoch)
-        self.objective = objectives.create(
-            method["name"], data.class_counts, data.groups, warmup_steps=warmup, **values
-        )
-        self.schedule = states.step_schedule(
-            recipe.lr, total_steps=self.total_steps, milestones=recipe.milestones, decay=recipe.decay
-        )
+        # The one switch for CPU, where XLA's convolutions are many times slower inside a loop or a branch.
+        on_cpu = jax.default_backend() == "cpu"
+        self.steps_per_call = config.steps_per_call or (1 if on_cpu else self.steps_per_epoch)
+        self.objective = _objective(method, data, self.steps_per_epoch)
+        self.schedule = self._schedule(recipe.lr, recipe.decay)
+        self.weighting = self._weighting(weighting) if weighting["name"] == "bilevel" else None
+
         optimizer = states.sgd(self.schedule, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
         axis_name = self.parallel.axis_name
         model = models.create(model_name, data.num_classes, precision=config.precision, axis_name=axis_name)
         local = models.create(model_name, data.num_classes, precision=config.precision)
-
-        num_terms = len(self.objective.terms)
-        self.init = jax.jit(lambda seed: states.create(local, optimizer, num_terms, data.image_shape, seed))
-        views = data.source.views
-        self.plan = jax.jit(
-            functools.partial(
-                plans.epoch_plan,
-                num_examples=len(data.train),
-                batch_size=recipe.batch_size,
-                num_views=views.num,
+        fetch = functools.partial(steps.fetch, views=data.source.views, preprocess=data.preprocess)
+        step = dict(model=model, objective=self.objective, optimizer=optimizer, axis_name=axis_name)
+        rows = dict(batch_size=recipe.batch_size, num_views=data.source.views.num)
+        if self.weighting is None:
+            plan = functools.partial(plans.epoch_plan, num_examples=len(data.train), **rows)
+            fetch_fn = functools.partial(fetch, teacher_fn=teacher_fn)
+            step_fn = functools.partial(steps.train_step, **step)
+        else:
+            sizes = dict(num_train=len(data.train), num_meta=len(data.meta))
+            plan = functools.partial(bilevel.rows, ahead=weighting["lookahead"], **sizes, **rows)
+            fetch_fn = functools.partial(
+                bilevel.fetch,
+                fetch_fn=functools.partial(fetch, teacher_fn=teacher_fn),
+                fetch_meta_fn=functools.partial(
+                    fetch, teacher_fn=teacher_fn if outer_needs_teacher(weighting) else steps.no_teacher
+                ),
             )
-        )
-        chunk = functools.partial(
-            steps.train_chunk,
-            steps_per_epoch=self.steps_per_epoch,
-            fetch_fn=functools.partial(steps.fetch, views=views, preprocess=data.preprocess, teacher_fn=teacher_fn),
-            step_fn=functools.partial(
-                steps.train_step,
-                model=model,
-                objective=self.objective,
-                optimizer=optimizer,
-                axis_name=axis_name,
-            ),
-        )
-        self.chunk = self.parallel.compile(chunk, batch_axis=1, donate=(0,))
+            step_fn = functools.partial(
+                bilevel.bilevel_step, weighting=self.weighting, schedule=self.schedule, unroll=on_cpu, **step
+            )
+        self.plan = jax.jit(plan)
+        self.init = jax.jit(lambda seed: self._init(local, optimizer, seed))
         self.evaluate = Evaluator(local, data, self.parallel, config.eval_batch).evaluate
+        self._compile = lambda **known: self.parallel.compile(
+            functools.partial(
+                steps.train_chunk,
+                steps_per_epoch=self.steps_per_epoch,
+                fetch_fn=fetch_fn,
+                step_fn=functools.partial(step_fn, **known),
+            ),
+            batch_axis=1,
+            donate=(0,),
+        )
+        self._chunks = {}
 
-    def train_data(self, teacher) -> steps.TrainData:
-        """The training set on the devices, with what its `TeacherFn` reads."""
-        return self.parallel.replicate(steps.TrainData(self.data.train.images, self.data.train.labels, teacher))
+    def chunk(self, step: int, state, data, rows):
+        """The state after the steps of `rows`, the first of which is `step`; state and data replicated, rows sharded.
+
+        The state is donated.
+        """
+        known = {}
+        if self.weighting is not None and self.steps_per_call == 1:
+            known["changes"] = (step + 1) % self.weighting.every == 0
+        key = known.get("changes")
+        if key not in self._chunks:
+            self._chunks[key] = self._compile(**known)
+        return self._chunks[key](state, data, rows)
+
+    def train_data(self, teacher, meta_teacher=None):
+        """The training set on the devices, with what its `TeacherFn` reads; the meta set beside it where it is used."""
+        train = steps.TrainData(self.data.train.images, self.data.train.labels, teacher)
+        if self.weighting is None:
+            return self.parallel.replicate(train)
+        meta = steps.TrainData(self.data.meta.images, self.data.meta.labels, meta_teacher)
+        return self.parallel.replicate(bilevel.BilevelData(train, meta))
+
+    def _schedule(self, base, decay):
+        return states.step_schedule(base, total_steps=self.total_steps, milestones=self.recipe.milestones, decay=decay)
+
+    def _weighting(self, spec) -> bilevel.Weighting:
+        data, objective, every = self.data, self.objective, spec["every"]
+        longtail.check_meta(
+            data.meta.labels,
+            data.meta.keys,
+            data.train.keys,
+            num_classes=data.num_classes,
+            batch_size=self.recipe.batch_size,
+        )
+        by_step = self._schedule(spec["lr"], spec["decay"])
+        return bilevel.Weighting(
+            net=models.WeightNet(len(objective.terms), tuple(spec["hidden"])),
+            features=objectives.features(objective, spec["features"]),
+            num_features=len(spec["features"]),
+            outer_loss=objectives.outer_loss(objective, spec["outer"]),
+            scales=tuple(spec["scales"]) or (1.0,) * len(objective.terms),
+            # Adam counts its own updates: the u-th comes at the end of step u · k + k − 1.
+            optimizer=states.adam(
+                lambda update: by_step(update * every + every - 1), weight_decay=spec["weight_decay"]
+            ),
+            every=every,
+            groups=data.groups,
+        )
+
+    def _init(self, model, optimizer, seed):
+        state = states.create(model, optimizer, len(self.objective.terms), self.data.image_shape, seed)
+        return state if self.weighting is None else self.weighting.add_to(state, seed)
+
+
+def _objective(method, data, steps_per_epoch):
+    values = {key: value for key, value in method.items() if key not in ("name", "warmup_epochs")}
+    warmup = round(method.get("warmup_epochs", 0.0) * steps_per_epoch)
+    return objectives.create(method["name"], data.class_counts, data.groups, warmup_steps=warmup, **values)
+
+
+def outer_needs_teacher(weighting) -> bool:
+    """Whether the outer loss looks at the teacher's logits of the meta images."""
+    return weighting["name"] == "bilevel" and weighting["outer"] != "hard"
 
 
 def _total_steps(recipe, steps_per_epoch):
@@ -226,14 +294,22 @@ def _program(key: str, role: str, teacher_kind: str) -> Program:
     config = ml_collections.ConfigDict(json.loads(key))
     data = dataset(config)
     if role == "teacher":
-        method, recipe = {"name": "ce", "warmup_epochs": 0.0}, config.teacher.train
+        method, weighting, recipe = {"name": "ce"}, {"name": "static"}, config.teacher.train
     else:
-        method, recipe = config.method.to_dict(), config.train
+        method, weighting, recipe = config.method.to_dict(), config.weighting.to_dict(), config.train
     teacher_fn = {"none": steps.no_teacher, "table": steps.table_teacher}.get(teacher_kind)
     if teacher_fn is None:
         teacher_fn = steps.network_teacher(teacher_model(config, data))
     try:
-        return Program(config, data, model_name=config[role].model, recipe=recipe, method=method, teacher_fn=teacher_fn)
+        return Program(
+            config,
+            data,
+            model_name=config[role].model,
+            recipe=recipe,
+            method=method,
+            weighting=weighting,
+            teacher_fn=teacher_fn,
+        )
     except ValueError as error:
         raise checks.ConfigError(str(error)) from error
 
@@ -261,7 +337,8 @@ def wants_table(config, data: Dataset) -> bool:
     steps_per_epoch = plans.steps_per_epoch(len(data.train), config.train.batch_size)
     epochs = _total_steps(config.train, steps_per_epoch) / steps_per_epoch
     views = data.source.views.num
-    size = teacher_table.table_bytes(len(data.train), views, data.num_classes)
+    tabled = len(data.train) + (len(data.meta) if outer_needs_teacher(config.weighting) else 0)
+    size = teacher_table.table_bytes(tabled, views, data.num_classes)
     return (
         teacher_table.pays(views, epochs=epochs, runs=config.teacher.table_runs)
         and size <= config.teacher.table_memory * _device_memory()

@@ -26,6 +26,13 @@ EXECUTION = (
     "checkpoint_every",
     "smoke",
 )
+STATIC_KEYS = {"name"}
+BILEVEL_KEYS = {
+    *("name", "lookahead", "every", "outer", "features", "hidden", "scales", "lr", "weight_decay", "decay"),
+}
+# Parts of a config that are off unless chosen. At these values they are no part of an identity, so that a part that
+# comes new changes no older result's.
+OFF = {"weighting": {"name": "static"}}
 _TEACHER_KEYS = ("data", "groups", "seed_split", "seed_teacher", "precision")
 
 
@@ -40,8 +47,10 @@ def validate(config) -> None:
       ConfigError: naming the key, its value and what it may be.
     """
     method = config.method.to_dict()
+    learned = config.weighting.name == "bilevel"
     try:
-        known = set(objectives.hyperparameters(method["name"])) | {"name", "warmup_epochs"}
+        known = {"name", *objectives.hyperparameters(method["name"], learned_weights=learned)}
+        known |= set() if learned else {"warmup_epochs"}
         for role in ("teacher", "student"):
             models.create(config[role].model, 1, precision=config.precision)
     except ValueError as error:
@@ -49,8 +58,10 @@ def validate(config) -> None:
     if known != set(method):
         raise ConfigError(
             f"config.method holds {sorted(method)}, but {method['name']!r} takes {sorted(known)}: "
-            f"choose a method by the config's argument, --config=configs/….py:{method['name']}"
+            f"choose a method by the config's argument, --config=configs/….py:{method['name']}, or learned weights "
+            f"by --config=configs/….py:bikd,terms={method['name']}"
         )
+    _validate_weighting(config)
     _require(config.parallel in MODES, "parallel", config.parallel, f"must be one of {', '.join(MODES)}")
     choices = ("auto", "always", "never")
     _require(config.teacher.table in choices, "teacher.table", config.teacher.table, f"must be one of {choices}")
@@ -61,14 +72,51 @@ def validate(config) -> None:
         _require(_at(config, key) >= 0, key, _at(config, key), "must not be negative")
     for key in ("eval_batch", "eval_every", "checkpoint_every", "teacher.table_runs"):
         _require(_at(config, key) >= 1, key, _at(config, key), "must be at least 1")
-    for key in ("steps_per_call", "method.warmup_epochs", "seed", "seed_split", "seed_teacher"):
+    for key in ("steps_per_call", "seed", "seed_split", "seed_teacher"):
         _require(0 <= _at(config, key) < 2**31, key, _at(config, key), "must not be negative, and below 2³¹")
+    warmup = method.get("warmup_epochs", 0.0)
+    _require(warmup >= 0, "method.warmup_epochs", warmup, "must not be negative")
     for path, value in _floats(config.to_dict()):
         _require(np.isfinite(value), path, value, "must be finite")
     temperature = method.get("temperature", 1.0)
     _require(temperature > 0, "method.temperature", temperature, "must be positive")
     for role, recipe in (("train", config.train), ("teacher.train", config.teacher.train)):
         _validate_recipe(role, recipe)
+
+
+def _validate_weighting(config):
+    weighting = config.weighting.to_dict()
+    keys = {"static": STATIC_KEYS, "bilevel": BILEVEL_KEYS}.get(weighting["name"])
+    _require(keys is not None, "weighting.name", weighting["name"], "must be one of static, bilevel")
+    if keys != set(weighting):
+        raise ConfigError(
+            f"config.weighting holds {sorted(weighting)}, but {weighting['name']!r} takes {sorted(keys)}: choose "
+            "learned weights by the config's argument, --config=configs/….py:bikd,terms=METHOD"
+        )
+    if weighting["name"] == "static":
+        return
+    for key in ("lookahead", "every"):
+        _require(weighting[key] >= 1, f"weighting.{key}", weighting[key], "must be at least 1")
+    for key in ("lr", "decay"):
+        _require(weighting[key] > 0, f"weighting.{key}", weighting[key], "must be positive")
+    _require(
+        weighting["weight_decay"] >= 0, "weighting.weight_decay", weighting["weight_decay"], "must not be negative"
+    )
+    hidden, scales = weighting["hidden"], weighting["scales"]
+    sizes = all(isinstance(size, int) and size > 0 for size in hidden)
+    _require(sizes, "weighting.hidden", hidden, "must be sizes of layers, positive whole numbers")
+    objective = objectives.create(config.method.name, np.ones(3))
+    fits = len(scales) in (0, len(objective.terms)) and all(np.isfinite(scale) for scale in scales)
+    count = f"one for each of the {len(objective.terms)} terms ({', '.join(objective.names)}), or none"
+    _require(fits, "weighting.scales", scales, f"must be finite numbers, {count}")
+    for key, check in (("features", objectives.features), ("outer", objectives.outer_loss)):
+        try:
+            check(objective, weighting[key])
+        except ValueError as error:
+            raise ConfigError(f"config.weighting.{key}={weighting[key]!r}: {error}") from None
+    meta = config.data.meta_per_class
+    what = "must be at least 1 with learned weights: the meta set would miss every class"
+    _require(meta >= 1, "data.meta_per_class", meta, what)
 
 
 def _validate_recipe(role, recipe):
@@ -104,8 +152,12 @@ def _at(config, path):
 
 
 def identity(config) -> dict:
-    """What the result depends on: the config without the keys of `EXECUTION`; a teacher from elsewhere by its hash."""
+    """What the result depends on: the config without the keys of `EXECUTION`, and without what is `OFF`.
+
+    A teacher from elsewhere counts by its hash.
+    """
     tree = without(plain(config), EXECUTION)
+    tree = {key: value for key, value in tree.items() if OFF.get(key) != value}
     if config.teacher.checkpoint:
         tree["teacher"]["checkpoint"] = teacher_results(config.teacher.checkpoint)["hash"]
     return tree
@@ -117,8 +169,13 @@ def config_hash(config) -> str:
 
 
 def teacher_identity(config) -> dict:
-    """What the teacher depends on: data, split, model, recipe and precision, and nothing of the student."""
+    """What the teacher depends on: data, split, model, recipe and precision, and nothing of the student.
+
+    Images held out are taken from the draw's other end: unless they set n_max, they change no training image.
+    """
     whole = identity(config)
+    if config.data.n_max:
+        whole = without(whole, ("data.meta_per_class", "data.validation_per_class"))
     own = {key: value for key, value in whole["teacher"].items() if key != "checkpoint"}
     return {**{key: whole[key] for key in _TEACHER_KEYS}, "teacher": own}
 

@@ -6,13 +6,14 @@ import pathlib
 
 import numpy as np
 
-from experiments import build, checks, provenance, teachers, train
+from experiments import build, checks, provenance, tables, teachers, train
 from ltkd_jax import files
 
 
 def default_workdir(config) -> str:
     """runs/<dataset>-<imbalance>-<method>-<teacher>-<student>-s<seed>, for a smoke run with -smoke behind it."""
-    parts = (config.data.name, f"{config.data.imbalance:g}", config.method.name, config.teacher.model)
+    method = tables.method_name(config.to_dict()).replace(" over ", "-")
+    parts = (config.data.name, f"{config.data.imbalance:g}", method, config.teacher.model)
     return f"runs/{'-'.join(parts)}-{config.student.model}-s{config.seed}" + ("-smoke" if config.smoke else "")
 
 
@@ -81,11 +82,24 @@ def _distil(config, workdir, stop, command):
         teacher = teachers.obtain(config, stop)
         kind = "table" if build.wants_table(config, data) else "network"
     program = build.student_program(config, kind)
-    logits = {"none": lambda: None, "table": lambda: teacher.table(stop), "network": lambda: teacher.variables}
-    train_data = program.train_data(logits[kind]())
-    state, timing = train.fit(
-        program, train_data, config.seed, workdir, stop, config=config, label=f"{config.method.name} s{config.seed}"
+    read = {
+        "none": lambda images: None,
+        "table": lambda images: teacher.table(images, stop),
+        "network": lambda images: teacher.variables,
+    }[kind]
+    train_data = program.train_data(
+        read(data.train), read(data.meta) if build.outer_needs_teacher(config.weighting) else None
     )
+    state, timing = train.fit(
+        program,
+        train_data,
+        config.seed,
+        workdir,
+        stop,
+        config=config,
+        label=f"{tables.method_name(config.to_dict())} s{config.seed}",
+    )
+    learned = train.learned_weights(program, state, config.weighting.features) if program.weighting else None
     summaries = {
         name: train.summarize(program, program.evaluate(state.variables, images)) if len(images) else None
         for name, images in (("test", data.test), ("validation", data.validation))
@@ -103,6 +117,10 @@ def _distil(config, workdir, stop, command):
         "group_assignment": np.asarray(data.groups.assignment).tolist(),
         "epochs": round(program.total_steps / program.steps_per_epoch, 4),
         **summaries,
+        **({"meta_images": len(data.meta), "weighting": learned} if program.weighting else {}),
+        **(
+            {"weighting": train.learned_weights(program, state, config.weighting.features)} if program.weighting else {}
+        ),
         "teacher": teacher.results if teacher else None,
         "teacher_logits": kind,
         "timing": timing,

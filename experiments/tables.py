@@ -160,12 +160,8 @@ class Setting:
 
 def method_name(config):
     """Returns the name of a config's method; terms whose weights are learned are named after BiKD."""
-    method = config.get("method") or {}
-    name = str(method.get("name", "?")) if isinstance(method, dict) else str(method)
-    weighting = config.get("weighting") or (method.get("weighting") if isinstance(method, dict) else None)
-    if isinstance(weighting, dict):
-        weighting = weighting.get("name") or weighting.get("kind")
-    if weighting != "bilevel" or name.startswith("bikd"):
+    name = str((config.get("method") or {}).get("name", "?"))
+    if (config.get("weighting") or {}).get("name") != "bilevel":
         return name
     return "bikd" if name == "kd" else f"bikd over {name}"
 

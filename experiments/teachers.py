@@ -39,29 +39,34 @@ class Teacher:
     variables: dict
     results: dict
 
-    def table(self, stop) -> np.ndarray:
-        """Its logits of every view of every training image, `[N, views, C]`, from disk or built now.
+    def table(self, images, stop) -> np.ndarray:
+        """Its logits of every view of these images, `[N, views, C]`, from disk or built now.
+
+        Args:
+          images: `sources.Images` of the config's data set.
+          stop: asked meanwhile.
 
         Raises:
           train.Stopped: while it was built; the next call goes on from there.
         """
         data = build.dataset(self.config)
-        shape = (len(data.train), data.source.views.num, data.num_classes)
-        # A teacher from elsewhere may be used with several splits: the table's name says which.
-        path = self.folder / f"table-{checks.teacher_hash(self.config)}-{'x'.join(map(str, shape))}-float32.npy"
+        shape = (len(images), data.source.views.num, data.num_classes)
+        # A teacher may be used with several sets of images: the table's name says which.
+        of = checks.identity_hash({"data": data.source.name, "keys": images.keys.tolist()})
+        path = self.folder / f"table-{of}-{'x'.join(map(str, shape))}-float32.npy"
         checksum = path.with_suffix(".sha256")
         with _locked(path.with_suffix(".lock"), stop, "the teacher's table"):
             if not (path.exists() and checksum.exists() and checksum.read_text() == _sha256(path)):
                 if path.exists():
                     _log.warning("%s is damaged: building it again", path)
-                self._build_table(path, data, shape, stop)
+                self._build_table(path, data, images, shape, stop)
                 files.write_text(checksum, _sha256(path))
         return np.load(path, mmap_mode="r")
 
-    def _build_table(self, path, data, shape, stop):
+    def _build_table(self, path, data, images, shape, stop):
         """Builds under a temporary name; what is done is noted, so that a stop or a kill loses minutes at most."""
         logits = build.table_logits(self.config, data)
-        train_data = jax.device_put(steps.TrainData(data.train.images, data.train.labels, self.variables))
+        train_data = jax.device_put(steps.TrainData(images.images, images.labels, self.variables))
         temporary, note = path.with_suffix(".tmp"), path.with_suffix(".done")
         done = int(note.read_text()) if note.exists() and temporary.exists() else 0
         out = np.lib.format.open_memmap(temporary, mode="r+" if done else "w+", dtype=np.float32, shape=shape)

@@ -16,6 +16,8 @@ from experiments import build
 from ltkd_jax import files, metrics
 from ltkd_jax.training.checkpoint import Checkpoints
 
+_GRID = 16  # points of an axis of the map from features to weights
+
 
 class Stopped(Exception):
     """The run was asked to stop, has saved, and resumes by the same command."""
@@ -99,7 +101,7 @@ def fit(program: build.Program, train_data, seed: int, workdir, stop: StopReques
                 plan, plan_epoch = jax.tree.map(np.asarray, program.plan(seed, epoch)), epoch
             count = min(program.steps_per_call, program.steps_per_epoch - row, program.total_steps - step)
             rows = jax.tree.map(lambda x, row=row, count=count: x[row : row + count], plan)
-            state = program.chunk(state, train_data, program.parallel.shard(rows, 1))
+            state = program.chunk(step, state, train_data, program.parallel.shard(rows, 1))
             jax.block_until_ready(state.step)  # a signal is heard, and the bar is true
             clock.tick(count)
             step += count
@@ -153,7 +155,7 @@ def _check_finite(program, state, saved, label):
         names = [name for name, bad in zip(program.objective.names, np.asarray(sums.bad_terms)) if bad]
         what = ", ".join(names) or "only their weighted sum"
         raise Diverged(f"{label}: the loss of step {bad_step} is not finite (terms: {what}): {remedy}")
-    if not _all_finite((state.params, state.batch_stats)):
+    if not _all_finite((state.params, state.batch_stats, state.meta)):
         step = int(program.parallel.first(state.step))
         raise Diverged(f"{label}: parameters are not finite after step {step}: {remedy}")
 
@@ -176,6 +178,9 @@ def _record(program, state, step, config, bar):
         "terms": dict(zip(program.objective.names, (sums.terms / steps).tolist())),
         "train_accuracy": 100 * float(sums.correct) / (steps * program.recipe.batch_size),
     }
+    if program.weighting is not None:
+        record["outer_loss"] = float(sums.learned.outer_loss) / steps
+        record["weights"] = _by_group(program, sums.learned.weights, sums.learned, program.objective.names)
     if step == program.total_steps or round(epoch) % config.eval_every == 0:
         for name in ("test", "validation"):
             if len(images := getattr(program.data, name)):
@@ -184,6 +189,45 @@ def _record(program, state, step, config, bar):
         tail = program.data.groups.names[-1]
         bar.set_postfix_str(f"test {record['test']['all']:.2f} %, {tail} {record['test']['groups'][tail]:.2f} %")
     return record
+
+
+def _by_group(program, totals, learned, names):
+    """{name: {group: mean}} of sums `[G, len(names)]`; None for a group without an example."""
+    groups = program.data.groups.names
+    return {
+        name: {group: float(t / n) if n else None for group, t, n in zip(groups, column, learned.examples)}
+        for name, column in zip(names, totals.T)
+    }
+
+
+def learned_weights(program, state, features) -> dict:
+    """What the weight net of a final state does, for `results.json`.
+
+    Args:
+      program, state: of the run; the state replicated.
+      features: names of the weight net's inputs.
+
+    Returns:
+      Mean weights and features by group over the last epoch; and, for two features, the weights over a grid from 0 to
+      twice the cross-entropy of chance (or twice the mean, where that is more): `map[term][i][j]` at `axes[0][i]`,
+      `axes[1][j]`.
+    """
+    state = jax.device_get(program.parallel.first(state))
+    learned = state.sums.learned
+    found = {
+        "weights": _by_group(program, learned.weights, learned, program.objective.names),
+        "features": _by_group(program, learned.features, learned, features),
+    }
+    if len(features) == 2:
+        mean = learned.features.sum(axis=0) / learned.examples.sum()
+        highest = 2 * np.maximum(mean.astype(np.float64), np.log(program.data.num_classes))
+        axes = np.linspace(0.0, highest, _GRID, axis=-1)
+        grid = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 2)
+        weights = program.weighting.weights(state.meta.params, jnp.asarray(grid, jnp.float32))
+        weights = np.asarray(weights, np.float64).reshape(_GRID, _GRID, -1).round(4)
+        found["axes"] = axes.round(4).tolist()
+        found["map"] = {name: weights[..., t].tolist() for t, name in enumerate(program.objective.names)}
+    return found
 
 
 def summarize(program, sums) -> dict:

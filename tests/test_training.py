@@ -7,61 +7,31 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from small_net import (
+    BATCH,
+    CLASSES,
+    COUNTS,
+    GROUPS,
+    IMAGES,
+    LABELS,
+    SHAPE,
+    VIEWS,
+    N,
+    SmallNet,
+    assert_close,
+    double,
+    optimizer,
+    preprocess,
+    table,
+    teacher_variables,
+)
 
-from ltkd_jax import groups, models, objectives
+from ltkd_jax import models, objectives
 from ltkd_jax.data import augment
 from ltkd_jax.data import plan as plans
 from ltkd_jax.training import state as states
 from ltkd_jax.training import steps, teacher_table
 from ltkd_jax.training.parallel import Parallel
-
-N, CLASSES, BATCH, SHAPE = 40, 5, 16, (6, 6, 1)
-VIEWS = augment.Views(pad=1, flip=True)
-COUNTS = np.array([16, 10, 7, 4, 3])
-GROUPS = groups.ClassGroups.from_counts(COUNTS)
-IMAGES = np.random.default_rng(0).integers(0, 256, (N, *SHAPE), np.uint8)
-LABELS = np.repeat(np.arange(CLASSES), COUNTS).astype(np.int32)
-
-
-class SmallNet(models.resnet.nn.Module):
-    """A batch-norm net without convolutions, which XLA compiles in no time."""
-
-    axis_name: str | None = None
-
-    @models.resnet.nn.compact
-    def __call__(self, images, *, train):
-        nn = models.resnet.nn
-        x = nn.Dense(12)(images.reshape(len(images), -1))
-        x = nn.BatchNorm(use_running_average=not train, momentum=0.9, axis_name=self.axis_name)(x)
-        return nn.Dense(CLASSES)(nn.relu(x))
-
-
-def preprocess(images):
-    return augment.normalize(images, (0.5,), (0.25,))
-
-
-def double(tree):
-    """The floats of a tree in float64, which flax then computes in."""
-    return jax.tree.map(lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
-
-
-def optimizer(schedule=0.05):
-    return states.sgd(schedule, momentum=0.9, weight_decay=5e-4)
-
-
-def teacher_variables():
-    return SmallNet().init(jax.random.key(9), jnp.zeros((1, *SHAPE)), train=False)
-
-
-def table(variables):
-    out = np.zeros((N, VIEWS.num, CLASSES), np.float64 if jax.config.jax_enable_x64 else np.float32)
-    fetch = functools.partial(
-        steps.fetch, views=VIEWS, preprocess=preprocess, teacher_fn=steps.network_teacher(SmallNet())
-    )
-    data = steps.TrainData(jnp.asarray(IMAGES), jnp.asarray(LABELS), variables)
-    logits = jax.jit(lambda rows: fetch(data, rows).teacher_logits)
-    teacher_table.build(logits, out, batch_size=64)
-    return out
 
 
 def train(method, parallel, num_steps, *, teacher_fn=steps.no_teacher, teacher=None, batch=BATCH, per_call=1):
@@ -93,10 +63,6 @@ def train(method, parallel, num_steps, *, teacher_fn=steps.no_teacher, teacher=N
         part = jax.tree.map(lambda x: x[start : start + per_call], rows)  # noqa: B023
         state = chunk(state, data, parallel.shard(part, 1))
     return jax.device_get(parallel.first(state))
-
-
-def assert_close(got, want, **tolerance):
-    jax.tree.map(functools.partial(np.testing.assert_allclose, **tolerance), got, want)
 
 
 def parameters(state):

@@ -120,6 +120,34 @@ def balanced(labels: np.ndarray, keys: np.ndarray, *, num_classes: int, per_clas
     return drawn.validation
 
 
+def check_meta(labels: np.ndarray, keys: np.ndarray, train_keys: np.ndarray, *, num_classes: int, batch_size: int):
+    """Checks that a set can be the outer loss's: every class in it, no training image, at least a batch.
+
+    Raises:
+      ValueError: naming what is wrong.
+
+    >>> check_meta(np.array([0, 1]), np.array(["a", "b"]), np.array(["c"]), num_classes=2, batch_size=2)
+    """
+    present = np.bincount(check_labels(labels, num_classes), minlength=num_classes)
+    if not present.all():
+        missing = np.flatnonzero(present == 0)
+        raise ValueError(
+            f"the meta set has no image of class {missing[0]} ({missing.size} of {num_classes} classes are missing): "
+            "set images of every class aside, by data.meta_per_class"
+        )
+    shared = np.intersect1d(keys, train_keys)
+    if shared.size:
+        raise ValueError(
+            f"the meta set overlaps the training set: {str(shared[0])!r} and {shared.size - 1} more are in both; "
+            "an image that is trained on cannot judge its own weight"
+        )
+    if len(labels) < batch_size:
+        raise ValueError(
+            f"the meta set has {len(labels)} images, fewer than a batch of {batch_size}: raise data.meta_per_class, or "
+            "lower train.batch_size"
+        )
+
+
 def check_labels(labels: np.ndarray, num_classes: int) -> np.ndarray:
     """The labels as int64 `[N]`, checked on the host: under jit one out of range wraps or gives NaN unseen.
 

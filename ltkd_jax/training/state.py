@@ -35,14 +35,13 @@ class LearnedSums(NamedTuple):
     Attributes:
       outer_loss: float scalar, sum over steps.
       weights: float `[G, T]`.
-      features, squares: float `[G, F]`, the weight net's input and its square.
+      features: float `[G, F]`, the weight net's input.
       examples: float `[G]`.
     """
 
     outer_loss: jax.Array
     weights: jax.Array
     features: jax.Array
-    squares: jax.Array
     examples: jax.Array
 
 
@@ -106,6 +105,11 @@ def sgd(learning_rate: optax.ScalarOrSchedule, *, momentum: float, weight_decay:
         optax.add_decayed_weights(weight_decay),
         optax.sgd(learning_rate, momentum=momentum or None),
     )
+
+
+def adam(learning_rate: optax.ScalarOrSchedule, *, weight_decay: float):
+    """Adam as PyTorch has it: L2 on every parameter, added to the gradient before the moments."""
+    return optax.chain(optax.add_decayed_weights(weight_decay), optax.adam(learning_rate))
 
 
 def step_schedule(base: float, *, total_steps: int, milestones: tuple[float, ...], decay: float):

@@ -77,7 +77,6 @@ class Weighting:
             outer_loss=jnp.zeros(()),
             weights=jnp.zeros((by_group, self.net.num_terms)),
             features=jnp.zeros((by_group, self.num_features)),
-            squares=jnp.zeros((by_group, self.num_features)),
             examples=jnp.zeros(by_group),
         )
         meta = bilevel.init(params, self.optimizer)
@@ -168,7 +167,7 @@ def bilevel_step(
     )
     seen = taken.aux.extra
     after = advance(state, taken.gradient, taken.terms, taken.weights, seen, optimizer=optimizer, axis_name=axis_name)
-    learned = _add(state.sums.learned, weighting.groups.assignment[seen[0].labels], taken, axis_name)
+    learned = _add(state.sums.learned, jnp.asarray(weighting.groups.assignment)[seen[0].labels], taken, axis_name)
     return after._replace(meta=taken.meta, sums=after.sums._replace(learned=learned))
 
 
@@ -182,7 +181,6 @@ def _add(sums: LearnedSums, group, taken: bilevel.Step, axis_name) -> LearnedSum
         outer_loss=taken.outer_loss,
         weights=by_group(taken.weights),
         features=by_group(features),
-        squares=by_group(features**2),
         examples=by_group(jnp.ones_like(features[:, 0])),
     )
     # The outer loss is an average over the devices already.

@@ -1,0 +1,24 @@
+"""CIFAR-10-LT by BiKD's recipe, whatever the method: ResNet32x4 → ResNet8x4 at ρ = 50.
+
+    python -m ltkd_jax.data.prepare cifar10 --data_dir=DIR             # once
+    python -m experiments.main --config=configs/cifar10lt.py:bikd --config.data.dir=DIR
+    python -m experiments.main --config=configs/cifar10lt.py:bikd,terms=ltkd,imbalance=100 --config.data.dir=DIR
+    python -m experiments.main --config=configs/cifar10lt.py:bkd --config.data.dir=DIR
+
+METHOD is one of ce, balanced_softmax, logit_adjusted, kd, dkd, dive, bkd, wsl, ltkd, ltkd_bs, bikd; short keys are
+imbalance, teacher, student, epochs, seed, and the method's own (alpha, beta, temperature, …; for bikd terms, lookahead,
+every, outer); `smoke` runs 20 steps of small models.
+
+Hardware: one GPU. Expected, published at ρ = 50 (second-hand): bikd 82.45, bkd 81.67, dive 80.79; not yet run here.
+"""
+
+from configs import common
+
+
+def get_config(argument: str = ""):
+    config = common.base("cifar10", teacher="resnet32x4", student="resnet8x4", imbalance=50.0)
+    recipe = common.bikd_recipe(n_max=4900, meta_per_class=100)
+    config.update_from_flattened_dict(recipe)
+    return common.apply_argument(
+        config, argument, bikd=recipe, weighting=common.bilevel(every=1, outer="mix", hidden=(64,))
+    )
