@@ -46,8 +46,7 @@ def validate(config) -> None:
     Raises:
       ConfigError: naming the key, its value and what it may be.
     """
-    method = config.method.to_dict()
-    learned = config.weighting.name == "bilevel"
+    method, learned = config.method.to_dict(), _learns_weights(config.weighting.to_dict())
     try:
         known = {"name", *objectives.hyperparameters(method["name"], learned_weights=learned)}
         known |= set() if learned else {"warmup_epochs"}
@@ -61,7 +60,8 @@ def validate(config) -> None:
             f"choose a method by the config's argument, --config=configs/….py:{method['name']}, or learned weights "
             f"by --config=configs/….py:bikd,terms={method['name']}"
         )
-    _validate_weighting(config)
+    if learned:
+        _validate_bilevel(config)
     _require(config.parallel in MODES, "parallel", config.parallel, f"must be one of {', '.join(MODES)}")
     choices = ("auto", "always", "never")
     _require(config.teacher.table in choices, "teacher.table", config.teacher.table, f"must be one of {choices}")
@@ -84,8 +84,7 @@ def validate(config) -> None:
         _validate_recipe(role, recipe)
 
 
-def _validate_weighting(config):
-    weighting = config.weighting.to_dict()
+def _learns_weights(weighting):
     keys = {"static": STATIC_KEYS, "bilevel": BILEVEL_KEYS}.get(weighting["name"])
     _require(keys is not None, "weighting.name", weighting["name"], "must be one of static, bilevel")
     if keys != set(weighting):
@@ -93,8 +92,11 @@ def _validate_weighting(config):
             f"config.weighting holds {sorted(weighting)}, but {weighting['name']!r} takes {sorted(keys)}: choose "
             "learned weights by the config's argument, --config=configs/….py:bikd,terms=METHOD"
         )
-    if weighting["name"] == "static":
-        return
+    return weighting["name"] == "bilevel"
+
+
+def _validate_bilevel(config):
+    weighting = config.weighting.to_dict()
     for key in ("lookahead", "every"):
         _require(weighting[key] >= 1, f"weighting.{key}", weighting[key], "must be at least 1")
     for key in ("lr", "decay"):
@@ -129,7 +131,12 @@ def _validate_recipe(role, recipe):
     _require(inside, f"{role}.milestones", recipe.milestones, "must be fractions of the run, in (0, 1]")
     devices = jax.device_count()
     divides = recipe.batch_size % devices == 0
-    _require(divides, f"{role}.batch_size", recipe.batch_size, f"must be a multiple of the {devices} devices")
+    _require(
+        divides,
+        f"{role}.batch_size",
+        recipe.batch_size,
+        f"must be a multiple of the {devices} devices: round it, or show the program fewer devices",
+    )
 
 
 def _require(condition, key, value, what):

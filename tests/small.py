@@ -20,8 +20,10 @@ def config_of(name, argument=""):
     return importlib.import_module(f"configs.{name}").get_config(argument)
 
 
-def tiny(tmp_path, argument="ltkd", **values):
+def tiny(tmp_path, argument="ltkd", *, every=1, **values):
     config = config_of("digits_lt", argument)
+    if every > 1:
+        config.weighting.every = every
     config.lock().update_from_flattened_dict({**TINY, "teacher.cache": str(tmp_path / "teachers"), **values})
     return config
 
@@ -30,8 +32,8 @@ def run(config, workdir):
     return runs.run(config, workdir, command="the test")
 
 
-def parameters(workdir):
+def parameters(workdir, config=None):
     """Every byte of the newest checkpoint."""
-    like = jax.eval_shape(build.student_program(tiny(workdir), "none").init, 0)
+    like = jax.eval_shape(build.student_program(config or tiny(workdir), "none").init, 0)
     _, state, _ = Checkpoints(workdir / "checkpoints").restore(like)
     return [leaf.tobytes() for leaf in jax.tree.leaves(state)]

@@ -3,29 +3,75 @@
 import importlib
 import time
 
+import numpy as np
 import pytest
-from small import config_of
+from small import ROOT, config_of
 
 from experiments import build, checks
 from ltkd_jax import objectives
+from ltkd_jax.data import longtail
 
-CONFIGS = ("digits_lt", "cifar100lt")
+CONFIGS = ("digits_lt", "cifar100lt", "cifar10lt")
+EIGHTS = "train.batch_size=64,teacher.train.batch_size=64"  # the tests have eight devices, BiKD's batch is 100
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("method", sorted(objectives.METHODS))
 def test_every_config_takes_every_method(name, method):
-    config = config_of(name, f"{method},imbalance=20,seed=3,teacher=resnet14,train.lr=0.1")
+    config = config_of(name, f"{method},imbalance=20,seed=3,teacher=resnet14,train.lr=0.1,{EIGHTS}")
     checks.validate(config)
     assert (config.method.name, config.data.imbalance, config.seed) == (method, 20.0, 3)
     assert (config.teacher.model, config.train.lr) == ("resnet14", 0.1)
-    checks.validate(config_of(name, f"{method},smoke"))
+    checks.validate(config_of(name, f"{method},smoke,{EIGHTS}"))
     assert f"configs/{name}.py" in importlib.import_module(f"configs.{name}").__doc__
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("terms", ["kd", "ltkd", "dkd"])
+def test_every_config_takes_learned_weights(name, terms):
+    config = config_of(name, f"bikd,terms={terms},seed=3,lookahead=2,every=4,{EIGHTS}")
+    checks.validate(config)
+    assert (config.method.name, config.weighting.name, config.seed) == (terms, "bilevel", 3)
+    assert (config.weighting.lookahead, config.weighting.every) == (2, 4)
+    # Nothing is there that the run would not use.
+    assert set(config.method) == {"name", "temperature"}
+    checks.validate(config_of(name, f"bikd,terms={terms},smoke,{EIGHTS}"))
+
+
+def test_the_papers_recipe():
+    for name, n_max, meta, every, outer, hidden, images in (
+        ("cifar100lt", 490, 10, 5, "hard", (64, 64), 10_626),
+        ("cifar10lt", 4900, 100, 1, "mix", (64,), None),
+    ):
+        config = config_of(name, "bikd")
+        assert (config.data.n_max, config.data.meta_per_class) == (n_max, meta)
+        assert (config.weighting.every, config.weighting.outer, config.weighting.hidden) == (every, outer, hidden)
+        assert config.weighting.features == ("student_ce", "teacher_ce") and config.weighting.lookahead == 1
+        assert (config.weighting.lr, config.weighting.weight_decay, config.weighting.decay) == (1e-3, 1e-4, 0.8)
+        for recipe in (config.train, config.teacher.train):
+            assert (recipe.epochs, recipe.batch_size, recipe.lr) == (120.0, 100, 0.1)
+            assert (recipe.momentum, recipe.weight_decay, recipe.decay) == (0.9, 5e-4, 0.1)
+            assert [round(120 * milestone) for milestone in recipe.milestones] == [80, 100]
+        assert config.method.temperature == 4.0
+        if images:
+            assert longtail.counts(n_max, config.data.imbalance, 100).sum() == images
+    # A baseline by the same recipe has the same data and the same teacher; without, it is LTKD's recipe.
+    kd, bikd = config_of("cifar100lt", "kd,recipe=bikd"), config_of("cifar100lt", "bikd")
+    assert kd.data == bikd.data and kd.train == bikd.train and checks.teacher_hash(kd) == checks.teacher_hash(bikd)
+    assert config_of("cifar100lt", "kd").train.epochs == 240.0
+    assert config_of("cifar10lt", "kd").data == config_of("cifar10lt", "bikd").data
 
 
 @pytest.mark.parametrize(
     "argument, message",
     [
+        ("bikdd", "did you mean 'bikd'"),
+        ("bikd,terms=kdd", "unknown method 'kdd'; did you mean 'kd'"),
+        ("bikd,alpha=2", "'alpha' is a static weight, which bikd learns instead"),
+        ("kd,recipe=ltkd", "recipe='ltkd' must be one of base, bikd"),
+        ("kd,every=2", "unknown key 'every'"),
+        ("kd,terms=ltkd", "unknown key 'terms'"),
+        ("bikd,every=2.5", "every='2.5' must be of type int"),
         ("ltkx", "unknown method 'ltkx'; did you mean 'ltkd'"),
         ("kd,dkd", "several methods"),
         ("kd,imbalanc=3", "did you mean 'imbalance'"),
@@ -61,6 +107,45 @@ def test_bad_values_are_named(key, value):
     # A model or a method is named by its value; every other error names its key too.
     assert str(value) in str(caught.value)
     assert key.endswith((".model", ".name")) or key.split(".")[-1] in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("weighting.lookahead", 0, "must be at least 1"),
+        ("weighting.every", 0, "must be at least 1"),
+        ("weighting.outer", "harder", "must be one of hard, soft, mix"),
+        ("weighting.features", ("student_ce", "inter"), "feature 'inter': these terms have student_ce, teacher_ce, ce"),
+        ("weighting.features", (), "at least one of"),
+        ("weighting.hidden", (64, 0), "positive whole numbers"),
+        ("weighting.scales", (1.0, 2.0, 3.0), "one for each of the 2 terms .ce, kd."),
+        ("weighting.lr", 0.0, "must be positive"),
+        ("weighting.weight_decay", -1.0, "must not be negative"),
+        ("weighting.decay", float("nan"), "must be"),
+        ("weighting.name", "learned", "must be one of static, bilevel"),
+        ("weighting.name", "static", "choose learned weights by the config's argument"),
+        ("data.meta_per_class", 0, "the meta set would miss every class"),
+    ],
+)
+def test_bad_weighting_is_named(key, value, message):
+    config = config_of("digits_lt", "bikd")
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(checks.ConfigError, match=message) as caught:
+        checks.validate(config)
+    assert key.split(".")[-1] in str(caught.value) or key == "weighting.name"
+
+
+def test_learned_weights_need_the_argument():
+    config = config_of("digits_lt", "kd")
+    config.weighting.name = "bilevel"
+    with pytest.raises(checks.ConfigError, match=":bikd,terms=METHOD"):
+        checks.validate(config)
+
+
+def test_a_meta_set_smaller_than_a_batch():
+    config = config_of("digits_lt", "bikd,data.meta_per_class=6")
+    with pytest.raises(checks.ConfigError, match="60 images, fewer than a batch of 64: raise data.meta_per_class"):
+        build.student_program(config, "none")
 
 
 @pytest.mark.parametrize(
@@ -105,6 +190,27 @@ def test_the_identity_of_a_result():
         assert (checks.config_hash(config) == base) is same, key
         assert (checks.teacher_hash(config) == teacher) is same_teacher, key
     assert len({checks.teacher_hash(config_of("digits_lt", m)) for m in objectives.METHODS}) == 1
+
+
+def test_what_is_off_is_no_part_of_the_identity():
+    """So that results stay known when the program learns something new."""
+    static, learned = config_of("digits_lt", "kd"), config_of("digits_lt", "bikd")
+    assert "weighting" not in checks.identity(static) and "weighting" in checks.identity(learned)
+    committed = ROOT / "results" / "digits-50-kd-resnet20-resnet8-s0-058e3663622d.json"
+    assert committed.exists() and checks.config_hash(static) == "058e3663622d"
+
+
+def test_images_held_out_make_another_teacher_only_where_they_change_its_images():
+    def teacher(**values):
+        config = config_of("digits_lt", "kd")
+        config.update_from_flattened_dict(values)
+        return checks.teacher_hash(config)
+
+    assert config_of("digits_lt").data.n_max == 100
+    assert teacher() == teacher(**{"data.meta_per_class": 8}) == teacher(**{"data.validation_per_class": 3})
+    assert teacher(**{"data.n_max": 0}) != teacher(**{"data.n_max": 0, "data.meta_per_class": 8})
+    held = config_of("digits_lt", "bikd")
+    np.testing.assert_array_equal(build.dataset(held).train.keys, build.dataset(config_of("digits_lt")).train.keys)
 
 
 def test_the_rule_for_the_table():

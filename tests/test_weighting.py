@@ -1,0 +1,253 @@
+"""The step with learned weights: over devices, by table and by network, its rows, its sums, its bad input."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small_net import (
+    BATCH,
+    CLASSES,
+    COUNTS,
+    GROUPS,
+    IMAGES,
+    LABELS,
+    SHAPE,
+    VIEWS,
+    N,
+    SmallNet,
+    assert_close,
+    double,
+    optimizer,
+    preprocess,
+    table,
+    teacher_variables,
+)
+
+from ltkd_jax import bilevel, models, objectives
+from ltkd_jax.data import longtail
+from ltkd_jax.data import plan as plans
+from ltkd_jax.training import state as states
+from ltkd_jax.training import steps, weighting
+from ltkd_jax.training.parallel import Parallel
+
+META = 20
+METHODS = {1: "ltkd", 2: "kd"}  # by K: LTKD's terms have batch statistics over all devices, KD's compile sooner
+META_IMAGES = np.random.default_rng(1).integers(0, 256, (META, *SHAPE), np.uint8)
+META_LABELS = np.tile(np.arange(CLASSES), META // CLASSES).astype(np.int32)
+STEPS = 20
+
+
+def how(objective, every=2, features=("student_ce", "teacher_ce"), outer="mix"):
+    return weighting.Weighting(
+        net=models.WeightNet(len(objective.terms), hidden=(8,)),
+        features=objectives.features(objective, features),
+        num_features=len(features),
+        outer_loss=objectives.outer_loss(objective, outer),
+        scales=(1.0, 0.5, 2.0)[: len(objective.terms)],
+        optimizer=states.adam(1e-2, weight_decay=1e-4),
+        every=every,
+        groups=GROUPS,
+    )
+
+
+def train(method, parallel, *, ahead=1, teacher_fn, teacher, meta_teacher=None, per_call=1):
+    """The state after some steps of `SmallNet` with learned weights, in float64 where that is enabled."""
+    objective = objectives.create(method, COUNTS, GROUPS)
+    learned = how(objective)
+    fetch = functools.partial(steps.fetch, views=VIEWS, preprocess=preprocess, teacher_fn=teacher_fn)
+    sizes = dict(num_train=N, num_meta=META, batch_size=BATCH, num_views=VIEWS.num)
+    spe = plans.steps_per_epoch(N, BATCH)
+
+    @functools.lru_cache
+    def chunk(changes):
+        step = functools.partial(
+            weighting.bilevel_step,
+            model=SmallNet(parallel.axis_name),
+            objective=objective,
+            weighting=learned,
+            optimizer=optimizer(),
+            schedule=lambda step: 0.05,
+            axis_name=parallel.axis_name,
+            changes=changes,
+        )
+        fetch_both = functools.partial(weighting.fetch, fetch_fn=fetch, fetch_meta_fn=fetch)
+        whole = functools.partial(steps.train_chunk, steps_per_epoch=spe, fetch_fn=fetch_both, step_fn=step)
+        return parallel.compile(whole, batch_axis=1, donate=(0,))
+
+    state = learned.add_to(states.create(SmallNet(), optimizer(), len(objective.terms), SHAPE, 0), 0)
+    state = parallel.replicate(double(state) if jax.config.jax_enable_x64 else state)
+    train_data = steps.TrainData(IMAGES, LABELS, teacher)
+    meta_data = steps.TrainData(META_IMAGES, META_LABELS, teacher if meta_teacher is None else meta_teacher)
+    data = parallel.replicate(weighting.BilevelData(train_data, meta_data))
+    rows = jax.jit(functools.partial(weighting.rows, ahead=ahead, **sizes))
+    rows = [jax.tree.map(np.asarray, rows(0, epoch)) for epoch in range(-(-STEPS // spe))]
+    rows = jax.tree.map(lambda *parts: np.concatenate(parts)[:STEPS], *rows)
+    for start in range(0, STEPS, per_call):
+        part = jax.tree.map(lambda x: x[start : start + per_call], rows)  # noqa: B023
+        changes = (start + 1) % 2 == 0 if per_call == 1 else None
+        state = chunk(changes)(state, data, parallel.shard(part, 1))
+    return jax.device_get(parallel.first(state))
+
+
+def parameters(state):
+    return state.params, state.batch_stats, state.opt_state, state.meta
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    with jax.enable_x64(True):
+        teacher = jax.device_get(double(teacher_variables()))
+        run = functools.partial(train, teacher_fn=steps.network_teacher(SmallNet()), teacher=teacher)
+        one = Parallel("jit", jax.devices()[:1])
+        return {ahead: run(METHODS[ahead], one, ahead=ahead) for ahead in METHODS}, teacher
+
+
+@pytest.mark.parametrize("ahead", [1, 2])
+@pytest.mark.parametrize("mode", ["jit", "pmap"])
+def test_eight_devices_are_one(mode, ahead, one_device):
+    """Batch norm, group rebalancing, virtual gradient and outer gradient over the global batch; to 1e-9."""
+    expected, teacher = one_device
+    with jax.enable_x64(True):
+        got = train(
+            METHODS[ahead], Parallel(mode), ahead=ahead, teacher_fn=steps.network_teacher(SmallNet()), teacher=teacher
+        )
+    assert_close(parameters(got), parameters(expected[ahead]), rtol=1e-9, atol=1e-9)
+    assert_close(got.sums, expected[ahead].sums, rtol=1e-6)
+
+
+def test_the_outer_gradient_must_be_averaged_before_the_product(one_device, monkeypatch):
+    """Averaged after it only, as every hypergradient is, the same comparison fails."""
+    expected, teacher = one_device
+
+    def local(problem, params, outer_batch):
+        loss, gradient = jax.value_and_grad(problem.outer_fn)(params, outer_batch)
+        return jax.lax.pmean(loss, problem.axis_name), gradient
+
+    monkeypatch.setattr(bilevel, "_outer_gradient", local)
+    with jax.enable_x64(True):
+        got = train("ltkd", Parallel("pmap"), teacher_fn=steps.network_teacher(SmallNet()), teacher=teacher)
+    with pytest.raises(AssertionError):
+        assert_close(got.meta.params, expected[1].meta.params, rtol=1e-3, atol=1e-3)
+
+
+def test_many_steps_in_one_call_are_the_same_steps(one_device):
+    """Where the change of the weight net is decided on the device, inside a compiled loop."""
+    expected, teacher = one_device
+    with jax.enable_x64(True):
+        one = Parallel("jit", jax.devices()[:1])
+        network = steps.network_teacher(SmallNet())
+        got = train("ltkd", one, teacher_fn=network, teacher=teacher, per_call=10)
+    assert_close(parameters(got), parameters(expected[1]), rtol=1e-9, atol=1e-9)
+
+
+def test_the_tables_are_the_teacher_in_the_step(one_device):
+    """Of the training images and of the meta images."""
+    expected, teacher = one_device
+    with jax.enable_x64(True):
+        tables = table(teacher), table(teacher, META_IMAGES, META_LABELS)
+        one = Parallel("jit", jax.devices()[:1])
+        got = train("ltkd", one, teacher_fn=steps.table_teacher, teacher=tables[0], meta_teacher=tables[1])
+        assert_close(parameters(got), parameters(expected[1]), rtol=1e-9, atol=1e-9)
+        off = train(
+            "ltkd",
+            one,
+            teacher_fn=steps.table_teacher,
+            teacher=tables[0],
+            meta_teacher=tables[1] + 1e-3 * np.arange(CLASSES),
+        )
+    with pytest.raises(AssertionError):
+        assert_close(parameters(off), parameters(expected[1]), rtol=1e-9, atol=1e-9)
+
+
+def test_rows_look_ahead_over_the_end_of_an_epoch():
+    sizes = dict(num_train=N, num_meta=META, batch_size=BATCH, num_views=VIEWS.num)
+    spe = plans.steps_per_epoch(N, BATCH)
+    rows = [weighting.rows(3, epoch, ahead=5, **sizes) for epoch in range(3)]
+    train_rows, meta_rows = (np.concatenate([getattr(r, part).index for r in rows]) for part in ("train", "meta"))
+    assert train_rows.shape == (3 * spe, BATCH, 5) and meta_rows.shape == (3 * spe, BATCH)
+    stream = np.concatenate(
+        [plans.epoch_plan(3, e, num_examples=N, batch_size=BATCH, num_views=9).index for e in range(5)]
+    )
+    for step in range(3 * spe):
+        np.testing.assert_array_equal(train_rows[step].T, stream[step : step + 5])
+    # Every meta image is seen in each ceil(M / B) batches of its own stream, which runs on over the epochs.
+    per_epoch = plans.steps_per_epoch(META, BATCH)
+    for start in range(0, len(meta_rows) - per_epoch + 1, per_epoch):
+        assert set(meta_rows[start : start + per_epoch].ravel()) == set(range(META))
+    assert not np.array_equal(meta_rows[:2] % META, train_rows[:2, :, 0] % META)
+
+
+def test_what_was_learned_is_summed_by_group(one_device):
+    expected, _ = one_device
+    learned = expected[1].sums.learned
+    last_epoch = STEPS % plans.steps_per_epoch(N, BATCH) or plans.steps_per_epoch(N, BATCH)
+    assert learned.examples.sum() == last_epoch * BATCH
+    mean = learned.weights / learned.examples[:, None]
+    assert mean.shape == (3, 3) and ((mean > 0) & (mean < np.array([[1.0, 0.5, 2.0]]))).all()  # below the scales
+    assert learned.features.shape == (3, 2) and (learned.features > 0).all()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(labels=np.array([0, 1, 1])), "no image of class 2 .1 of 3 classes"),
+        (dict(keys=np.array(["a", "t1", "c"])), "overlaps the training set: 't1' and 0 more"),
+        (dict(batch_size=4), "3 images, fewer than a batch of 4: raise data.meta_per_class"),
+    ],
+)
+def test_a_bad_meta_set(change, message):
+    good = dict(labels=np.arange(3), keys=np.array(["a", "b", "c"]), train_keys=np.array(["t1", "t2"]),
+                num_classes=3, batch_size=3)  # fmt: skip
+    longtail.check_meta(**good)
+    with pytest.raises(ValueError, match=message):
+        longtail.check_meta(**{**good, **change})
+
+
+@pytest.mark.parametrize(
+    "method, names, message",
+    [
+        (
+            "ce",
+            ("student_ce", "teacher_ce"),
+            "feature 'teacher_ce': these terms have student_ce, ce .there is no teacher",
+        ),
+        ("kd", ("inter",), "feature 'inter': these terms have student_ce, teacher_ce, ce, kd"),
+        ("kd", (), "at least one of"),
+    ],
+)
+def test_features_that_an_objective_does_not_have(method, names, message):
+    with pytest.raises(ValueError, match=message):
+        objectives.features(objectives.create(method, COUNTS), names)
+
+
+def test_features_and_outer_losses_are_the_terms():
+    objective = objectives.create("ltkd_bs", COUNTS, GROUPS)
+    rng = np.random.default_rng(0)
+    z, t = (jnp.asarray(rng.normal(size=(BATCH, CLASSES)), jnp.float32) for _ in range(2))
+    predictions = objectives.Predictions(z, t, jnp.arange(BATCH) % CLASSES)
+    terms = objective(predictions)
+    features = objectives.features(objective, ("inter", "student_ce", "balanced_softmax"))(predictions)
+    np.testing.assert_allclose(features[:, 0], terms[:, 1])
+    np.testing.assert_allclose(features[:, 2], terms[:, 0])
+    hard, soft, mix = (objectives.outer_loss(objective, kind)(predictions) for kind in ("hard", "soft", "mix"))
+    np.testing.assert_allclose(hard, features[:, 1])  # plain cross-entropy, on a balanced set
+    np.testing.assert_allclose(soft, terms[:, 1] + terms[:, 2], rtol=1e-6)
+    np.testing.assert_allclose(mix, hard + soft, rtol=1e-6)
+    with pytest.raises(ValueError, match="'harder' must be one of hard, soft, mix"):
+        objectives.outer_loss(objective, "harder")
+    with pytest.raises(ValueError, match="none of the terms ce distils"):
+        objectives.outer_loss(objectives.create("ce", COUNTS), "mix")
+
+
+def test_the_weight_net_in_float64_is_the_formula():
+    with jax.enable_x64(True):
+        net = models.WeightNet(num_terms=3, hidden=(7, 5))
+        x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 2)))
+        params = double(net.init(jax.random.key(0), x))["params"]
+        want = np.asarray(x)
+        for name in ("hidden1", "hidden2"):
+            want = np.tanh(want @ np.asarray(params[name]["kernel"]) + np.asarray(params[name]["bias"])[None, :])
+        want = want @ np.asarray(params["weights"]["kernel"]) + np.asarray(params["weights"]["bias"])[None, :]
+        np.testing.assert_allclose(net.apply({"params": params}, x), 1 / (1 + np.exp(-want)), rtol=1e-12)
