@@ -178,11 +178,11 @@ def config_hash(config) -> str:
 def teacher_identity(config) -> dict:
     """What the teacher depends on: data, split, model, recipe and precision, and nothing of the student.
 
-    Images held out are taken from the draw's other end: unless they set n_max, they change no training image.
+    Images held out are taken from the draw's other end: where n_max is given, they change no training image.
     """
     whole = identity(config)
     if config.data.n_max:
-        whole = without(whole, ("data.meta_per_class", "data.validation_per_class"))
+        whole["data"] |= {"meta_per_class": 0, "validation_per_class": 0}
     own = {key: value for key, value in whole["teacher"].items() if key != "checkpoint"}
     return {**{key: whole[key] for key in _TEACHER_KEYS}, "teacher": own}
 

@@ -122,7 +122,7 @@ def _lean(tag, prefix):
     return re.sub(r"\s+", " ", tag).replace(' "', '"')
 
 
-def _styled(draw):
+def styled(draw):
     """Turns a function that returns (figure, description) into one that returns SVG in the report's style."""
 
     @functools.wraps(draw)
@@ -167,7 +167,7 @@ def _plain_log(ax):
     ax.minorticks_off()
 
 
-@_styled
+@styled
 def by_class(curves, found, counts, assignment, names, *, width=DESK):
     """Draws the (smoothed) accuracy of every method by class, sorted by count, over the counts themselves."""
     fig = figure(width, 350)
@@ -190,7 +190,7 @@ def by_class(curves, found, counts, assignment, names, *, width=DESK):
     return fig, f"{what} of each class, sorted by training images: {', '.join(curves)}"
 
 
-@_styled
+@styled
 def one_by_class(label, values, style, counts, assignment, names):
     """Draws one method's accuracy of every class as dots, with the smoothed curve through them."""
     fig = figure()
@@ -209,7 +209,7 @@ def one_by_class(label, values, style, counts, assignment, names):
 # The teacher's bias.
 
 
-@_styled
+@styled
 def group_mass(title, mass, fair, training):
     """Draws the teacher's mass per group as bars, the fair shares as ticks, the training images' as diamonds."""
     longest = max(len(name) for name in mass)
@@ -235,7 +235,7 @@ def group_mass(title, mass, fair, training):
 # Training.
 
 
-@_styled
+@styled
 def lines(title, series, found, *, log=False):
     """Draws {label: (x, y)} over the epochs."""
     fig = figure()
@@ -360,7 +360,7 @@ def _confusion_section(setting):
     )
 
 
-def _curve(method, pick):
+def curve(method, pick):
     """Averages a logged number over a method's runs: (epochs, values), empty where it was not logged."""
     by_epoch = collections.defaultdict(list)
     for run in method.runs.values():
@@ -372,7 +372,7 @@ def _curve(method, pick):
     return np.array(epochs, float), np.array([np.mean(by_epoch[epoch]) for epoch in epochs])
 
 
-def _logged(curves):
+def logged(curves):
     return {label: curve for label, curve in curves.items() if len(curve[0])}
 
 
@@ -380,7 +380,7 @@ def _terms_panel(method, style):
     """Draws the loss terms of one method, each with its own dashes and a key below."""
     entries = [entry for run in method.runs.values() for entry in run.get("metrics") or []]
     names = sorted({name for entry in entries for name in entry.get("terms") or {}})
-    series = _logged({n: _curve(method, lambda e, n=n: (e.get("terms") or {}).get(n)) for n in names})
+    series = logged({n: curve(method, lambda e, n=n: (e.get("terms") or {}).get(n)) for n in names})
     if not series:
         return ""
     dashes = {name: (style[0], DASHES[i % len(DASHES)]) for i, name in enumerate(series)}
@@ -396,7 +396,7 @@ def _training_section(setting, found):
     picks["training accuracy, %"] = lambda e: e.get("train_accuracy")
     panels = []
     for title, pick in picks.items():
-        series = _logged({method.label: _curve(method, pick) for method in setting.methods})
+        series = logged({method.label: curve(method, pick) for method in setting.methods})
         panels += [lines(title, series, found)] if series else []
     panels += [_terms_panel(method, found[method.label]) for method in setting.methods]
     if not any(panels):

@@ -13,7 +13,7 @@ import json
 import pathlib
 import sys
 
-from experiments import plots, tables
+from experiments import plots, tables, weight_plots
 
 
 class ReportError(ValueError):
@@ -107,6 +107,7 @@ h1, h2, h3 { font-weight: 600; line-height: 1.2; text-wrap: balance; }
 h1 { font-size: 1.9rem; margin: 0 0 .3rem; }
 h2 { font-size: 1.4rem; margin: 3.5rem 0 .6rem; padding-top: 1.2rem; border-top: 1px solid var(--ink); }
 h3 { font-size: 1.08rem; margin: 2.6rem 0 .4rem; }
+h4 { font-size: .95rem; margin: 1.6rem 0 .2rem; font-weight: 600; }
 p { margin: .5rem 0; max-width: 42rem; overflow-wrap: break-word; }
 a { color: inherit; }
 .lead { font-size: 1.2rem; line-height: 1.45; }
@@ -207,7 +208,7 @@ def _section(setting, anchor):
     if compared:
         parts.append(f'<h3>What can be told apart</h3><p class="small">{tables.RULE}</p>')
         parts += [f'<p class="key">On {html.escape(t)}:</p>{tables.as_html(table)}' for t, table in compared]
-    parts += [*plots.figures(setting), _how(setting)]
+    parts += [*plots.figures(setting), weight_plots.section(setting), _how(setting)]
     return "\n".join(parts) + "</section>"
 
 

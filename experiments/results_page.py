@@ -21,7 +21,8 @@ def render_results(runs, published, planned=()):
     for pair in wanted:
         ours = [setting for setting in settings if _cell(vars(setting))[:4] == pair]
         theirs = next((entry for entry in published["settings"] if _cell(entry)[:4] == pair), {})
-        names = {entry["method"] for entry in tabled if _cell(entry)[:4] == pair}
+        here = [entry for entry in tabled if _cell(entry)[:4] == pair]
+        names = {e["epochs"]: {other["method"] for other in here if other["epochs"] == e["epochs"]} for e in here}
         parts += _pair_section(pair, ours, theirs, names)
     parts += _search_section(searched, [entry for entry in planned if entry.get("group") == "search"])
     parts += _bias(settings, published["group_mass"])
@@ -42,8 +43,9 @@ def planned_cells(path):
     found = []
     for entry in entries.read_queue(path):
         config = entries.resolve(entry)
-        cell = {"data": config.data.name, "imbalance": config.data.imbalance, "method": config.method.name}
+        cell = {"data": config.data.name, "imbalance": config.data.imbalance}
         cell |= {"teacher": config.teacher.model, "student": config.student.model}
+        cell |= {"method": tables.method_name(config.to_dict()), "epochs": config.train.epochs}
         found.append(cell | {"set": entry.set, "group": entry.group})
     return found
 
@@ -65,16 +67,23 @@ seeds. {tables.COLUMNS}
 
 
 def _pair_section(pair, ours, theirs, planned):
+    """One section: a table for each setting that was run, and one for each length of training that is only planned."""
     data, imbalance, teacher, student = pair
     data = ours[0].data if ours else theirs.get("data", data)
     title = f"## {data}, imbalance {imbalance:g}, {f'{teacher} → ' if teacher else ''}{student}"
     parts = [tables.escape_markdown(title)]
     parts += [f"Published: {theirs['paper']}. {theirs.get('note', '')}".rstrip()] if theirs else []
-    # What is missing stands in the table of the longest training, the one nearest to the papers'.
-    ours = sorted(ours, key=lambda setting: (-setting.epochs, setting.split, setting.images)) or [None]
-    for setting in ours:
-        missing = (planned | set(theirs.get("methods", {}))) if setting is ours[0] else set()
-        parts.append(tables.as_markdown(_side_by_side(setting, theirs.get("methods", {}), missing)))
+    ours = sorted(ours, key=lambda setting: (-setting.epochs, setting.split, setting.images))
+    shown = [(setting.epochs, setting) for setting in ours]
+    shown += [(epochs, None) for epochs in planned if epochs not in {setting.epochs for setting in ours}]
+    shown = sorted(shown, key=lambda pair: -pair[0]) or [(0, None)]
+    # What was published stands in the table of the longest training, the one nearest to the papers'.
+    missing = {epochs: set(names) for epochs, names in planned.items()}
+    missing.setdefault(shown[0][0], set()).update(theirs.get("methods", {}))
+    for i, (epochs, setting) in enumerate(shown):
+        published = theirs.get("methods", {}) if i == 0 else {}
+        parts += [f"{epochs:g} epochs:"] if setting is None and len(shown) > 1 else []
+        parts.append(tables.as_markdown(_side_by_side(setting, published, missing.pop(epochs, set()))))
         parts += _below_table(setting) if setting else []
     return parts
 

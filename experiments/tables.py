@@ -139,6 +139,8 @@ class Setting:
         over = f"one split, {len(self.teachers())} teachers" if several else "one split"
         spread = f"Mean ± standard deviation over student seeds, {over}" if n > 1 else f"One student seed, {over}"
         images = f"{self.images:,} training images, " if self.images else ""
+        meta = next((run["meta_images"] for run in self.runs if run.get("meta_images")), 0)
+        images += f"for learned weights {meta:,} balanced ones beside them, " if meta else ""
         return f"{spread} (split seed {self.split}); {images}{self.epochs:g} epochs; the last epoch, in percent"
 
     def best(self, column, *, lower_is_better=False):
