@@ -12,6 +12,7 @@ over the repeats. Images are random: they change no cost.
 import argparse
 import dataclasses
 import functools
+import sys
 import time
 from collections.abc import Callable
 
@@ -45,7 +46,8 @@ def naive(problem, params, meta, batches, outer_batch, learning_rate, *, optimiz
     outer_loss, hyper = bilevel.hypergradient(
         problem, params, meta.params, batches, outer_batch, learning_rate, unroll=unroll
     )
-    after = bilevel._update(meta, hyper, optimizer, every) if changes else bilevel._gather(meta, hyper)
+    after = bilevel.gather(meta, hyper)
+    after = bilevel.update(after, optimizer) if changes else after
     first = jax.tree.map(lambda x: x[0], batches)
 
     def inner_loss(params):
@@ -132,19 +134,21 @@ class Variant:
 
 def bilevel_variants(iteration: Iteration) -> list[Variant]:
     """The fast path with and without an update of the weight net, the naive step, and lookaheads."""
-    step = functools.partial
     loops = jax.default_backend() != "cpu"  # inside one, XLA's convolutions are many times slower there
-    fast, slow = iteration.step, step(iteration.step, step_fn=naive)
+
+    def variant(name, ahead=1, timed=True, **options):
+        return Variant(name, functools.partial(iteration.step, **options), ahead, timed)
+
     return [
-        Variant("fast, weight net unchanged", step(fast, changes=False)),
-        Variant("fast, weight net changed", step(fast, changes=True)),
-        Variant("fast, decided on the device", step(fast, changes=None), timed=loops),
-        Variant("naive", slow),
-        Variant("naive, teacher in the step", step(slow, in_step=True)),
-        Variant("K = 2, written out", step(fast, changes=False, unroll=True), ahead=2),
-        Variant("K = 5, written out", step(fast, changes=False, unroll=True), ahead=5),
-        Variant("K = 2, compiled loop", step(fast, changes=False), ahead=2, timed=loops),
-        Variant("K = 5, compiled loop", step(fast, changes=False), ahead=5, timed=loops),
+        variant("fast, weight net unchanged", changes=False),
+        variant("fast, weight net changed", changes=True),
+        variant("fast, decided on the device", changes=None, timed=loops),
+        variant("naive", step_fn=naive),
+        variant("naive, teacher in the step", step_fn=naive, in_step=True),
+        variant("K = 2, written out", ahead=2, changes=False, unroll=True),
+        variant("K = 5, written out", ahead=5, changes=False, unroll=True),
+        variant("K = 2, compiled loop", ahead=2, timed=loops, changes=False),
+        variant("K = 5, compiled loop", ahead=5, timed=loops, changes=False),
         Variant("teacher, one forward", lambda state, batches, meta, teacher: iteration.teach(teacher, meta.images)),
     ]
 
@@ -207,7 +211,8 @@ def bilevel_table(costs: dict[str, Cost]) -> tables.Table:
 
 def bilevel_report(pair: Pair, repeats: int) -> str:
     """The whole measurement as text."""
-    costs = measure(bilevel_variants(Iteration(pair)), Iteration(pair), repeats)
+    iteration = Iteration(pair)
+    costs = measure(bilevel_variants(iteration), iteration, repeats)
     lines = [
         f"{pair.teacher} → {pair.student}, {pair.method}, batch {pair.batch_size}, {pair.num_classes} classes",
         tables.as_text(bilevel_table(costs)),
@@ -232,7 +237,10 @@ def main(argv=None):
     setup.once()
     repeats = options.pop("repeats")
     options.pop("what")
-    print(bilevel_report(Pair(**options), repeats))
+    try:
+        print(bilevel_report(Pair(**options), repeats))
+    except ValueError as error:  # an unknown model, method or precision
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

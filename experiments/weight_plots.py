@@ -33,17 +33,16 @@ def _learned(method):
 def _method(method, names):
     learned = _learned(method)
     styles = {name: (_COLOURS[g % 3], plots.DASHES[g % 4]) for g, name in enumerate(names)}
-    panels = []
+    curves = []
     for term in learned["weights"]:
         series = plots.logged(
             {name: plots.curve(method, lambda e, t=term, n=name: _logged_weight(e, t, n)) for name in names}
         )
         if series:
-            panels.append(plots.lines(f"weight of {term}", series, styles))
-    for term, values in (learned.get("map") or {}).items():
-        panels.append(_map(term, learned, np.array(values), names))
-    shared = plots.key(names, styles)
-    return f"<h4>{html.escape(method.label)}</h4>{shared}<figure class='panels'>{''.join(panels)}</figure>"
+            curves.append(plots.lines(f"weight of {term}", series, styles))
+    maps = [_map(term, learned, np.array(values), names) for term, values in (learned.get("map") or {}).items()]
+    rows = "".join(f'<figure class="panels">{"".join(row)}</figure>' for row in (curves, maps) if row)
+    return f"<h4>{html.escape(method.label)}</h4>{plots.key(names, styles)}{rows}"
 
 
 def _logged_weight(entry, term, name):

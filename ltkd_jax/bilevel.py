@@ -87,6 +87,19 @@ def init(meta_params, optimizer: optax.GradientTransformation) -> MetaState:
     return MetaState(meta_params, optimizer.init(meta_params), zeros, jnp.zeros((), jnp.int32))
 
 
+def gather(meta: MetaState, gradient) -> MetaState:
+    """The state with one more gradient of the weight net in it."""
+    return meta._replace(gradients=jax.tree.map(jnp.add, meta.gradients, gradient), count=meta.count + 1)
+
+
+def update(meta: MetaState, optimizer: optax.GradientTransformation) -> MetaState:
+    """The state after the optimizer's step on the mean of the gradients gathered, of which there is at least one."""
+    mean = jax.tree.map(lambda total: total / meta.count.astype(total.dtype), meta.gradients)
+    updates, opt_state = optimizer.update(mean, meta.opt_state, meta.params)
+    zeros = jax.tree.map(jnp.zeros_like, mean)
+    return MetaState(optax.apply_updates(meta.params, updates), opt_state, zeros, jnp.zeros_like(meta.count))
+
+
 def step(
     problem: Problem,
     params,
@@ -160,7 +173,8 @@ def step(
             outer_loss, hyper = hypergradient(
                 problem, params, meta.params, batches, outer_batch, learning_rate, unroll=unroll
             )
-        after = _update(meta, hyper, optimizer, every) if changes else _gather(meta, hyper)
+        after = gather(meta, hyper)
+        after = update(after, optimizer) if changes else after
         if changes or ahead > 1:
             weights = weigh(after.params)
             gradient = gradient_of(weights)
@@ -253,18 +267,6 @@ def _outer_gradient(problem, params, outer_batch):
 
 def _descend(params, gradient, learning_rate):
     return jax.tree.map(lambda p, g: p - learning_rate * g, params, gradient)
-
-
-def _gather(meta, gradient):
-    total = jax.tree.map(jnp.add, meta.gradients, gradient)
-    return meta._replace(gradients=total, count=meta.count + 1)
-
-
-def _update(meta, gradient, optimizer, every):
-    mean = jax.tree.map(lambda total: total / every, _gather(meta, gradient).gradients)
-    updates, opt_state = optimizer.update(mean, meta.opt_state, meta.params)
-    zeros = jax.tree.map(jnp.zeros_like, mean)
-    return MetaState(optax.apply_updates(meta.params, updates), opt_state, zeros, jnp.zeros_like(meta.count))
 
 
 def _average(tree, axis_name):

@@ -500,3 +500,56 @@ def test_screenshot(tmp_path):
     pixels = image.imread(shot)[..., :3]
     assert pixels.shape[:2] == (1600, 1000)
     assert 0.02 < (abs(pixels - pixels[0, 0]).max(-1) > 0.2).mean() < 0.5  # neither empty nor black
+
+
+def learned(seed=0, **extra):
+    """A finished BiKD run: weights that rise for the tail, over twelve epochs, and a map."""
+    axes = [[0.0, 1.0, 2.0], [0.0, 2.0, 4.0]]
+    weights = {term: dict(zip(NAMES, (0.2, 0.4, level))) for term, level in (("ce", 0.8), ("kd", 0.6))}
+    told = {
+        "weights": weights,
+        "features": {"student_ce": dict(zip(NAMES, (0.1, 0.5, None))), "teacher_ce": dict(zip(NAMES, (0.2, 0.9, 1.5)))},
+        "axes": axes,
+        "map": {term: [[0.1, 0.2, 0.3], [0.4, 0.5, 0.6], [0.7, 0.8, 0.9]] for term in weights},
+    }
+    metrics = [{"step": e, "epoch": float(e), "weights": weights} for e in range(1, 13)]
+    run = fabricate("kd", seed, weighting=told, meta_images=1000, metrics=metrics, source=f"bikd{seed}", finished=True)
+    run["config"]["weighting"] = {"name": "bilevel", "every": 5}
+    return run | extra
+
+
+def test_learned_weights_are_drawn(tmp_path):
+    report.write_page([learned(0), learned(1)], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    for label in ("weight of ce over the epochs: head, medium, tail", "weight of kd, 0.10 to 0.90, over student_ce"):
+        assert label in page
+    assert page.count("Learned weights") == 1 and ">bikd<" in page
+    assert "1,000 balanced ones beside them" in tables.gather([learned()])[0].note()
+
+
+def test_no_map_and_no_metrics_are_no_error(tmp_path):
+    told = {"weights": {"ce": dict.fromkeys(NAMES, 0.5)}, "features": {"ce": dict.fromkeys(NAMES, 0.5)}}
+    report.write_page([learned(weighting=told, metrics=[])], tmp_path / "report.html")
+    assert "Learned weights" in (tmp_path / "report.html").read_text()
+    report.write_page([fabricate("kd") | {"finished": True, "source": "x"}], tmp_path / "report.html")
+    assert "Learned weights" not in (tmp_path / "report.html").read_text()
+
+
+def test_a_constant_map_is_no_error(tmp_path):
+    run = learned()
+    run["weighting"]["map"] = {"ce": [[0.5] * 3] * 3}
+    report.write_page([run], tmp_path / "report.html")
+
+
+def test_planned_rows_stand_with_their_own_recipe(tmp_path):
+    """The same pair by 240 and by 120 epochs: each length has its own table of what is not yet run."""
+    path = tmp_path / "queue.json"
+    names = ("ltkd", "kd,recipe=bikd", "bikd", "bikd,terms=ltkd")
+    eights = {"train.batch_size": 64, "teacher.train.batch_size": 64}
+    runs = [{"config": f"configs/cifar100lt.py:{name}", "set": eights} for name in names]
+    path.write_text(json.dumps({"runs": runs}))
+    text = results_page.render_results([], published(), results_page.planned_cells(path))
+    section = text[text.index("## cifar100, imbalance 100, resnet32x4") :].split("\n## ")[0]
+    long, short = section.split("120 epochs:")
+    assert "| ltkd |" in long and "bikd" not in long.split("240 epochs:")[1]
+    assert all(f"| {name} |" in short for name in ("kd", "bikd", "bikd over ltkd"))
