@@ -339,6 +339,8 @@ def wants_table(config, data: Dataset) -> bool:
     views = data.source.views.num
     tabled = len(data.train) + (len(data.meta) if outer_needs_teacher(config.weighting) else 0)
     size = teacher_table.table_bytes(tabled, views, data.num_classes)
+    # A lookahead meets each image K times in an epoch.
+    epochs *= config.weighting.get("lookahead", 1)
     return (
         teacher_table.pays(views, epochs=epochs, runs=config.teacher.table_runs)
         and size <= config.teacher.table_memory * _device_memory()

@@ -180,6 +180,8 @@ def step(
             gradient = gradient_of(weights)
         return Step(gradient, after, terms, aux, weights, outer_loss)
 
+    if changes is None and every == 1:
+        changes = True
     if changes is not None:
         return taken(changes)
     # The whole iteration is in the branch: what a linearisation keeps would cost more to carry into one.
