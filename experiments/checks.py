@@ -129,14 +129,19 @@ def _validate_recipe(role, recipe):
     _require(0 <= recipe.momentum < 1, f"{role}.momentum", recipe.momentum, "must lie in [0, 1)")
     inside = all(isinstance(m, (int, float)) and 0 < m <= 1 for m in recipe.milestones)
     _require(inside, f"{role}.milestones", recipe.milestones, "must be fractions of the run, in (0, 1]")
+
+
+def validate_devices(config) -> None:
+    """Checks what depends on the machine: a batch is spread evenly over its devices.
+
+    Raises:
+      ConfigError: naming the batch size and the number of devices.
+    """
     devices = jax.device_count()
-    divides = recipe.batch_size % devices == 0
-    _require(
-        divides,
-        f"{role}.batch_size",
-        recipe.batch_size,
-        f"must be a multiple of the {devices} devices: round it, or show the program fewer devices",
-    )
+    for role, recipe in (("train", config.train), ("teacher.train", config.teacher.train)):
+        divides = recipe.batch_size % devices == 0
+        remedy = f"must be a multiple of the {devices} devices: round it, or show the program fewer devices"
+        _require(divides, f"{role}.batch_size", recipe.batch_size, remedy)
 
 
 def _require(condition, key, value, what):

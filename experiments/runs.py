@@ -32,6 +32,7 @@ def run(config, workdir, *, command: str, deadline: float | None = None) -> dict
       Stopped, Diverged: as `fit`.
     """
     checks.validate(config)
+    checks.validate_devices(config)
     workdir = pathlib.Path(workdir)
     stop = train.StopRequest(deadline)
     with _claimed(workdir, config), stop.listening():

@@ -15,13 +15,13 @@ from ltkd_jax.data import longtail, sources
 def learned(tmp_path_factory):
     """A finished run with learned weights over KD's terms, its outer loss with the teacher, its config and folder."""
     folder = tmp_path_factory.mktemp("learned")
-    config = tiny(folder, "bikd", every=2)
+    config = tiny(folder, "bikd")
     return config, folder, run(config, folder / "run")
 
 
 def test_learned_weights_are_told(learned):
     config, folder, results = learned
-    assert results["config"]["weighting"]["every"] == 2 and results["meta_images"] == 80
+    assert results["config"]["weighting"]["every"] == 1 and results["meta_images"] == 80
     told = results["weighting"]
     groups = {"head", "medium", "tail"}
     assert set(told["weights"]) == {"ce", "kd"} and set(told["features"]) == {"student_ce", "teacher_ce"}
@@ -35,37 +35,43 @@ def test_learned_weights_are_told(learned):
 
 
 def test_a_run_with_learned_weights_resumes_bit_for_bit(learned, tmp_path):
-    """Stopped at every chunk, so also between two updates of the weight net."""
-    config, folder, results = learned
+    _, folder, results = learned
+    resumes_bit_for_bit(tiny(folder, "bikd", checkpoint_every=100), folder / "run", results, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_run_resumes_between_two_updates_of_the_weight_net(learned, tmp_path):
+    _, folder, _ = learned
+    results = run(tiny(folder, "bikd", every=2), tmp_path / "whole")
+    assert results["weighting"] != learned[2]["weighting"]
     config = tiny(folder, "bikd", every=2, checkpoint_every=100)
+    resumes_bit_for_bit(config, tmp_path / "whole", results, tmp_path / "run")
+
+
+def resumes_bit_for_bit(config, whole, results, workdir):
+    """Stopped at every chunk, a run ends as the whole one did."""
     stops = 0
     for _ in range(1000):
         try:
-            resumed = runs.run(config, tmp_path / "run", command="", deadline=time.monotonic() + 0.01)
+            resumed = runs.run(config, workdir, command="", deadline=time.monotonic() + 0.01)
             break
         except train.Stopped:
             stops += 1
     assert stops >= build.student_program(config, "network").total_steps - 1
     assert resumed["test"] == results["test"] and resumed["weighting"] == results["weighting"]
-    assert (tmp_path / "run" / "metrics.jsonl").read_text() == (folder / "run" / "metrics.jsonl").read_text()
-    assert parameters(tmp_path / "run", config) == parameters(folder / "run", config)
+    assert (workdir / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
+    assert parameters(workdir, config) == parameters(whole, config)
 
 
 slow = pytest.mark.slow  # each compiles the step anew
 
 
-@pytest.mark.parametrize(
-    "values",
-    [
-        {"teacher.table": "always"},
-        pytest.param({"parallel": "pmap"}, marks=slow),
-        pytest.param({"precision": "bfloat16"}, marks=slow),
-    ],
-)
+@slow
+@pytest.mark.parametrize("values", [{"teacher.table": "always"}, {"parallel": "pmap"}, {"precision": "bfloat16"}])
 def test_learned_weights_hold_in_every_mode(learned, tmp_path, values):
     """pmap, the teacher's tables of training and meta images, bfloat16: the same first epoch, to their precision."""
     config, folder, _ = learned
-    results = run(tiny(folder, "bikd", every=2, **values), tmp_path / "run")
+    results = run(tiny(folder, "bikd", **values), tmp_path / "run")
     assert results["teacher_logits"] == ("table" if "teacher.table" in values else "network")
     a, b = (json.loads((place / "run" / "metrics.jsonl").read_text().splitlines()[0]) for place in (folder, tmp_path))
     close = 0.2 if "precision" in values else 1e-3
