@@ -1,4 +1,4 @@
-"""CIFAR-10-LT by BiKD's recipe, whatever the method: ResNet32x4 → ResNet8x4 at ρ = 50.
+"""CIFAR-10-LT by BiKD's recipe, unless recipe=base (LTKD's) is given: ResNet32x4 → ResNet8x4 at ρ = 50.
 
     python -m ltkd_jax.data.prepare cifar10 --data_dir=DIR             # once
     python -m experiments.main --config=configs/cifar10lt.py:bikd --config.data.dir=DIR
@@ -17,8 +17,10 @@ from configs import common
 
 def get_config(argument: str = ""):
     config = common.base("cifar10", teacher="resnet32x4", student="resnet8x4", imbalance=50.0)
-    recipe = common.bikd_recipe(n_max=4900, meta_per_class=100)
-    config.update_from_flattened_dict(recipe)
     return common.apply_argument(
-        config, argument, bikd=recipe, weighting=common.bilevel(every=1, outer="mix", hidden=(64,))
+        config,
+        argument,
+        bikd=common.bikd_recipe(n_max=4900, meta_per_class=100),
+        weighting=common.bilevel(every=1, outer="mix", hidden=(64,)),
+        default_recipe="bikd",
     )

@@ -5,6 +5,7 @@ METHOD is a row of the method table, or bikd: the terms of a method (`terms=kd` 
 
 import ast
 import difflib
+import re
 
 import ml_collections
 
@@ -127,21 +128,29 @@ def set_method(config, name: str, *, weighting: dict | None = None, **defaults) 
 
 
 def apply_argument(
-    config, argument: str | None, *, bikd: dict, weighting: dict, method_defaults=None
+    config,
+    argument: str | None,
+    *,
+    bikd: dict,
+    weighting: dict,
+    method_defaults: dict | None = None,
+    default_recipe: str = "base",
 ) -> ml_collections.ConfigDict:
     """The config with the argument's method and values in it.
 
     Args:
       config: from `base`.
       argument: `METHOD[,key=value…][,smoke]`, each part optional.
-      bikd: values of the config that make its recipe BiKD's: `recipe=bikd` sets them, the default for bikd.
+      bikd: values of the config that make its recipe BiKD's: `recipe=bikd` sets them, `recipe=base` leaves the config's.
       weighting: from `bilevel`, for bikd.
       method_defaults: hyperparameters by method, where this data set's differ from the library's.
+      default_recipe: of the other methods; bikd's own is "bikd".
 
     Raises:
       ValueError: an unknown method, key or a value of the wrong type.
     """
-    parts = [part.strip() for part in (argument or "").split(",") if part.strip()]
+    # A comma inside brackets is a tuple's.
+    parts = [part.strip() for part in re.split(r",(?![^(]*\))", argument or "") if part.strip()]
     words, pairs = [p for p in parts if "=" not in p], [p.split("=", 1) for p in parts if "=" in p]
     smoke = "smoke" in words
     methods = [word for word in words if word != "smoke"] or ["ltkd"]
@@ -150,11 +159,12 @@ def apply_argument(
     (name,), pairs = methods, {key.strip(): value.strip() for key, value in pairs}
     learned = name == "bikd"
     terms = pairs.pop("terms", "kd") if learned else name
-    recipe = pairs.pop("recipe", "bikd" if learned else "base")
+    recipe = pairs.pop("recipe", "bikd" if learned else default_recipe)
     if terms not in objectives.METHODS:
-        close = difflib.get_close_matches(terms, [*objectives.METHODS, "bikd"], n=1)
+        known = [*objectives.METHODS, *(() if learned else ("bikd",))]
+        close = difflib.get_close_matches(terms, known, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else "."
-        raise ValueError(f"unknown method {terms!r}{hint} The methods are: {', '.join(objectives.METHODS)} and bikd")
+        raise ValueError(f"unknown method {terms!r}{hint} The methods are: {', '.join(known)}")
     if recipe not in ("base", "bikd"):
         raise ValueError(f"recipe={recipe!r} must be one of base, bikd")
     defaults = (method_defaults or {}).get(terms, {})

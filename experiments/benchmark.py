@@ -234,6 +234,8 @@ def main(argv=None):
         parser.add_argument(f"--{field.name}", type=field.type, default=field.default, help=f"default: {field.default}")
     parser.add_argument("--repeats", type=int, default=3, help="timed rounds after a first; 0 times nothing")
     options = vars(parser.parse_args(argv))
+    if options["repeats"] < 0 or options["batch_size"] < 1 or options["num_classes"] < 3:
+        parser.error("--repeats must not be negative, --batch_size at least 1, --num_classes at least 3")
     setup.once()
     repeats = options.pop("repeats")
     options.pop("what")

@@ -139,12 +139,11 @@ class Program:
         else:
             sizes = dict(num_train=len(data.train), num_meta=len(data.meta))
             plan = functools.partial(bilevel.rows, ahead=weighting["lookahead"], **sizes, **rows)
+            meta_teacher_fn = teacher_fn if outer_needs_teacher(weighting) else steps.no_teacher
             fetch_fn = functools.partial(
                 bilevel.fetch,
                 fetch_fn=functools.partial(fetch, teacher_fn=teacher_fn),
-                fetch_meta_fn=functools.partial(
-                    fetch, teacher_fn=teacher_fn if outer_needs_teacher(weighting) else steps.no_teacher
-                ),
+                fetch_meta_fn=functools.partial(fetch, teacher_fn=meta_teacher_fn),
             )
             step_fn = functools.partial(
                 bilevel.bilevel_step, weighting=self.weighting, schedule=self.schedule, unroll=on_cpu, **step
@@ -152,17 +151,7 @@ class Program:
         self.plan = jax.jit(plan)
         self.init = jax.jit(lambda seed: self._init(local, optimizer, seed))
         self.evaluate = Evaluator(local, data, self.parallel, config.eval_batch).evaluate
-        self._compile = lambda **known: self.parallel.compile(
-            functools.partial(
-                steps.train_chunk,
-                steps_per_epoch=self.steps_per_epoch,
-                fetch_fn=fetch_fn,
-                step_fn=functools.partial(step_fn, **known),
-            ),
-            batch_axis=1,
-            donate=(0,),
-        )
-        self._chunks = {}
+        self._compiled = functools.cache(functools.partial(self._compile, fetch_fn, step_fn))
 
     def chunk(self, step: int, state, data, rows):
         """The state after the steps of `rows`, the first of which is `step`; state and data replicated, rows sharded.
@@ -172,10 +161,16 @@ class Program:
         known = {}
         if self.weighting is not None and self.steps_per_call == 1:
             known["changes"] = (step + 1) % self.weighting.every == 0
-        key = known.get("changes")
-        if key not in self._chunks:
-            self._chunks[key] = self._compile(**known)
-        return self._chunks[key](state, data, rows)
+        return self._compiled(**known)(state, data, rows)
+
+    def _compile(self, fetch_fn, step_fn, **known):
+        chunk = functools.partial(
+            steps.train_chunk,
+            steps_per_epoch=self.steps_per_epoch,
+            fetch_fn=fetch_fn,
+            step_fn=functools.partial(step_fn, **known),
+        )
+        return self.parallel.compile(chunk, batch_axis=1, donate=(0,))
 
     def train_data(self, teacher, meta_teacher=None):
         """The training set on the devices, with what its `TeacherFn` reads; the meta set beside it where it is used."""

@@ -105,12 +105,13 @@ def _validate_bilevel(config):
         weighting["weight_decay"] >= 0, "weighting.weight_decay", weighting["weight_decay"], "must not be negative"
     )
     hidden, scales = weighting["hidden"], weighting["scales"]
-    sizes = all(isinstance(size, int) and size > 0 for size in hidden)
+    sizes = all(type(size) is int and size > 0 for size in hidden)
     _require(sizes, "weighting.hidden", hidden, "must be sizes of layers, positive whole numbers")
     objective = objectives.create(config.method.name, np.ones(3))
-    fits = len(scales) in (0, len(objective.terms)) and all(np.isfinite(scale) for scale in scales)
+    positive = all(type(scale) in (int, float) and 0 < scale < np.inf for scale in scales)
+    fits = len(scales) in (0, len(objective.terms)) and positive
     count = f"one for each of the {len(objective.terms)} terms ({', '.join(objective.names)}), or none"
-    _require(fits, "weighting.scales", scales, f"must be finite numbers, {count}")
+    _require(fits, "weighting.scales", scales, f"must be positive numbers, {count}")
     for key, check in (("features", objectives.features), ("outer", objectives.outer_loss)):
         try:
             check(objective, weighting[key])

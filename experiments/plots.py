@@ -293,12 +293,13 @@ def _class_section(setting, found):
     both = [by_class(curves, found, *shared, width=width) for width in (DESK, PHONE)]
     dots, what = "", "Means over student seeds."
     if len(counts) >= MANY:
-        dots = "".join(one_by_class(label, v, found[label], *shared) for label, v in curves.items())
+        drawn = "".join(one_by_class(label, v, found[label], *shared) for label, v in curves.items())
+        dots = f'<figure class="panels">{drawn}</figure>'
         what = f"Curves are averages over neighbouring classes; dots are classes. {what}"
     return (
         f"<h3>Accuracy by class frequency</h3>{key(curves, found)}"
         f'<figure><div class="wide">{both[0]}</div><div class="narrow">{both[1]}</div></figure>'
-        f'<p class="small">{what}</p><figure class="panels">{dots}</figure>'
+        f'<p class="small">{what}</p>{dots}'
     )
 
 

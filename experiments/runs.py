@@ -119,9 +119,6 @@ def _distil(config, workdir, stop, command):
         "epochs": round(program.total_steps / program.steps_per_epoch, 4),
         **summaries,
         **({"meta_images": len(data.meta), "weighting": learned} if program.weighting else {}),
-        **(
-            {"weighting": train.learned_weights(program, state, config.weighting.features)} if program.weighting else {}
-        ),
         "teacher": teacher.results if teacher else None,
         "teacher_logits": kind,
         "timing": timing,

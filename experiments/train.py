@@ -93,6 +93,7 @@ def fit(program: build.Program, train_data, seed: int, workdir, stop: StopReques
         dynamic_ncols=True,
         mininterval=0.2 if sys.stderr.isatty() else 20,
     )
+    bar.set_postfix_str("compiling the step")
     plan, plan_epoch = None, None
     with bar:
         while step < program.total_steps:
@@ -103,6 +104,8 @@ def fit(program: build.Program, train_data, seed: int, workdir, stop: StopReques
             rows = jax.tree.map(lambda x, row=row, count=count: x[row : row + count], plan)
             state = program.chunk(step, state, train_data, program.parallel.shard(rows, 1))
             jax.block_until_ready(state.step)  # a signal is heard, and the bar is true
+            if not clock.warm:
+                bar.set_postfix_str("")
             clock.tick(count)
             step += count
             bar.update(count)
@@ -126,6 +129,11 @@ class Clock:
     def __init__(self, seconds: float, first_call_seconds: float):
         self._seconds, self._first_call = seconds, first_call_seconds
         self._start, self._warm_since, self._warm_steps = time.monotonic(), None, 0
+
+    @property
+    def warm(self) -> bool:
+        """Whether the first call is over."""
+        return self._warm_since is not None
 
     def tick(self, steps: int) -> None:
         now = time.monotonic()
@@ -155,6 +163,8 @@ def _check_finite(program, state, saved, label):
         names = [name for name, bad in zip(program.objective.names, np.asarray(sums.bad_terms)) if bad]
         what = ", ".join(names) or "only their weighted sum"
         raise Diverged(f"{label}: the loss of step {bad_step} is not finite (terms: {what}): {remedy}")
+    if program.weighting is not None and not np.isfinite(sums.learned.outer_loss):
+        raise Diverged(f"{label}: the outer loss, that of the meta images, is not finite: {remedy}")
     if not _all_finite((state.params, state.batch_stats, state.meta)):
         step = int(program.parallel.first(state.step))
         raise Diverged(f"{label}: parameters are not finite after step {step}: {remedy}")

@@ -40,6 +40,9 @@ def _method(method, names):
         )
         if series:
             curves.append(plots.lines(f"weight of {term}", series, styles))
+    outer = plots.logged({method.label: plots.curve(method, lambda e: e.get("outer_loss"))})
+    if outer:
+        curves.append(plots.lines("outer loss, on the meta images", outer, plots.styles([method])))
     maps = [_map(term, learned, np.array(values), names) for term, values in (learned.get("map") or {}).items()]
     rows = "".join(f'<figure class="panels">{"".join(row)}</figure>' for row in (curves, maps) if row)
     return f"<h4>{html.escape(method.label)}</h4>{plots.key(names, styles)}{rows}"

@@ -129,13 +129,14 @@ def step(
       outer_batch: a batch of the balanced set.
       learning_rate: η of the virtual steps, the student's current one.
       optimizer: of the weight net.
-      every: k >= 1.
-      changes: whether this call is the k-th since the last update. None asks `meta.count` on the device; a caller
-        who knows spares it the branch, inside of which XLA's convolutions are many times slower on CPU.
+      every: k >= 1, a Python number, not traced.
+      changes: True or False, not traced: whether this call is the k-th since the last update. None asks `meta.count`
+        on the device; a caller who knows spares it the branch, inside of which XLA's convolutions are many times slower
+        on CPU.
       unroll: as `lookahead`.
 
     Raises:
-      ValueError: k < 1, K < 1, or weights of another shape than the terms.
+      ValueError: k < 1, K < 1, terms that are not `[B, T]`, or weights of another shape than the terms.
 
     >>> import jax, jax.numpy as jnp, optax
     >>> def terms_fn(params, batch):  # two terms of a linear model
@@ -152,8 +153,8 @@ def step(
     >>> taken.weights.shape, (taken.meta.params < 0).tolist()  # errors are negative here: large ones now weigh more
     ((3, 2), [True, True])
     """
-    if every < 1:
-        raise ValueError(f"every={every}: the weight net is updated every k >= 1 iterations")
+    if not isinstance(every, int) or every < 1:
+        raise ValueError(f"every={every!r}: the weight net is updated every k iterations, a whole number >= 1")
     ahead = _length(batches)
 
     def taken(changes):
@@ -185,7 +186,7 @@ def step(
     if changes is not None:
         return taken(changes)
     # The whole iteration is in the branch: what a linearisation keeps would cost more to carry into one.
-    return jax.lax.cond(meta.count == every - 1, lambda: taken(True), lambda: taken(False))
+    return jax.lax.cond(meta.count >= every - 1, lambda: taken(True), lambda: taken(False))
 
 
 def hypergradient(problem: Problem, params, meta_params, batches, outer_batch, learning_rate, *, unroll: bool = False):
@@ -253,6 +254,11 @@ def _linearize(problem, params, batch):
 
 
 def _weigh(problem, meta_params, terms, aux):
+    if terms.ndim != 2 or not isinstance(aux, Aux):
+        raise ValueError(
+            f"terms_fn gives terms of shape {terms.shape} and {type(aux).__name__}: it must give terms [B, T] and an "
+            "Aux, of one batch; batches are stacked, [K, B, …], for K = 1 too"
+        )
     weights = problem.weight_fn(meta_params, jax.lax.stop_gradient(aux.features))
     if weights.shape != terms.shape:
         raise ValueError(
@@ -268,7 +274,8 @@ def _outer_gradient(problem, params, outer_batch):
 
 
 def _descend(params, gradient, learning_rate):
-    return jax.tree.map(lambda p, g: p - learning_rate * g, params, gradient)
+    # A learning rate that is an array must not widen the parameters.
+    return jax.tree.map(lambda p, g: (p - learning_rate * g).astype(p.dtype), params, gradient)
 
 
 def _average(tree, axis_name):
@@ -276,7 +283,8 @@ def _average(tree, axis_name):
 
 
 def _length(batches):
-    lengths = {leaf.shape[0] for leaf in jax.tree.leaves(batches)}
-    if len(lengths) != 1 or lengths == {0}:
-        raise ValueError(f"batches: leading axes {sorted(lengths)}; give K >= 1 batches, stacked")
-    return lengths.pop()
+    lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(batches)}
+    if len(lengths) != 1 or lengths <= {(0,), ()}:
+        found = ", ".join(str(length[0]) if length else "none" for length in sorted(lengths))
+        raise ValueError(f"batches: leading axes {found}; give K >= 1 batches, stacked, [K, B, …]")
+    return lengths.pop()[0]

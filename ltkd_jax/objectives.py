@@ -236,7 +236,7 @@ def features(objective: Objective, names) -> Callable[[Predictions], jax.Array]:
         paper's (arXiv 2605.17839) are ("student_ce", "teacher_ce").
 
     Raises:
-      ValueError: no name, or one that the objective does not have.
+      ValueError: no name, one twice, or one that the objective does not have.
 
     >>> features(create("ce", [5, 3, 1]), ("student_ce", "teacher_ce"))
     Traceback (most recent call last):
@@ -248,11 +248,11 @@ def features(objective: Objective, names) -> Callable[[Predictions], jax.Array]:
         known["teacher_ce"] = lambda p: losses.cross_entropy(p.teacher_logits, p.labels)
     known |= {term.name: term.fn for term in objective.terms}
     without = "" if objective.needs_teacher else " (there is no teacher)"
+    if isinstance(names, str) or not names or len(set(names)) < len(names):
+        raise ValueError(f"features {names!r}: give a tuple of at least one of {', '.join(known)}, each once")
     for name in names:
         if name not in known:
             raise ValueError(f"feature {name!r}: these terms have {', '.join(known)}{without}")
-    if not names:
-        raise ValueError(f"features: give at least one of {', '.join(known)}")
     return lambda predictions: jnp.stack([known[name](predictions) for name in names], axis=-1)
 
 

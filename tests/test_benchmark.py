@@ -25,8 +25,9 @@ def test_help_and_bad_arguments(capsys):
     with pytest.raises(SystemExit):
         benchmark.main(["--help"])
     assert "--student" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        benchmark.main(["bilevel", "--batch_size=many"])
+    for bad in ("--batch_size=many", "--batch_size=0", "--repeats=-1"):
+        with pytest.raises(SystemExit):
+            benchmark.main(["bilevel", bad])
     with pytest.raises(SystemExit, match="unknown model 'resnet9'"):
         benchmark.main(["bilevel", "--student=resnet9"])
 

@@ -374,15 +374,20 @@ def _learn(data, *, learned, iterations=400, rate=0.5, classes=4):
 
 
 def two_terms(params, batch):
-    return jnp.stack([params * batch, params**2 * batch], axis=-1), bilevel.Aux(batch[:, None])
+    return jnp.stack([params * batch, params**2 * batch], axis=-1), bilevel.Aux(batch[..., None])
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
         (dict(every=0), "every=0"),
+        (dict(every=2.5), "every=2.5"),
+        (dict(batches=jnp.ones(4)), "batches are stacked"),  # one batch, not [K, …]
+        (dict(batches=1.0), "leading axes none"),
+        (dict(terms_fn=lambda params, batch: (params * batch, bilevel.Aux(batch[:, None]))), r"terms of shape \(4,\)"),
+        (dict(terms_fn=lambda params, batch: (params * batch[:, None], batch)), "an Aux"),
         (dict(batches=jnp.zeros((0, 4))), "K >= 1"),
-        (dict(batches=(jnp.zeros((2, 4)), jnp.zeros((3, 4)))), r"leading axes \[2, 3\]"),
+        (dict(batches=(jnp.zeros((2, 4)), jnp.zeros((3, 4)))), "leading axes 2, 3"),
         (dict(outputs=3), r"shape \(4, 3\) for terms of shape \(4, 2\).*each of the 2 terms"),
         (dict(outputs=3, batches=jnp.ones((2, 4))), "each of the 2 terms"),
     ],
@@ -390,7 +395,7 @@ def two_terms(params, batch):
 def test_bad_input(change, message):
     outputs, batches = change.pop("outputs", 2), change.pop("batches", jnp.ones((1, 4)))
     problem = bilevel.Problem(
-        two_terms,
+        change.pop("terms_fn", two_terms),
         outer_fn=lambda params, batch: params,
         weight_fn=lambda meta, features: jnp.tile(meta * features, (1, outputs)),
     )
@@ -398,3 +403,14 @@ def test_bad_input(change, message):
     with pytest.raises(ValueError, match=message):
         bilevel.step(problem, jnp.float32(1), bilevel.init(jnp.float32(1), optimizer), batches, None, 0.1,
                      optimizer=optimizer, **change)  # fmt: skip
+
+
+@pytest.mark.parametrize("ahead", [1, 2])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_a_learning_rate_that_is_an_array_widens_nothing(ahead, dtype):
+    problem = bilevel.Problem(two_terms, lambda params, batch: params**2, lambda meta, features: meta[None] * features)
+    optimizer = optax.sgd(0.1)
+    meta = bilevel.init(jnp.ones(2), optimizer)
+    rate = np.float32(0.1)
+    taken = bilevel.step(problem, dtype(1), meta, jnp.ones((ahead, 4)), None, rate, optimizer=optimizer)
+    assert taken.gradient.dtype == dtype and np.isfinite(taken.meta.params).all()

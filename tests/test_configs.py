@@ -59,6 +59,8 @@ def test_the_papers_recipe():
     assert kd.data == bikd.data and kd.train == bikd.train and checks.teacher_hash(kd) == checks.teacher_hash(bikd)
     assert config_of("cifar100lt", "kd").train.epochs == 240.0
     assert config_of("cifar10lt", "kd").data == config_of("cifar10lt", "bikd").data
+    assert config_of("cifar10lt", "kd,recipe=base").train == config_of("cifar100lt", "kd").train
+    assert config_of("cifar10lt", "bikd,weighting.hidden=(8, 8),seed=1").weighting.hidden == (8, 8)
 
 
 @pytest.mark.parametrize(
@@ -66,6 +68,7 @@ def test_the_papers_recipe():
     [
         ("bikdd", "did you mean 'bikd'"),
         ("bikd,terms=kdd", "unknown method 'kdd'; did you mean 'kd'"),
+        ("bikd,terms=bikd", "unknown method 'bikd'; did you mean 'bkd'?.*wsl, ltkd, ltkd_bs$"),
         ("bikd,alpha=2", "'alpha' is a static weight, which bikd learns instead"),
         ("kd,recipe=ltkd", "recipe='ltkd' must be one of base, bikd"),
         ("kd,every=2", "unknown key 'every'"),
@@ -118,6 +121,10 @@ def test_bad_values_are_named(key, value):
         ("weighting.features", (), "at least one of"),
         ("weighting.hidden", (64, 0), "positive whole numbers"),
         ("weighting.scales", (1.0, 2.0, 3.0), "one for each of the 2 terms .ce, kd."),
+        ("weighting.scales", ("a", "b"), "must be positive numbers"),
+        ("weighting.scales", (0.0, 1.0), "must be positive numbers"),
+        ("weighting.hidden", (True,), "positive whole numbers"),
+        ("weighting.features", ("ce", "ce"), "each once"),
         ("weighting.lr", 0.0, "must be positive"),
         ("weighting.weight_decay", -1.0, "must not be negative"),
         ("weighting.decay", float("nan"), "must be"),

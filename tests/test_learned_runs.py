@@ -9,6 +9,7 @@ from small import config_of, parameters, run, tiny
 
 from experiments import build, runs, train
 from ltkd_jax.data import longtail, sources
+from ltkd_jax.training.checkpoint import Checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +38,15 @@ def test_learned_weights_are_told(learned):
 def test_a_run_with_learned_weights_resumes_bit_for_bit(learned, tmp_path):
     _, folder, results = learned
     resumes_bit_for_bit(tiny(folder, "bikd", checkpoint_every=100), folder / "run", results, tmp_path / "run")
+
+
+def test_an_outer_loss_that_is_not_finite_stops_the_run(learned, tmp_path):
+    config, folder, _ = learned
+    program = build.student_program(config, "network")
+    state = program.init(0)
+    sums = state.sums._replace(learned=state.sums.learned._replace(outer_loss=np.float32("nan")))
+    with pytest.raises(train.Diverged, match="x: the outer loss, that of the meta images, is not finite: lower"):
+        train._check_finite(program, state._replace(sums=sums), Checkpoints(tmp_path), "x")
 
 
 @pytest.mark.slow

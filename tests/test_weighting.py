@@ -1,5 +1,6 @@
 """The step with learned weights: over devices, by table and by network, its rows, its sums, its bad input."""
 
+import dataclasses
 import functools
 
 import jax
@@ -226,6 +227,8 @@ def test_a_bad_meta_set(change, message):
         ),
         ("kd", ("inter",), "feature 'inter': these terms have student_ce, teacher_ce, ce, kd"),
         ("kd", (), "at least one of"),
+        ("kd", ("ce", "ce"), "each once"),
+        ("kd", "ce", "features 'ce': give a tuple"),
     ],
 )
 def test_features_that_an_objective_does_not_have(method, names, message):
@@ -262,3 +265,9 @@ def test_the_weight_net_in_float64_is_the_formula():
             want = np.tanh(want @ np.asarray(params[name]["kernel"]) + np.asarray(params[name]["bias"])[None, :])
         want = want @ np.asarray(params["weights"]["kernel"]) + np.asarray(params["weights"]["bias"])[None, :]
         np.testing.assert_allclose(net.apply({"params": params}, x), 1 / (1 + np.exp(-want)), rtol=1e-12)
+
+
+def test_scales_of_another_number_than_terms():
+    objective = objectives.create("ltkd", COUNTS, GROUPS)
+    with pytest.raises(ValueError, match="one for each of the 3 terms"):
+        dataclasses.replace(how(objective), scales=(1.0,))

@@ -63,6 +63,10 @@ class Weighting:
     every: int
     groups: ClassGroups
 
+    def __post_init__(self):
+        if len(self.scales) != self.net.num_terms:
+            raise ValueError(f"scales={self.scales}: give one for each of the {self.net.num_terms} terms")
+
     def weights(self, params, features: jax.Array) -> jax.Array:
         """Weights `[B, T]` of features `[B, F]`."""
         scales = jnp.asarray(self.scales, features.dtype)
