@@ -42,7 +42,10 @@ class Pair:
 
 
 def naive(problem, params, meta, batches, outer_batch, learning_rate, *, optimizer, every=1, changes=True, unroll=True):
-    """`bilevel.step` without its savings: `jax.grad` through the virtual step, then a real update from scratch."""
+    """`bilevel.step` without its savings: `jax.grad` through the virtual step, then a real update from scratch.
+
+    Of one device: `problem.axis_name` is None.
+    """
     outer_loss, hyper = bilevel.hypergradient(
         problem, params, meta.params, batches, outer_batch, learning_rate, unroll=unroll
     )
@@ -56,8 +59,6 @@ def naive(problem, params, meta, batches, outer_batch, learning_rate, *, optimiz
         return jnp.mean(jnp.sum(weights * terms, axis=-1)), (terms, aux, weights)
 
     gradient, (terms, aux, weights) = jax.grad(inner_loss, has_aux=True)(params)
-    if problem.axis_name is not None:
-        gradient = jax.lax.pmean(gradient, problem.axis_name)
     return bilevel.Step(gradient, after, terms, aux, weights, outer_loss)
 
 

@@ -7,6 +7,7 @@ import pathlib
 import jax
 import numpy as np
 
+from configs import common
 from ltkd_jax import models, objectives
 from ltkd_jax.training.parallel import MODES
 
@@ -26,10 +27,6 @@ EXECUTION = (
     "checkpoint_every",
     "smoke",
 )
-STATIC_KEYS = {"name"}
-BILEVEL_KEYS = {
-    *("name", "lookahead", "every", "outer", "features", "hidden", "scales", "lr", "weight_decay", "decay"),
-}
 # Parts of a config that are off unless chosen. At these values they are no part of an identity, so that a part that
 # comes new changes no older result's.
 OFF = {"weighting": {"name": "static"}}
@@ -85,7 +82,8 @@ def validate(config) -> None:
 
 
 def _learns_weights(weighting):
-    keys = {"static": STATIC_KEYS, "bilevel": BILEVEL_KEYS}.get(weighting["name"])
+    takes = {"static": OFF["weighting"], "bilevel": common.bilevel()}
+    keys = set(takes[weighting["name"]]) if weighting["name"] in takes else None
     _require(keys is not None, "weighting.name", weighting["name"], "must be one of static, bilevel")
     if keys != set(weighting):
         raise ConfigError(

@@ -401,6 +401,7 @@ def two_terms(params, batch):
     ],
 )
 def test_bad_input(change, message):
+    change = dict(change)  # the parameter itself stays as it is
     outputs, batches = change.pop("outputs", 2), change.pop("batches", jnp.ones((1, 4)))
     problem = bilevel.Problem(
         change.pop("terms_fn", two_terms),

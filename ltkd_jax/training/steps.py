@@ -70,16 +70,15 @@ def fetch(data: TrainData, rows: Plan, *, views: augment.Views, preprocess: Prep
     return Batch(images, data.labels[rows.index], teacher_fn(data.teacher, rows, images))
 
 
-def terms_of(model, objective: Objective, batch_stats, axis_name: str | None):
-    """The student's forward: `(params, batch) -> (terms [B, T], (Predictions, new batch statistics))`."""
+def forward(model, batch_stats, axis_name: str | None):
+    """The student in training mode: `(params, batch) -> (Predictions, new batch statistics)`."""
 
-    def terms_fn(params, batch: Batch):
+    def predict(params, batch: Batch):
         variables = {"params": params, "batch_stats": batch_stats}
         logits, updates = model.apply(variables, batch.images, train=True, mutable=["batch_stats"])
-        predictions = Predictions(logits, batch.teacher_logits, batch.labels, axis_name)
-        return objective(predictions), (predictions, updates["batch_stats"])
+        return Predictions(logits, batch.teacher_logits, batch.labels, axis_name), updates["batch_stats"]
 
-    return terms_fn
+    return predict
 
 
 def train_step(
@@ -101,10 +100,11 @@ def train_step(
       axis_name: the device axis under `pmap`; gradients are averaged over it.
     """
     weights = objective.weights(state.step)[None, :]
-    terms_fn = terms_of(model, objective, state.batch_stats, axis_name)
+    predict = forward(model, state.batch_stats, axis_name)
 
     def loss_fn(params):
-        terms, seen = terms_fn(params, batch)
+        seen = predict(params, batch)
+        terms = objective(seen[0])
         # The local mean: a collective's value must not be returned to `grad`. Gradients are averaged below.
         return jnp.mean(jnp.sum(terms * weights, axis=-1)), (terms, seen)
 
@@ -121,7 +121,7 @@ def advance(state: TrainState, gradient, terms, weights, seen, *, optimizer, axi
       gradient: by the parameters, the same on all devices.
       terms: `[B, T]`.
       weights: `[B, T]` or `[1, T]`.
-      seen: predictions and new batch statistics, as `terms_of` gives them.
+      seen: predictions and new batch statistics, as `forward` gives them.
       optimizer, axis_name: as `train_step`.
     """
     predictions, batch_stats = seen  # batch norm's statistics are already those of the global batch

@@ -15,7 +15,7 @@ from ltkd_jax.groups import ClassGroups
 from ltkd_jax.models import WeightNet
 from ltkd_jax.objectives import Objective, Predictions
 from ltkd_jax.training.state import LearnedSums, TrainState
-from ltkd_jax.training.steps import Batch, TrainData, advance, sum_over_devices, terms_of
+from ltkd_jax.training.steps import Batch, TrainData, advance, forward, sum_over_devices
 
 
 class BilevelData(NamedTuple):
@@ -120,15 +120,14 @@ def problem(batch_stats, *, model, objective: Objective, weighting: Weighting, a
       batch_stats: the student's, of the step's start; only the real step's new ones are kept.
       model, objective, weighting, axis_name: as `bilevel_step`.
     """
-    forward = terms_of(model, objective, batch_stats, axis_name)
-    predict = terms_of(model, lambda predictions: None, batch_stats, axis_name)
+    predict = forward(model, batch_stats, axis_name)
 
     def terms_fn(params, batch):
-        terms, seen = forward(params, batch)
-        return terms, bilevel.Aux(weighting.features(seen[0]), seen)
+        seen = predict(params, batch)
+        return objective(seen[0]), bilevel.Aux(weighting.features(seen[0]), seen)
 
     def outer_fn(params, batch):
-        _, (predictions, _) = predict(params, batch)
+        predictions, _ = predict(params, batch)
         return weighting.outer_loss(predictions).mean()
 
     return bilevel.Problem(terms_fn, outer_fn, weighting.weights, axis_name)
