@@ -8,9 +8,9 @@
     python -m experiments.main --config=configs/cifar100lt.py:kd,recipe=bikd --config.data.dir=DIR    # a baseline of BiKD's
     python -m experiments.main --config=configs/cifar100lt.py:ltkd,smoke --config.data.dir=DIR
 
-METHOD is one of ce, balanced_softmax, logit_adjusted, kd, dkd, dive, bkd, wsl, ltkd, ltkd_bs, bikd; short keys are
-imbalance, teacher, student, epochs, seed, and the method's own (alpha, beta, temperature, …; for bikd terms, lookahead,
-every, outer); `smoke` runs 20 steps of small models.
+METHOD is one of ce, balanced_softmax, logit_adjusted, kd, dkd, reviewkd, dive, bkd, wsl, ltkd, ltkd_bs, bikd; short keys are
+imbalance, teacher, student, epochs, seed, policy, cutout, mixup, and the method's own (alpha, beta, temperature, …; for bikd
+terms, lookahead, every, outer); `smoke` runs 20 steps of small models.
 
 Recipes: LTKD's, 240 epochs of batch 64 on 10,847 images; BiKD's (for bikd, or by recipe=bikd), 120 epochs of batch 100
 on 10,626 images, since 10 images of each class are set aside for the weight net before the tail is cut (n_max 490).
@@ -23,7 +23,7 @@ LTKD's temperature, α, β and warm-up are not published: these are this library
 
 from configs import common
 
-METHOD_DEFAULTS = {"dkd": dict(warmup_epochs=20.0)}
+METHOD_DEFAULTS = {"dkd": dict(warmup_epochs=20.0), "reviewkd": dict(warmup_epochs=20.0)}
 
 
 def get_config(argument: str = ""):

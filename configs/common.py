@@ -14,7 +14,13 @@ from ltkd_jax import objectives
 # Short names of the argument for places in the config. Any other key is a hyperparameter of the method
 # (`alpha=2`, `temperature=2`) or a full path (`train.epochs=60`).
 SHORT = {
+    "name": "data.name",
     "imbalance": "data.imbalance",
+    "subset": "data.subset",
+    "image_size": "data.image_size",
+    "policy": "augment.policy",
+    "cutout": "augment.cutout",
+    "mixup": "augment.mixup",
     "teacher": "teacher.model",
     "student": "student.model",
     "epochs": "train.epochs",
@@ -52,11 +58,23 @@ def base(dataset: str, *, teacher: str, student: str, imbalance: float) -> ml_co
         dict(
             name=dataset,
             dir="",  # a TFDS directory; TFDS's own default if empty
+            subset="exponential",  # exponential: made long-tailed by imbalance; all: as it is; or a list's path
             imbalance=imbalance,
             n_max=0,  # training images of the most frequent class; 0 takes what the smallest class has left
             meta_per_class=0,  # balanced images set aside for bilevel weighting
             validation_per_class=0,  # balanced images set aside for choosing hyperparameters
             test_images=0,  # evaluate on so many, balanced, so rounded to the classes; 0 takes all
+            image_size=0,  # sides to which images are brought; 0 leaves them as they are stored
+            stream=False,  # images stay on disk, and training views are random resized crops
+            workers=2,  # processes that read a stream; 0 reads by threads of the program
+        )
+    )
+    # For teacher and student alike, beyond crops and flips. With any of it there is no teacher's table.
+    config.augment = ml_collections.ConfigDict(
+        dict(
+            policy="none",  # none | autoaugment (CIFAR's policy)
+            cutout=0,  # side of a blackened square; 16 is usual for CIFAR-10, 8 for CIFAR-100
+            mixup=0.0,  # α of Beta(α, α); 0.2 is usual
         )
     )
     config.groups = ml_collections.ConfigDict(dict(fractions=(0.33, 0.34, 0.33)))
@@ -218,9 +236,13 @@ def _parse(key, text, old):
 
 
 def _shrink(config):
-    """The same path in seconds: 20 steps, small models, at most 1,000 test images."""
+    """The same path in seconds: 20 steps, small models, at most 1,000 test images, a stream of small crops and batches."""
     config.smoke = True
     config.teacher.model, config.student.model = "resnet14", "resnet8"
     for steps in (config.train, config.teacher.train):
         steps.max_steps = 20
     config.data.test_images = 1000
+    if config.data.stream:
+        config.data.image_size = 64
+        for steps in (config.train, config.teacher.train):
+            steps.batch_size = 64

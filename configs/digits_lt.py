@@ -4,9 +4,9 @@
     python -m experiments.main --config=configs/digits_lt.py:kd,seed=1
     python -m experiments.main --config=configs/digits_lt.py:bikd,terms=ltkd
 
-METHOD is one of ce, balanced_softmax, logit_adjusted, kd, dkd, dive, bkd, wsl, ltkd, ltkd_bs, bikd; short keys are
-imbalance, teacher, student, epochs, seed, and the method's own (alpha, beta, temperature, …; for bikd terms, lookahead,
-every, outer); `smoke` runs 20 steps. For bikd 8 images of each digit are set aside for the weight net; the training
+METHOD is one of ce, balanced_softmax, logit_adjusted, kd, dkd, reviewkd, dive, bkd, wsl, ltkd, ltkd_bs, bikd; short keys are
+imbalance, teacher, student, epochs, seed, and the method's own (alpha, beta, temperature, …; for bikd
+terms, lookahead, every, outer); `smoke` runs 20 steps. For bikd 8 images of each digit are set aside for the weight net; the training
 images are the same, since n_max is given. Its weight net is the paper's for ten classes (CIFAR-10).
 
 Hardware: 2 CPU cores. Expected over student seeds 0-2 (results/README.md): ltkd 81.2 ± 1.5 all, 49.7 ± 4.4 tail; bikd

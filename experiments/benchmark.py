@@ -23,8 +23,8 @@ import optax
 
 from experiments import provenance, setup, tables
 from ltkd_jax import bilevel, groups, models, objectives
+from ltkd_jax.training import bilevel_steps, steps
 from ltkd_jax.training import state as states
-from ltkd_jax.training import steps, weighting
 
 SHAPE = (32, 32, 3)
 
@@ -73,7 +73,7 @@ class Iteration:
         by_rank = groups.ClassGroups.from_counts(counts)
         self._objective = objectives.create(pair.method, counts, by_rank)
         self._optimizer = states.sgd(0.1, momentum=0.9, weight_decay=5e-4)
-        self._weighting = weighting.Weighting(
+        self._weighting = bilevel_steps.Weighting(
             net=models.WeightNet(len(self._objective.terms)),
             features=objectives.features(self._objective, ("student_ce", "teacher_ce")),
             num_features=2,
@@ -105,7 +105,7 @@ class Iteration:
         if in_step:
             logits = self.teach(teacher, batches.images[0])
             batches = batches._replace(teacher_logits=batches.teacher_logits.at[0].set(logits))
-        problem = weighting.problem(
+        problem = bilevel_steps.problem(
             state.batch_stats, model=self._student, objective=self._objective, weighting=self._weighting
         )
         taken = step_fn(

@@ -9,25 +9,26 @@ import jax
 import ml_collections
 import numpy as np
 
-from experiments import checks
+from experiments import checks, feed
 from ltkd_jax import groups, models, objectives
-from ltkd_jax.data import augment, longtail, sources
+from ltkd_jax.data import augment, longtail, sources, stream
 from ltkd_jax.data import plan as plans
+from ltkd_jax.data.records import Images, Records
+from ltkd_jax.models import review
+from ltkd_jax.training import bilevel_steps, steps, teacher_table
 from ltkd_jax.training import state as states
-from ltkd_jax.training import steps, teacher_table
-from ltkd_jax.training import weighting as bilevel
 from ltkd_jax.training.parallel import Parallel
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dataset:
-    """A long-tailed training set, balanced held-out sets, and how its classes are grouped. Host arrays."""
+    """A long-tailed training set, balanced held-out sets, and how its classes are grouped; on the host or on disk."""
 
     source: sources.Source
-    train: sources.Images
-    meta: sources.Images
-    validation: sources.Images
-    test: sources.Images
+    train: Images | Records
+    meta: Images | Records
+    validation: Images | Records
+    test: Images | Records
     class_counts: np.ndarray
     groups: groups.ClassGroups
     shots: dict[str, np.ndarray]
@@ -38,7 +39,12 @@ class Dataset:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        return self.train.images.shape[1:]
+        return self.train.shape
+
+    @property
+    def streams(self) -> bool:
+        """Whether images stay on disk."""
+        return isinstance(self.train, Records)
 
     def preprocess(self, images):
         """uint8 images -> normalised float images."""
@@ -60,45 +66,49 @@ def _dataset(key: str) -> Dataset:
     spec = json.loads(key)
     data = spec["data"]
     try:
-        source = sources.load(data["name"], data["dir"] or None)
-        split = longtail.split(
-            source.train.labels,
-            source.train.keys,
-            num_classes=source.num_classes,
-            imbalance=data["imbalance"],
-            n_max=data["n_max"],
-            meta_per_class=data["meta_per_class"],
-            validation_per_class=data["validation_per_class"],
-            seed=spec["seed_split"],
-        )
-        train = _take(source.train, split.train)
-        class_counts = np.bincount(train.labels, minlength=source.num_classes)
+        source = sources.load(data["name"], data["dir"] or None, size=data["image_size"], margin=data["stream"])
+        split = _split(data, source, spec["seed_split"])
+        class_counts = np.bincount(source.train.labels[split.train], minlength=source.num_classes)
         by_rank = groups.ClassGroups.from_counts(class_counts, fractions=spec["groups"]["fractions"])
         test = _some(source.test, data["test_images"], source.num_classes)
+        parts = [(source.train, part) for part in (split.train, split.meta, split.validation)] + [(source.test, test)]
+        train, meta, validation, test = _read(parts, data["stream"])
     except ValueError as error:
         raise checks.ConfigError(str(error)) from error
-    return Dataset(
-        source=source,
-        train=train,
-        meta=_take(source.train, split.meta),
-        validation=_take(source.train, split.validation),
-        test=test,
-        class_counts=class_counts,
-        groups=by_rank,
-        shots=groups.shots(class_counts),
-    )
+    return Dataset(source, train, meta, validation, test, class_counts, by_rank, groups.shots(class_counts))
 
 
-def _take(images, indices):
-    return sources.Images(images.images[indices], images.labels[indices], images.keys[indices])
+def _split(data, source, seed) -> longtail.Split:
+    labels, keys = source.train.labels, source.train.keys
+    held_out = {key: data[key] for key in ("meta_per_class", "validation_per_class")}
+    shared = dict(num_classes=source.num_classes, seed=seed, **held_out)
+    if data["subset"] not in checks.SUBSETS:
+        return longtail.split_listed(longtail.read_list(data["subset"]), labels, keys, **shared)
+    imbalance = data["imbalance"] if data["subset"] == "exponential" else None
+    return longtail.split(labels, keys, imbalance=imbalance, n_max=data["n_max"], **shared)
+
+
+def _read(parts, streams: bool):
+    """The images of each (images, indices), in memory or, for a stream, still on disk."""
+    if streams:
+        if not all(isinstance(images, Records) for images, _ in parts):
+            raise ValueError("data.stream=True: this data set has no files to stream from: leave it False")
+        return [images.subset(indices) for images, indices in parts]
+    size = sum(len(indices) * int(np.prod(images.shape)) for images, indices in parts)
+    if size > _device_memory() / 2:
+        raise ValueError(
+            f"the images take {size / 2**30:.1f} GiB, more than half of the device's memory: set data.stream=True, "
+            "or a smaller data.image_size"
+        )
+    return [images.take(indices) for images, indices in parts]
 
 
 def _some(images, number, num_classes):
-    """A fixed, balanced part of the images; all of them if 0 or at least as many are asked for."""
+    """Indices of a fixed, balanced part of the images; of all if 0 or at least as many are asked for."""
     if not 0 < number < len(images):
-        return images
+        return np.arange(len(images))
     per_class = max(number // num_classes, 1)
-    return _take(images, longtail.balanced(images.labels, images.keys, num_classes=num_classes, per_class=per_class))
+    return longtail.balanced(images.labels, images.keys, num_classes=num_classes, per_class=per_class)
 
 
 class Program:
@@ -109,49 +119,85 @@ class Program:
       objective, schedule: the loss terms and the learning rate, functions of the step.
       weighting: how the terms' weights are learned; None where they are static.
       init: `seed -> TrainState` on the default device.
-      plan: `(seed, epoch) -> rows`, a pytree of leaves `[steps, B, …]`.
       evaluate: `(variables, images) -> metrics.EvalSums` of a set, variables replicated.
     """
 
-    def __init__(self, config, data: Dataset, *, model_name, recipe, method, weighting, teacher_fn):
+    def __init__(self, config, data: Dataset, *, role, recipe, method, weighting, teacher_fn):
         self.data, self.recipe = data, recipe
         self.parallel = Parallel(config.parallel)
         self.steps_per_epoch = plans.steps_per_epoch(len(data.train), recipe.batch_size)
         self.total_steps = _total_steps(recipe, self.steps_per_epoch)
         # The one switch for CPU, where XLA's convolutions are many times slower inside a loop or a branch.
         on_cpu = jax.default_backend() == "cpu"
-        self.steps_per_call = config.steps_per_call or (1 if on_cpu else self.steps_per_epoch)
+        # Streamed batches are large: an epoch of them is not sent to the device at once.
+        self.steps_per_call = config.steps_per_call or (1 if on_cpu or data.streams else self.steps_per_epoch)
         self.objective = _objective(method, data, self.steps_per_epoch)
         self.schedule = self._schedule(recipe.lr, recipe.decay)
         self.weighting = self._weighting(weighting) if weighting["name"] == "bilevel" else None
+        self._extra = augment.Extra(**config.augment)
+        self._source = self._feed(weighting, config.data.workers)
 
         optimizer = states.sgd(self.schedule, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
         axis_name = self.parallel.axis_name
-        model = models.create(model_name, data.num_classes, precision=config.precision, axis_name=axis_name)
-        local = models.create(model_name, data.num_classes, precision=config.precision)
-        fetch = functools.partial(steps.fetch, views=data.source.views, preprocess=data.preprocess)
+        model, local = (self._model(config, role, name) for name in (axis_name, None))
         step = dict(model=model, objective=self.objective, optimizer=optimizer, axis_name=axis_name)
-        rows = dict(batch_size=recipe.batch_size, num_views=data.source.views.num)
         if self.weighting is None:
-            plan = functools.partial(plans.epoch_plan, num_examples=len(data.train), **rows)
-            fetch_fn = functools.partial(fetch, teacher_fn=teacher_fn)
+            fetch_fn = self._fetch(teacher_fn, self._extra)
             step_fn = functools.partial(steps.train_step, **step)
         else:
-            sizes = dict(num_train=len(data.train), num_meta=len(data.meta))
-            plan = functools.partial(bilevel.rows, ahead=weighting["lookahead"], **sizes, **rows)
             meta_teacher_fn = teacher_fn if outer_needs_teacher(weighting) else steps.no_teacher
             fetch_fn = functools.partial(
-                bilevel.fetch,
-                fetch_fn=functools.partial(fetch, teacher_fn=teacher_fn),
-                fetch_meta_fn=functools.partial(fetch, teacher_fn=meta_teacher_fn),
+                bilevel_steps.fetch,
+                fetch_fn=self._fetch(teacher_fn, self._extra),
+                fetch_meta_fn=self._fetch(meta_teacher_fn, augment.NOTHING),
             )
             step_fn = functools.partial(
-                bilevel.bilevel_step, weighting=self.weighting, schedule=self.schedule, unroll=on_cpu, **step
+                bilevel_steps.bilevel_step, weighting=self.weighting, schedule=self.schedule, unroll=on_cpu, **step
             )
-        self.plan = jax.jit(plan)
         self.init = jax.jit(lambda seed: self._init(local, optimizer, seed))
         self.evaluate = Evaluator(local, data, self.parallel, config.eval_batch).evaluate
         self._compiled = functools.cache(functools.partial(self._compile, fetch_fn, step_fn))
+
+    def _model(self, config, role, axis_name):
+        options = dict(precision=config.precision, axis_name=axis_name)
+        model = models.create(config[role].model, self.data.num_classes, **options)
+        if not self.objective.needs_features:
+            return model
+        return review.reviewed(model, teacher_model(config, self.data), self.data.image_shape)
+
+    def _fetch(self, teacher_fn, extra):
+        data = self.data
+        options = dict(views=data.source.views, preprocess=data.preprocess, teacher_fn=teacher_fn, extra=extra)
+        return functools.partial(steps.fetch, **options)
+
+    def _feed(self, weighting, workers):
+        data, learned = self.data, self.weighting is not None
+        ahead, batch_size = weighting.get("lookahead", 1), self.recipe.batch_size
+        if data.streams:
+            meta = data.meta if learned else None
+            reading = dict(batch_size=batch_size, total_steps=self.total_steps, workers=workers)
+            return feed.Streamed(data.train, meta, ahead=ahead, **reading)
+        bits = self._extra != augment.NOTHING
+        rows = dict(batch_size=batch_size, num_views=data.source.views.num, bits=bits)
+        if learned:
+            sizes = dict(num_train=len(data.train), num_meta=len(data.meta))
+            plan = functools.partial(bilevel_steps.rows, ahead=ahead, **sizes, **rows)
+        else:
+            plan = functools.partial(plans.epoch_plan, num_examples=len(data.train), **rows)
+        return feed.Planned(jax.jit(plan), self.steps_per_epoch)
+
+    def chunks(self, seed: int, step: int):
+        """Yields (number of steps, rows for `chunk`) from a step to the run's end; `close` ends it early."""
+        place = functools.partial(self.parallel.shard, batch_axis=1)
+        sizes = list(self._sizes(step))
+        return feed.chunks(self._source, seed, step, sizes, place=place, mixes=self._extra.mixup > 0)
+
+    def _sizes(self, step):
+        while step < self.total_steps:
+            left = self.steps_per_epoch - step % self.steps_per_epoch
+            size = min(self.steps_per_call, left, self.total_steps - step)
+            yield size
+            step += size
 
     def chunk(self, step: int, state, data, rows):
         """The state after the steps of `rows`, the first of which is `step`; state and data replicated, rows sharded.
@@ -174,16 +220,15 @@ class Program:
 
     def train_data(self, teacher, meta_teacher=None):
         """The training set on the devices, with what its `TeacherFn` reads; the meta set beside it where it is used."""
-        train = steps.TrainData(self.data.train.images, self.data.train.labels, teacher)
+        train = _on_device(self.data.train, teacher)
         if self.weighting is None:
             return self.parallel.replicate(train)
-        meta = steps.TrainData(self.data.meta.images, self.data.meta.labels, meta_teacher)
-        return self.parallel.replicate(bilevel.BilevelData(train, meta))
+        return self.parallel.replicate(bilevel_steps.BilevelData(train, _on_device(self.data.meta, meta_teacher)))
 
     def _schedule(self, base, decay):
         return states.step_schedule(base, total_steps=self.total_steps, milestones=self.recipe.milestones, decay=decay)
 
-    def _weighting(self, spec) -> bilevel.Weighting:
+    def _weighting(self, spec) -> bilevel_steps.Weighting:
         data, objective, every = self.data, self.objective, spec["every"]
         longtail.check_meta(
             data.meta.labels,
@@ -193,7 +238,7 @@ class Program:
             batch_size=self.recipe.batch_size,
         )
         by_step = self._schedule(spec["lr"], spec["decay"])
-        return bilevel.Weighting(
+        return bilevel_steps.Weighting(
             net=models.WeightNet(len(objective.terms), tuple(spec["hidden"])),
             features=objectives.features(objective, spec["features"]),
             num_features=len(spec["features"]),
@@ -210,6 +255,12 @@ class Program:
     def _init(self, model, optimizer, seed):
         state = states.create(model, optimizer, len(self.objective.terms), self.data.image_shape, seed)
         return state if self.weighting is None else self.weighting.add_to(state, seed)
+
+
+def _on_device(images, teacher):
+    if isinstance(images, Records):
+        return steps.TrainData(None, None, teacher)
+    return steps.TrainData(images.images, images.labels, teacher)
 
 
 def _objective(method, data, steps_per_epoch):
@@ -239,25 +290,31 @@ class Evaluator:
         self._step = parallel.compile(step, batch_axis=0)
         self._on_device = {}
 
-    def evaluate(self, variables, images: sources.Images):
+    def evaluate(self, variables, images: Images | Records):
         """`metrics.EvalSums` of a set; `variables` replicated."""
-        if id(images) not in self._on_device:
-            on_device = [self._parallel.shard(batch, 0) for batch in self._batches(images)]
-            # The images are held too: were they freed, another set could get their id.
-            self._on_device[id(images)] = images, on_device
-        _, batches = self._on_device[id(images)]
-        parts = [self._parallel.first(self._step(variables, batch)) for batch in batches]
+        parts = [self._parallel.first(self._step(variables, batch)) for batch in self._sharded(images)]
         return jax.tree.map(lambda *sums: np.sum([np.asarray(s, np.float64) for s in sums], axis=0), *parts)
 
-    def _batches(self, images):
-        for start in range(0, len(images), self._batch):
-            part = slice(start, start + self._batch)
-            pad = self._batch - len(images.labels[part])
-            yield steps.EvalBatch(
-                np.pad(images.images[part], ((0, pad), (0, 0), (0, 0), (0, 0))),
-                np.pad(images.labels[part], (0, pad)),
-                np.arange(self._batch) < self._batch - pad,
-            )
+    def _sharded(self, images):
+        """Batches on the devices, where images of the memory stay from the first call on."""
+        if isinstance(images, Records):
+            found = stream.in_order(images, self._batch)
+            return (self._parallel.shard(self._padded(*batch), 0) for batch in found)
+        if id(images) not in self._on_device:
+            starts = range(0, len(images), self._batch)
+            parts = ((x[i : i + self._batch] for x in (images.images, images.labels)) for i in starts)
+            on_device = [self._parallel.shard(self._padded(*part), 0) for part in parts]
+            # The images are held too: were they freed, another set could get their id.
+            self._on_device[id(images)] = images, on_device
+        return self._on_device[id(images)][1]
+
+    def _padded(self, images, labels):
+        pad = self._batch - len(labels)
+        return steps.EvalBatch(
+            np.pad(images, ((0, pad), (0, 0), (0, 0), (0, 0))),
+            np.pad(labels, (0, pad)),
+            np.arange(self._batch) < self._batch - pad,
+        )
 
 
 def needs_teacher(config) -> bool:
@@ -270,7 +327,8 @@ def student_program(config, teacher_kind: str) -> Program:
 
     Args:
       config: a whole config.
-      teacher_kind: where the teacher's logits come from: "none", "table" or "network".
+      teacher_kind: where the teacher's logits come from: "none", "table", "network", or "features" for a network
+        whose features are distilled too.
     """
     return _program(_seedless(config), "student", teacher_kind)
 
@@ -292,18 +350,15 @@ def _program(key: str, role: str, teacher_kind: str) -> Program:
         method, weighting, recipe = {"name": "ce"}, {"name": "static"}, config.teacher.train
     else:
         method, weighting, recipe = config.method.to_dict(), config.weighting.to_dict(), config.train
-    teacher_fn = {"none": steps.no_teacher, "table": steps.table_teacher}.get(teacher_kind)
-    if teacher_fn is None:
-        teacher_fn = steps.network_teacher(teacher_model(config, data))
+    teacher_fn = {
+        "none": lambda: steps.no_teacher,
+        "table": lambda: steps.table_teacher,
+        "network": lambda: steps.network_teacher(teacher_model(config, data)),
+        "features": lambda: steps.feature_teacher(teacher_model(config, data)),
+    }[teacher_kind]()
     try:
         return Program(
-            config,
-            data,
-            model_name=config[role].model,
-            recipe=recipe,
-            method=method,
-            weighting=weighting,
-            teacher_fn=teacher_fn,
+            config, data, role=role, recipe=recipe, method=method, weighting=weighting, teacher_fn=teacher_fn
         )
     except ValueError as error:
         raise checks.ConfigError(str(error)) from error
@@ -325,10 +380,18 @@ def table_logits(config, data: Dataset):
     return jax.jit(lambda train_data, rows: fetch(train_data, rows).teacher_logits)
 
 
-def wants_table(config, data: Dataset) -> bool:
-    """Whether this run reads the teacher's table: `teacher.table`, or for "auto" the rule of `teacher_table`."""
-    if config.teacher.table != "auto":
-        return config.teacher.table == "always"
+def teacher_kind(config, data: Dataset) -> str:
+    """Where this run's logits of the teacher come from, see `student_program`: `teacher.table`, or for "auto" the rule
+    of `teacher_table`. There is no table where views have no end, or features are needed."""
+    objective = objectives.create(config.method.name, np.ones(3))
+    if not objective.needs_teacher:
+        return "none"
+    if objective.needs_features:
+        return "features"
+    if config.teacher.table == "never" or not checks.views_are_finite(config):
+        return "network"
+    if config.teacher.table == "always":
+        return "table"
     steps_per_epoch = plans.steps_per_epoch(len(data.train), config.train.batch_size)
     epochs = _total_steps(config.train, steps_per_epoch) / steps_per_epoch
     views = data.source.views.num
@@ -336,10 +399,8 @@ def wants_table(config, data: Dataset) -> bool:
     size = teacher_table.table_bytes(tabled, views, data.num_classes)
     # A lookahead meets each image K times in an epoch.
     epochs *= config.weighting.get("lookahead", 1)
-    return (
-        teacher_table.pays(views, epochs=epochs, runs=config.teacher.table_runs)
-        and size <= config.teacher.table_memory * _device_memory()
-    )
+    pays = teacher_table.pays(views, epochs=epochs, runs=config.teacher.table_runs)
+    return "table" if pays and size <= config.teacher.table_memory * _device_memory() else "network"
 
 
 def _device_memory() -> int:

@@ -1,5 +1,6 @@
 """Configs checked and told apart: clear errors before any work, and the identity of a result."""
 
+import dataclasses
 import hashlib
 import json
 import pathlib
@@ -9,12 +10,14 @@ import numpy as np
 
 from configs import common
 from ltkd_jax import models, objectives
+from ltkd_jax.data import augment, longtail
 from ltkd_jax.training.parallel import MODES
 
 # How a run is carried out, not what it computes: no part of a result's identity. (A teacher from elsewhere is one, by
 # its hash and not by its folder.)
 EXECUTION = (
     "data.dir",
+    "data.workers",
     "teacher.cache",
     "teacher.checkpoint",
     "teacher.table",
@@ -29,8 +32,16 @@ EXECUTION = (
 )
 # Parts of a config that are off unless chosen. At these values they are no part of an identity, so that a part that
 # comes new changes no older result's.
-OFF = {"weighting": {"name": "static"}}
-_TEACHER_KEYS = ("data", "groups", "seed_split", "seed_teacher", "precision")
+OFF = {
+    "weighting": {"name": "static"},
+    "augment": dataclasses.asdict(augment.NOTHING),
+    "data.image_size": 0,
+    "data.subset": "exponential",
+    "data.stream": False,
+}
+# How a training set is made of a data set; anything else is the path of a list.
+SUBSETS = ("exponential", "all")
+_TEACHER_KEYS = ("data", "groups", "augment", "seed_split", "seed_teacher", "precision")
 
 
 class ConfigError(ValueError):
@@ -65,7 +76,8 @@ def validate(config) -> None:
     memory = config.teacher.table_memory
     _require(0 < memory <= 1, "teacher.table_memory", memory, "must lie in (0, 1]")
     _require(config.data.imbalance >= 1, "data.imbalance", config.data.imbalance, "must be at least 1 (balanced)")
-    for key in ("data.n_max", "data.meta_per_class", "data.validation_per_class", "data.test_images"):
+    _validate_data(config)
+    for key in ("data.n_max", "data.meta_per_class", "data.validation_per_class", "data.test_images", "data.workers"):
         _require(_at(config, key) >= 0, key, _at(config, key), "must not be negative")
     for key in ("eval_batch", "eval_every", "checkpoint_every", "teacher.table_runs"):
         _require(_at(config, key) >= 1, key, _at(config, key), "must be at least 1")
@@ -79,6 +91,31 @@ def validate(config) -> None:
     _require(temperature > 0, "method.temperature", temperature, "must be positive")
     for role, recipe in (("train", config.train), ("teacher.train", config.teacher.train)):
         _validate_recipe(role, recipe)
+
+
+def _validate_data(config):
+    size, streams = config.data.image_size, config.data.stream
+    _require(size == 0 or 8 <= size <= 1024, "data.image_size", size, "must be 0 (as stored), or 8 to 1024 pixels")
+    _require(config.data.name, "data.name", "", "must be the name of a data set: name=… in the config's argument")
+    _require(size or not streams, "data.image_size", size, "must be set for a stream, such as 224")
+    subset = config.data.subset
+    if subset not in SUBSETS and not pathlib.Path(subset).is_file():
+        raise ConfigError(f"config.data.subset={subset!r} must be one of {', '.join(SUBSETS)}, or the path of a list")
+    try:
+        extra = augment.Extra(**config.augment)
+    except ValueError as error:
+        raise ConfigError(f"config.augment: {error}") from None
+    if extra.policy == "autoaugment" and config.data.name in ("digits", "fashion_mnist"):
+        raise ConfigError("config.augment.policy='autoaugment' is a policy for photographs: leave it 'none' here")
+    needs_features = objectives.create(config.method.name, np.ones(3)).needs_features
+    if config.teacher.table == "always" and (needs_features or not views_are_finite(config)):
+        why = "the method needs the teacher's features" if needs_features else "the views of an image have no end"
+        raise ConfigError(f"config.teacher.table='always': there can be no table, since {why}; give 'auto' or 'never'")
+
+
+def views_are_finite(config) -> bool:
+    """Whether an image has so few views that a table can hold them: crops and flips of an image in memory."""
+    return not config.data.stream and augment.Extra(**config.augment) == augment.NOTHING
 
 
 def _learns_weights(weighting):
@@ -165,10 +202,15 @@ def _at(config, path):
 def identity(config) -> dict:
     """What the result depends on: the config without the keys of `EXECUTION`, and without what is `OFF`.
 
-    A teacher from elsewhere counts by its hash.
+    A teacher from elsewhere counts by its hash, a list of images by its content.
     """
-    tree = without(plain(config), EXECUTION)
-    tree = {key: value for key, value in tree.items() if OFF.get(key) != value}
+    tree = plain(config)
+    off = [path for path, value in OFF.items() if _at(tree, path) == value]
+    tree = without(tree, (*EXECUTION, *off))
+    if config.data.subset not in SUBSETS:
+        tree["data"]["subset"] = (
+            f"list {identity_hash(dict(longtail.read_list(config.data.subset)._asdict(), name=''))}"
+        )
     if config.teacher.checkpoint:
         tree["teacher"]["checkpoint"] = teacher_results(config.teacher.checkpoint)["hash"]
     return tree
@@ -188,7 +230,7 @@ def teacher_identity(config) -> dict:
     if config.data.n_max:
         whole["data"] |= {"meta_per_class": 0, "validation_per_class": 0}
     own = {key: value for key, value in whole["teacher"].items() if key != "checkpoint"}
-    return {**{key: whole[key] for key in _TEACHER_KEYS}, "teacher": own}
+    return {**{key: whole[key] for key in _TEACHER_KEYS if key in whole}, "teacher": own}
 
 
 def teacher_results(folder) -> dict:

@@ -230,8 +230,18 @@ def _how(setting):
         commands += [run.get("command") or "not recorded" for run in runs]
         first = html.escape(json.dumps(runs[0]["config"], indent=1, sort_keys=True, ensure_ascii=False))
         configs.append(f"<details><summary>{html.escape(method.label)}</summary><pre>{first}</pre></details>")
-    header = ["method", "hardware", "precision", "commit", "config", "seeds", "wall time", "images/s"]
-    table = tables.as_html(tables.Table(header, rows, left=6))
+    header = [
+        "method",
+        "hardware",
+        "precision",
+        "commit",
+        "config",
+        "seeds",
+        "teacher’s logits",
+        "wall time",
+        "images/s",
+    ]
+    table = tables.as_html(tables.Table(header, rows, left=7))
     versions = {name: v for run in setting.runs for name, v in (run.get("versions") or {}).items()}
     listed = "".join(f"; {name} {v}" for name, v in sorted(versions.items()))
     return (
@@ -246,6 +256,7 @@ def _told(run):
     speed = timing.get("images_per_second")
     told = [str(run.get(key) or "–") for key in ("device", "precision", "commit", "config_hash")]
     told.append(" / ".join(str(seeds.get(key, "–")) for key in ("split", "teacher", "student")))
+    told.append(tables.logits_source(run))
     return [*told, duration(timing.get("seconds")), f"{speed:,.0f}" if speed else "–"]
 
 

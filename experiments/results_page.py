@@ -121,13 +121,15 @@ def _below_table(setting):
     rows, commands = [], []
     for method in setting.methods:
         runs = [method.runs[seeds] for seeds in sorted(method.runs)]
-        columns = ([str(run.get(key) or "–") for run in runs] for key in ("device", "precision", "commit"))
+        columns = [[str(run.get(key) or "–") for run in runs] for key in ("device", "precision", "commit")]
+        columns.append([tables.logits_source(run) for run in runs])
         unique = [", ".join(sorted(set(column))) for column in columns]
         times = [(run.get("timing") or {}).get("seconds") for run in runs]
         seconds, _, _ = tables.mean_std(time for time in times if time is not None)
         rows.append([method.label, *unique, report.duration(seconds)])
         commands += [" ".join((run.get("command") or "# not recorded").split()) for run in runs]
-    table = tables.Table(["method", "hardware", "precision", "commit", "wall time of a run"], rows, left=4)
+    header = ["method", "hardware", "precision", "commit", "teacher's logits", "wall time of a run"]
+    table = tables.Table(header, rows, left=5)
     fence = "`" * (3 + max((len(ticks) for ticks in re.findall("`+", "".join(commands))), default=0))
     return [*parts, tables.as_markdown(table), f"{fence}sh\n{chr(10).join(commands)}\n{fence}"]
 

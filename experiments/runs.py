@@ -11,9 +11,14 @@ from ltkd_jax import files
 
 
 def default_workdir(config) -> str:
-    """runs/<dataset>-<imbalance>-<method>-<teacher>-<student>-s<seed>, for a smoke run with -smoke behind it."""
+    """runs/<dataset>-<imbalance>-<method>-<teacher>-<student>-s<seed>, for a smoke run with -smoke behind it.
+
+    Of a set that was not drawn by imbalance: "all" or the list's name in its place.
+    """
     method = tables.method_name(config.to_dict()).replace(" over ", "-")
-    parts = (config.data.name, f"{config.data.imbalance:g}", method, config.teacher.model)
+    subset = config.data.subset
+    drawn = f"{config.data.imbalance:g}" if subset == "exponential" else pathlib.Path(subset).stem
+    parts = (config.data.name, drawn, method, config.teacher.model)
     return f"runs/{'-'.join(parts)}-{config.student.model}-s{config.seed}" + ("-smoke" if config.smoke else "")
 
 
@@ -78,16 +83,13 @@ def _differences(old, new, prefix=""):
 
 def _distil(config, workdir, stop, command):
     data = build.dataset(config)
-    kind, teacher = "none", None
-    if build.needs_teacher(config):
-        teacher = teachers.obtain(config, stop)
-        kind = "table" if build.wants_table(config, data) else "network"
+    kind = build.teacher_kind(config, data)
+    teacher = None if kind == "none" else teachers.obtain(config, stop)
     program = build.student_program(config, kind)
     read = {
         "none": lambda images: None,
         "table": lambda images: teacher.table(images, stop),
-        "network": lambda images: teacher.variables,
-    }[kind]
+    }.get(kind, lambda images: teacher.variables)
     train_data = program.train_data(
         read(data.train), read(data.meta) if build.outer_needs_teacher(config.weighting) else None
     )

@@ -196,7 +196,22 @@ def _setting_key(run):
     data, teacher, student = (config.get(name) or {} for name in ("data", "teacher", "student"))
     models = str(teacher.get("model") or ""), str(student.get("model"))
     sizes = run["seeds"].get("split") or 0, run.get("epochs") or 0, run.get("train_images") or 0
-    return str(data.get("name")), float(data.get("imbalance") or 1), *models, *sizes
+    return *data_setting(data, run.get("class_counts")), *models, *sizes
+
+
+def data_setting(data, class_counts=None):
+    """Returns a data set's name, with the subset where that was not drawn by imbalance, and the imbalance there is."""
+    subset = data.get("subset") or "exponential"
+    if subset == "exponential":
+        return str(data.get("name")), float(data.get("imbalance") or 1)
+    ratio = max(class_counts) / min(class_counts) if class_counts else 1.0
+    return f"{data.get('name')} ({subset})", round(ratio, 1)
+
+
+def logits_source(run):
+    """Returns where a run's step had the teacher's logits from, in words."""
+    names = {"table": "table of all views", "network": "network in the step", "features": "network in the step"}
+    return names.get(run.get("teacher_logits"), "–")
 
 
 def _methods(runs):
@@ -215,14 +230,19 @@ def natural(label):
 def _variants(name, runs):
     """Splits the runs of one name where their configs differ in more than seeds; the label says in what."""
     configs = [_essential(run["config"]) for run in runs]
-    shared = set.intersection(*(set(config) for config in configs))
-    differing = sorted(key for key in shared if len({config[key] for config in configs}) > 1)
+    # What a config leaves out is off in it.
+    known = set.union(*(set(config) for config in configs))
+    differing = sorted(key for key in known if len({config.get(key) for config in configs}) > 1)
     found = {}
     for run, config in zip(runs, configs):
         seeds = run["seeds"].get("teacher") or 0, run["seeds"].get("student") or 0
-        found.setdefault(tuple(config[key] for key in differing), {}).setdefault(seeds, run)
+        found.setdefault(tuple(config.get(key) for key in differing), {}).setdefault(seeds, run)
     for values, by_seeds in found.items():
-        told = ", ".join(f"{key.removeprefix('method.')}={_plain(v)}" for key, v in zip(differing, values))
+        told = ", ".join(
+            f"{key.removeprefix('method.').removeprefix('augment.')}={_plain(v)}"
+            for key, v in zip(differing, values)
+            if v is not None and not (key.startswith("augment.") and v in ("none", "0", "0.0"))
+        )
         yield Method(name, f"{name} ({told})" if told else name, by_seeds)
 
 

@@ -94,15 +94,10 @@ def fit(program: build.Program, train_data, seed: int, workdir, stop: StopReques
         mininterval=0.2 if sys.stderr.isatty() else 20,
     )
     bar.set_postfix_str("compiling the step")
-    plan, plan_epoch = None, None
-    with bar:
-        while step < program.total_steps:
-            epoch, row = divmod(step, program.steps_per_epoch)
-            if epoch != plan_epoch:
-                plan, plan_epoch = jax.tree.map(np.asarray, program.plan(seed, epoch)), epoch
-            count = min(program.steps_per_call, program.steps_per_epoch - row, program.total_steps - step)
-            rows = jax.tree.map(lambda x, row=row, count=count: x[row : row + count], plan)
-            state = program.chunk(step, state, train_data, program.parallel.shard(rows, 1))
+    with bar, contextlib.closing(program.chunks(seed, step)) as chunks:
+        for count, rows in chunks:
+            epoch = step // program.steps_per_epoch
+            state = program.chunk(step, state, train_data, rows)
             jax.block_until_ready(state.step)  # a signal is heard, and the bar is true
             if not clock.warm:
                 bar.set_postfix_str("")

@@ -17,6 +17,13 @@ from ltkd_jax import losses
 from ltkd_jax.groups import ClassGroups, check_counts
 
 
+class Mix(NamedTuple):
+    """What the images of a batch are mixed with (Mixup)."""
+
+    labels: jax.Array  # int [B], of the other image
+    share: jax.Array  # float [B], of the own one
+
+
 class Predictions(NamedTuple):
     """What a term may look at. `teacher_logits` is None for a method without a teacher."""
 
@@ -24,16 +31,32 @@ class Predictions(NamedTuple):
     teacher_logits: jax.Array | None  # [B, C]
     labels: jax.Array  # int [B]
     axis_name: str | None = None  # the device axis over which the batch is spread, if any
+    student_features: tuple | None = None  # float [B, H, W, channels] each, for a method that distils features
+    teacher_features: tuple | None = None  # likewise, of the same shapes
+    mix: Mix | None = None
+
+
+def _mixed(fn):
+    """A per-example loss of mixed images: its mean over both labels, each by its image's share."""
+
+    def loss(p: Predictions):
+        if p.mix is None:
+            return fn(p)
+        share = p.mix.share
+        return share * fn(p) + (1.0 - share) * fn(p._replace(labels=p.mix.labels))
+
+    return loss
 
 
 @dataclasses.dataclass(frozen=True)
 class Term:
-    """One per-example loss: `fn(predictions) -> [B]`, its static weight, and whether it needs the teacher."""
+    """One per-example loss: `fn(predictions) -> [B]`, its static weight, whether it needs the teacher, and features."""
 
     name: str
     fn: Callable[[Predictions], jax.Array]
     weight: float
     distils: bool
+    features: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +80,13 @@ class Objective:
     def needs_teacher(self) -> bool:
         return any(term.distils for term in self.terms)
 
+    @property
+    def needs_features(self) -> bool:
+        return any(term.features for term in self.terms)
+
     def __call__(self, predictions: Predictions) -> jax.Array:
         """All terms of each example, `[B, T]`."""
-        return jnp.stack([term.fn(predictions) for term in self.terms], axis=-1)
+        return jnp.stack([_mixed(term.fn)(predictions) for term in self.terms], axis=-1)
 
     def weights(self, step) -> jax.Array:
         """Static weights `[T]` at a step: those that distil grow from 0 over `warmup_steps`."""
@@ -171,6 +198,16 @@ def wsl(info, *, soft_weight=2.5, temperature=4.0):
 
 
 @_method
+def reviewkd(info, *, feature_weight=5.0):
+    """ReviewKD: CE + a distillation of features, which the student's pass through fusion modules of their own."""
+
+    def feature(p):
+        return losses.hierarchical_context(p.student_features, p.teacher_features)
+
+    return (_hard("ce", losses.cross_entropy), Term("review", feature, feature_weight, distils=True, features=True))
+
+
+@_method
 def ltkd(info, *, alpha=1.0, beta=1.0, temperature=4.0):
     """LTKD: CE + α rebalanced inter-group + β uniform intra-group."""
     return (_hard("ce", losses.cross_entropy), *_ltkd_terms(info, alpha, beta, temperature))
@@ -183,7 +220,7 @@ def ltkd_bs(info, *, alpha=1.0, beta=1.0, temperature=4.0):
 
 
 # Hyperparameters that are a term's static weight and nothing else: weights that are learned replace them.
-STATIC_WEIGHTS = ("hard_weight", "soft_weight", "alpha", "beta")
+STATIC_WEIGHTS = ("hard_weight", "soft_weight", "feature_weight", "alpha", "beta")
 
 
 def hyperparameters(method: str, *, learned_weights: bool = False) -> dict[str, float]:
@@ -253,7 +290,7 @@ def features(objective: Objective, names) -> Callable[[Predictions], jax.Array]:
     for name in names:
         if name not in known:
             raise ValueError(f"feature {name!r}: these terms have {', '.join(known)}{without}")
-    return lambda predictions: jnp.stack([known[name](predictions) for name in names], axis=-1)
+    return lambda predictions: jnp.stack([_mixed(known[name])(predictions) for name in names], axis=-1)
 
 
 OUTER = ("hard", "soft", "mix")

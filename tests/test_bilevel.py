@@ -13,8 +13,8 @@ from small_net import SmallNet, double
 
 from experiments.benchmark import naive
 from ltkd_jax import bilevel, groups, losses, models, objectives
+from ltkd_jax.training import bilevel_steps, steps
 from ltkd_jax.training import state as states
-from ltkd_jax.training import steps, weighting
 
 CLASSES, BATCH = 5, 8
 slow = pytest.mark.slow  # convolutions, which take XLA a minute to compile
@@ -46,7 +46,7 @@ def setting(net, method, *, ahead=1, shape=(4, 4, 1), classes=CLASSES, outer="mi
     counts = COUNTS if classes == CLASSES else np.arange(classes, 0, -1)
     by_rank = groups.ClassGroups.from_counts(counts)
     objective = objectives.create(method, counts, by_rank)
-    how = weighting.Weighting(
+    how = bilevel_steps.Weighting(
         net=models.WeightNet(len(objective.terms), hidden=(8,)),
         features=objectives.features(objective, ("student_ce", "teacher_ce")),
         num_features=2,
@@ -59,7 +59,7 @@ def setting(net, method, *, ahead=1, shape=(4, 4, 1), classes=CLASSES, outer="mi
 
     terms = len(objective.terms)
     state = jax.jit(lambda: how.add_to(states.create(model, optax.sgd(0.1), terms, shape, seed), seed))()
-    problem = weighting.problem(state.batch_stats, model=model, objective=objective, weighting=how)
+    problem = bilevel_steps.problem(state.batch_stats, model=model, objective=objective, weighting=how)
     # A fresh weight net is nearly constant; a larger one has slopes that a wrong formula gets wrong.
     meta_params = jax.tree.map(lambda x: 3 * x, state.meta.params)
     kind = dict(shape=shape, classes=classes)

@@ -3,38 +3,144 @@
 import importlib
 import time
 
+import jax
 import numpy as np
 import pytest
 from small import ROOT, config_of
 
 from experiments import build, checks, runs
 from ltkd_jax import objectives
-from ltkd_jax.data import longtail
+from ltkd_jax.data import augment, longtail, records, sources, stream
+from ltkd_jax.training import bilevel_steps, steps
 
-CONFIGS = ("digits_lt", "cifar100lt", "cifar10lt")
+CONFIGS = (*("digits_lt", "cifar100lt", "cifar10lt", "fashionmnist_lt", "tinyimagenet_lt", "imagenet_lt", "folder_lt"),)
+
+
+def named(name, argument):
+    """The argument, with a name for the config that has none of its own."""
+    return f"{argument},name=birds" if name == "folder_lt" else argument
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("method", sorted(objectives.METHODS))
 def test_every_config_takes_every_method(name, method):
-    config = config_of(name, f"{method},imbalance=20,seed=3,teacher=resnet14,train.lr=0.1")
+    config = config_of(name, named(name, f"{method},imbalance=20,seed=3,teacher=resnet14,train.lr=0.1"))
     checks.validate(config)
     assert (config.method.name, config.data.imbalance, config.seed) == (method, 20.0, 3)
     assert (config.teacher.model, config.train.lr) == ("resnet14", 0.1)
-    checks.validate(config_of(name, f"{method},smoke"))
+    checks.validate(config_of(name, named(name, f"{method},smoke")))
     assert f"configs/{name}.py" in importlib.import_module(f"configs.{name}").__doc__
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("terms", ["kd", "ltkd", "dkd"])
 def test_every_config_takes_learned_weights(name, terms):
-    config = config_of(name, f"bikd,terms={terms},seed=3,lookahead=2,every=4")
+    config = config_of(name, named(name, f"bikd,terms={terms},seed=3,lookahead=2,every=4"))
     checks.validate(config)
     assert (config.method.name, config.weighting.name, config.seed) == (terms, "bilevel", 3)
     assert (config.weighting.lookahead, config.weighting.every) == (2, 4)
     # Nothing is there that the run would not use.
     assert set(config.method) == {"name", "temperature"}
-    checks.validate(config_of(name, f"bikd,terms={terms},smoke"))
+    checks.validate(config_of(name, named(name, f"bikd,terms={terms},smoke")))
+
+
+# Sides as they are stored (0: they differ), classes, channels, training images of a class.
+STORED = {
+    "digits": (8, 10, 1, 110), "fashion_mnist": (28, 10, 1, 6000), "cifar10": (32, 10, 3, 5000),
+    "cifar100": (32, 100, 3, 500), "tiny_imagenet": (64, 200, 3, 500), "imagenet2012": (0, 1000, 3, 30),
+    "birds": (0, 12, 3, 40),
+}  # fmt: skip
+SIZES = dict(zip(CONFIGS, (8, 32, 32, 28, 64, 224, 64)))
+# At one run of a teacher: where its epochs outnumber the views.
+TABLES = {("digits_lt", "ltkd"), ("digits_lt", "bikd"), ("cifar100lt", "ltkd"), ("tinyimagenet_lt", "ltkd")}
+TABLES |= {("folder_lt", "ltkd"), ("folder_lt", "bikd")}  # of few images
+
+
+def blank(name, data_dir=None, *, size=0, margin=False):
+    """`sources.load`, of black images: in the data set's true form, but for how many there are."""
+    stored, classes, channels, per_class = STORED[name]
+    side = size or stored
+    views = augment.Views(pad=1, flip=False) if name == "digits" else augment.Views(pad=4, flip=True)
+
+    def images(per_class):
+        labels = np.repeat(np.arange(classes, dtype=np.int32), per_class)
+        keys = np.char.add("k", np.arange(len(labels)).astype(str))
+        if margin:
+            return records.Records((), np.arange(len(labels)), labels, keys, (side, side, channels), "margin")
+        return records.Images(np.broadcast_to(np.uint8(0), (len(labels), side, side, channels)), labels, keys)
+
+    names = tuple(map(str, range(classes)))
+    return sources.Source(
+        name, images(per_class), images(2), classes, names, (0.5,) * channels, (0.5,) * channels, views
+    )
+
+
+@pytest.fixture
+def black(monkeypatch):
+    """Every data set is there, and black; nothing made of it is kept."""
+    monkeypatch.setattr(sources, "load", blank)
+    for cache in (build._dataset, build._program):
+        cache.cache_clear()
+    yield
+    for cache in (build._dataset, build._program):
+        cache.cache_clear()
+
+
+def shapes_of(program, teacher):
+    """The data and the rows of a step, as shapes; `teacher` is what the data holds of one."""
+    data, learned = program.data, program.weighting is not None
+
+    def on_device(images):
+        if data.streams:
+            return steps.TrainData(None, None, teacher)
+        return steps.TrainData(array(images.images.shape, np.uint8), array(images.labels.shape, np.int32), teacher)
+
+    train_data = on_device(data.train)
+    train_data = bilevel_steps.BilevelData(train_data, on_device(data.meta)) if learned else train_data
+    if not data.streams:
+        return train_data, next(program.chunks(0, 0))[1]
+
+    def batch(*lead):
+        lead = (1, program.recipe.batch_size, *lead)
+        return stream.Streamed(
+            array((*lead, *data.image_shape), np.uint8), *(array(lead, d) for d in (np.int32, np.uint32))
+        )
+
+    return train_data, bilevel_steps.BilevelRows(batch(1), batch()) if learned else batch()
+
+
+def array(shape, dtype):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+@pytest.mark.parametrize("method", ["ltkd", "bikd"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_is_built_and_its_step_keeps_its_shapes(name, method, black):
+    """At full size, with its own models: the data, and one step of the teacher's and of the student's program."""
+    config = config_of(name, named(name, method))
+    config.train.batch_size = config.teacher.train.batch_size = 64  # eight devices would not divide BiKD's 100
+    data = build.dataset(config)
+    assert data.streams is (name == "imagenet_lt") and data.image_shape[0] == SIZES[name]
+    kind = build.teacher_kind(config, data)
+    assert kind == ("table" if (name, method) in TABLES else "network")
+    image = array((2, *data.image_shape), np.float32)
+    network = build.teacher_model(config, data)
+    variables = jax.eval_shape(lambda x: network.init(jax.random.key(0), x, train=False), image)
+    table = array((len(data.train), data.source.views.num, data.num_classes), np.float32)
+    programs = [(build.student_program(config, kind), table if kind == "table" else variables)]
+    programs += [(build.teacher_program(config), None)] if method == "ltkd" else []
+    for program, teacher in programs:
+        state = jax.eval_shape(program.init, 0)
+        after = jax.eval_shape(lambda *x, run=program.chunk: run(0, *x), state, *shapes_of(program, teacher))
+        assert jax.tree.map(array_of, after) == jax.tree.map(array_of, state)
+    assert jax.eval_shape(lambda v, x: network.apply(v, x, train=False), variables, image).shape == (
+        2,
+        data.num_classes,
+    )
+
+
+def array_of(x):
+    return x.shape, x.dtype
 
 
 def test_the_papers_recipe():
@@ -68,7 +174,7 @@ def test_the_papers_recipe():
     [
         ("bikdd", "did you mean 'bikd'"),
         ("bikd,terms=kdd", "unknown method 'kdd'; did you mean 'kd'"),
-        ("bikd,terms=bikd", "unknown method 'bikd'; did you mean 'bkd'?.*wsl, ltkd, ltkd_bs$"),
+        ("bikd,terms=bikd", "unknown method 'bikd'; did you mean 'bkd'?.*wsl, reviewkd, ltkd, ltkd_bs$"),
         ("bikd,alpha=2", "'alpha' is a static weight, which bikd learns instead"),
         ("kd,recipe=ltkd", "recipe='ltkd' must be one of base, bikd"),
         ("kd,every=2", "unknown key 'every'"),
@@ -97,7 +203,7 @@ def test_bad_arguments(argument, message):
         ("teacher.table", "maybe"), ("teacher.table_memory", 2.0), ("eval_every", 0), ("seed", -1),
         ("seed_split", 2**31),
         ("data.n_max", -1), ("train.epochs", float("inf")), ("train.milestones", (0.5, "x")),
-        ("student.model", "resnet9"), ("teacher.model", "vgg13"), ("method.temperature", 0.0),
+        ("student.model", "resnet9"), ("teacher.model", "vgg12"), ("method.temperature", 0.0),
         ("method.name", "kdd"), ("method.name", "kd"), ("method.warmup_epochs", -1.0),
     ],
 )  # fmt: skip
@@ -233,15 +339,15 @@ def test_the_rule_for_the_table():
     """auto: views <= epochs × runs, and it fits."""
     config = config_of("digits_lt", "kd")
     data = build.dataset(config)
-    assert data.source.views.num == 9 and build.wants_table(config, data)
+    assert data.source.views.num == 9 and build.teacher_kind(config, data) == "table"
     config.train.epochs = 4.0
-    assert not build.wants_table(config, data)
+    assert build.teacher_kind(config, data) == "network"
     config.teacher.table_runs = 3
-    assert build.wants_table(config, data)
+    assert build.teacher_kind(config, data) == "table"
     config.train.max_steps = 1
-    assert not build.wants_table(config, data)
+    assert build.teacher_kind(config, data) == "network"
     config.train.max_steps, config.teacher.table_memory = 0, 1e-9
-    assert not build.wants_table(config, data)
-    for choice, answer in (("always", True), ("never", False)):
+    assert build.teacher_kind(config, data) == "network"
+    for choice, answer in (("always", "table"), ("never", "network")):
         config.teacher.table = choice
-        assert build.wants_table(config, data) is answer
+        assert build.teacher_kind(config, data) == answer

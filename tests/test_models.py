@@ -1,4 +1,6 @@
-"""The models: published parameter counts, shapes, initialisation, precision."""
+"""The models: published parameter counts, shapes, features, initialisation, precision."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -15,19 +17,83 @@ PARAMETERS = {
     "resnet110": 1_736_564,
     "resnet8x4": 1_233_540,
     "resnet32x4": 7_433_860,
+    "wrn_16_2": 703_284,
+    "wrn_40_2": 2_255_156,
+    "vgg8": 3_965_028,
+    "vgg13": 9_462_180,
+    "mobilenetv2": 812_836,
+    "shufflenetv1": 949_258,
+    "shufflenetv2": 1_355_528,
+    "resnet18": 11_220_132,
+    "resnet50": 23_705_252,
+    # torchvision's, less 900 of its 1000 classes.
+    "resnet18_imagenet": 11_689_512 - 900 * 513,
+    "resnet34_imagenet": 21_797_672 - 900 * 513,
+    "resnet50_imagenet": 25_557_032 - 900 * 2049,
 }
 # Multiply-adds of one 32×32 image, in millions.
-MULTIPLY_ADDS = {"resnet20": 40.8, "resnet32": 69.1, "resnet8x4": 177.1, "resnet32x4": 1083.0}
+MULTIPLY_ADDS = {
+    "resnet20": 40.8,
+    "resnet32": 69.1,
+    "resnet56": 125.8,
+    "resnet110": 253.2,
+    "resnet8x4": 177.1,
+    "resnet32x4": 1083.0,
+    "wrn_16_2": 101.1,
+    "wrn_40_2": 327.6,
+    "vgg8": 96.2,
+    "vgg13": 284.9,
+    "mobilenetv2": 6.5,
+    "shufflenetv1": 38.7,
+    "shufflenetv2": 44.5,
+    "resnet18": 555.5,
+    "resnet50": 1298.0,
+}
+# Of a 32×32 image, by the beginning of the name; the first that fits. Sides and channels of the stages, and D.
+FEATURES = {
+    "resnet18_imagenet": ([(8, 64), (4, 128), (2, 256), (1, 512)], 512),
+    "resnet34_imagenet": ([(8, 64), (4, 128), (2, 256), (1, 512)], 512),
+    "resnet50_imagenet": ([(8, 256), (4, 512), (2, 1024), (1, 2048)], 2048),
+    "resnet18": ([(32, 64), (16, 128), (8, 256), (4, 512)], 512),
+    "resnet50": ([(32, 256), (16, 512), (8, 1024), (4, 2048)], 2048),
+    "resnet8x4": ([(32, 64), (16, 128), (8, 256)], 256),
+    "resnet32x4": ([(32, 64), (16, 128), (8, 256)], 256),
+    "resnet": ([(32, 16), (16, 32), (8, 64)], 64),
+    "wrn_16_1": ([(32, 16), (16, 32), (8, 64)], 64),
+    "wrn_40_1": ([(32, 16), (16, 32), (8, 64)], 64),
+    "wrn": ([(32, 32), (16, 64), (8, 128)], 128),
+    "vgg": ([(16, 128), (8, 256), (4, 512), (4, 512)], 512),
+    "mobilenetv2": ([(16, 12), (8, 16), (4, 48), (2, 160)], 1280),
+    "shufflenetv1": ([(16, 240), (8, 480), (4, 960)], 960),
+    "shufflenetv2": ([(16, 116), (8, 232), (4, 464)], 1024),
+}
+# One small model of every class, and of every form of a class.
+KINDS = [
+    "resnet8",
+    "wrn_16_1",
+    "vgg8",
+    "mobilenetv2",
+    "shufflenetv1",
+    "shufflenetv2",
+    "resnet18",
+    "resnet18_imagenet",
+    "resnet50_imagenet",
+]
 
 
-def shapes(name, image=(32, 32, 3), **options):
-    model = models.create(name, 100, **options)
-    return model, jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, *image)), train=False))
+@functools.cache  # tracing a deep net takes as long as a second
+def trace(name):
+    """What `init` does on a 32×32 image, with all that the model hands out: its equations, and the shapes."""
+    model = models.create(name, 100)
+    images = jnp.zeros((1, 32, 32, 3))
+    return jax.make_jaxpr(
+        lambda key: model.init_with_output(key, images, train=False, mutable=True), return_shape=True
+    )(jax.random.key(0))
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_parameter_counts_are_the_published_ones(name):
-    _, variables = shapes(name)
+    _, (_, variables) = trace(name)
     assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == PARAMETERS[name]
 
 
@@ -41,27 +107,62 @@ def multiply_adds(equation):
 
 @pytest.mark.parametrize("name", MULTIPLY_ADDS)
 def test_multiply_adds_are_the_published_ones(name):
-    model, variables = shapes(name)
-    image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
-    jaxpr = jax.make_jaxpr(lambda v, x: model.apply(v, x, train=False))(variables, image)
+    jaxpr, _ = trace(name)
     assert sum(map(multiply_adds, jaxpr.eqns)) / 1e6 == pytest.approx(MULTIPLY_ADDS[name], abs=0.1)
 
 
-@pytest.mark.parametrize("name", sorted(models.REGISTRY))
-@pytest.mark.parametrize("image", [(32, 32, 3), (28, 28, 1), (8, 8, 1)])
-def test_any_image_size_and_channel_count(name, image):
-    model, variables = shapes(name, image)
-    batch = jax.ShapeDtypeStruct((5, *image), jnp.float32)
-    logits, updates = jax.eval_shape(
-        lambda v, x: model.apply(v, x, train=True, mutable=["batch_stats"]), variables, batch
-    )
+@pytest.mark.parametrize("name", models.REGISTRY)
+def test_logits_and_features_of_32_and_64_pixels(name):
+    _, (logits, variables) = trace(name)
+    stages, width = next(shape for start, shape in FEATURES.items() if name.startswith(start))
+    expected = {f"stage{n}": (h, h, c) for n, (h, c) in enumerate(stages, start=1)} | {"pooled": (width,)}
+    kept, variables = variables["intermediates"], {key: variables[key] for key in ("params", "batch_stats")}
+    assert logits.shape == (1, 100) and logits.dtype == jnp.float32
+    assert {key: feature.shape[1:] for key, (feature,) in kept.items()} == expected
+
+    model, images = models.create(name, 100), jax.ShapeDtypeStruct((5, 64, 64, 3), jnp.float32)
+    apply = functools.partial(models.apply_with_features, model, train=True, mutable=("batch_stats",))
+    logits, features, updates = jax.eval_shape(apply, variables, images)
+    expected = {f"stage{n}": (5, 2 * h, 2 * h, c) for n, (h, c) in enumerate(stages, start=1)} | {"pooled": (5, width)}
+    if name.startswith("vgg"):
+        expected["stage4"] = (5, 4, 4, 512)  # a large image is pooled once more
     assert logits.shape == (5, 100)
-    assert jax.tree.structure(updates["batch_stats"]) == jax.tree.structure(variables["batch_stats"])
+    assert {key: feature.shape for key, feature in features.items()} == expected
+    assert jax.tree.structure(updates) == jax.tree.structure({"batch_stats": variables["batch_stats"]})
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_small_and_grey_images_and_no_features_unasked(name):
+    model = models.create(name, 100)
+    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)), train=False))
+    assert set(variables) == {"params", "batch_stats"}
+    images = jax.ShapeDtypeStruct((5, 28, 28, 1), jnp.float32)
+    assert jax.eval_shape(lambda v, x: model.apply(v, x, train=False), variables, images).shape == (5, 100)
+
+
+@pytest.mark.parametrize(
+    "name, images, message",
+    [
+        ("vgg8", (2, 7, 32, 3), r"VGG takes .* at least 8×8 pixels, not an array of shape \[2, 7, 32, 3\]"),
+        ("resnet18_imagenet", (2, 0, 8, 3), r"ResNet takes .* at least 1×1 pixels"),
+        ("resnet8", (8, 8, 3), r"CifarResNet takes images \[B, H, W, channels\] .* not an array of shape \[8, 8, 3\]"),
+    ],
+)
+def test_images_of_a_wrong_shape(name, images, message):
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(lambda: models.create(name, 10).init(jax.random.key(0), jnp.zeros(images), train=False))
 
 
 def test_initialisation_is_kaiming_fan_out():
     model = models.create("resnet8x4", 100)
-    params = model.init(jax.random.key(1), jnp.zeros((1, 32, 32, 3)), train=False)["params"]
+    layers = ("stage2_block1_conv1", "stage3_block1_conv2", "classifier")
+
+    @jax.jit  # which compiles these layers' random numbers only
+    def init(key):
+        params = model.init(key, jnp.zeros((1, 8, 8, 3)), train=False)["params"]
+        return {layer: params[layer] for layer in layers}
+
+    params = init(jax.random.key(1))
     kernel = params["stage3_block1_conv2"]["kernel"]  # [3, 3, 256, 256]
     assert float(kernel.std()) == pytest.approx((2 / (9 * 256)) ** 0.5, rel=0.01)
     strided = params["stage2_block1_conv1"]["kernel"]  # [3, 3, 64, 128]: fan-out is 9 · 128
@@ -71,25 +172,54 @@ def test_initialisation_is_kaiming_fan_out():
         assert float(jnp.abs(leaf).max()) <= bound and float(leaf.std()) == pytest.approx(bound / 3**0.5, rel=0.15)
 
 
+def initial(model, images):
+    """A model's variables, of a random generator that compiles fast."""
+    return jax.jit(functools.partial(model.init, train=False))(jax.random.key(1, impl="rbg"), images)
+
+
+@functools.cache
+def small():
+    """A small model's variables and images."""
+    images = jax.random.normal(jax.random.key(0), (16, 8, 8, 1)) * 3 + 1
+    return initial(models.create("resnet8", 10), images), images
+
+
+@functools.cache
+def forward(precision):
+    """Logits, features and updates of `small` in training."""
+    model = models.create("resnet8", 10, precision=precision)
+    apply = functools.partial(models.apply_with_features, model, train=True, mutable=("batch_stats",))
+    return jax.jit(apply)(*small())
+
+
 @pytest.mark.parametrize("precision", models.PRECISIONS)
 def test_parameters_statistics_and_logits_stay_float32(precision):
-    model = models.create("resnet8", 10, precision=precision)
-    images = jax.random.normal(jax.random.key(0), (4, 8, 8, 1))
-    variables = model.init(jax.random.key(1), images, train=False)
-    logits, updates = model.apply(variables, images, train=True, mutable=["batch_stats"])
-    for leaf in jax.tree.leaves((variables, updates, logits)):
+    logits, features, updates = forward(precision)
+    for leaf in jax.tree.leaves((small()[0], updates, logits, features["pooled"])):
         assert leaf.dtype == jnp.float32
-    exact = models.create("resnet8", 10).apply(variables, images, train=True, mutable=["batch_stats"])[0]
+    assert features["stage2"].dtype == (jnp.bfloat16 if precision == "bfloat16" else jnp.float32)
+    exact = forward("float32")[0]
     np.testing.assert_allclose(logits, exact, atol=0.2 if precision == "bfloat16" else 1e-5)
     if precision == "bfloat16":
         assert not np.array_equal(logits, exact)
 
 
+def test_features_change_nothing_and_are_what_they_are_called():
+    logits, features, updates = forward("float32")
+    variables, images = small()
+    plain = jax.jit(functools.partial(models.create("resnet8", 10).apply, train=True, mutable=["batch_stats"]))
+    plain_logits, plain_updates = plain(variables, images)
+    assert set(plain_updates) == {"batch_stats"}
+    jax.tree.map(np.testing.assert_array_equal, (plain_logits, plain_updates), (logits, updates))
+    assert all(float(features[f"stage{n}"].min()) < 0 for n in (1, 2, 3))  # before the ReLU
+    pooled = np.maximum(features["stage3"], 0).mean((1, 2))
+    np.testing.assert_allclose(features["pooled"], pooled, rtol=1e-5, atol=1e-6)
+    classifier = variables["params"]["classifier"]
+    np.testing.assert_allclose(logits, pooled @ classifier["kernel"] + classifier["bias"][None], rtol=1e-4, atol=1e-5)
+
+
 def test_batch_norm_uses_the_batch_in_training_and_its_running_statistics_in_evaluation():
-    model = models.create("resnet8", 10)
-    images = jax.random.normal(jax.random.key(0), (16, 8, 8, 1)) * 3 + 1
-    variables = model.init(jax.random.key(1), images, train=False)
-    _, updates = model.apply(variables, images, train=True, mutable=["batch_stats"])
+    variables, images = small()
     conv = jax.lax.conv_general_dilated(
         images,
         variables["params"]["stem"]["kernel"],
@@ -97,7 +227,7 @@ def test_batch_norm_uses_the_batch_in_training_and_its_running_statistics_in_eva
         [(1, 1), (1, 1)],
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
-    running = updates["batch_stats"]["stem_norm"]
+    running = forward("float32")[-1]["batch_stats"]["stem_norm"]
     np.testing.assert_allclose(running["mean"], 0.1 * conv.mean((0, 1, 2)), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(running["var"], 0.9 + 0.1 * conv.var((0, 1, 2)), rtol=1e-4)
 
@@ -106,6 +236,8 @@ def test_batch_norm_uses_the_batch_in_training_and_its_running_statistics_in_eva
     "arguments, message",
     [
         (("resnet8x5", 10), "did you mean 'resnet8x4'"),
+        (("wrn_16_4", 10), "did you mean 'wrn_16_"),
+        (("alexnet", 10), "unknown model 'alexnet'.* The models are: resnet8, .*resnet50_imagenet"),
         (("resnet8", 0), "num_classes=0"),
     ],
 )
@@ -117,3 +249,66 @@ def test_bad_arguments(arguments, message):
 def test_unknown_precision():
     with pytest.raises(ValueError, match="precision='float16' must be one of"):
         models.create("resnet8", 10, precision="float16")
+
+
+@pytest.mark.parametrize(
+    "name, module, message",
+    [("resnet8", "depth=9", "6n \\+ 2"), ("wrn_16_1", "depth=15", "6n \\+ 4")],
+)
+def test_a_depth_that_no_net_has(name, module, message):
+    model = models.create(name, 10).clone(depth=int(module.removeprefix("depth=")))
+    with pytest.raises(ValueError, match=f"{module} must be {message}"):
+        jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)), train=False))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, layer, kernel, classifier, bias",
+    [
+        ("wrn_16_2", "stage3_block1_conv2", (2 / (9 * 128)) ** 0.5, (3 * 128) ** -0.5, 0),
+        ("vgg8", "stage4_conv1", (2 / (9 * 512)) ** 0.5, 0.01, 0),
+        ("mobilenetv2", "group7_block1_conv2", (2 / (9 * 480)) ** 0.5, 0.01, 0),  # depthwise: fan-out of all channels
+        ("shufflenetv1", "stage3_block2_conv3", (3 * 80) ** -0.5, (3 * 960) ** -0.5, (3 * 960) ** -0.5),
+        ("shufflenetv2", "stage3_block2_conv1", (3 * 232) ** -0.5, (3 * 1024) ** -0.5, (3 * 1024) ** -0.5),
+        ("resnet50", "stage4_block1_conv3", (2 / 2048) ** 0.5, (3 * 2048) ** -0.5, (3 * 2048) ** -0.5),
+    ],
+)
+def test_deviations_of_the_initial_values_are_the_zoos(name, layer, kernel, classifier, bias):
+    @jax.jit
+    def init(key):
+        params = models.create(name, 100).init(key, jnp.zeros((1, 8, 8, 3)), train=False)["params"]
+        return params[layer]["kernel"], params["classifier"]["kernel"], params["classifier"]["bias"]
+
+    found = [float(leaf.std()) for leaf in init(jax.random.key(1))]
+    np.testing.assert_allclose(found[:2], [kernel, classifier], rtol=0.05)
+    assert found[2] == pytest.approx(bias, rel=0.2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", models.REGISTRY)
+def test_every_model_on_numbers(name):
+    model, images = models.create(name, 10), jax.random.normal(jax.random.key(0), (8, 32, 32, 3))
+    labels = jax.nn.one_hot(jnp.arange(8), 10)
+    variables = initial(model, images)
+
+    def loss(params):
+        logits, updates = model.apply(variables | {"params": params}, images, train=True, mutable=["batch_stats"])
+        return -(labels * jax.nn.log_softmax(logits)).sum(), (logits, updates)
+
+    (_, (logits, updates)), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
+    assert jnp.isfinite(logits).all()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
+        assert jnp.isfinite(leaf).all(), path
+        # Every layer has a part in the loss; only a bias before batch norm has none.
+        assert path[-1].key == "bias" or jnp.abs(leaf).max() > 0, path
+    before = {"batch_stats": variables["batch_stats"]}
+    assert jax.tree.all(jax.tree.map(lambda a, b: (a != b).any(), updates, before))
+
+    evaluate, running = jax.jit(functools.partial(model.apply, train=False)), variables | updates
+    assert jnp.isfinite(evaluate(running, images)).all()
+    assert not np.allclose(evaluate(running, images), logits, atol=1e-2)
+    assert jnp.isfinite(evaluate(running, jax.image.resize(images, (8, 64, 64, 3), "linear"))).all()
+
+    half = models.create(name, 10, precision="bfloat16")
+    rounded, _ = jax.jit(functools.partial(half.apply, train=True, mutable=["batch_stats"]))(variables, images)
+    assert 0 < float(jnp.abs(rounded - logits).max()) < 0.25 * float(logits.std())

@@ -15,24 +15,32 @@ METHODS = sorted(objectives.METHODS)
 def predictions(seed=0):
     student, teacher = jax.random.normal(jax.random.key(seed), (2, 8, len(COUNTS))) * 3
     labels = jax.random.randint(jax.random.key(seed + 1), (8,), 0, len(COUNTS))
-    return objectives.Predictions(student, teacher, labels)
+    maps = jax.random.normal(jax.random.key(seed + 2), (2, 8, 3, 3, 2))
+    return objectives.Predictions(student, teacher, labels, student_features=(maps[0],), teacher_features=(maps[1],))
 
 
-def total(method, **values):
+def total(p, method, **values):
     objective = objectives.create(method, COUNTS, GROUPS, **values)
-    return (objective(predictions()) * objective.weights(10**6)[None, :]).sum(-1)
+    return (objective(p) * objective.weights(10**6)[None, :]).sum(-1)
 
 
 def test_the_table_holds_the_methods_of_the_papers():
     assert set(METHODS) == {
-        "ce", "balanced_softmax", "logit_adjusted", "kd", "dkd", "dive", "bkd", "wsl", "ltkd", "ltkd_bs",
+        "ce", "balanced_softmax", "logit_adjusted", "kd", "dkd", "dive", "bkd", "wsl", "reviewkd", "ltkd", "ltkd_bs",
     }  # fmt: skip
 
 
 def test_every_method_is_the_sum_of_its_published_terms():
-    z, t, y, _ = predictions()
+    expected, got = jax.jit(lambda p: (published(p), {method: total(p, method) for method in METHODS}))(predictions())
+    assert expected.keys() == got.keys()
+    for method in METHODS:
+        np.testing.assert_allclose(got[method], expected[method], rtol=2e-6, atol=1e-5, err_msg=method)
+
+
+def published(p):
+    z, t, y, *_ = p
     ce, bs = losses.cross_entropy(z, y), losses.balanced_softmax(z, y, COUNTS)
-    expected = {
+    return {
         "ce": ce,
         "balanced_softmax": bs,
         "logit_adjusted": losses.logit_adjusted(z, y, COUNTS),
@@ -41,19 +49,18 @@ def test_every_method_is_the_sum_of_its_published_terms():
         "dive": 0.5 * bs + 0.5 * losses.dive(z, t, power=0.5),
         "bkd": ce + losses.bkd(z, t, losses.effective_number_weights(COUNTS)),
         "wsl": ce + 2.5 * losses.wsl(z, t, y),
+        "reviewkd": ce + 5.0 * losses.hierarchical_context(p.student_features, p.teacher_features),
         "ltkd": ce + losses.ltkd(z, t, GROUPS),
         "ltkd_bs": bs + losses.ltkd(z, t, GROUPS),
     }
-    for method in METHODS:
-        np.testing.assert_allclose(total(method), expected[method], rtol=2e-6, atol=1e-5, err_msg=method)
 
 
 def test_hyperparameters_reach_the_terms():
-    z, t, y, _ = predictions()
+    z, t, y, *_ = predictions()
     expected = losses.cross_entropy(z, y) + losses.ltkd(z, t, GROUPS, alpha=2.0, beta=0.5, temperature=1.5)
-    np.testing.assert_allclose(total("ltkd", alpha=2.0, beta=0.5, temperature=1.5), expected, rtol=1e-5)
+    np.testing.assert_allclose(total(predictions(), "ltkd", alpha=2.0, beta=0.5, temperature=1.5), expected, rtol=1e-5)
     expected = losses.cross_entropy(z, y) + losses.dkd(z, t, y, alpha=3.0, beta=0.25, temperature=2.0)
-    np.testing.assert_allclose(total("dkd", alpha=3.0, beta=0.25, temperature=2.0), expected, rtol=1e-5)
+    np.testing.assert_allclose(total(predictions(), "dkd", alpha=3.0, beta=0.25, temperature=2.0), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -79,6 +86,33 @@ def test_a_method_without_a_teacher_does_not_look_at_one():
     assert set(METHODS) - needs == {"ce", "balanced_softmax", "logit_adjusted"}
     for method in set(METHODS) - needs:
         objectives.create(method, COUNTS)(predictions()._replace(teacher_logits=None))
+
+
+def test_one_method_alone_looks_at_features():
+    """And only where it is told to: the others are the same without any."""
+    needs = {method for method in METHODS if objectives.create(method, COUNTS, GROUPS).needs_features}
+    assert needs == {"reviewkd"}
+    bare = predictions()._replace(student_features=None, teacher_features=None)
+    for method in ("kd", "ltkd"):
+        objective = objectives.create(method, COUNTS, GROUPS)
+        np.testing.assert_array_equal(objective(bare), objective(predictions()))
+
+
+@pytest.mark.parametrize("method", ["ltkd", "dkd"])
+def test_of_mixed_images_a_term_is_the_mean_over_both_labels(method):
+    objective, p = objectives.create(method, COUNTS, GROUPS), predictions()
+    others, share = jnp.roll(p.labels, 1), jnp.linspace(0.0, 1.0, 8)
+    mixed = objective(p._replace(mix=objectives.Mix(others, share)))
+    own, other = (np.asarray(objective(p._replace(labels=labels))) for labels in (p.labels, others))
+    weight = np.asarray(share)[:, None]
+    np.testing.assert_allclose(mixed, weight * own + (1 - weight) * other, rtol=1e-5)
+    feature = objectives.features(objective, ("student_ce",))
+    np.testing.assert_allclose(
+        feature(p._replace(mix=objectives.Mix(others, share)))[:, 0],
+        share * losses.cross_entropy(p.student_logits, p.labels)
+        + (1 - share) * losses.cross_entropy(p.student_logits, others),
+        rtol=1e-5,
+    )
 
 
 def test_groups_are_by_rank_unless_given():

@@ -140,7 +140,7 @@ def test_looked_up_logits_are_the_teachers():
     for start in range(0, 1000, 250):
         rows = plans.Plan(jnp.asarray(index[start : start + 250]), jnp.asarray(view[start : start + 250]))
         direct = logits(rows)
-        looked_up = steps.table_teacher(jnp.asarray(out), rows, None)
+        looked_up = steps.table_teacher(jnp.asarray(out), rows, None).logits
         np.testing.assert_allclose(looked_up, direct, rtol=1e-5, atol=1e-5)
     assert np.ptp(out, axis=1).max() > 0.01  # the views differ, so a wrong view would show
 
@@ -148,7 +148,7 @@ def test_looked_up_logits_are_the_teachers():
 def test_the_table_pays_by_its_rule():
     assert teacher_table.pays(162, epochs=240, runs=1) and teacher_table.pays(162, epochs=60, runs=3)
     assert not teacher_table.pays(162, epochs=60, runs=2)
-    pairs = [(i, v) for _, plan in teacher_table.batches(5, 3, 4) for i, v in zip(*plan)]
+    pairs = [(i, v) for _, plan in teacher_table.batches(5, 3, 4) for i, v in zip(plan.index, plan.view)]
     assert pairs[:15] == [(i, v) for i in range(5) for v in range(3)] and pairs[15:] == [(4, 2)]
 
 

@@ -1,10 +1,14 @@
-"""The usual augmentation of small images, on the device: every (crop offset, flip) is a numbered view."""
+"""Augmentation on the device: every (crop offset, flip) of a small image is a numbered view; more is drawn on top."""
 
 import dataclasses
 
 import chex
 import jax
 import jax.numpy as jnp
+
+from ltkd_jax.data import autoaugment
+
+POLICIES = ("none", "autoaugment")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +43,58 @@ class Views:
     def flips(self) -> int:
         """2 with mirror images, else 1."""
         return 2 if self.flip else 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Extra:
+    """What is drawn for an image beyond its view. With any of it an image has no end of views.
+
+    Attributes:
+      policy: "none", or "autoaugment", see `autoaugment.auto_augment`.
+      cutout: side of the square that is blackened, see `autoaugment.cutout`; 0 for none.
+      mixup: α of the Beta(α, α) distribution of an image's share in a mixture of two; 0 for none.
+    """
+
+    policy: str = "none"
+    cutout: int = 0
+    mixup: float = 0.0
+
+    def __post_init__(self):
+        if self.policy not in POLICIES:
+            raise ValueError(f"policy={self.policy!r} must be one of {', '.join(POLICIES)}")
+        if self.cutout < 0 or not 0 <= self.mixup < float("inf"):
+            raise ValueError(f"cutout={self.cutout} and mixup={self.mixup} must not be negative")
+
+
+NOTHING = Extra()
+
+
+def apply_extra(images: jax.Array, bits: jax.Array | None, extra: Extra) -> jax.Array:
+    """AutoAugment, then Cutout, as far as they are chosen.
+
+    Args:
+      images: uint8 `[B, H, W, C]`.
+      bits: uint32 `[B]`, from which alone an image's own are drawn; may be None where nothing is chosen.
+      extra: what is chosen (static).
+    """
+    if extra.policy == "autoaugment":
+        images = autoaugment.auto_augment(images, bits)
+    return autoaugment.cutout(images, bits, size=extra.cutout) if extra.cutout else images
+
+
+def mixup_share(bits: jax.Array, alpha: float) -> jax.Array:
+    """An image's share in a mixture, `[B]`, drawn from Beta(α, α) for each.
+
+    Source: Zhang et al., "mixup: Beyond Empirical Risk Minimization", ICLR 2018; here each image has its own.
+    """
+    keys = jax.vmap(lambda word: jax.random.fold_in(jax.random.key(2), word))(bits)
+    return jax.vmap(lambda key: jax.random.beta(key, alpha, alpha))(keys)
+
+
+def mix(images: jax.Array, others: jax.Array, share: jax.Array) -> jax.Array:
+    """share · images + (1 − share) · others, float `[B, H, W, C]`, share `[B]`."""
+    share = share[:, None, None, None].astype(images.dtype)
+    return share * images + (1.0 - share) * others
 
 
 def apply(images: jax.Array, view: jax.Array, views: Views) -> jax.Array:

@@ -1,6 +1,7 @@
 """Long-tailed subsets of a balanced data set: class counts, and a draw that depends on keys, not on order."""
 
 import hashlib
+import pathlib
 from typing import NamedTuple
 
 import numpy as np
@@ -54,7 +55,7 @@ def split(
     keys: np.ndarray,
     *,
     num_classes: int,
-    imbalance: float,
+    imbalance: float | None,
     n_max: int = 0,
     meta_per_class: int = 0,
     validation_per_class: int = 0,
@@ -71,7 +72,7 @@ def split(
       labels: integers `[N]` in [0, num_classes).
       keys: strings `[N]`, unique and stable, such as 'train_00042'.
       num_classes: C.
-      imbalance: γ, see `counts`.
+      imbalance: γ, see `counts`; None takes the set as it is, less what is held out.
       n_max: images of class 0; 0 means what is left of the smallest class.
       meta_per_class: images of each class for the outer (bilevel) objective.
       validation_per_class: images of each class for choosing hyperparameters.
@@ -91,8 +92,11 @@ def split(
     present = np.bincount(labels, minlength=num_classes)
     held_out = meta_per_class + validation_per_class
     n_max = _resolve_n_max(n_max, present, held_out)
-    wanted = counts(n_max, imbalance, num_classes)
-    _check_available(wanted, present, held_out, n_max)
+    if imbalance is None:
+        wanted = present - held_out
+    else:
+        wanted = counts(n_max, imbalance, num_classes)
+        _check_available(wanted, present, held_out, n_max)
 
     digests = _digests(keys, seed)
     order = np.lexsort((digests[:, 1], digests[:, 0], labels))
@@ -118,6 +122,99 @@ def balanced(labels: np.ndarray, keys: np.ndarray, *, num_classes: int, per_clas
     """
     drawn = split(labels, keys, num_classes=num_classes, imbalance=1, validation_per_class=per_class, seed=seed)
     return drawn.validation
+
+
+class Listed(NamedTuple):
+    """A training set that someone else has drawn: each image's path and label."""
+
+    paths: tuple[str, ...]
+    labels: tuple[int, ...]
+    name: str  # of the file, for messages
+
+
+def read_list(path) -> Listed:
+    """A file of lines "relative/path label", as ImageNet-LT's authors give it.
+
+    Raises:
+      ValueError: it can't be read, is empty, or a line is not of this form.
+    """
+    try:
+        lines = pathlib.Path(path).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"the list {path} can't be read ({error})") from error
+    paths, labels = [], []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        file, _, label = line.strip().rpartition(" ")
+        if not file or not label.isdecimal():
+            raise ValueError(f'{path}:{number}: {line!r} is not of the form "relative/path label"')
+        paths.append(file.strip())
+        labels.append(int(label))
+    if not paths:
+        raise ValueError(f"the list {path} is empty")
+    return Listed(tuple(paths), tuple(labels), str(path))
+
+
+def find_listed(listed: Listed, labels: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """Sorted indices of the listed images; a path means the image whose key it is, or ends with.
+
+    Args:
+      listed: from `read_list`.
+      labels, keys: `[N]`, of the images there are.
+
+    Raises:
+      ValueError: an image that is not there, that is listed twice, or that has another label here.
+
+    >>> listed = Listed(("train/n01/b.JPEG", "train/n02/c.JPEG"), (0, 1), "list.txt")
+    >>> find_listed(listed, np.array([0, 0, 1]), np.array(["a.JPEG", "b.JPEG", "c.JPEG"])).tolist()
+    [1, 2]
+    """
+    place = {str(key): index for index, key in enumerate(keys)}
+    found, missing = {}, []
+    for path, label in zip(listed.paths, listed.labels):
+        parts = path.split("/")
+        index = next((place[tail] for i in range(len(parts)) if (tail := "/".join(parts[i:])) in place), None)
+        if index is None:
+            missing.append(path)
+        elif index in found:
+            raise ValueError(f"{listed.name}: {path!r} is the image {found[index]!r} again: list each once")
+        elif labels[index] != label:
+            raise ValueError(
+                f"{listed.name}: {path!r} has label {label}, but {labels[index]} here, where classes are numbered in "
+                "the order of their sorted names"
+            )
+        else:
+            found[index] = path
+    if missing:
+        raise ValueError(
+            f"{listed.name}: {missing[0]!r} and {len(missing) - 1} more of its {len(listed.paths)} images are not in "
+            f"the data set, whose keys look like {str(keys[0])!r}"
+        )
+    return np.array(sorted(found), np.int64)
+
+
+def split_listed(
+    listed: Listed, labels, keys, *, num_classes: int, meta_per_class: int = 0, validation_per_class: int = 0, seed=0
+) -> Split:
+    """The training set that a list names, with balanced meta and validation sets out of the images that it does not.
+
+    Args:
+      listed: from `read_list`.
+      labels, keys, num_classes, meta_per_class, validation_per_class, seed: as `split`.
+
+    Raises:
+      ValueError: as `find_listed`, and as `split` of the other images.
+    """
+    train = find_listed(listed, labels, keys)
+    if not meta_per_class + validation_per_class:
+        return Split(train, np.array([], np.int64), np.array([], np.int64))
+    rest = np.setdiff1d(np.arange(len(labels)), train)
+    held = split(
+        labels[rest], keys[rest], num_classes=num_classes, imbalance=None, meta_per_class=meta_per_class,
+        validation_per_class=validation_per_class, seed=seed,
+    )  # fmt: skip
+    return Split(train, rest[held.meta], rest[held.validation])
 
 
 def check_meta(labels: np.ndarray, keys: np.ndarray, train_keys: np.ndarray, *, num_classes: int, batch_size: int):

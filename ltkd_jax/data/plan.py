@@ -7,10 +7,14 @@ import jax.numpy as jnp
 
 
 class Plan(NamedTuple):
-    """Batches as numbers: `index[s, b]` is the image, `view[s, b]` the view, at position b of batch s; int32."""
+    """Batches as numbers: `index[s, b]` is the image, `view[s, b]` the view, at position b of batch s; int32.
+
+    `bits[s, b]`, uint32, is what else is drawn for that position; None where nothing is.
+    """
 
     index: jax.Array
     view: jax.Array
+    bits: jax.Array | None = None
 
 
 def steps_per_epoch(num_examples: int, batch_size: int) -> int:
@@ -18,7 +22,7 @@ def steps_per_epoch(num_examples: int, batch_size: int) -> int:
     return -(-num_examples // batch_size)
 
 
-def epoch_plan(seed, epoch, *, num_examples: int, batch_size: int, num_views: int) -> Plan:
+def epoch_plan(seed, epoch, *, num_examples: int, batch_size: int, num_views: int, bits: bool = False) -> Plan:
     """The batches of one epoch, `[S, B]` with S = ceil(N / B).
 
     The epoch's permutation comes first, and is filled up from the beginning of the next epoch's. It depends on
@@ -29,6 +33,7 @@ def epoch_plan(seed, epoch, *, num_examples: int, batch_size: int, num_views: in
       num_examples: N.
       batch_size: B, the global batch.
       num_views: views of an image; each is equally likely.
+      bits: whether to draw them too.
 
     >>> plan = epoch_plan(0, 0, num_examples=5, batch_size=3, num_views=9)
     >>> plan.index.shape, sorted(plan.index.ravel()[:5].tolist())
@@ -44,16 +49,17 @@ def epoch_plan(seed, epoch, *, num_examples: int, batch_size: int, num_views: in
     needed = -(-shape[0] * batch_size // num_examples)
     order = jnp.concatenate([permutation(epoch + i) for i in range(needed)])[: shape[0] * batch_size]
     view = jax.random.randint(jax.random.fold_in(view_key, epoch), shape, 0, num_views, jnp.int32)
-    return Plan(order.astype(jnp.int32).reshape(shape), view)
+    drawn = jax.random.bits(jax.random.fold_in(jax.random.fold_in(view_key, epoch), 1), shape) if bits else None
+    return Plan(order.astype(jnp.int32).reshape(shape), view, drawn)
 
 
-def stream(seed, first_step, *, num_steps: int, num_examples: int, batch_size: int, num_views: int) -> Plan:
+def stream(seed, first_step, *, num_steps: int, num_examples: int, batch_size: int, **of_view) -> Plan:
     """Batches of the endless stream of epochs, `[num_steps, B]`, from a step on.
 
     Args:
       seed, first_step: int scalars, may be traced.
       num_steps: how many.
-      num_examples, batch_size, num_views: as `epoch_plan`.
+      num_examples, batch_size, **of_view: as `epoch_plan`.
 
     >>> plan = stream(0, 1, num_steps=2, num_examples=5, batch_size=3, num_views=9)
     >>> epochs = [epoch_plan(0, epoch, num_examples=5, batch_size=3, num_views=9) for epoch in (0, 1)]
@@ -62,8 +68,8 @@ def stream(seed, first_step, *, num_steps: int, num_examples: int, batch_size: i
     """
     per_epoch = steps_per_epoch(num_examples, batch_size)
     epochs = first_step // per_epoch + jnp.arange(-(-num_steps // per_epoch) + 1)
-    each = jax.vmap(
-        lambda epoch: epoch_plan(seed, epoch, num_examples=num_examples, batch_size=batch_size, num_views=num_views)
-    )(epochs)
+    each = jax.vmap(lambda epoch: epoch_plan(seed, epoch, num_examples=num_examples, batch_size=batch_size, **of_view))(
+        epochs
+    )
     flat = jax.tree.map(lambda x: x.reshape(-1, batch_size), each)
     return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first_step % per_epoch, num_steps), flat)

@@ -1,38 +1,57 @@
-"""Puts a data set where TFDS reads it, without TensorFlow: from the network, or from an archive at hand.
+"""Puts a data set where TFDS reads it, without TensorFlow: from the network, from an archive or a folder at hand.
 
-The directory is the stock one: name, version, features, example ids and order are those that TFDS itself
-would write, and `tfds.builder(name, data_dir=DIR)` reads it without a network.
+The directory of a data set that TFDS knows is the stock one: name, version, features, example ids and order are those
+that TFDS itself would write, and `tfds.builder(name, data_dir=DIR)` reads it without a network. Any other is read by
+`tfds.builder_from_directory`.
 """
 
 import argparse
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
 import io
+import itertools
+import logging
 import os
 import pathlib
+import re
 import shutil
 import signal
 import sys
 import tempfile
 from collections.abc import Callable
 
-from ltkd_jax.data import archives, download, sources
+import numpy as np
+
+from ltkd_jax.data import archives, download, folders, records
 
 _EPILOG = """\
 sources (--source):
   cifar100, cifar10  the official cifar-100-python.tar.gz or cifar-100-binary.tar.gz (cifar-10-...)
   fashion_mnist      a folder or a tar archive with the four official *-ubyte.gz files, such as
                      /usr/share/datasets/fashion-mnist of Debian's package dataset-fashion-mnist
+  tiny_imagenet      the official tiny-imagenet-200.zip, or the folder that it unpacks to
+  imagenet2012       a folder with train/WNID/*.JPEG and val/WNID/*.JPEG (or val/*.JPEG)
+  folder             your own images, a folder or a zip of CLASS/..., or of train/CLASS/... and test/CLASS/...
 
 examples:
   python -m ltkd_jax.data.prepare cifar100 --data_dir ~/tensorflow_datasets
   python -m ltkd_jax.data.prepare cifar100 --data_dir data --source cifar-100-python.tar.gz
+  python -m ltkd_jax.data.prepare folder --name birds --source ~/birds --test_per_class 20 --data_dir data
 """
+_NO_ADDRESS = {
+    "tiny_imagenet": "the zip from http://cs231n.stanford.edu/tiny-imagenet-200.zip",
+    "imagenet2012": "the images from https://image-net.org (an account is needed), unpacked",
+    "folder": "your folder of images",
+}
+DATASETS = ("cifar100", "cifar10", "fashion_mnist", *_NO_ADDRESS)
+_CHECKED_AT_ONCE = 256
+_log = logging.getLogger(__name__)
 
 
 class PrepareError(ValueError):
-    """The data directory is in the way; the message says what to do."""
+    """The data directory is in the way, or an image is damaged; the message says what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,47 +60,76 @@ class Recipe:
 
     name: str
     files: tuple[download.File, ...]
-    read: Callable[[pathlib.Path], archives.Content]
+    read: Callable[[pathlib.Path], archives.Content | folders.Files]
 
 
 def recipe(name: str) -> Recipe:
-    """The official recipe of cifar100, cifar10 or fashion_mnist, with the official checksums.
+    """The official recipe of a data set, with the official checksums or numbers of images.
 
     >>> recipe("cifar100").files[0].name
     'cifar-100-binary.tar.gz'
     """
     import tensorflow_datasets as tfds
 
-    infos = tfds.builder_cls(name).url_infos
-    files = tuple(download.File(url, info.filename, info.size, info.checksum) for url, info in infos.items())
+    if name == "tiny_imagenet":
+        return Recipe(name, (), folders.tiny_imagenet)
+    stock = tfds.builder_cls(name)
+    if name == "imagenet2012":
+        package = pathlib.Path(sys.modules[stock.__module__].__file__).parent
+        classes, validation = ((package / f"{part}labels.txt").read_text().split() for part in ("", "validation_"))
+        read = functools.partial(folders.imagenet, class_names=tuple(classes), validation_labels=validation)
+        return Recipe(name, (), read)
+    files = tuple(download.File(url, info.filename, info.size, info.checksum) for url, info in stock.url_infos.items())
     if name == "fashion_mnist":
         return Recipe(name, files, functools.partial(archives.read_idx, sha256=archives.FASHION_MNIST_SHA256))
     layout = {"cifar10": archives.cifar10, "cifar100": archives.cifar100}[name](files[0].sha256)
     return Recipe(name, files, functools.partial(archives.read_cifar, layout=layout))
 
 
-def prepare(how: Recipe, data_dir: pathlib.Path, source=None, *, show_progress: bool = False) -> pathlib.Path:
+def own_recipe(name: str, *, test_per_class: int = 0) -> Recipe:
+    """The recipe of anyone's folder of images by class, see `folders.own`.
+
+    Raises:
+      PrepareError: a name that TFDS could not have, or has already.
+    """
+    import tensorflow_datasets as tfds
+
+    if not re.fullmatch("[a-z][a-z0-9_]*", name or ""):
+        raise PrepareError(f"--name={name!r}: give a name of small letters, digits and _, which starts with a letter")
+    if name in DATASETS or name == "digits" or name in tfds.list_builders(with_community_datasets=False):
+        raise PrepareError(f"--name={name!r} is the name of a well-known data set: give another")
+    return Recipe(name, (), functools.partial(folders.own, test_per_class=test_per_class))
+
+
+def prepare(
+    how: Recipe, data_dir: pathlib.Path, source=None, *, skip_damaged: bool = False, show_progress: bool = False
+) -> pathlib.Path:
     """Writes the TFDS directory of a data set and returns its path; nothing half-written is left at that path.
 
     Args:
       how: the recipe.
       data_dir: TFDS's directory; the data set becomes `data_dir/NAME/VERSION`.
       source: path of an archive or folder; None fetches the official files into `data_dir/downloads/NAME`.
+      skip_damaged: whether image files that do not decode are left out, with a warning, rather than refused.
       show_progress: shows bars on the standard error.
 
     Raises:
-      ArchiveError: the source is not the official one.
+      ArchiveError: the source is not the official one, or lacks something.
       DownloadError: a file can't be fetched.
-      PrepareError: something else is at the final path.
+      PrepareError: something else is at the final path, or an image does not decode.
     """
     if source is None:
+        if not how.files:
+            wanted = _NO_ADDRESS.get(how.name, _NO_ADDRESS["folder"])
+            raise PrepareError(f"{how.name} can't be fetched: give --source, {wanted}")
         folder = data_dir / "downloads" / how.name
         fetched = [download.fetch(file, folder, show_progress=show_progress) for file in how.files]
         source = fetched[0] if len(fetched) == 1 else folder
-    return _write(how.name, how.read(pathlib.Path(source)), data_dir, show_progress)
+    content = how.read(pathlib.Path(source))
+    return _write(how.name, content, data_dir, skip_damaged, show_progress)
 
 
-def _write(name: str, content: archives.Content, data_dir: pathlib.Path, show_progress: bool) -> pathlib.Path:
+def _write(name, content, data_dir: pathlib.Path, skip_damaged: bool, show_progress: bool) -> pathlib.Path:
     """Writes under a temporary name on the same file system, and renames."""
     import tensorflow_datasets as tfds
 
@@ -90,9 +138,11 @@ def _write(name: str, content: archives.Content, data_dir: pathlib.Path, show_pr
     data_dir.mkdir(parents=True, exist_ok=True)
     temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{name}.incomplete.", dir=data_dir))
     try:
-        builder = _builder_class(name, content)(data_dir=temporary, file_format="array_record")
+        builder = _builder_class(name, content, skip_damaged)(data_dir=temporary, file_format="array_record")
         with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces the temporary path
             builder.download_and_prepare()
+        for split in builder.info.splits:
+            records.index(builder, split)
         written = pathlib.Path(builder.data_path)
         final = data_dir / written.relative_to(temporary)
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -105,37 +155,101 @@ def _write(name: str, content: archives.Content, data_dir: pathlib.Path, show_pr
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _builder_class(name: str, content: archives.Content):
-    """The stock builder, but for where its examples come from: those of TFDS read files through TensorFlow."""
+def _builder_class(name: str, content, skip_damaged: bool):
+    """The stock builder, but for where its examples come from (TFDS's read files through TensorFlow), or our own."""
     import tensorflow_datasets as tfds
-    from PIL import Image
 
-    stock = tfds.builder_cls(name)
+    known = name in tfds.list_builders(with_community_datasets=False)
+    stock = tfds.builder_cls(name) if known else tfds.core.GeneratorBasedBuilder
+    from_files = isinstance(content, folders.Files)
+
+    def info(self):
+        shape = (64, 64, 3) if name == "tiny_imagenet" else (None, None, 3)
+        features = {
+            "id": tfds.features.Text(),
+            "image": tfds.features.Image(shape=shape),
+            "label": tfds.features.ClassLabel(names=content.class_names),
+        }
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
     def split_generators(self, dl_manager):
-        for label, names in content.class_names.items():
-            self.info.features[label].names = names
+        if not from_files:
+            for label, names in content.class_names.items():
+                self.info.features[label].names = names
         return {split: self._generate_examples(split) for split in content.splits}
 
     def generate_examples(self, split):
-        images, labels = content.splits[split]
-        has_id = "id" in self.info.features
-        for index, image in enumerate(images):
-            example = {label: int(values[index]) for label, values in labels.items()}
-            if has_id:
-                example["id"] = f"{split}_{index:05d}"
-            example["image"] = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
-            yield index, example
+        if from_files:
+            return _file_examples(content, split, self.info.features, skip_damaged)
+        return _array_examples(content, split, self.info.features)
 
     body = {
         "name": name,
-        "VERSION": stock.VERSION,
-        "__module__": stock.__module__,  # the directory then names the stock module
+        "VERSION": stock.VERSION if known else tfds.core.Version("1.0.0"),
+        "__module__": stock.__module__ if known else __name__,  # the directory then names the stock module
         "_split_generators": split_generators,
         "_generate_examples": generate_examples,
+        **({} if known else {"_info": info}),
     }
     with tfds.core.registered.skip_registration():
-        return type(stock.__name__, (stock,), body)
+        return type(stock.__name__ if known else "Builder", (stock,), body)
+
+
+def _array_examples(content: archives.Content, split, features):
+    from PIL import Image
+
+    images, labels = content.splits[split]
+    for index, image in enumerate(images):
+        example = {label: int(values[index]) for label, values in labels.items()}
+        if "id" in features:
+            example["id"] = f"{split}_{index:05d}"
+        example["image"] = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
+        yield index, example
+
+
+def _file_examples(files: folders.Files, split, features, skip_damaged):
+    """Examples of the files, each decoded once to see that it can be; a file's own bytes are kept where TFDS can."""
+    id_name = "id" if "id" in features else "file_name"
+    shape, entries = features["image"].shape, iter(files.splits[split])
+    kept, damaged = np.zeros(len(files.class_names), int), 0
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        while part := list(itertools.islice(entries, _CHECKED_AT_ONCE)):
+            for entry, (data, error) in zip(part, pool.map(functools.partial(_readable, shape=shape), part)):
+                if error is not None:
+                    message = f"{split} image {entry.id!r} of class {files.class_names[entry.label]!r}: {error}"
+                    if not skip_damaged:
+                        raise PrepareError(f"{message}; mend or remove it, or leave such images out by --skip_damaged")
+                    _log.warning("left out: %s", message)
+                    damaged += 1
+                    continue
+                kept[entry.label] += 1
+                yield entry.id, {id_name: entry.id, "image": io.BytesIO(data), "label": entry.label}
+    if not kept.all():
+        name = files.class_names[kept.argmin()]
+        raise PrepareError(f"{split} images of class {name!r}: none of them decodes")
+    if damaged:
+        _log.warning("%d of %d %s images were left out", damaged, len(files.splits[split]), split)
+
+
+def _readable(entry: folders.Entry, shape):
+    """(bytes of a JPEG or PNG, None), or (None, what is wrong with the file)."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        data = entry.read()
+        image = Image.open(io.BytesIO(data))
+        image.load()
+        if shape[0] is not None and image.size != (shape[1], shape[0]):
+            return None, f"it is {image.width}×{image.height} pixels, expected {shape[1]}×{shape[0]}"
+        if image.format not in ("JPEG", "PNG"):
+            file = io.BytesIO()
+            image.convert("RGB").save(file, format="png")
+            data = file.getvalue()
+    except UnidentifiedImageError:
+        return None, "does not decode (no kind of image file that is known)"
+    except Exception as error:  # decoders raise whatever they meet
+        return None, f"does not decode ({error})"
+    return data, None
 
 
 def _parse(argv) -> argparse.Namespace:
@@ -145,22 +259,39 @@ def _parse(argv) -> argparse.Namespace:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("dataset", choices=("cifar100", "cifar10", "fashion_mnist"))
+    parser.add_argument("dataset", choices=DATASETS)
     parser.add_argument("--data_dir", help="TFDS's directory (default: $TFDS_DATA_DIR, or ~/tensorflow_datasets)")
-    parser.add_argument("--source", metavar="ARCHIVE", help="an archive or folder at hand; without it, fetch one")
-    return parser.parse_args(argv)
+    parser.add_argument("--source", metavar="PATH", help="an archive or folder at hand; without it, fetch one")
+    parser.add_argument("--name", help="of your own data set, for `folder`: what config.data.name is then set to")
+    parser.add_argument(
+        "--test_per_class", type=int, default=0, metavar="N",
+        help="for a `folder` without train and test: images of each class to hold out for the test",
+    )  # fmt: skip
+    parser.add_argument(
+        "--skip_damaged", action="store_true", help="leave out images that do not decode, and name them"
+    )
+    args = parser.parse_args(argv)
+    if args.dataset == "folder" and not (args.name and args.source):
+        parser.error("folder needs --name and --source")
+    if args.dataset != "folder" and (args.name or args.test_per_class):
+        parser.error("--name and --test_per_class are for folder only")
+    return args
 
 
 def main(argv=None) -> int:
     """The command line; returns the exit code, 2 with a message on the standard error if it can't be done."""
     args = _parse(argv)
-    data_dir = sources.resolve_data_dir(args.data_dir)
+    logging.basicConfig(format="%(message)s")
+    data_dir, name = records.resolve_data_dir(args.data_dir), args.name or args.dataset
     try:
-        builder = sources.find_builder(args.dataset, data_dir)
+        if args.dataset == "folder":
+            how = own_recipe(name, test_per_class=args.test_per_class)
+        builder = records.find_builder(name, data_dir)
         if builder is not None:
-            print(f"{args.dataset} is already prepared: {builder.data_path}")
+            print(f"{name} is already prepared: {builder.data_path}")
             return 0
-        path = prepare(recipe(args.dataset), data_dir, args.source, show_progress=True)
+        how = how if args.dataset == "folder" else recipe(name)
+        path = prepare(how, data_dir, args.source, skip_damaged=args.skip_damaged, show_progress=True)
     except KeyboardInterrupt:
         print("interrupted; nothing half-written is left", file=sys.stderr)
         return 130
@@ -168,12 +299,12 @@ def main(argv=None) -> int:
         archives.ArchiveError,
         download.DownloadError,
         PrepareError,
-        sources.DatasetNotPrepared,
+        records.DatasetNotPrepared,
         OSError,
     ) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{args.dataset} is prepared: {path}")
+    print(f"{name} is prepared: {path}")
     return 0
 
 

@@ -17,6 +17,7 @@ that `where` excludes, always.
 """
 
 from ltkd_jax.losses.distillation import bkd, dive, dkd, effective_number_weights, kd, wsl
+from ltkd_jax.losses.features import hierarchical_context
 from ltkd_jax.losses.grouped import (
     GroupKL,
     group_kl,
@@ -36,6 +37,7 @@ __all__ = [
     "dkd",
     "effective_number_weights",
     "group_kl",
+    "hierarchical_context",
     "kd",
     "logit_adjusted",
     "ltkd",

@@ -3,15 +3,17 @@
 import jax
 from flax import linen as nn
 
-_kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+uniform_by_fan_in = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # ±1/√fan_in
 
 
-def linear(x: jax.Array, features: int, *, name: str, precision=None) -> jax.Array:
-    """A linear layer of `x`; kernel and bias uniform in ±1/√fan_in. To be called inside a Linen module."""
+def linear(
+    x: jax.Array, features: int, *, name: str, precision=None, kernel_init=uniform_by_fan_in, bias_init=None
+) -> jax.Array:
+    """A linear layer of `x`; kernel and bias uniform in ±1/√fan_in unless given. To be called inside a Linen module."""
     bound = x.shape[-1] ** -0.5
 
-    def bias_init(key, shape, dtype):
+    def uniform(key, shape, dtype):
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
-    layer = nn.Dense(features, precision=precision, kernel_init=_kernel_init, bias_init=bias_init, name=name)
+    layer = nn.Dense(features, precision=precision, kernel_init=kernel_init, bias_init=bias_init or uniform, name=name)
     return layer(x)

@@ -1,20 +1,49 @@
-"""The CIFAR ResNets of the distillation literature."""
-
-from typing import Any
+"""The ResNets: those for CIFAR with three stages, and those of ImageNet with four."""
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 
-from ltkd_jax.models.linear import linear
+from ltkd_jax.models.network import Network
 
 NARROW = (16, 16, 32, 64)  # channels of the stem and of the three stages
 WIDE = (32, 64, 128, 256)
 
-_conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+class _Residual(Network):
+    """Stages of blocks relu(x + branch(x)), with a projection of x where the branch changes its shape."""
+
+    def _stages(self, x, train, widths, blocks, branch):
+        """The last feature map of a stem's, both `[B, h, w, c]`.
+
+        `x` is carried before its ReLU, because the features to keep are. `branch(width, stride)` gives the
+        convolutions of a block, as (width, size, stride).
+        """
+        for stage, (width, number) in enumerate(zip(widths, blocks), start=1):
+            for block in range(1, number + 1):
+                stride = 2 if stage > 1 and block == 1 else 1
+                x = self._block(nn.relu(x), train, branch(width, stride), f"stage{stage}_block{block}")
+            self.keep(f"stage{stage}", x)
+        return nn.relu(x)
+
+    def _block(self, x, train, convs, name):
+        y = self.conv_norm(x, train, *convs[0], name=name, index=1)
+        for index, conv in enumerate(convs[1:], start=2):
+            y = self.conv_norm(nn.relu(y), train, *conv, name=name, index=index)
+        if x.shape != y.shape:
+            stride = max(stride for _, _, stride in convs)
+            x = self.conv_norm(x, train, y.shape[-1], 1, stride, name=name, index=len(convs) + 1)
+        return x + y
 
 
-class CifarResNet(nn.Module):
+def _basic(width, stride):
+    return (width, 3, stride), (width, 3, 1)
+
+
+def _bottleneck(width, stride):
+    return (width, 1, 1), (width, 3, stride), (4 * width, 1, 1)
+
+
+class CifarResNet(_Residual):
     """ResNet for small images: a 3×3 stem, three stages of (depth − 2) / 6 basic blocks, one linear layer.
 
     Source: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, section 4.2, in the variant of
@@ -24,63 +53,41 @@ class CifarResNet(nn.Module):
     Attributes:
       depth: 6n + 2.
       widths: channels of the stem and the stages.
-      num_classes: number of logits.
-      dtype: of activations; None follows the input.
-      precision: of convolutions and matmuls.
-      axis_name: device axis of batch norm's statistics.
     """
 
     depth: int
     widths: tuple[int, int, int, int] = NARROW
-    num_classes: int = 100
-    dtype: Any = None
-    precision: Any = None
-    axis_name: str | None = None
 
-    @nn.compact
-    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
-        """Logits `[B, num_classes]` of float images `[B, H, W, channels]`."""
+    def body(self, x: jax.Array, train: bool) -> jax.Array:
         blocks, rest = divmod(self.depth - 2, 6)
         if rest or blocks < 1:
             raise ValueError(f"depth={self.depth} must be 6n + 2")
-        x = images if self.dtype is None else images.astype(self.dtype)
-        x = nn.relu(self._norm(train, "stem_norm")(self._conv(self.widths[0], 3, 1, "stem")(x)))
-        for stage, width in enumerate(self.widths[1:]):
-            for block in range(blocks):
-                stride = 2 if stage > 0 and block == 0 else 1
-                x = self._block(x, width, stride, train, f"stage{stage + 1}_block{block + 1}")
-        x = x.mean(axis=(1, 2))
-        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        return linear(x, self.num_classes, precision=self.precision, name="classifier")
+        x = self.conv_norm(x, train, self.widths[0], 3, name="stem")
+        return self._stages(x, train, self.widths[1:], 3 * (blocks,), _basic)
 
-    def _block(self, x, width, stride, train, name):
-        y = nn.relu(self._norm(train, f"{name}_norm1")(self._conv(width, 3, stride, f"{name}_conv1")(x)))
-        y = self._norm(train, f"{name}_norm2")(self._conv(width, 3, 1, f"{name}_conv2")(y))
-        if x.shape != y.shape:
-            x = self._norm(train, f"{name}_norm3")(self._conv(width, 1, stride, f"{name}_conv3")(x))
-        return nn.relu(x + y)
 
-    def _conv(self, width, size, stride, name):
-        # Explicit padding: "SAME" would pad a strided convolution on one side only.
-        return nn.Conv(
-            width,
-            (size, size),
-            strides=stride,
-            padding=size // 2,
-            use_bias=False,
-            dtype=self.dtype,
-            precision=self.precision,
-            kernel_init=_conv_init,
-            name=name,
-        )
+class ResNet(_Residual):
+    """ResNet of four stages with 64, 128, 256 and 512 channels (four times that out of bottleneck blocks).
 
-    def _norm(self, train, name):
-        return nn.BatchNorm(
-            use_running_average=not train,
-            momentum=0.9,
-            epsilon=1e-5,
-            use_fast_variance=False,  # E[x²] − E[x]² cancels
-            dtype=self.dtype,
-            axis_name=self.axis_name,
-            name=name,
-        )
+    Source: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, table 1, as torchvision has it: the
+    stride of a bottleneck is in its 3×3 convolution. For small images, as in the common CIFAR distillation zoo, the
+    stem is a 3×3 convolution that keeps the image's size. Kaiming fan-out initialisation. Any image size.
+
+    Attributes:
+      blocks: of the four stages.
+      bottleneck: blocks of 1×1, 3×3 and 1×1 convolutions instead of two of 3×3.
+      imagenet_stem: a 7×7 convolution and a 3×3 max pool, each of stride 2, as stem.
+    """
+
+    blocks: tuple[int, int, int, int]
+    bottleneck: bool = False
+    imagenet_stem: bool = False
+
+    def body(self, x: jax.Array, train: bool) -> jax.Array:
+        if self.imagenet_stem:
+            x = self.conv_norm(x, train, 64, 7, 2, name="stem")
+            # Before the ReLU, with which it commutes.
+            x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+        else:
+            x = self.conv_norm(x, train, 64, 3, name="stem")
+        return self._stages(x, train, (64, 128, 256, 512), self.blocks, _bottleneck if self.bottleneck else _basic)

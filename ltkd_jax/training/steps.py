@@ -8,24 +8,26 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ltkd_jax import metrics
+from ltkd_jax import metrics, models
 from ltkd_jax.data import augment
 from ltkd_jax.data.plan import Plan
-from ltkd_jax.objectives import Objective, Predictions
+from ltkd_jax.data.stream import Streamed
+from ltkd_jax.models import review
+from ltkd_jax.objectives import Mix, Objective, Predictions
 from ltkd_jax.training.state import EpochSums, TrainState, cleared
 
 
 class TrainData(NamedTuple):
-    """A training set that lives on the device.
+    """A training set that lives on the device; of one that is streamed, only what teaches.
 
     Attributes:
-      images: uint8 `[N, H, W, channels]`.
-      labels: int32 `[N]`.
+      images: uint8 `[N, H, W, channels]`; None where batches are streamed.
+      labels: int32 `[N]`; None likewise.
       teacher: whatever the run's `TeacherFn` reads: its table, its variables, or None.
     """
 
-    images: jax.Array
-    labels: jax.Array
+    images: jax.Array | None
+    labels: jax.Array | None
     teacher: Any
 
 
@@ -35,6 +37,8 @@ class Batch(NamedTuple):
     images: jax.Array  # float [B, H, W, channels]
     labels: jax.Array  # int32 [B]
     teacher_logits: jax.Array | None  # [B, C]
+    teacher_features: Any = None  # of a method that distils them: float [B, H, W, channels] each
+    mix: Mix | None = None  # what each image is mixed with
 
 
 class EvalBatch(NamedTuple):
@@ -45,38 +49,107 @@ class EvalBatch(NamedTuple):
     mask: jax.Array  # bool [B], false for padding
 
 
+class Taught(NamedTuple):
+    """What a teacher says of a batch."""
+
+    logits: jax.Array | None = None  # [B, C]
+    features: Any = None  # float [B, H, W, channels] each
+
+
+class Paired(NamedTuple):
+    """Rows, and for each the row that it is mixed with."""
+
+    rows: Plan | Streamed
+    partners: Plan | Streamed
+
+
 Preprocess = Callable[[jax.Array], jax.Array]  # uint8 images -> float images
-TeacherFn = Callable[[Any, Plan, jax.Array], jax.Array | None]  # (data.teacher, rows, images) -> logits [B, C]
+TeacherFn = Callable[[Any, Plan, jax.Array], Taught]  # (data.teacher, rows, images) -> what it says of them
 
 
-def no_teacher(teacher, rows, images):
+def no_teacher(teacher, rows, images) -> Taught:
     """The `TeacherFn` of a method without a teacher."""
-    return None
+    return Taught()
 
 
-def table_teacher(teacher, rows, images):
+def table_teacher(teacher, rows, images) -> Taught:
     """The `TeacherFn` that looks logits up in the teacher's table, `[N, views, C]`."""
-    return teacher[rows.index, rows.view]
+    return Taught(teacher[rows.index, rows.view])
 
 
 def network_teacher(model) -> TeacherFn:
     """The `TeacherFn` that runs the teacher, in evaluation mode, on the batch's images."""
-    return lambda teacher, rows, images: model.apply(teacher, images, train=False)
+    return lambda teacher, rows, images: Taught(model.apply(teacher, images, train=False))
 
 
-def fetch(data: TrainData, rows: Plan, *, views: augment.Views, preprocess: Preprocess, teacher_fn: TeacherFn):
-    """The batch of `rows`, index and view `[B]`: gather, crop, flip, normalise, and the teacher's logits."""
-    images = preprocess(augment.apply(data.images[rows.index], rows.view, views))
-    return Batch(images, data.labels[rows.index], teacher_fn(data.teacher, rows, images))
+def feature_teacher(model) -> TeacherFn:
+    """As `network_teacher`, with the teacher's features, from the first stage to the pooled vector."""
+
+    def teach(teacher, rows, images):
+        logits, features, _ = models.apply_with_features(model, teacher, images, train=False)
+        return Taught(logits, review.maps(features))
+
+    return teach
+
+
+def fetch(
+    data: TrainData,
+    rows: Plan | Streamed | Paired,
+    *,
+    views: augment.Views,
+    preprocess: Preprocess,
+    teacher_fn: TeacherFn,
+    extra: augment.Extra = augment.NOTHING,
+) -> Batch:
+    """The batch of `rows`, leaves `[B, …]`: gather, crop and flip where it is not streamed, the rest of augmentation,
+    normalise, and what the teacher says of the result.
+
+    Args:
+      data: the training set.
+      rows: of one step; `Paired` for Mixup.
+      views: of images on the device.
+      preprocess: uint8 images to float ones.
+      teacher_fn: one of those above.
+      extra: augmentation beyond the views.
+    """
+    if not isinstance(rows, Paired):
+        images, labels = _images(data, rows, views, extra)
+        images, mix = preprocess(images), None
+    else:
+        (images, labels), (others, other_labels) = (_images(data, part, views, extra) for part in rows)
+        share = augment.mixup_share(rows.rows.bits, extra.mixup)
+        images = augment.mix(preprocess(images), preprocess(others), share)
+        rows, mix = rows.rows, Mix(other_labels, share)
+    taught = teacher_fn(data.teacher, rows, images)
+    return Batch(images, labels, taught.logits, taught.features, mix)
+
+
+def _images(data, rows, views, extra):
+    if isinstance(rows, Streamed):
+        images, labels = rows.images, rows.labels
+    else:
+        images, labels = augment.apply(data.images[rows.index], rows.view, views), data.labels[rows.index]
+    return augment.apply_extra(images, rows.bits, extra), labels
 
 
 def forward(model, batch_stats, axis_name: str | None):
-    """The student in training mode: `(params, batch) -> (Predictions, new batch statistics)`."""
+    """The student in training mode: `(params, batch) -> (Predictions, new batch statistics)`.
+
+    Features are asked for only where the batch has the teacher's to compare them with; the model is then a
+    `models.review.Reviewed`.
+    """
 
     def predict(params, batch: Batch):
         variables = {"params": params, "batch_stats": batch_stats}
-        logits, updates = model.apply(variables, batch.images, train=True, mutable=["batch_stats"])
-        return Predictions(logits, batch.teacher_logits, batch.labels, axis_name), updates["batch_stats"]
+        if batch.teacher_features is None:
+            features = None
+            logits, updates = model.apply(variables, batch.images, train=True, mutable=["batch_stats"])
+        else:
+            logits, features, updates = model.apply_with_features(variables, batch.images)
+        predictions = Predictions(
+            logits, batch.teacher_logits, batch.labels, axis_name, features, batch.teacher_features, batch.mix
+        )
+        return predictions, updates["batch_stats"]
 
     return predict
 

@@ -29,8 +29,8 @@ from small_net import (
 from ltkd_jax import bilevel, models, objectives
 from ltkd_jax.data import longtail
 from ltkd_jax.data import plan as plans
+from ltkd_jax.training import bilevel_steps, steps
 from ltkd_jax.training import state as states
-from ltkd_jax.training import steps, weighting
 from ltkd_jax.training.parallel import Parallel
 
 META = 20
@@ -41,7 +41,7 @@ STEPS = 20
 
 
 def how(objective, every=2, features=("student_ce", "teacher_ce"), outer="mix"):
-    return weighting.Weighting(
+    return bilevel_steps.Weighting(
         net=models.WeightNet(len(objective.terms), hidden=(8,)),
         features=objectives.features(objective, features),
         num_features=len(features),
@@ -64,7 +64,7 @@ def train(method, parallel, *, ahead=1, teacher_fn, teacher, meta_teacher=None, 
     @functools.lru_cache
     def chunk(changes):
         step = functools.partial(
-            weighting.bilevel_step,
+            bilevel_steps.bilevel_step,
             model=SmallNet(parallel.axis_name),
             objective=objective,
             weighting=learned,
@@ -73,7 +73,7 @@ def train(method, parallel, *, ahead=1, teacher_fn, teacher, meta_teacher=None, 
             axis_name=parallel.axis_name,
             changes=changes,
         )
-        fetch_both = functools.partial(weighting.fetch, fetch_fn=fetch, fetch_meta_fn=fetch)
+        fetch_both = functools.partial(bilevel_steps.fetch, fetch_fn=fetch, fetch_meta_fn=fetch)
         whole = functools.partial(steps.train_chunk, steps_per_epoch=spe, fetch_fn=fetch_both, step_fn=step)
         return parallel.compile(whole, batch_axis=1, donate=(0,))
 
@@ -81,8 +81,8 @@ def train(method, parallel, *, ahead=1, teacher_fn, teacher, meta_teacher=None, 
     state = parallel.replicate(double(state) if jax.config.jax_enable_x64 else state)
     train_data = steps.TrainData(IMAGES, LABELS, teacher)
     meta_data = steps.TrainData(META_IMAGES, META_LABELS, teacher if meta_teacher is None else meta_teacher)
-    data = parallel.replicate(weighting.BilevelData(train_data, meta_data))
-    rows = jax.jit(functools.partial(weighting.rows, ahead=ahead, **sizes))
+    data = parallel.replicate(bilevel_steps.BilevelData(train_data, meta_data))
+    rows = jax.jit(functools.partial(bilevel_steps.rows, ahead=ahead, **sizes))
     rows = [jax.tree.map(np.asarray, rows(0, epoch)) for epoch in range(-(-STEPS // spe))]
     rows = jax.tree.map(lambda *parts: np.concatenate(parts)[:STEPS], *rows)
     for start in range(0, STEPS, per_call):
@@ -175,7 +175,7 @@ def test_the_tables_are_the_teacher_in_the_step(one_device):
 def test_rows_look_ahead_over_the_end_of_an_epoch():
     sizes = dict(num_train=N, num_meta=META, batch_size=BATCH, num_views=VIEWS.num)
     spe = plans.steps_per_epoch(N, BATCH)
-    epoch_rows = jax.jit(functools.partial(weighting.rows, ahead=5, **sizes))
+    epoch_rows = jax.jit(functools.partial(bilevel_steps.rows, ahead=5, **sizes))
     rows = [epoch_rows(3, epoch) for epoch in range(3)]
     train_rows, meta_rows = (np.concatenate([getattr(r, part).index for r in rows]) for part in ("train", "meta"))
     assert train_rows.shape == (3 * spe, BATCH, 5) and meta_rows.shape == (3 * spe, BATCH)

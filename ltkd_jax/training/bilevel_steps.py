@@ -11,6 +11,7 @@ import optax
 from ltkd_jax import bilevel
 from ltkd_jax.data import plan as plans
 from ltkd_jax.data.plan import Plan
+from ltkd_jax.data.stream import Streamed
 from ltkd_jax.groups import ClassGroups
 from ltkd_jax.models import WeightNet
 from ltkd_jax.objectives import Objective, Predictions
@@ -26,10 +27,10 @@ class BilevelData(NamedTuple):
 
 
 class BilevelRows(NamedTuple):
-    """Rows of both: `train`, index and view `[…, B, K]`, this step's batch and the next K − 1; `meta`, `[…, B]`."""
+    """Rows of both: `train` `[S, B, K, …]`, this step's batch and the next K − 1; `meta`, `[S, B, …]`."""
 
-    train: Plan
-    meta: Plan
+    train: Plan | Streamed
+    meta: Plan | Streamed
 
 
 class BilevelBatch(NamedTuple):
@@ -87,18 +88,21 @@ class Weighting:
         return state._replace(meta=meta, sums=state.sums._replace(learned=learned))
 
 
-def rows(seed, epoch, *, ahead: int, num_train: int, num_meta: int, batch_size: int, num_views: int) -> BilevelRows:
+def rows(
+    seed, epoch, *, ahead: int, num_train: int, num_meta: int, batch_size: int, num_views: int, bits: bool = False
+) -> BilevelRows:
     """The rows of one epoch, `[S, B, K]` of the training stream and `[S, B]` of the balanced set's own.
 
     Args:
       seed, epoch: int scalars, may be traced.
       ahead: K, batches that a step looks at: its own and the next ones of the stream, over the epoch's end too.
       num_train, num_meta: images of the two sets.
-      batch_size, num_views: B; views of an image, as in `plan.epoch_plan`.
+      batch_size, num_views, bits: as `plan.epoch_plan`; bits are drawn for the training stream alone.
     """
     steps = plans.steps_per_epoch(num_train, batch_size)
     both = dict(batch_size=batch_size, num_views=num_views)
-    train = plans.stream(seed, epoch * steps, num_steps=steps + ahead - 1, num_examples=num_train, **both)
+    num_steps = steps + ahead - 1
+    train = plans.stream(seed, epoch * steps, num_steps=num_steps, num_examples=num_train, bits=bits, **both)
     window = jnp.arange(steps)[:, None] + jnp.arange(ahead)[None, :]
     meta_seed = jax.random.bits(jax.random.fold_in(jax.random.key(seed), 2))
     meta = plans.stream(meta_seed, epoch * steps, num_steps=steps, num_examples=num_meta, **both)
@@ -106,10 +110,9 @@ def rows(seed, epoch, *, ahead: int, num_train: int, num_meta: int, batch_size: 
 
 
 def fetch(data: BilevelData, rows: BilevelRows, *, fetch_fn, fetch_meta_fn) -> BilevelBatch:
-    """The batches of one step, `rows.train` `[B, K]` and `rows.meta` `[B]`, each by its own `steps.fetch`."""
-    ahead = [
-        fetch_fn(data.train, jax.tree.map(lambda x, j=j: x[:, j], rows.train)) for j in range(rows.train.index.shape[1])
-    ]
+    """The batches of one step, `rows.train` `[B, K, …]` and `rows.meta` `[B, …]`, each by its own `steps.fetch`."""
+    num_ahead = jax.tree.leaves(rows.train)[0].shape[1]
+    ahead = [fetch_fn(data.train, jax.tree.map(lambda x, j=j: x[:, j], rows.train)) for j in range(num_ahead)]
     return BilevelBatch(jax.tree.map(lambda *parts: jnp.stack(parts), *ahead), fetch_meta_fn(data.meta, rows.meta))
 
 

@@ -1,0 +1,246 @@
+"""Images by class in a folder or a zip archive: listed and checked, never extracted to disk."""
+
+import dataclasses
+import pathlib
+import zipfile
+import zlib
+from collections.abc import Callable
+
+import numpy as np
+
+from ltkd_jax.data import longtail
+from ltkd_jax.data.archives import ArchiveError
+
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
+_TEST_NAMES = ("test", "val", "validation")
+_MAX_FILE = 256 << 20  # bytes
+_TEST_SEED = 20_240_601  # a constant: what is held out for the test is the same at every preparation
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """An image file: its id, unique in its split, its label, and how its bytes are read."""
+
+    id: str
+    label: int
+    read: Callable[[], bytes]
+
+
+@dataclasses.dataclass(frozen=True)
+class Files:
+    """Image files by split, and the names of the classes in the order of their labels."""
+
+    splits: dict[str, list[Entry]]
+    class_names: tuple[str, ...]
+
+
+class Tree:
+    """Files by their path below a root, in a folder or a zip archive.
+
+    Raises:
+      ArchiveError: the root is neither, or the archive is damaged.
+    """
+
+    def __init__(self, root):
+        self._root = pathlib.Path(root)
+        self._zip = None
+        if self._root.is_dir():
+            found = (path for path in self._root.rglob("*") if path.is_file())
+            self.names = sorted(path.relative_to(self._root).as_posix() for path in found)
+            return
+        try:
+            self._zip = zipfile.ZipFile(self._root)
+        except (OSError, zipfile.BadZipFile) as error:
+            raise ArchiveError(
+                f"{root} is no folder, and no whole zip archive ({error}): give the folder, or get the archive again"
+            ) from error
+        self.names = sorted(info.filename for info in self._zip.infolist() if not info.is_dir())
+
+    def __str__(self):
+        return str(self._root)
+
+    def read(self, name: str) -> bytes:
+        """The content of a file.
+
+        Raises:
+          ArchiveError: it can't be read whole.
+        """
+        try:
+            if self._zip is None:
+                size = (self._root / name).stat().st_size
+            else:
+                size = self._zip.getinfo(name).file_size
+            if size > _MAX_FILE:
+                raise ArchiveError(f"{self}: {name} has {size} bytes, and at most {_MAX_FILE} are read")
+            return (self._root / name).read_bytes() if self._zip is None else self._zip.read(name)
+        except KeyError as error:
+            raise ArchiveError(f"{self} has no file {name}") from error
+        except (OSError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+            raise ArchiveError(f"{self}: {name} can't be read ({error}); get it again") from error
+
+    def by_class(self, folder: str, below: str = "") -> dict[str, list[str]]:
+        """Image files of each class: those at any depth below `folder/CLASS/below`, by CLASS."""
+        found = {}
+        for name in self.names:
+            rest = name.removeprefix(folder)
+            class_name, _, file = rest.partition("/")
+            hidden = any(part.startswith(".") for part in rest.split("/"))
+            if not name.startswith(folder) or not file or hidden:
+                continue
+            files = found.setdefault(class_name, [])
+            if file.startswith(below) and file.lower().endswith(_SUFFIXES):
+                files.append(name)
+        return found
+
+    def folders(self, folder: str = "") -> set[str]:
+        """Names of the folders in a folder, empty ones too."""
+        if self._zip is None:
+            base = self._root / folder
+            found = {path.name for path in base.iterdir() if path.is_dir()} if base.is_dir() else set()
+        else:
+            below = [i.filename.removeprefix(folder) for i in self._zip.infolist() if i.filename.startswith(folder)]
+            found = {rest.split("/")[0] for rest in below if "/" in rest}
+        return {name for name in found if not name.startswith(".")}
+
+
+def own(source, *, test_per_class: int = 0) -> Files:
+    """Anyone's folder (or zip) of images by class: CLASS/…, or train/CLASS/… and test/CLASS/… (or val).
+
+    Classes are numbered in the order of their sorted names. Hidden files and files of other types are passed over.
+
+    Args:
+      source: the folder.
+      test_per_class: where there is no test folder: images of each class to hold out for the test, chosen by a hash of
+        their paths.
+
+    Raises:
+      ArchiveError: no class, one without images, classes that differ between training and test, or no test.
+    """
+    tree, base = Tree(source), ""
+    while len(top := tree.folders(base)) == 1:  # an archive often holds one folder with everything in it
+        base += f"{top.pop()}/"
+    test = next((name for name in _TEST_NAMES if name in top), None)
+    if "train" in top and test:
+        names, train = _entries(tree, f"{base}train/")
+        return Files({"train": train, "test": _entries(tree, f"{base}{test}/", names)[1]}, names)
+    if test_per_class < 1:
+        raise ArchiveError(
+            f"{source} has no folders train and test: give --test_per_class=N to hold N images of each class out for "
+            "the balanced test"
+        )
+    names, entries = _entries(tree, base)
+    labels, keys = (np.array([getattr(entry, field) for entry in entries]) for field in ("label", "id"))
+    try:
+        held = longtail.balanced(labels, keys, num_classes=len(names), per_class=test_per_class, seed=_TEST_SEED)
+    except ValueError as error:
+        smallest = names[np.bincount(labels).argmin()]
+        raise ArchiveError(f"{source}: --test_per_class={test_per_class}, class {smallest!r}: {error}") from error
+    held = set(held.tolist())
+    parts = {"train": [e for i, e in enumerate(entries) if i not in held], "test": [entries[i] for i in sorted(held)]}
+    return Files(parts, names)
+
+
+def _entries(tree, folder, class_names=None):
+    """Sorted class names, and an entry for each image, whose id is its path below the folder."""
+    found = tree.by_class(folder)
+    names = tuple(sorted(tree.folders(folder)))
+    where = f"{tree}/{folder}"
+    if len(names) < 2:
+        raise ArchiveError(f"{where} has {len(names)} class folders, and at least 2 are needed")
+    if class_names is not None and names != class_names:
+        odd = sorted(set(names) ^ set(class_names))
+        raise ArchiveError(f"{where}: class {odd[0]!r} is in one of train and test only ({len(odd)} such classes)")
+    empty = [name for name in names if not found.get(name)]
+    if empty:
+        raise ArchiveError(
+            f"{where}: class folder {empty[0]!r} has no image ({len(empty)} such folders): fill it or remove it; "
+            f"images are files that end in {', '.join(_SUFFIXES)}"
+        )
+    entries = []
+    for label, class_name in enumerate(names):
+        for name in found[class_name]:
+            entries.append(Entry(name.removeprefix(folder), label, _reader(tree, name)))
+    return names, entries
+
+
+def _reader(tree, name):
+    return lambda: tree.read(name)
+
+
+def tiny_imagenet(source, *, classes: int = 200, per_class: int = 500, test_images: int = 10_000) -> Files:
+    """The official tiny-imagenet-200.zip, or the folder that it unpacks to. Its validation images are the test.
+
+    Labels are in the order of the sorted WordNet ids.
+
+    Args:
+      source: of either.
+      classes, per_class, test_images: the official numbers.
+
+    Raises:
+      ArchiveError: something of it is missing, or there is more.
+    """
+    tree = Tree(source)
+    root = "" if "wnids.txt" in tree.names else "tiny-imagenet-200/"
+    names = tuple(sorted(tree.read(f"{root}wnids.txt").decode().split()))
+    if len(set(names)) != classes:
+        raise ArchiveError(f"{source}: wnids.txt names {len(set(names))} classes, expected {classes}")
+    number = {name: label for label, name in enumerate(names)}
+    found = tree.by_class(f"{root}train/", "images/")
+    train = []
+    for name in names:
+        files = found.get(name, [])
+        if len(files) != per_class:
+            raise ArchiveError(f"{source}: class {name!r} has {len(files)} training images, expected {per_class}")
+        train += [Entry(_stem(file), number[name], _reader(tree, file)) for file in files]
+    present, test = set(tree.names), []
+    for line in tree.read(f"{root}val/val_annotations.txt").decode().splitlines():
+        file, name, *_ = [*line.split("\t"), ""]
+        path = f"{root}val/images/{file}"
+        if name not in number or path not in present:
+            raise ArchiveError(f"{source}: val_annotations.txt names {file!r} of class {name!r}, which is not there")
+        test.append(Entry(_stem(file), number[name], _reader(tree, path)))
+    if len({entry.id for entry in test}) != test_images:
+        raise ArchiveError(f"{source}: val_annotations.txt names {len(test)} images, expected {test_images}")
+    return Files({"train": train, "test": test}, names)
+
+
+def _stem(path):
+    return path.rpartition("/")[2].rpartition(".")[0]
+
+
+def imagenet(source, *, class_names: tuple[str, ...], validation_labels: list[str]) -> Files:
+    """ImageNet as it is usually unpacked: train/WNID/*.JPEG, and val/WNID/*.JPEG or all images in val itself.
+
+    Args:
+      source: the folder.
+      class_names: the WordNet ids, sorted.
+      validation_labels: the id of each validation image, in the order of their names; for a val without folders.
+
+    Raises:
+      ArchiveError: something of it is missing.
+    """
+    tree = Tree(source)
+    splits = {}
+    for split, folder in (("train", "train/"), ("validation", "val/")):
+        there = tree.folders(folder)
+        if split == "validation" and not there:
+            splits[split] = _flat(tree, folder, class_names, validation_labels)
+            continue
+        odd = sorted(there ^ set(class_names))
+        if odd:
+            what = "is missing" if odd[0] in class_names else "is no class of ImageNet"
+            raise ArchiveError(f"{source}/{folder}: folder {odd[0]!r} {what} ({len(odd)} such folders)")
+        entries = _entries(tree, folder)[1]
+        splits[split] = [dataclasses.replace(entry, id=entry.id.rpartition("/")[2]) for entry in entries]
+    return Files(splits, class_names)
+
+
+def _flat(tree, folder, class_names, validation_labels):
+    files = [name for name in tree.names if name.startswith(folder) and name.lower().endswith(_SUFFIXES)]
+    if len(files) != len(validation_labels):
+        raise ArchiveError(f"{tree}/{folder} has {len(files)} images, expected {len(validation_labels)}")
+    number = {name: label for label, name in enumerate(class_names)}
+    return [
+        Entry(file.rpartition("/")[2], number[name], _reader(tree, file))
+        for file, name in zip(files, validation_labels)
+    ]

@@ -1,0 +1,73 @@
+"""Images of differing sizes brought to one: as they are evaluated, and at random as they are trained on."""
+
+import numpy as np
+
+_AREA = (0.08, 1.0)  # of a random crop, as a share of the image
+_RATIO = (3 / 4, 4 / 3)  # of its sides
+_TRIES = 10
+_MARGIN = 0.875  # share of the shorter side that an evaluation with a margin sees: 224 of 256
+
+
+def in_mode(image, channels: int):
+    """A Pillow image in grey for one channel, else in colour: grey, palette and CMYK images come as RGB."""
+    mode = "L" if channels == 1 else "RGB"
+    return image if image.mode == mode else image.convert(mode)
+
+
+def center(image, size: int, *, margin: bool) -> np.ndarray:
+    """The square in the middle, uint8 `[size, size, C]`.
+
+    Args:
+      image: a Pillow image.
+      size: of the result's sides.
+      margin: whether the square is 0.875 of the shorter side (224 of 256, ImageNet's habit) or all of it.
+
+    >>> from PIL import Image
+    >>> center(Image.new("RGB", (40, 20)), 8, margin=True).shape
+    (8, 8, 3)
+    """
+    width, height = image.size
+    side = min(width, height) * (_MARGIN if margin else 1.0)
+    left, top = (width - side) / 2, (height - side) / 2
+    return _resized(image, (left, top, left + side, top + side), size)
+
+
+def random_crop(image, size: int, rng: np.random.Generator) -> np.ndarray:
+    """A random part, resized, and mirrored in half of the cases; uint8 `[size, size, C]`.
+
+    Its area is uniform in 8 to 100 % of the image, the logarithm of its sides' ratio uniform between 3/4 and 4/3; where
+    no such part fits in ten tries, it is the largest in the middle with an allowed ratio.
+    Source: Szegedy et al., "Going Deeper with Convolutions", CVPR 2015, in the form that torchvision made usual.
+
+    Args:
+      image: a Pillow image.
+      size: of the result's sides.
+      rng: from which alone the result is drawn.
+
+    >>> from PIL import Image
+    >>> random_crop(Image.new("RGB", (40, 20)), 8, np.random.default_rng(0)).shape
+    (8, 8, 3)
+    """
+    crop = _resized(image, _draw_box(*image.size, rng), size)
+    return crop[:, ::-1] if rng.random() < 0.5 else crop
+
+
+def _draw_box(width: int, height: int, rng):
+    for _ in range(_TRIES):
+        area = width * height * rng.uniform(*_AREA)
+        ratio = np.exp(rng.uniform(*np.log(_RATIO)))
+        w, h = round(np.sqrt(area * ratio)), round(np.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = rng.integers(0, width - w + 1), rng.integers(0, height - h + 1)
+            return left, top, left + w, top + h
+    ratio = np.clip(width / height, *_RATIO)
+    w, h = min(width, round(height * ratio)), min(height, round(width / ratio))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+def _resized(image, box, size):
+    from PIL import Image
+
+    pixels = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=tuple(map(float, box))))
+    return pixels if pixels.ndim == 3 else pixels[..., None]

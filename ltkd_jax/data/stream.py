@@ -1,0 +1,146 @@
+"""Batches of images that stay on disk: read, cropped and stacked by Grain, beside the step that uses them.
+
+A batch is a function of (seed, step) alone, so a stream has no position but the step: it starts anywhere, with any
+number of workers, and gives the same bytes.
+"""
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from ltkd_jax.data.plan import steps_per_epoch
+from ltkd_jax.data.records import Records
+
+_THREADS = min(16, os.cpu_count() or 4)  # as many batches are read side by side, and wait, decoded
+_AHEAD = 2  # batches that each worker keeps ready
+
+
+class Streamed(NamedTuple):
+    """A batch of training views, each a random resized crop; leaves `[B, …]`."""
+
+    images: np.ndarray  # uint8 [B, H, W, C]
+    labels: np.ndarray  # int32 [B]
+    bits: np.ndarray  # uint32 [B], for what is drawn on the device
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """Which image stands at which position of the endless stream, and what is drawn for it.
+
+    As `plan.epoch_plan`: an epoch is ceil(N / B) full batches, a permutation filled up from the next one. Permutations
+    are computed entry by entry, so that they take no memory whatever N is.
+
+    Attributes:
+      seed: of the order and of all that is drawn.
+      num_examples: N.
+      batch_size: B, of the global batch.
+
+    >>> order = Order(seed=0, num_examples=5, batch_size=3)
+    >>> sorted(order.index(position) for position in range(5)), order.index(5) == order.index(6)
+    ([0, 1, 2, 3, 4], True)
+    """
+
+    seed: int
+    num_examples: int
+    batch_size: int
+
+    def __post_init__(self):
+        import grain
+
+        order = grain.MapDataset.range(self.num_examples).seed(self.seed).shuffle().repeat()
+        object.__setattr__(self, "_shuffled", order)
+
+    def index(self, position: int) -> int:
+        """The image at a position: at place p of batch s for s · B + p."""
+        of_epoch = steps_per_epoch(self.num_examples, self.batch_size) * self.batch_size
+        epoch, offset = divmod(position, of_epoch)
+        return self._shuffled[epoch * self.num_examples + offset]
+
+    def rng(self, position: int) -> np.random.Generator:
+        """From which the view at a position is drawn."""
+        return np.random.default_rng((self.seed, position))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Views:
+    """What Grain maps over: the number of an example of this process to the example."""
+
+    records: Records
+    order: Order
+    share: int  # examples of a batch that this process reads
+    first: int  # place of the first of them in the batch
+
+    def __call__(self, number: int) -> Streamed:
+        step, place = divmod(number, self.share)
+        position = step * self.order.batch_size + self.first + place
+        index, rng = self.order.index(position), self.order.rng(position)
+        image = self.records.crop(index, rng)
+        return Streamed(image, self.records.labels[index], rng.integers(2**32, dtype=np.uint32))
+
+
+@contextlib.contextmanager
+def batches(
+    records: Records,
+    *,
+    seed: int,
+    batch_size: int,
+    first_step: int,
+    num_steps: int,
+    workers: int = 0,
+    process: tuple[int, int] = (0, 1),
+) -> Iterator[Iterator[Streamed]]:
+    """The batches of `num_steps` steps from a step on; a context, since it may run processes.
+
+    Args:
+      records: the training set.
+      seed: of order, crops and flips.
+      batch_size: B, of the global batch.
+      first_step: of the stream, from which to go on.
+      num_steps: how many batches.
+      workers: processes that decode; 0 does it by threads of this one.
+      process: (index, count); each process reads its share of every batch, in the order of the processes.
+
+    Raises:
+      ValueError: a batch that the processes do not divide. On the way, an image that does not decode.
+    """
+    import grain
+
+    index, count = process
+    share, rest = divmod(batch_size, count)
+    if rest:
+        raise ValueError(f"a batch of {batch_size} is not divided by {count} processes")
+    views = _Views(records, Order(seed, len(records), batch_size), share, index * share)
+    numbers = grain.MapDataset.range(first_step * share, (first_step + num_steps) * share)
+    threads = 0 if workers else _THREADS
+    read = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
+    stream = numbers.map(views).batch(share).to_iter_dataset(read)
+    if workers:
+        _parse_flags()
+        stream = stream.mp_prefetch(grain.MultiprocessingOptions(workers, per_worker_buffer_size=_AHEAD))
+    iterator = iter(stream)
+    try:
+        yield iterator
+    finally:
+        iterator.close()
+
+
+def _parse_flags():
+    """Grain's workers read absl's flags, which a program that has none of its own never parses."""
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+
+
+def in_order(records: Records, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """All images as they are evaluated, once, in batches (images, labels) of which the last may be smaller."""
+    import grain
+
+    read = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_THREADS)
+    examples = grain.MapDataset.range(len(records)).map(lambda i: (records.image(i), records.labels[i]))
+    with contextlib.closing(iter(examples.batch(batch_size).to_iter_dataset(read))) as iterator:
+        yield from iterator
