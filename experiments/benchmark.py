@@ -3,9 +3,10 @@
     python -m experiments.benchmark bilevel                      # ResNet32x4 -> ResNet8x4, batch 100, 100 classes
     python -m experiments.benchmark bilevel --student=resnet8 --teacher=resnet20 --repeats=5
     python -m experiments.benchmark bilevel --repeats=0          # the compiler's counts alone
+    python -m experiments.benchmark stream                       # images per second of a stream, of a plain loop
 
-FLOPs are the compiler's cost analysis of the whole step, temporary memory its memory analysis. Both are of steps
-without loops, which the cost analysis would count once; only the rows "compiled loop" have one. Times are the minimum
+bilevel: FLOPs are the compiler's cost analysis of the whole step, temporary memory its memory analysis. Both are of
+steps without loops, which the cost analysis would count once; only the rows "compiled loop" have one. Times are the minimum
 over the repeats. Images are random: they change no cost.
 """
 
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import provenance, setup, tables
+from experiments import benchmark_stream, provenance, setup, tables
 from ltkd_jax import bilevel, groups, models, objectives
 from ltkd_jax.training import bilevel_steps, steps
 from ltkd_jax.training import state as states
@@ -230,16 +231,26 @@ def bilevel_report(pair: Pair, repeats: int) -> str:
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m experiments.benchmark", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("what", choices=["bilevel"])
+    what = parser.add_subparsers(dest="what", required=True)
+    step = what.add_parser("bilevel", help="the bilevel step: FLOPs, memory and time beside naive differentiation")
     for field in dataclasses.fields(Pair):
-        parser.add_argument(f"--{field.name}", type=field.type, default=field.default, help=f"default: {field.default}")
-    parser.add_argument("--repeats", type=int, default=3, help="timed rounds after a first; 0 times nothing")
+        step.add_argument(f"--{field.name}", type=field.type, default=field.default, help=f"default: {field.default}")
+    step.add_argument("--repeats", type=int, default=3, help="timed rounds after a first; 0 times nothing")
+    reading = what.add_parser("stream", help="images per second of a stream")
+    for name, default in (("images", 512), ("size", 224), ("batch_size", 64), ("batches", 16), ("repeats", 2)):
+        reading.add_argument(f"--{name}", type=int, default=default, help=f"default: {default}")
+    reading.add_argument("--workers", type=int, nargs="*", default=[0, 2], help="0 reads by threads (default: 0 2)")
     options = vars(parser.parse_args(argv))
-    if options["repeats"] < 0 or options["batch_size"] < 1 or options["num_classes"] < 3:
-        parser.error("--repeats must not be negative, --batch_size at least 1, --num_classes at least 3")
+    least = {"batch_size": 1, "num_classes": 3, "images": 1, "size": 8, "batches": 1}
+    least["repeats"] = 1 if options["what"] == "stream" else 0
+    for key, value in least.items():
+        if options.get(key, value) < value:
+            parser.error(f"--{key}={options[key]} must be at least {value}")
     setup.once()
+    if options.pop("what") == "stream":
+        print(benchmark_stream.report(**options))
+        return
     repeats = options.pop("repeats")
-    options.pop("what")
     try:
         print(bilevel_report(Pair(**options), repeats))
     except ValueError as error:  # an unknown model, method or precision

@@ -388,7 +388,7 @@ def teacher_kind(config, data: Dataset) -> str:
         return "none"
     if objective.needs_features:
         return "features"
-    if config.teacher.table == "never" or not checks.views_are_finite(config):
+    if config.teacher.table == "never" or checks.no_table(config):
         return "network"
     if config.teacher.table == "always":
         return "table"

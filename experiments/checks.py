@@ -107,15 +107,20 @@ def _validate_data(config):
         raise ConfigError(f"config.augment: {error}") from None
     if extra.policy == "autoaugment" and config.data.name in ("digits", "fashion_mnist"):
         raise ConfigError("config.augment.policy='autoaugment' is a policy for photographs: leave it 'none' here")
-    needs_features = objectives.create(config.method.name, np.ones(3)).needs_features
-    if config.teacher.table == "always" and (needs_features or not views_are_finite(config)):
-        why = "the method needs the teacher's features" if needs_features else "the views of an image have no end"
-        raise ConfigError(f"config.teacher.table='always': there can be no table, since {why}; give 'auto' or 'never'")
+    reason = no_table(config)
+    if config.teacher.table == "always" and reason:
+        raise ConfigError(
+            f"config.teacher.table='always': there can be no table, since {reason}; give 'auto' or 'never'"
+        )
 
 
-def views_are_finite(config) -> bool:
-    """Whether an image has so few views that a table can hold them: crops and flips of an image in memory."""
-    return not config.data.stream and augment.Extra(**config.augment) == augment.NOTHING
+def no_table(config) -> str | None:
+    """Why a run cannot read its teacher's table; None if it can. A table holds logits of a number of views."""
+    if objectives.create(config.method.name, np.ones(3)).needs_features:
+        return "the method needs the teacher's features"
+    if config.data.stream or augment.Extra(**config.augment) != augment.NOTHING:
+        return "the views of an image have no end"
+    return None
 
 
 def _learns_weights(weighting):

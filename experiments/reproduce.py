@@ -64,7 +64,7 @@ class Reproduction:
         self._sharing = collections.Counter()
         for entry in entries:
             config = resolve(entry)
-            self._sharing[checks.teacher_hash(config)] += build.needs_teacher(config)
+            self._sharing[checks.teacher_hash(config)] += build.needs_teacher(config) and not checks.no_table(config)
 
     def config(self, entry: Entry):
         """The entry's config, or None while the group it waits for is not done."""

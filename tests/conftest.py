@@ -7,8 +7,8 @@ import sys
 import jax
 import pytest
 
-# Compiling is most of the time of the fast suite, and what is compiled runs a few times at most: not optimised, it is ready
-# sooner. Child processes take it over.
+# Compiling is most of the time of the fast suite, and what is compiled runs a few times at most: not optimised, it is
+# ready sooner. Child processes take it over.
 if "slow" not in sys.argv:
     os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 

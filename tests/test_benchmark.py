@@ -1,8 +1,10 @@
 """The benchmark of the bilevel step: what it counts, and that the step is as cheap as is said."""
 
+import numpy as np
 import pytest
 
-from experiments import benchmark, tables
+from experiments import benchmark, benchmark_stream, tables
+from ltkd_jax.data import prepare, sources, stream
 
 
 def test_the_arithmetic_of_the_ratios():
@@ -23,11 +25,25 @@ def test_the_arithmetic_of_the_ratios():
 
 def test_help_and_bad_arguments(capsys):
     with pytest.raises(SystemExit):
-        benchmark.main(["--help"])
+        benchmark.main(["bilevel", "--help"])
     assert "--student" in capsys.readouterr().out
-    for bad in ("--batch_size=many", "--batch_size=0", "--repeats=-1"):
+    for what, bad in [
+        *(("bilevel", bad) for bad in ("--batch_size=many", "--batch_size=0", "--repeats=-1")),
+        *(("stream", bad) for bad in ("--repeats=0", "--size=4", "--workers=x")),
+    ]:
         with pytest.raises(SystemExit):
-            benchmark.main(["bilevel", bad])
+            benchmark.main([what, bad])
+
+
+def test_the_streams_benchmark_reads_the_same_batches_both_ways(tmp_path):
+    benchmark_stream.photographs(tmp_path / "images", 24)
+    prepare.prepare(prepare.own_recipe("photographs"), tmp_path / "tfds", tmp_path / "images")
+    train = sources.load("photographs", tmp_path / "tfds", size=16, margin=True).train
+    with stream.batches(train, seed=0, batch_size=4, first_step=0, num_steps=6) as batches:
+        for ours, plain in zip(batches, benchmark_stream.plain_loop(train, 4, 0, 6), strict=True):
+            np.testing.assert_array_equal(ours.images, plain)
+    rates = benchmark_stream.measure(train, 4, 2, [0])
+    assert set(rates) == {"plain loop", "stream, threads"} and min(rates.values()) > 0
     with pytest.raises(SystemExit, match="unknown model 'resnet9'"):
         benchmark.main(["bilevel", "--student=resnet9"])
 

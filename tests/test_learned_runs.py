@@ -5,10 +5,9 @@ import time
 
 import numpy as np
 import pytest
-from small import config_of, parameters, run, tiny
+from small import parameters, run, tiny
 
 from experiments import build, runs, train
-from ltkd_jax.data import longtail, sources
 from ltkd_jax.training.checkpoint import Checkpoints
 
 
@@ -99,24 +98,3 @@ def test_two_steps_ahead_over_ltkds_terms(learned, tmp_path):
     config, folder, _ = learned
     results = run(tiny(folder, "bikd,terms=ltkd", **{"weighting.lookahead": 2}), tmp_path / "run")
     assert set(results["weighting"]["weights"]) == {"ce", "inter", "intra"}
-
-
-@slow
-def test_cifar10lt_at_its_size(tmp_path, monkeypatch):
-    """BiKD's CIFAR-10 config, on noise of CIFAR-10's shape and size: 13,717 images after 1,000 are set aside."""
-    rng = np.random.default_rng(0)
-
-    def load(name, data_dir):
-        sets = []
-        for split, n in (("train", 50_000), ("test", 10_000)):
-            keys = np.array([f"{split}_{i:05d}" for i in range(n)])
-            labels = np.tile(np.arange(10, dtype=np.int32), n // 10)
-            sets.append(sources.Images(rng.integers(0, 256, (n, 32, 32, 3), np.uint8), labels, keys))
-        return *sets, tuple("abcdefghij")
-
-    monkeypatch.setattr(sources, "_load_tfds", load)
-    config = config_of("cifar10lt", "bikd,smoke,train.batch_size=96,teacher.train.batch_size=96")
-    config.teacher.cache = str(tmp_path / "teachers")
-    results = run(config.lock(), tmp_path / "run")
-    assert results["class_counts"] == longtail.counts(4900, 50, 10).tolist() and results["class_counts"][-1] == 98
-    assert results["meta_images"] == 1000 and set(results["weighting"]["weights"]) == {"ce", "kd"}

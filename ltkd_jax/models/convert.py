@@ -96,10 +96,9 @@ def read(path) -> dict[str, np.ndarray]:
         # `weights_only`: a pickle may run any code.
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a broken file raises what its bytes make it
-        reason = str(error).partition("\n")[0]
         raise ValueError(
-            f"cannot read {path}: {reason} (expected is a file of torch.save with tensors only; if it holds other "
-            'objects, save its "model" alone)'
+            f"cannot read {path} ({type(error).__name__}): expected is a file of torch.save with tensors only; if it "
+            'holds other objects, save its "model" alone'
         ) from error
     for key in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
