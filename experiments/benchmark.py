@@ -6,8 +6,10 @@
     python -m experiments.benchmark stream                       # images per second of a stream, of a plain loop
 
 bilevel: FLOPs are the compiler's cost analysis of the whole step, temporary memory its memory analysis. Both are of
-steps without loops, which the cost analysis would count once; only the rows "compiled loop" have one. Times are the minimum
-over the repeats. Images are random: they change no cost.
+steps without loops, which the cost analysis would count once; only the rows "compiled loop" have one. Times are the
+minimum over the repeats. Images are random: they change no cost.
+
+stream: JPEGs of ImageNet's size, made for it; the best of the repeats.
 """
 
 import argparse

@@ -34,6 +34,7 @@ sources (--source):
   tiny_imagenet      the official tiny-imagenet-200.zip, or the folder that it unpacks to
   imagenet2012       a folder with train/WNID/*.JPEG and val/WNID/*.JPEG (or val/*.JPEG)
   folder             your own images, a folder or a zip of CLASS/..., or of train/CLASS/... and test/CLASS/...
+  Grey, palette and CMYK images among colour ones are read as colour.
 
 examples:
   python -m ltkd_jax.data.prepare cifar100 --data_dir ~/tensorflow_datasets
