@@ -14,7 +14,7 @@ terms, lookahead, every, outer); `smoke` runs 20 steps of small models.
 known), or the path of a list with a line "relative/path label" for each image, such as the usual ImageNet-LT's
 (115,846 images). The test is ImageNet's validation set. For bikd 10 images of each class are set aside.
 
-Images stay on disk: random resized crops and flips in `data.workers` processes, so there is no teacher's table. Recipe: the
+Images stay on disk: random resized crops and flips by threads or `data.workers` processes, so there is no teacher's table. Recipe: the
 usual 100 epochs of batch 256, lr 0.1, ×0.1 at 30, 60 and 90, weight decay 1e-4 (the paper's is not known).
 
 Hardware: GPUs. Expected: LTKD reports this data set, but its numbers are not known here; not yet run here.

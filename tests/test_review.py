@@ -64,7 +64,7 @@ def test_its_gradient_is_that_of_finite_differences_and_none_goes_into_the_teach
 
 def test_in_bfloat16_it_is_accumulated_in_float32():
     students, teachers = ([jnp.asarray(x, jnp.bfloat16) for x in features(seed=s)] for s in (0, 1))
-    got = losses.hierarchical_context(students, teachers)
+    got = jax.jit(losses.hierarchical_context)(students, teachers)
     assert got.dtype == jnp.float32
     exact = context(*([np.asarray(x, np.float32) for x in part] for part in (students, teachers)))
     np.testing.assert_allclose(got, exact, rtol=1e-5)
@@ -124,10 +124,11 @@ def test_the_fusion_is_its_formulas():
     rng = np.random.default_rng(0)
     maps = tuple(rng.normal(size=(3, size, size, c)).astype(np.float32) for size, c in IN)
     fusion = review.Fusion(targets=TARGETS, precision=jax.lax.Precision.HIGHEST)
-    variables = fusion.init(jax.random.key(0), maps, train=True)
+    variables = jax.jit(lambda: fusion.init(jax.random.key(0), maps, train=True))()
     # Batch norm's scale and bias are 1 and 0 at first, which would hide a wrong use of them.
     params = jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(np.float32), variables["params"])
-    got, _ = fusion.apply(variables | {"params": params}, maps, train=True, mutable=["batch_stats"])
+    apply = jax.jit(lambda v: fusion.apply(v, maps, train=True, mutable=["batch_stats"]))
+    got, _ = apply(variables | {"params": params})
     expected = fused(jax.tree.map(lambda x: np.asarray(x, np.float64), params), [x.astype(np.float64) for x in maps])
     for ours, truth, (size, channels) in zip(got, expected, TARGETS):
         assert ours.shape == (3, size, size, channels)
@@ -145,10 +146,15 @@ def test_the_student_beside_a_fusion_is_the_student_alone():
     key = jax.random.key(0)
     alone, variables = (jax.jit(lambda k, m=m: m.init(k, images, train=False))(key) for m in (student, both))
     jax.tree.map(np.testing.assert_array_equal, alone["params"], variables["params"]["student"])
-    evaluated = both.apply(variables, images, train=False)
-    np.testing.assert_array_equal(evaluated, student.apply(alone, images, train=False))
-    logits, maps, updates = both.apply_with_features(variables, images)
-    without, plain = both.apply(variables, images, train=True, mutable=["batch_stats"])
+    evaluated, expected, (logits, maps, updates), (without, plain) = jax.jit(
+        lambda v, a: (
+            both.apply(v, images, train=False),
+            student.apply(a, images, train=False),
+            both.apply_with_features(v, images),
+            both.apply(v, images, train=True, mutable=["batch_stats"]),
+        )
+    )(variables, alone)
+    np.testing.assert_allclose(evaluated, expected, rtol=1e-6)
     np.testing.assert_allclose(logits, without, rtol=1e-6)
     assert [x.shape[1:] for x in maps] == [(8, 8, 16), (4, 4, 32), (2, 2, 64), (1, 1, 64)]
     structure = jax.tree.structure(variables["batch_stats"])
@@ -160,7 +166,12 @@ def test_the_student_beside_a_fusion_is_the_student_alone():
 
 @pytest.mark.parametrize(
     "student, teacher",
-    [("resnet8x4", "resnet32x4"), ("shufflenetv1", "wrn_40_2"), ("mobilenetv2", "resnet50"), ("vgg8", "vgg13")],
+    [
+        ("vgg8", "vgg13"),
+        pytest.param("resnet8x4", "resnet32x4", marks=pytest.mark.slow),
+        pytest.param("shufflenetv1", "wrn_40_2", marks=pytest.mark.slow),
+        pytest.param("mobilenetv2", "resnet50", marks=pytest.mark.slow),
+    ],
 )
 def test_the_papers_pairs_fit(student, teacher):
     pair = models.create(student, 100), models.create(teacher, 100)
