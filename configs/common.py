@@ -33,6 +33,10 @@ SHORT = {
 }
 
 
+# Epochs over which methods are warmed up in their own recipes of 240.
+WARMUPS = {"dkd": dict(warmup_epochs=20.0), "reviewkd": dict(warmup_epochs=20.0)}
+
+
 def recipe(**values) -> ml_collections.ConfigDict:
     """SGD with momentum and L2, the learning rate times `decay` at each milestone (a fraction of all steps)."""
     defaults = dict(

@@ -22,8 +22,6 @@ Hardware: GPUs. Expected: LTKD reports this data set, but its numbers are not kn
 
 from configs import common
 
-METHOD_DEFAULTS = {"dkd": dict(warmup_epochs=20.0), "reviewkd": dict(warmup_epochs=20.0)}
-
 
 def get_config(argument: str = ""):
     config = common.base("imagenet2012", teacher="resnet34_imagenet", student="resnet18_imagenet", imbalance=10.0)
@@ -35,5 +33,5 @@ def get_config(argument: str = ""):
         argument,
         bikd={"data.meta_per_class": 10},
         weighting=common.bilevel(every=5, outer="hard", hidden=(64, 64)),
-        method_defaults=METHOD_DEFAULTS,
+        method_defaults=common.WARMUPS,
     )

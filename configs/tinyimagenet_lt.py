@@ -19,8 +19,6 @@ Hardware: one GPU. Expected: LTKD reports this data set, but its numbers are not
 
 from configs import common
 
-METHOD_DEFAULTS = {"dkd": dict(warmup_epochs=20.0), "reviewkd": dict(warmup_epochs=20.0)}
-
 
 def get_config(argument: str = ""):
     config = common.base("tiny_imagenet", teacher="resnet32x4", student="resnet8x4", imbalance=100.0)
@@ -29,5 +27,5 @@ def get_config(argument: str = ""):
         argument,
         bikd=common.bikd_recipe(n_max=490, meta_per_class=10),
         weighting=common.bilevel(every=5, outer="hard", hidden=(64, 64)),
-        method_defaults=METHOD_DEFAULTS,
+        method_defaults=common.WARMUPS,
     )

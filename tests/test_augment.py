@@ -109,3 +109,36 @@ def test_wrong_arguments_are_refused(call):
 def test_a_negative_pad_is_refused():
     with pytest.raises(ValueError, match="pad=-1"):
         augment.Views(pad=-1, flip=True)
+
+
+# More than views.
+
+
+def test_an_images_share_is_beta_distributed_and_its_own():
+    bits = jax.random.bits(jax.random.key(0), (4000,))
+    share = np.asarray(jax.jit(augment.mixup_share, static_argnums=1)(bits, 0.4))
+    assert share.shape == (4000,) and 0 <= share.min() and share.max() <= 1
+    # Beta(α, α): mean 1/2, variance 1 / (4 (2α + 1)).
+    assert abs(share.mean() - 0.5) < 0.02 and abs(share.var() - 1 / (4 * 1.8)) < 0.01
+    order = np.random.default_rng(0).permutation(4000)
+    np.testing.assert_array_equal(augment.mixup_share(bits[order], 0.4), share[order])
+
+
+def test_mixing_is_the_weighted_sum():
+    a, b = (np.random.default_rng(seed).normal(size=(3, 2, 2, 1)).astype(np.float32) for seed in (0, 1))
+    share = np.array([0.0, 0.25, 1.0], np.float32)
+    weight = share[:, None, None, None]
+    np.testing.assert_allclose(augment.mix(a, b, share), weight * a + (1 - weight) * b, rtol=1e-6)
+
+
+def test_what_is_not_chosen_changes_nothing():
+    images = jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8))
+    assert augment.apply_extra(images, None, augment.NOTHING) is images
+    cut = augment.apply_extra(images, jnp.zeros(2, jnp.uint32), augment.Extra(cutout=3))
+    assert cut.shape == images.shape and (cut != images).any()
+
+
+@pytest.mark.parametrize("values", [{"policy": "rand"}, {"cutout": -1}, {"mixup": -0.1}, {"mixup": float("nan")}])
+def test_what_cannot_be_chosen(values):
+    with pytest.raises(ValueError, match=next(iter(values))):
+        augment.Extra(**values)
