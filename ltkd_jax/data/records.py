@@ -3,6 +3,7 @@
 The only module of the library that reads TFDS directories.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -16,7 +17,7 @@ import numpy as np
 
 from ltkd_jax.data import resize
 
-_SCAN = 256  # records read at once while labels and keys are gathered
+_BLOCK = 256  # records that are read at once
 
 # A PNG up to its first data chunk: signature, then the header chunk.
 _PNG_HEADER = struct.Struct(">8sI4sIIBBBBBI")
@@ -91,8 +92,10 @@ class Records:
     def take(self, indices: np.ndarray) -> Images:
         """Those of the indices, decoded."""
         images = np.empty((len(indices), *self.shape), np.uint8)
-        for i, index in enumerate(indices):
-            images[i] = self.image(index)
+        for start in range(0, len(indices), _BLOCK):
+            block = indices[start : start + _BLOCK]
+            for i, (index, record) in enumerate(zip(block, self._source.__getitems__(self.numbers[block])), start):
+                images[i] = self._whole(index, record)
         return Images(images, self.labels[indices], self.keys[indices])
 
     def image(self, index: int) -> np.ndarray:
@@ -101,12 +104,7 @@ class Records:
         Raises:
           ValueError: it does not decode; the message has its key.
         """
-        try:
-            if self.fit == "stored":
-                return decode(self._encoded(index), self.shape[-1]).reshape(self.shape)
-            return resize.center(self._open(index), self.shape[0], margin=self.fit == "margin")
-        except (OSError, ValueError, SyntaxError) as error:
-            raise self._damaged(index, error) from error
+        return self._whole(index, self._source[int(self.numbers[index])])
 
     def crop(self, index: int, rng: np.random.Generator) -> np.ndarray:
         """A random resized crop of an image, uint8 `[H, W, C]`, see `resize.random_crop`.
@@ -114,22 +112,28 @@ class Records:
         Raises:
           ValueError: it does not decode; the message has its key.
         """
-        try:
-            return resize.random_crop(self._open(index), self.shape[0], rng)
-        except (OSError, ValueError, SyntaxError) as error:
-            raise self._damaged(index, error) from error
+        record = self._source[int(self.numbers[index])]
+        with self._naming(index):
+            return resize.random_crop(self._open(record), self.shape[0], rng)
 
-    def _encoded(self, index):
-        return _parse(self._source[int(self.numbers[index])])["image"].bytes_list.value[0]
+    def _whole(self, index, record):
+        with self._naming(index):
+            if self.fit == "stored":
+                return decode(_encoded(record), self.shape[-1]).reshape(self.shape)
+            return resize.center(self._open(record), self.shape[0], margin=self.fit == "margin")
 
-    def _open(self, index):
+    def _open(self, record):
         from PIL import Image
 
-        return resize.in_mode(Image.open(io.BytesIO(self._encoded(index))), self.shape[-1])
+        return resize.in_mode(Image.open(io.BytesIO(_encoded(record))), self.shape[-1])
 
-    def _damaged(self, index, error):
-        where = pathlib.Path(self.files[0]).parent
-        return ValueError(f"image {str(self.keys[index])!r} in {where} does not decode ({error}): prepare it again")
+    @contextlib.contextmanager
+    def _naming(self, index):
+        try:
+            yield
+        except (OSError, ValueError, SyntaxError) as error:
+            key, where = str(self.keys[index]), pathlib.Path(self.files[0]).parent
+            raise ValueError(f"image {key!r} in {where} does not decode ({error}): prepare it again") from error
 
 
 def read(builder, split: str, size: int = 0, *, margin: bool = False) -> Records:
@@ -197,8 +201,8 @@ def _scan(files, channels):
 
     source = ArrayRecordDataSource(list(files))
     labels, keys, digests = np.empty(len(source), np.int32), [], []
-    for start in range(0, len(source), _SCAN):
-        rows = range(start, min(start + _SCAN, len(source)))
+    for start in range(0, len(source), _BLOCK):
+        rows = range(start, min(start + _BLOCK, len(source)))
         for row, record in zip(rows, source.__getitems__(rows)):
             feature = _parse(record)
             labels[row] = feature["label"].int64_list.value[0]
@@ -215,6 +219,10 @@ def _parse(record: bytes):
     from tensorflow_datasets.proto import tf_example_pb2
 
     return tf_example_pb2.Example.FromString(record).features.feature
+
+
+def _encoded(record: bytes) -> bytes:
+    return _parse(record)["image"].bytes_list.value[0]
 
 
 def content_keys(digests: np.ndarray, labels: np.ndarray) -> np.ndarray:
