@@ -357,9 +357,11 @@ def _program(key: str, role: str, teacher_kind: str) -> Program:
         "features": lambda: steps.feature_teacher(teacher_model(config, data)),
     }[teacher_kind]()
     try:
-        return Program(
+        program = Program(
             config, data, role=role, recipe=recipe, method=method, weighting=weighting, teacher_fn=teacher_fn
         )
+        jax.eval_shape(program.init, 0)  # a model that the images do not fit says so now
+        return program
     except ValueError as error:
         raise checks.ConfigError(str(error)) from error
 

@@ -264,6 +264,14 @@ def test_learned_weights_need_the_argument():
         checks.validate(config)
 
 
+def test_a_model_that_the_images_do_not_fit(black, monkeypatch):
+    with pytest.raises(checks.ConfigError, match="the student has 4, the teacher 3"):
+        build.student_program(config_of("folder_lt", "reviewkd,name=birds,student=vgg8"), "features")
+    monkeypatch.setitem(STORED, "birds", (4, *STORED["birds"][1:]))
+    with pytest.raises(checks.ConfigError, match="VGG takes images .* of at least 8×8 pixels"):
+        build.student_program(config_of("folder_lt", "ltkd,name=birds,student=vgg8,image_size=0"), "network")
+
+
 def test_a_meta_set_smaller_than_a_batch():
     config = config_of("digits_lt", "bikd,data.meta_per_class=6")
     with pytest.raises(checks.ConfigError, match="60 images, fewer than a batch of 64: raise data.meta_per_class"):
