@@ -1,114 +1,22 @@
-"""Config -> objects: a run's data and its compiled functions."""
+"""Config -> objects: a network's training as compiled functions."""
 
-import dataclasses
 import functools
 import json
-import os
 
 import jax
 import ml_collections
 import numpy as np
 
-from experiments import checks, feed
-from ltkd_jax import groups, models, objectives
-from ltkd_jax.data import augment, longtail, sources, stream
+from experiments import checks, datasets, feed
+from experiments.datasets import Dataset
+from ltkd_jax import models, objectives
+from ltkd_jax.data import augment, longtail, stream
 from ltkd_jax.data import plan as plans
 from ltkd_jax.data.records import Images, Records
 from ltkd_jax.models import review
 from ltkd_jax.training import bilevel_steps, steps, teacher_table
 from ltkd_jax.training import state as states
 from ltkd_jax.training.parallel import Parallel
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Dataset:
-    """A long-tailed training set, balanced held-out sets, and how its classes are grouped; on the host or on disk."""
-
-    source: sources.Source
-    train: Images | Records
-    meta: Images | Records
-    validation: Images | Records
-    test: Images | Records
-    class_counts: np.ndarray
-    groups: groups.ClassGroups
-    shots: dict[str, np.ndarray]
-
-    @property
-    def num_classes(self) -> int:
-        return self.source.num_classes
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        return self.train.shape
-
-    @property
-    def streams(self) -> bool:
-        """Whether images stay on disk."""
-        return isinstance(self.train, Records)
-
-    def preprocess(self, images):
-        """uint8 images -> normalised float images."""
-        return augment.normalize(images, self.source.mean, self.source.std)
-
-
-def dataset(config) -> Dataset:
-    """The data of a config; the last ones are kept, so that runs in one process share them.
-
-    Raises:
-      checks.ConfigError: unknown or unprepared data, or a split that the data cannot give.
-    """
-    keys = ("data", "groups", "seed_split")
-    return _dataset(json.dumps({key: checks.plain(config)[key] for key in keys}))
-
-
-@functools.lru_cache(maxsize=2)
-def _dataset(key: str) -> Dataset:
-    spec = json.loads(key)
-    data = spec["data"]
-    try:
-        source = sources.load(data["name"], data["dir"] or None, size=data["image_size"], margin=data["stream"])
-        split = _split(data, source, spec["seed_split"])
-        class_counts = np.bincount(source.train.labels[split.train], minlength=source.num_classes)
-        by_rank = groups.ClassGroups.from_counts(class_counts, fractions=spec["groups"]["fractions"])
-        test = _some(source.test, data["test_images"], source.num_classes)
-        parts = [(source.train, part) for part in (split.train, split.meta, split.validation)] + [(source.test, test)]
-        train, meta, validation, test = _read(parts, data["stream"])
-    except ValueError as error:
-        raise checks.ConfigError(str(error)) from error
-    return Dataset(source, train, meta, validation, test, class_counts, by_rank, groups.shots(class_counts))
-
-
-def _split(data, source, seed) -> longtail.Split:
-    labels, keys = source.train.labels, source.train.keys
-    held_out = {key: data[key] for key in ("meta_per_class", "validation_per_class")}
-    shared = dict(num_classes=source.num_classes, seed=seed, **held_out)
-    if data["subset"] not in checks.SUBSETS:
-        return longtail.split_listed(longtail.read_list(data["subset"]), labels, keys, **shared)
-    imbalance = data["imbalance"] if data["subset"] == "exponential" else None
-    return longtail.split(labels, keys, imbalance=imbalance, n_max=data["n_max"], **shared)
-
-
-def _read(parts, streams: bool):
-    """The images of each (images, indices), in memory or, for a stream, still on disk."""
-    if streams:
-        if not all(isinstance(images, Records) for images, _ in parts):
-            raise ValueError("data.stream=True: this data set has no files to stream from: leave it False")
-        return [images.subset(indices) for images, indices in parts]
-    size = sum(len(indices) * int(np.prod(images.shape)) for images, indices in parts)
-    if size > _device_memory() / 2:
-        raise ValueError(
-            f"the images take {size / 2**30:.1f} GiB, more than half of the device's memory: set data.stream=True, "
-            "or a smaller data.image_size"
-        )
-    return [images.take(indices) for images, indices in parts]
-
-
-def _some(images, number, num_classes):
-    """Indices of a fixed, balanced part of the images; of all if 0 or at least as many are asked for."""
-    if not 0 < number < len(images):
-        return np.arange(len(images))
-    per_class = max(number // num_classes, 1)
-    return longtail.balanced(images.labels, images.keys, num_classes=num_classes, per_class=per_class)
 
 
 class Program:
@@ -345,7 +253,7 @@ def _seedless(config):
 @functools.lru_cache(maxsize=3)
 def _program(key: str, role: str, teacher_kind: str) -> Program:
     config = ml_collections.ConfigDict(json.loads(key))
-    data = dataset(config)
+    data = datasets.load(config)
     if role == "teacher":
         method, weighting, recipe = {"name": "ce"}, {"name": "static"}, config.teacher.train
     else:
@@ -402,11 +310,4 @@ def teacher_kind(config, data: Dataset) -> str:
     # A lookahead meets each image K times in an epoch.
     epochs *= config.weighting.get("lookahead", 1)
     pays = teacher_table.pays(views, epochs=epochs, runs=config.teacher.table_runs)
-    return "table" if pays and size <= config.teacher.table_memory * _device_memory() else "network"
-
-
-def _device_memory() -> int:
-    stats = jax.devices()[0].memory_stats() or {}
-    if "bytes_limit" in stats:
-        return stats["bytes_limit"]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return "table" if pays and size <= config.teacher.table_memory * datasets.device_memory() else "network"

@@ -6,7 +6,7 @@ import pathlib
 
 import numpy as np
 
-from experiments import build, checks, provenance, tables, teachers, train
+from experiments import build, checks, datasets, provenance, tables, teachers, train
 from ltkd_jax import files
 
 
@@ -82,7 +82,7 @@ def _differences(old, new, prefix=""):
 
 
 def _distil(config, workdir, stop, command):
-    data = build.dataset(config)
+    data = datasets.load(config)
     kind = build.teacher_kind(config, data)
     teacher = None if kind == "none" else teachers.obtain(config, stop)
     program = build.student_program(config, kind)

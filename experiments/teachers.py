@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import tqdm
 
-from experiments import build, checks, train
+from experiments import build, checks, datasets, train
 from ltkd_jax import files, metrics
 from ltkd_jax.training import steps, teacher_table
 from ltkd_jax.training.checkpoint import Checkpoints
@@ -49,7 +49,7 @@ class Teacher:
         Raises:
           train.Stopped: while it was built; the next call goes on from there.
         """
-        data = build.dataset(self.config)
+        data = datasets.load(self.config)
         shape = (len(images), data.source.views.num, data.num_classes)
         # A teacher may be used with several sets of images: the table's name says which.
         of = checks.identity_hash({"data": data.source.name, "keys": images.keys.tolist()})
@@ -167,7 +167,7 @@ def _train(config, folder, stop):
 
 def _load(config, folder):
     results = checks.teacher_results(folder)
-    data = build.dataset(config)
+    data = datasets.load(config)
     wanted = {
         "model": config.teacher.model,
         "num_classes": data.num_classes,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from small import ROOT, config_of
 
-from experiments import build, checks, runs
+from experiments import build, checks, datasets, runs
 from ltkd_jax import objectives
 from ltkd_jax.data import augment, longtail, records, sources, stream
 from ltkd_jax.training import bilevel_steps, steps
@@ -79,10 +79,10 @@ def blank(name, data_dir=None, *, size=0, margin=False):
 def black(monkeypatch):
     """Every data set is there, and black; nothing made of it is kept."""
     monkeypatch.setattr(sources, "load", blank)
-    for cache in (build._dataset, build._program):
+    for cache in (datasets._load, build._program):
         cache.cache_clear()
     yield
-    for cache in (build._dataset, build._program):
+    for cache in (datasets._load, build._program):
         cache.cache_clear()
 
 
@@ -119,7 +119,7 @@ def test_every_config_is_built_and_its_step_keeps_its_shapes(name, method, black
     """At full size, with its own models: the data, and one step of the teacher's and of the student's program."""
     config = config_of(name, named(name, method))
     config.train.batch_size = config.teacher.train.batch_size = 64  # eight devices would not divide BiKD's 100
-    data = build.dataset(config)
+    data = datasets.load(config)
     assert data.streams is (name == "imagenet_lt") and data.image_shape[0] == SIZES[name]
     kind = build.teacher_kind(config, data)
     assert kind == ("table" if (name, method) in TABLES else "network")
@@ -295,12 +295,12 @@ def test_a_meta_set_smaller_than_a_batch():
 )
 def test_bad_data_is_told_within_a_second(values, message):
     config = config_of("digits_lt")
-    build.dataset(config)  # the digits themselves are loaded once
+    datasets.load(config)  # the digits themselves are loaded once
     importlib.import_module("tensorflow_datasets")
     config.update_from_flattened_dict(values)
     start = time.monotonic()
     with pytest.raises(checks.ConfigError, match=message.replace("(", "\\(")):
-        build.dataset(config)
+        datasets.load(config)
     assert time.monotonic() - start < 1
 
 
@@ -340,13 +340,13 @@ def test_images_held_out_make_another_teacher_only_where_they_change_its_images(
     assert teacher() == teacher(**{"data.meta_per_class": 8}) == teacher(**{"data.validation_per_class": 3})
     assert teacher(**{"data.n_max": 0}) != teacher(**{"data.n_max": 0, "data.meta_per_class": 8})
     held = config_of("digits_lt", "bikd")
-    np.testing.assert_array_equal(build.dataset(held).train.keys, build.dataset(config_of("digits_lt")).train.keys)
+    np.testing.assert_array_equal(datasets.load(held).train.keys, datasets.load(config_of("digits_lt")).train.keys)
 
 
 def test_the_rule_for_the_table():
     """auto: views <= epochs × runs, and it fits."""
     config = config_of("digits_lt", "kd")
-    data = build.dataset(config)
+    data = datasets.load(config)
     assert data.source.views.num == 9 and build.teacher_kind(config, data) == "table"
     config.train.epochs = 4.0
     assert build.teacher_kind(config, data) == "network"

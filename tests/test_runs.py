@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from small import parameters, run, tiny
 
-from experiments import build, checks, runs, teachers, train
+from experiments import build, checks, datasets, runs, teachers, train
 from ltkd_jax import files
 from ltkd_jax.training.checkpoint import Checkpoints
 
@@ -162,22 +162,22 @@ def test_a_teacher_from_elsewhere_is_part_of_the_identity(done, tmp_path):
 def test_a_damaged_table_is_built_again(done, tmp_path):
     _, config = copy_of_teacher(done, tmp_path)
     teacher = teachers.obtain(config, train.StopRequest())
-    good = np.array(teacher.table(build.dataset(config).train, train.StopRequest()))
+    good = np.array(teacher.table(datasets.load(config).train, train.StopRequest()))
     (path,) = teacher.folder.glob("table-*.npy")
     for damage in (lambda content: content[:-40] + bytes(40), lambda content: content[:500]):
         path.write_bytes(damage(path.read_bytes()))
-        np.testing.assert_array_equal(teacher.table(build.dataset(config).train, train.StopRequest()), good)
+        np.testing.assert_array_equal(teacher.table(datasets.load(config).train, train.StopRequest()), good)
 
 
 def test_a_table_that_was_stopped_is_gone_on_with(done, tmp_path, monkeypatch):
     _, config = copy_of_teacher(done, tmp_path)
     teacher = teachers.obtain(config, train.StopRequest())
-    good = np.array(teacher.table(build.dataset(config).train, train.StopRequest()))
+    good = np.array(teacher.table(datasets.load(config).train, train.StopRequest()))
     (path,) = teacher.folder.glob("table-*.npy")
     path.unlink()
     monkeypatch.setattr(teachers, "_TABLE_BATCH", 50)
     with pytest.raises(train.Stopped, match="at 50 of"):
-        teacher.table(build.dataset(config).train, train.StopRequest(deadline=0))
+        teacher.table(datasets.load(config).train, train.StopRequest(deadline=0))
     starts, build_table = [], teachers.teacher_table.build
 
     def noting(*arguments, start, **keywords):
@@ -186,7 +186,7 @@ def test_a_table_that_was_stopped_is_gone_on_with(done, tmp_path, monkeypatch):
 
     monkeypatch.setattr(teachers.teacher_table, "build", noting)
     np.testing.assert_allclose(
-        teacher.table(build.dataset(config).train, train.StopRequest()), good, rtol=1e-5, atol=1e-5
+        teacher.table(datasets.load(config).train, train.StopRequest()), good, rtol=1e-5, atol=1e-5
     )
     assert starts == [50] and not list(teacher.folder.glob("*.tmp")) and not list(teacher.folder.glob("*.done"))
 

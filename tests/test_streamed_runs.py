@@ -9,7 +9,7 @@ import pictures
 import pytest
 from small import config_of, parameters, run
 
-from experiments import build, checks, feed, runs, train
+from experiments import build, checks, datasets, feed, runs, train
 from ltkd_jax.data import prepare
 
 COUNTS = {"ant": 30, "bee": 24, "cat": 20, "dog": 20}
@@ -111,7 +111,7 @@ def test_learned_weights_from_a_stream_resume_bit_for_bit(data_dir, tmp_path, lo
 
 def test_a_lookahead_reads_the_next_batches_of_the_stream(data_dir, tmp_path):
     """What a step looks ahead to is what the next steps are trained on, from wherever it starts."""
-    data = build.dataset(small(data_dir, tmp_path, "bikd", **{"data.meta_per_class": 4}))
+    data = datasets.load(small(data_dir, tmp_path, "bikd", **{"data.meta_per_class": 4}))
     source = feed.Streamed(data.train, data.meta, batch_size=16, total_steps=6, ahead=2)
     rows = list(source.rows(3, 0, [1] * 6))
     for now, following in zip(rows, rows[1:]):
@@ -131,7 +131,7 @@ def test_rows_with_more_augmentation(data_dir, tmp_path, mixup):
     """Every position has its own bits, and for Mixup its neighbour's row too."""
     values = {"data.stream": False, "augment.cutout": 4, "augment.mixup": mixup}
     config = small(data_dir, tmp_path, **values)
-    data = build.dataset(config)
+    data = datasets.load(config)
     assert build.teacher_kind(config, data) == "network"
     program = build.student_program(config, "network")
     first, again = (next(program.chunks(0, 0))[1] for _ in range(2))
@@ -214,13 +214,13 @@ def test_what_the_data_does_not_allow_is_told(data_dir, tmp_path):
         ({"data.name": "wasps"}, "'wasps' is unknown.*prepare folder --name wasps"),
     ):
         with pytest.raises(checks.ConfigError, match=message):
-            build.dataset(small(data_dir, tmp_path, **values))
+            datasets.load(small(data_dir, tmp_path, **values))
 
 
 def test_images_too_large_for_the_memory_are_to_be_streamed(data_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(build, "_device_memory", lambda: 10_000)
+    monkeypatch.setattr(datasets, "device_memory", lambda: 10_000)
     with pytest.raises(checks.ConfigError, match="more than half of the device's memory: set data.stream=True"):
-        build.dataset(small(data_dir, tmp_path, **{"data.stream": False, "data.image_size": 9}))
+        datasets.load(small(data_dir, tmp_path, **{"data.stream": False, "data.image_size": 9}))
 
 
 def test_a_list_and_a_set_as_it_is(data_dir, tmp_path):
@@ -233,14 +233,14 @@ def test_a_list_and_a_set_as_it_is(data_dir, tmp_path):
         path.write_text("\n".join(lines))
     lists[2].write_text("\n".join(lines[1:]))
     listed = [small(data_dir, tmp_path, **{"data.subset": str(path)}) for path in lists]
-    assert build.dataset(listed[0]).class_counts.tolist() == [5, 4, 3, 2]
+    assert datasets.load(listed[0]).class_counts.tolist() == [5, 4, 3, 2]
     hashes = [checks.config_hash(config) for config in listed]
     assert hashes[0] == hashes[1] != hashes[2]
     whole = small(data_dir, tmp_path, **{"data.subset": "all"})
-    assert build.dataset(whole).class_counts.tolist() == list(COUNTS.values())
+    assert datasets.load(whole).class_counts.tolist() == list(COUNTS.values())
     assert runs.default_workdir(whole).startswith("runs/insects-all-ltkd")
     assert runs.default_workdir(listed[0]).startswith("runs/insects-a-ltkd")
     lists[0].write_text("train/ant/gone.jpg 0")
     with pytest.raises(checks.ConfigError, match="'train/ant/gone.jpg' and 0 more of its 1 images are not"):
-        build._dataset.cache_clear()
-        build.dataset(listed[0])
+        datasets._load.cache_clear()
+        datasets.load(listed[0])
