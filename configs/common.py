@@ -67,7 +67,7 @@ def base(dataset: str, *, teacher: str, student: str, imbalance: float) -> ml_co
             n_max=0,  # training images of the most frequent class; 0 takes what the smallest class has left
             meta_per_class=0,  # balanced images set aside for bilevel weighting
             validation_per_class=0,  # balanced images set aside for choosing hyperparameters
-            test_images=0,  # evaluate on so many, balanced, so rounded to the classes; 0 takes all
+            test_images=0,  # evaluate on so many, the test's balanced, so rounded to the classes; 0 takes all
             image_size=0,  # sides to which images are brought; 0 leaves them as they are stored
             stream=False,  # images stay on disk, and training views are random resized crops
             workers=0,  # processes that read a stream; 0 reads by threads, which on few cores is faster

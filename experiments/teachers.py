@@ -146,7 +146,7 @@ def _train(config, folder, stop):
         label=f"teacher {config.teacher.model}",
     )
     on_test = program.evaluate(state.variables, data.test)
-    on_train = program.evaluate(state.variables, data.train)
+    on_train = program.evaluate(state.variables, _evenly(data.train, config.data.test_images))
     results = {
         "hash": checks.teacher_hash(config),
         "model": config.teacher.model,
@@ -163,6 +163,13 @@ def _train(config, folder, stop):
     files.write_text(unfinished / "config.json", json.dumps(checks.teacher_identity(config), indent=1))
     files.write_text(unfinished / "results.json", json.dumps(results, indent=1))
     os.rename(unfinished, folder)
+
+
+def _evenly(images, number):
+    """So many of the images, evenly over their keys; all of them if 0 or at least as many are asked for."""
+    if not 0 < number < len(images):
+        return images
+    return images.subset(np.arange(number) * len(images) // number)
 
 
 def _load(config, folder):

@@ -49,6 +49,8 @@ class Images:
         """Those of the indices."""
         return Images(self.images[indices], self.labels[indices], self.keys[indices])
 
+    subset = take  # as `Records` has it
+
 
 @dataclasses.dataclass(frozen=True)
 class Records:
