@@ -230,25 +230,27 @@ def _how(setting):
         commands += [run.get("command") or "not recorded" for run in runs]
         first = html.escape(json.dumps(runs[0]["config"], indent=1, sort_keys=True, ensure_ascii=False))
         configs.append(f"<details><summary>{html.escape(method.label)}</summary><pre>{first}</pre></details>")
-    header = [
-        "method",
-        "hardware",
-        "precision",
-        "commit",
-        "config",
-        "seeds",
-        "teacher’s logits",
-        "wall time",
-        "images/s",
-    ]
-    table = tables.as_html(tables.Table(header, rows, left=7))
+    header = ["method", "hardware", "precision", "commit", "config", "seeds", "wall time", "images/s"]
+    table = tables.as_html(tables.Table(header, rows, left=6))
     versions = {name: v for run in setting.runs for name, v in (run.get("versions") or {}).items()}
     listed = "".join(f"; {name} {v}" for name, v in sorted(versions.items()))
+    told = html.escape(f"Seeds: split / teacher / student{listed}.{_logits(setting)}")
     return (
-        f'<h3>How it was run</h3>{table}<p class="small">Seeds: split / teacher / student{html.escape(listed)}.</p>'
+        f'<h3>How it was run</h3>{table}<p class="small">{told}</p>'
         f"<details><summary>Commands</summary><pre>{html.escape(chr(10).join(commands))}</pre></details>"
         f"<details><summary>Full configs, of each method’s first seed</summary>{''.join(configs)}</details>"
     )
+
+
+def _logits(setting):
+    """Says where the steps had the teacher's logits from, where there was one."""
+    sources = {}
+    for method in setting.methods:
+        for run in method.runs.values():
+            if tables.logits_source(run):
+                sources.setdefault(tables.logits_source(run), {})[method.label] = None
+    told = "; ".join(f"{', '.join(labels)} from the {source}" for source, labels in sources.items())
+    return f" Teacher’s logits: {told}." if told else ""
 
 
 def _told(run):
@@ -256,7 +258,6 @@ def _told(run):
     speed = timing.get("images_per_second")
     told = [str(run.get(key) or "–") for key in ("device", "precision", "commit", "config_hash")]
     told.append(" / ".join(str(seeds.get(key, "–")) for key in ("split", "teacher", "student")))
-    told.append(tables.logits_source(run))
     return [*told, duration(timing.get("seconds")), f"{speed:,.0f}" if speed else "–"]
 
 

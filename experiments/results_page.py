@@ -122,7 +122,7 @@ def _below_table(setting):
     for method in setting.methods:
         runs = [method.runs[seeds] for seeds in sorted(method.runs)]
         columns = [[str(run.get(key) or "–") for run in runs] for key in ("device", "precision", "commit")]
-        columns.append([tables.logits_source(run) for run in runs])
+        columns.append([tables.logits_source(run) or "–" for run in runs])
         unique = [", ".join(sorted(set(column))) for column in columns]
         times = [(run.get("timing") or {}).get("seconds") for run in runs]
         seconds, _, _ = tables.mean_std(time for time in times if time is not None)

@@ -209,9 +209,9 @@ def data_setting(data, class_counts=None):
 
 
 def logits_source(run):
-    """Returns where a run's step had the teacher's logits from, in words."""
+    """Returns where a run's step had the teacher's logits from, in words; None where it needed none."""
     names = {"table": "table of all views", "network": "network in the step", "features": "network in the step"}
-    return names.get(run.get("teacher_logits"), "–")
+    return names.get(run.get("teacher_logits"))
 
 
 def _methods(runs):

@@ -552,3 +552,28 @@ def test_planned_rows_stand_with_their_own_recipe(tmp_path):
     long, short = section.split("120 epochs:")
     assert "| ltkd |" in long and "bikd" not in long.split("240 epochs:")[1]
     assert all(f"| {name} |" in short for name in ("kd", "bikd", "bikd over ltkd"))
+
+
+def test_what_is_off_in_one_config_tells_it_from_another(tmp_path):
+    """A part that a config leaves out is off in it, and the report says where the teacher's logits came from."""
+    plain, mixed = fabricate("kd"), fabricate("kd")
+    mixed["config"]["augment"] = {"policy": "none", "cutout": 16, "mixup": 0.0}
+    plain["teacher_logits"], mixed["teacher_logits"] = "table", "network"
+    (setting,) = tables.gather([plain, mixed])
+    assert [method.label for method in setting.methods] == ["kd", "kd (cutout=16)"]
+    report.write_page([plain, mixed], tmp_path / "r.html")
+    page = (tmp_path / "r.html").read_text()
+    assert "Teacher’s logits: kd from the table of all views; kd (cutout=16) from the network in the step." in page
+    assert "network in the step" in results_page.render_results([mixed], report.read(results_page.PUBLISHED))
+
+
+def test_a_set_that_was_not_drawn_by_imbalance_is_a_setting_of_its_own():
+    drawn, whole, listed = fabricate("kd"), fabricate("kd"), fabricate("kd")
+    whole["config"]["data"]["subset"], listed["config"]["data"]["subset"] = "all", "list 0123456789ab"
+    whole["class_counts"] = [40, 30, 16]
+    titles = {setting.title for setting in tables.gather([drawn, whole, listed])}
+    assert titles == {
+        "cifar10, imbalance 100, resnet32x4 → resnet8x4",
+        "cifar10 (all), imbalance 2.5, resnet32x4 → resnet8x4",
+        "cifar10 (list 0123456789ab), imbalance 100, resnet32x4 → resnet8x4",
+    }
