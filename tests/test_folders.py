@@ -294,5 +294,7 @@ def test_images_of_differing_sizes_need_a_size(tmp_path):
     assert own(tmp_path, pictures.by_class(PETS), "--test_per_class=1") == 0
     with pytest.raises(ValueError, match="set data.image_size"):
         sources.load("pets", tmp_path / "tfds")
+    for name in ("*", "../tfds/pets", "p?ts", ""):
+        assert records.find_builder(name, tmp_path / "tfds") is None
     builder = records.find_builder("pets", tmp_path / "tfds")
     assert records.read(builder, "train", 8, margin=True).fit == "margin"

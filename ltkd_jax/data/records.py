@@ -10,6 +10,7 @@ import hashlib
 import io
 import os
 import pathlib
+import re
 import struct
 import zipfile
 
@@ -276,7 +277,8 @@ def find_builder(name: str, data_dir: str | None = None):
     """As `open_builder`, but None if the data set is not there."""
     root = resolve_data_dir(data_dir)
     # TFDS itself takes a second to import: look first.
-    if not any(root.glob(f"{name}/*/dataset_info.json")):
+    prepared = [] if not re.fullmatch(r"\w+", name) else list((root / name).glob("*/dataset_info.json"))
+    if not prepared:
         return None
     import tensorflow_datasets as tfds
 
@@ -284,7 +286,7 @@ def find_builder(name: str, data_dir: str | None = None):
         builder = tfds.builder(name, data_dir=root)
     else:
         # TFDS has no code for it: the directory tells all.
-        newest = max(root.glob(f"{name}/*/dataset_info.json"), key=lambda path: path.stat().st_mtime)
+        newest = max(prepared, key=lambda path: path.stat().st_mtime)
         builder = tfds.builder_from_directory(newest.parent)
     if not builder.is_prepared():
         return None
