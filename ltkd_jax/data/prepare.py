@@ -6,12 +6,10 @@ that TFDS itself would write, and `tfds.builder(name, data_dir=DIR)` reads it wi
 """
 
 import argparse
-import concurrent.futures
 import contextlib
 import dataclasses
 import functools
 import io
-import itertools
 import logging
 import os
 import pathlib
@@ -22,9 +20,8 @@ import sys
 import tempfile
 from collections.abc import Callable
 
-import numpy as np
-
-from ltkd_jax.data import archives, download, folders, records
+from ltkd_jax.data import archives, download, folders, records, write
+from ltkd_jax.data.write import PrepareError
 
 _EPILOG = """\
 sources (--source):
@@ -47,12 +44,6 @@ _NO_ADDRESS = {
     "folder": "your folder of images",
 }
 DATASETS = ("cifar100", "cifar10", "fashion_mnist", *_NO_ADDRESS)
-_CHECKED_AT_ONCE = 256
-_log = logging.getLogger(__name__)
-
-
-class PrepareError(ValueError):
-    """The data directory is in the way, or an image is damaged; the message says what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,11 +130,12 @@ def _write(name, content, data_dir: pathlib.Path, skip_damaged: bool, show_progr
     data_dir.mkdir(parents=True, exist_ok=True)
     temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{name}.incomplete.", dir=data_dir))
     try:
-        builder = _builder_class(name, content, skip_damaged)(data_dir=temporary, file_format="array_record")
-        with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces the temporary path
-            builder.download_and_prepare()
-        for split in builder.info.splits:
-            records.index(builder, split)
+        builder = _builder_class(name, content)(data_dir=temporary, file_format="array_record")
+        if isinstance(content, folders.Files):
+            write.write(builder, content, skip_damaged=skip_damaged, show_progress=show_progress)
+        else:
+            with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces the temporary path
+                builder.download_and_prepare()
         written = pathlib.Path(builder.data_path)
         final = data_dir / written.relative_to(temporary)
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -156,13 +148,12 @@ def _write(name, content, data_dir: pathlib.Path, skip_damaged: bool, show_progr
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _builder_class(name: str, content, skip_damaged: bool):
+def _builder_class(name: str, content):
     """The stock builder, but for where its examples come from (TFDS's read files through TensorFlow), or our own."""
     import tensorflow_datasets as tfds
 
     known = name in tfds.list_builders(with_community_datasets=False)
     stock = tfds.builder_cls(name) if known else tfds.core.GeneratorBasedBuilder
-    from_files = isinstance(content, folders.Files)
 
     def info(self):
         shape = (64, 64, 3) if name == "tiny_imagenet" else (None, None, 3)
@@ -174,14 +165,11 @@ def _builder_class(name: str, content, skip_damaged: bool):
         return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
     def split_generators(self, dl_manager):
-        if not from_files:
-            for label, names in content.class_names.items():
-                self.info.features[label].names = names
+        for label, names in content.class_names.items():
+            self.info.features[label].names = names
         return {split: self._generate_examples(split) for split in content.splits}
 
     def generate_examples(self, split):
-        if from_files:
-            return _file_examples(content, split, self.info.features, skip_damaged)
         return _array_examples(content, split, self.info.features)
 
     body = {
@@ -206,51 +194,6 @@ def _array_examples(content: archives.Content, split, features):
             example["id"] = f"{split}_{index:05d}"
         example["image"] = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
         yield index, example
-
-
-def _file_examples(files: folders.Files, split, features, skip_damaged):
-    """Examples of the files, each decoded once to see that it can be; a file's own bytes are kept where TFDS can."""
-    id_name = "id" if "id" in features else "file_name"
-    shape, entries = features["image"].shape, iter(files.splits[split])
-    kept, damaged = np.zeros(len(files.class_names), int), 0
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        while part := list(itertools.islice(entries, _CHECKED_AT_ONCE)):
-            for entry, (data, error) in zip(part, pool.map(functools.partial(_readable, shape=shape), part)):
-                if error is not None:
-                    message = f"{split} image {entry.id!r} of class {files.class_names[entry.label]!r}: {error}"
-                    if not skip_damaged:
-                        raise PrepareError(f"{message}; mend or remove it, or leave such images out by --skip_damaged")
-                    _log.warning("left out: %s", message)
-                    damaged += 1
-                    continue
-                kept[entry.label] += 1
-                yield entry.id, {id_name: entry.id, "image": io.BytesIO(data), "label": entry.label}
-    if not kept.all():
-        name = files.class_names[kept.argmin()]
-        raise PrepareError(f"{split} images of class {name!r}: none of them decodes")
-    if damaged:
-        _log.warning("%d of %d %s images were left out", damaged, len(files.splits[split]), split)
-
-
-def _readable(entry: folders.Entry, shape):
-    """(bytes of a JPEG or PNG, None), or (None, what is wrong with the file)."""
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        data = entry.read()
-        image = Image.open(io.BytesIO(data))
-        image.load()
-        if shape[0] is not None and image.size != (shape[1], shape[0]):
-            return None, f"it is {image.width}×{image.height} pixels, expected {shape[1]}×{shape[0]}"
-        if image.format not in ("JPEG", "PNG"):
-            file = io.BytesIO()
-            image.convert("RGB").save(file, format="png")
-            data = file.getvalue()
-    except UnidentifiedImageError:
-        return None, "does not decode (no kind of image file that is known)"
-    except Exception as error:  # decoders raise whatever they meet
-        return None, f"does not decode ({error})"
-    return data, None
 
 
 def _parse(argv) -> argparse.Namespace:
@@ -289,7 +232,10 @@ def main(argv=None) -> int:
             how = own_recipe(name, test_per_class=args.test_per_class)
         builder = records.find_builder(name, data_dir)
         if builder is not None:
-            print(f"{name} is already prepared: {builder.data_path}")
+            print(
+                f"{name} is already prepared: {builder.data_path}\nNothing was read: to prepare it anew, or from another "
+                "source, remove that folder first"
+            )
             return 0
         how = how if args.dataset == "folder" else recipe(name)
         path = prepare(how, data_dir, args.source, skip_damaged=args.skip_damaged, show_progress=True)
@@ -306,6 +252,8 @@ def main(argv=None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{name} is prepared: {path}")
+    for split, info in records.find_builder(name, data_dir).info.splits.items():
+        print(f"  {split}: {info.num_examples:,} images")
     return 0
 
 

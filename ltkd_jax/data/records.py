@@ -26,6 +26,13 @@ _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_MODES = {0: "L", 2: "RGB"}  # colour type to Pillow's mode
 
 
+FINGERPRINT = "fingerprint.txt"  # of all records, beside those that `write` wrote
+
+
+class DamagedRecord(ValueError):
+    """A record on disk cannot be read, or its image does not decode; the message names it."""
+
+
 class DatasetNotPrepared(ValueError):
     """The data set is not in the data directory; the message says which command puts it there."""
 
@@ -97,7 +104,9 @@ class Records:
         images = np.empty((len(indices), *self.shape), np.uint8)
         for start in range(0, len(indices), _BLOCK):
             block = indices[start : start + _BLOCK]
-            for i, (index, record) in enumerate(zip(block, self._source.__getitems__(self.numbers[block])), start):
+            with self._naming(block[0]):
+                found = self._source.__getitems__(self.numbers[block])
+            for i, (index, record) in enumerate(zip(block, found), start):
                 images[i] = self._whole(index, record)
         return Images(images, self.labels[indices], self.keys[indices])
 
@@ -107,7 +116,9 @@ class Records:
         Raises:
           ValueError: it does not decode; the message has its key.
         """
-        return self._whole(index, self._source[int(self.numbers[index])])
+        with self._naming(index):
+            record = self._source[int(self.numbers[index])]
+        return self._whole(index, record)
 
     def crop(self, index: int, rng: np.random.Generator) -> np.ndarray:
         """A random resized crop of an image, uint8 `[H, W, C]`, see `resize.random_crop`.
@@ -115,9 +126,8 @@ class Records:
         Raises:
           ValueError: it does not decode; the message has its key.
         """
-        record = self._source[int(self.numbers[index])]
         with self._naming(index):
-            return resize.random_crop(self._open(record), self.shape[0], rng)
+            return resize.random_crop(self._open(self._source[int(self.numbers[index])]), self.shape[0], rng)
 
     def _whole(self, index, record):
         with self._naming(index):
@@ -134,9 +144,10 @@ class Records:
     def _naming(self, index):
         try:
             yield
-        except (OSError, ValueError, SyntaxError) as error:
+        except Exception as error:  # decoders and readers raise whatever they meet
             key, where = str(self.keys[index]), pathlib.Path(self.files[0]).parent
-            raise ValueError(f"image {key!r} in {where} does not decode ({error}): prepare it again") from error
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise DamagedRecord(f"image {key!r} in {where} does not decode ({reason}): prepare it again") from error
 
 
 def read(builder, split: str, size: int = 0, *, margin: bool = False) -> Records:
@@ -173,9 +184,8 @@ def index(builder, split: str) -> tuple[np.ndarray, np.ndarray]:
     records as `index-SPLIT.npz`.
     """
     files, shape = _files(builder, split), builder.info.features["image"].shape
-    keep = None in shape
-    path, stamp = pathlib.Path(builder.data_path) / f"index-{split}.npz", [os.stat(file).st_size for file in files]
-    if keep and path.exists():
+    path, stamp = _index_path(builder, split), [os.stat(file).st_size for file in files]
+    if None in shape and path.exists():
         try:
             with np.load(path) as kept:
                 if kept["sizes"].tolist() == stamp:
@@ -183,15 +193,26 @@ def index(builder, split: str) -> tuple[np.ndarray, np.ndarray]:
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             pass  # damaged: it is only a copy
     labels, keys = _scan(files, shape[-1])
-    if keep:
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        try:
-            with open(temporary, "wb") as file:
-                np.savez_compressed(file, labels=labels, keys=keys, sizes=stamp)
-            os.replace(temporary, path)
-        except OSError:
-            temporary.unlink(missing_ok=True)  # a directory that is read only is read again
+    keep_index(builder, split, files, labels, keys)
     return labels, keys
+
+
+def keep_index(builder, split: str, files, labels: np.ndarray, keys: np.ndarray) -> None:
+    """Keeps what `index` gives, where images differ in size."""
+    if None not in builder.info.features["image"].shape:
+        return
+    path = _index_path(builder, split)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            np.savez_compressed(file, labels=labels, keys=keys, sizes=[os.stat(file).st_size for file in files])
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)  # a directory that is read only is read again
+
+
+def _index_path(builder, split):
+    return pathlib.Path(builder.data_path) / f"index-{split}.npz"
 
 
 def _scan(files, channels):
@@ -202,7 +223,14 @@ def _scan(files, channels):
     """
     from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-    source = ArrayRecordDataSource(list(files))
+    try:
+        source = ArrayRecordDataSource(list(files))
+        return _gather(source, channels)
+    except RuntimeError as error:
+        raise DamagedRecord(f"{files[0]} or a file beside it is damaged ({error}): prepare it again") from error
+
+
+def _gather(source, channels):
     labels, keys, digests = np.empty(len(source), np.int32), [], []
     for start in range(0, len(source), _BLOCK):
         rows = range(start, min(start + _BLOCK, len(source)))
@@ -267,10 +295,17 @@ def open_builder(name: str, data_dir: str | None = None):
     builder = find_builder(name, data_dir)
     if builder is None:
         root = resolve_data_dir(data_dir)
+        source = " --source PATH" if name in ("tiny_imagenet", "imagenet2012") else ""
         raise DatasetNotPrepared(
-            f"{name} is not prepared in {root}; run: python -m ltkd_jax.data.prepare {name} --data_dir {root}"
+            f"{name} is not prepared in {root}; run: python -m ltkd_jax.data.prepare {name} --data_dir {root}{source}"
         )
     return builder
+
+
+def fingerprint(name: str, data_dir: str | None = None) -> str | None:
+    """A hash of all records of a data set that was prepared from image files; None where there is none."""
+    found = sorted((resolve_data_dir(data_dir) / name).glob(f"*/{FINGERPRINT}")) if re.fullmatch(r"\w+", name) else []
+    return found[-1].read_text().strip() if found else None
 
 
 def find_builder(name: str, data_dir: str | None = None):
@@ -282,14 +317,17 @@ def find_builder(name: str, data_dir: str | None = None):
         return None
     import tensorflow_datasets as tfds
 
-    if name in tfds.list_builders(with_community_datasets=False):
-        builder = tfds.builder(name, data_dir=root)
-    else:
-        # TFDS has no code for it: the directory tells all.
-        newest = max(prepared, key=lambda path: path.stat().st_mtime)
-        builder = tfds.builder_from_directory(newest.parent)
-    if not builder.is_prepared():
-        return None
+    newest = max(prepared, key=lambda path: path.stat().st_mtime)
+    try:
+        if name in tfds.list_builders(with_community_datasets=False):
+            builder = tfds.builder(name, data_dir=root)
+        else:
+            builder = tfds.builder_from_directory(newest.parent)  # TFDS has no code for it: the directory tells all
+        if not builder.is_prepared():
+            return None
+    except Exception as error:  # of whatever kind its parsers raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DatasetNotPrepared(f"{newest.parent} is damaged ({reason}): remove it and prepare it again") from error
     if builder.info.file_format.value != "array_record":
         raise DatasetNotPrepared(
             f"{builder.data_path} holds {builder.info.file_format.value} files, and only array_record is read without "

@@ -9,8 +9,19 @@ _MARGIN = 0.875  # share of the shorter side that an evaluation with a margin se
 
 
 def in_mode(image, channels: int):
-    """A Pillow image in grey for one channel, else in colour: grey, palette and CMYK images come as RGB."""
+    """A Pillow image in grey for one channel, else in colour: grey, palette and CMYK images come as RGB.
+
+    Raises:
+      ValueError: values of more than 8 bits whose range is not known (32-bit integers, floating point).
+    """
+    from PIL import Image
+
     mode = "L" if channels == 1 else "RGB"
+    if image.mode.startswith("I;16"):
+        # Pillow would cut off what is above 255.
+        image = Image.fromarray((np.asarray(image, np.float64) / 257).round().astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"its mode is {image.mode!r}: save it with 8 or 16 bits")
     return image if image.mode == mode else image.convert(mode)
 
 
