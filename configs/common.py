@@ -200,6 +200,10 @@ def apply_argument(
         _shrink(config)
     for key, value in pairs.items():
         _set(config, key, value)
+    if "imbalance" in pairs and config.data.subset != "exponential":
+        raise ValueError(
+            f"imbalance={pairs['imbalance']} does nothing where subset={config.data.subset!r}: add subset=exponential"
+        )
     return config
 
 

@@ -1,6 +1,6 @@
 """Your own images, a folder for each class: made long-tailed, or taken as they are.
 
-    python -m ltkd_jax.data.prepare folder --name=birds --source=FOLDER --data_dir=DIR      # once; see prepare --help
+    python -m ltkd_jax.data.prepare folder --name=birds --source=FOLDER --test_per_class=20 --data_dir=DIR      # once
     python -m experiments.main --config=configs/folder_lt.py:ltkd,name=birds --config.data.dir=DIR
     python -m experiments.main --config=configs/folder_lt.py:ltkd,name=birds,subset=exponential,imbalance=20 --config.data.dir=DIR
     python -m experiments.main --config=configs/folder_lt.py:bikd,name=birds,image_size=32 --config.data.dir=DIR
@@ -13,7 +13,9 @@ terms, lookahead, every, outer); `smoke` runs 20 steps of small models.
 `name` is that of the preparation. `subset=all` (the default here) takes the images as they are; subset=exponential makes them
 long-tailed by `imbalance`, in the order of the sorted class names. `image_size` is the side to which images are brought, 64
 by default: the square in their middle, then crops (pad an eighth) and flips. With data.stream=True images stay on disk, and
-training takes random resized crops. For bikd 10 images of each class are set aside.
+training takes random resized crops. For bikd 10 images of each class are set aside;
+with fewer than 7 classes set data.meta_per_class to more, since they must fill a batch of 64. FOLDER has a folder for each
+class, or train/CLASS and test/CLASS (then without --test_per_class).
 
 Recipe: LTKD's. Hardware: one GPU for images of 64 pixels. Expected: that depends on your images.
 """

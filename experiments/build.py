@@ -43,6 +43,10 @@ class Program:
         self.schedule = self._schedule(recipe.lr, recipe.decay)
         self.weighting = self._weighting(weighting) if weighting["name"] == "bilevel" else None
         self._extra = augment.Extra(**config.augment)
+        if self._extra.cutout >= min(data.image_shape[:2]):
+            raise ValueError(
+                f"augment.cutout={self._extra.cutout} blackens images of {data.image_shape[:2]} pixels: lower it"
+            )
         self._source = self._feed(weighting, config.data.workers)
 
         optimizer = states.sgd(self.schedule, momentum=recipe.momentum, weight_decay=recipe.weight_decay)

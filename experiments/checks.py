@@ -10,7 +10,7 @@ import numpy as np
 
 from configs import common
 from ltkd_jax import models, objectives
-from ltkd_jax.data import augment, longtail
+from ltkd_jax.data import augment, longtail, records, sources
 from ltkd_jax.training.parallel import MODES
 
 # How a run is carried out, not what it computes: no part of a result's identity. (A teacher from elsewhere is one, by
@@ -96,6 +96,8 @@ def validate(config) -> None:
 def _validate_data(config):
     size, streams = config.data.image_size, config.data.stream
     _require(size == 0 or 8 <= size <= 1024, "data.image_size", size, "must be 0 (as stored), or 8 to 1024 pixels")
+    named_digits = config.data.name == "digits" and streams
+    _require(not named_digits, "data.stream", streams, "must be False for digits, which have no files to stream from")
     _require(config.data.name, "data.name", "", "must be the name of a data set: name=… in the config's argument")
     _require(size or not streams, "data.image_size", size, "must be set for a stream, such as 224")
     subset = config.data.subset
@@ -207,15 +209,21 @@ def _at(config, path):
 def identity(config) -> dict:
     """What the result depends on: the config without the keys of `EXECUTION`, and without what is `OFF`.
 
-    A teacher from elsewhere counts by its hash, a list of images by its content.
+    A teacher from elsewhere counts by its hash, a list of images by its content, and so does a data set of one's own,
+    as far as it is there. Where a set is not drawn by imbalance, what draws is no part of it.
     """
     tree = plain(config)
     off = [path for path, value in OFF.items() if _at(tree, path) == value]
     tree = without(tree, (*EXECUTION, *off))
     if config.data.subset not in SUBSETS:
-        tree["data"]["subset"] = (
-            f"list {identity_hash(dict(longtail.read_list(config.data.subset)._asdict(), name=''))}"
-        )
+        listed = longtail.read_list(config.data.subset)
+        tree["data"]["subset"] = f"list {identity_hash({'paths': listed.paths, 'labels': listed.labels})}"
+    if config.data.subset != "exponential":
+        tree["data"] = without(tree["data"], ("imbalance", "n_max"))
+    own = config.data.name not in sources.NAMES  # of which a name does not say what is in it
+    content = records.fingerprint(config.data.name, config.data.dir or None) if own else None
+    if content:
+        tree["data"]["content"] = content[:12]
     if config.teacher.checkpoint:
         tree["teacher"]["checkpoint"] = teacher_results(config.teacher.checkpoint)["hash"]
     return tree

@@ -8,6 +8,7 @@ import numpy as np
 
 from experiments import build, checks, datasets, provenance, tables, teachers, train
 from ltkd_jax import files
+from ltkd_jax.data import records
 
 
 def default_workdir(config) -> str:
@@ -44,7 +45,10 @@ def run(config, workdir, *, command: str, deadline: float | None = None) -> dict
         results_path = workdir / "results.json"
         if results_path.exists():
             return checks.read_json(results_path)
-        results = _distil(config, workdir, stop, command)
+        try:
+            results = _distil(config, workdir, stop, command)
+        except records.DamagedRecord as error:
+            raise checks.ConfigError(str(error)) from error
         files.write_text(results_path, json.dumps(results, indent=1))
         return results
 
@@ -84,8 +88,8 @@ def _differences(old, new, prefix=""):
 def _distil(config, workdir, stop, command):
     data = datasets.load(config)
     kind = build.teacher_kind(config, data)
+    program = build.student_program(config, kind)  # first: what it refuses, it refuses before a teacher is trained
     teacher = None if kind == "none" else teachers.obtain(config, stop)
-    program = build.student_program(config, kind)
     read = {
         "none": lambda images: None,
         "table": lambda images: teacher.table(images, stop),

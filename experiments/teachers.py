@@ -52,7 +52,9 @@ class Teacher:
         data = datasets.load(self.config)
         shape = (len(images), data.source.views.num, data.num_classes)
         # A teacher may be used with several sets of images: the table's name says which.
-        of = checks.identity_hash({"data": data.source.name, "keys": images.keys.tolist()})
+        named = {"data": data.source.name, "keys": images.keys.tolist()}
+        content = checks.identity(self.config)["data"].get("content")
+        of = checks.identity_hash(named | ({"content": content} if content else {}))
         path = self.folder / f"table-{of}-{'x'.join(map(str, shape))}-float32.npy"
         checksum = path.with_suffix(".sha256")
         with _locked(path.with_suffix(".lock"), stop, "the teacher's table"):

@@ -3,13 +3,14 @@
 import io
 import logging
 import os
+import zipfile
 
 import numpy as np
 import pictures
 import pytest
 from PIL import Image
 
-from ltkd_jax.data import archives, folders, longtail, prepare, records, resize, sources
+from ltkd_jax.data import archives, folders, longtail, prepare, records, resize, sources, write
 
 PETS = {"cat": 6, "dog": 5, "ant": 4}
 
@@ -148,7 +149,7 @@ def test_a_folder_with_a_split(tmp_path, test):
     "files, arguments, message",
     [
         (pictures.by_class(PETS), [], "no folders train and test: give --test_per_class=N"),
-        (pictures.by_class(PETS), ["--test_per_class=4"], "class 'ant'.*hold out fewer"),
+        (pictures.by_class(PETS), ["--test_per_class=4"], "class 'ant' has 4 images.*hold out fewer"),
         (pictures.by_class(PETS) | {"bee/x.txt": b""}, ["--test_per_class=1"], "class folder 'bee' has no image"),
         (pictures.by_class({"cat": 3}), ["--test_per_class=1"], "0 class folders, and at least 2"),
         (
@@ -268,7 +269,10 @@ def test_a_list_of_images(tmp_path):
         ("a.JPEG", "list.txt:1: 'a.JPEG' is not of the form"),
         ("a.JPEG 0\nb.JPEG one", "list.txt:2"),
         ("", "is empty"),
-        ("a.JPEG 0\nx/gone.JPEG 1\nx/gone2.JPEG 1", "'x/gone.JPEG' and 1 more of its 3 images are not in the data set"),
+        (
+            "a.JPEG 0\nx/gone.JPEG 1\nx/gone2.JPEG 1",
+            "'x/gone.JPEG' and 1 more of its 3 images are not among the training images",
+        ),
         ("a.JPEG 1", "'a.JPEG' has label 1, but 0 here"),
         ("a.JPEG 0\nx/a.JPEG 0", "'x/a.JPEG' is the image 'a.JPEG' again"),
     ],
@@ -298,3 +302,97 @@ def test_images_of_differing_sizes_need_a_size(tmp_path):
         assert records.find_builder(name, tmp_path / "tfds") is None
     builder = records.find_builder("pets", tmp_path / "tfds")
     assert records.read(builder, "train", 8, margin=True).fit == "margin"
+
+
+# What people have on their disks.
+
+
+def test_a_split_in_more_than_a_gigabytes_way_needs_no_tensorflow(tmp_path, monkeypatch):
+    """TFDS's own writer would call TensorFlow beyond its buffer; ours has none, and starts a new file."""
+    from tensorflow_datasets.core import shuffle
+
+    monkeypatch.setattr(shuffle, "MAX_MEM_BUFFER_SIZE", 1)
+    monkeypatch.setattr(write, "_SHARD", 2000)
+    assert own(tmp_path, pictures.by_class(PETS), "--test_per_class=1") == 0
+    files = sorted(path.name for path in (tmp_path / "tfds").rglob("pets-train.array_record*"))
+    assert len(files) > 3 and files[0].endswith(f"-00000-of-{len(files):05d}")
+    source = sources.load("pets", tmp_path / "tfds", size=16)
+    assert np.bincount(source.train.labels).tolist() == [3, 5, 4]
+    for key, image in zip(source.train.keys, source.train.take(np.arange(12)).images):
+        file = Image.open(io.BytesIO(pictures.by_class(PETS)[key]))
+        np.testing.assert_array_equal(image, resize.center(file, 16, margin=False))
+    # TFDS reads it too.
+    import tensorflow_datasets as tfds
+
+    stock = tfds.builder_from_directory(next((tmp_path / "tfds" / "pets").iterdir())).as_data_source("train")
+    assert {example["id"].decode() for example in stock} == set(source.train.keys)
+
+
+def test_sixteen_bits_keep_their_range(tmp_path):
+    ramp = np.broadcast_to(np.linspace(0, 65535, 16, dtype=np.uint16)[None], (16, 16))
+    files = pictures.by_class(PETS, size=(16, 16))
+    for kind in ("png", "tiff"):
+        file = io.BytesIO()
+        Image.fromarray(np.ascontiguousarray(ramp)).save(file, format=kind)
+        files[f"cat/deep.{kind}"] = file.getvalue()
+    assert own(tmp_path, files, "--test_per_class=1") == 0
+    source = sources.load("pets", tmp_path / "tfds", size=16)
+    for part in (source.train, source.test):
+        for key, image in zip(part.keys, part.take(np.arange(len(part))).images):
+            if "deep" in key:
+                np.testing.assert_array_equal(image[..., 0], np.round(ramp / 257))
+
+
+@pytest.mark.parametrize(
+    "files, message",
+    [
+        (
+            pictures.by_class(PETS, folder="train/") | pictures.by_class(PETS, folder="rest/"),
+            "beside train one of test",
+        ),
+        ({f" {name}": data for name, data in pictures.by_class(PETS).items()}, "class folder ' ant'.*rename it"),
+        ({f"a\nb{name}": data for name, data in pictures.by_class(PETS).items()}, "rename it"),
+    ],
+)
+def test_folders_that_would_be_misread(tmp_path, capsys, files, message):
+    assert own(tmp_path, files, "--test_per_class=1") == 2
+    with pytest.raises(AssertionError, match=message):
+        raise AssertionError(capsys.readouterr().err)
+
+
+def test_other_spellings_of_a_split_links_and_what_macos_adds(tmp_path):
+    files = pictures.by_class(PETS, folder="Train/") | pictures.by_class({n: 1 for n in PETS}, folder="Valid/")
+    files |= {"__MACOSX/Train/cat/._cat0.jpg": b"x"}
+    archive = pictures.write_zip(tmp_path / "pets.zip", files)
+    prepare.prepare(prepare.own_recipe("zipped"), tmp_path / "tfds", archive)
+    assert len(sources.load("zipped", tmp_path / "tfds", size=8).test) == 3
+    pictures.write_folder(tmp_path / "real", pictures.by_class(PETS))
+    (tmp_path / "links").mkdir()
+    for name in PETS:
+        (tmp_path / "links" / name).symlink_to(tmp_path / "real" / name)
+    (tmp_path / "real" / "cat" / "loop").symlink_to(tmp_path / "real")
+    prepare.prepare(prepare.own_recipe("linked", test_per_class=1), tmp_path / "tfds", tmp_path / "links")
+    linked = sources.load("linked", tmp_path / "tfds", size=8)
+    assert linked.class_names == ("ant", "cat", "dog") and np.bincount(linked.train.labels)[0] == 3
+
+
+def test_an_image_that_is_there_twice(tmp_path, capsys):
+    archive = tmp_path / "images"
+    archive.mkdir()
+    with zipfile.ZipFile(archive / "pets.zip", "w") as file:
+        for name, data in [*pictures.by_class(PETS, folder="train/").items()] * 2:
+            file.writestr(name, data)
+        for name, data in pictures.by_class(PETS, folder="test/").items():
+            file.writestr(name, data)
+    with pytest.raises(prepare.PrepareError, match="train image '.*jpg' is there twice"):
+        prepare.prepare(prepare.own_recipe("pets"), tmp_path / "tfds", archive / "pets.zip")
+
+
+def test_a_damaged_directory_says_so(tmp_path, capsys):
+    for name, damage in (("dataset_info.json", "{"), ("features.json", None)):
+        assert own(tmp_path / name, pictures.by_class(PETS), "--test_per_class=1") == 0
+        (file,) = (tmp_path / name / "tfds").rglob(name)
+        file.write_text(damage) if damage else file.unlink()
+        capsys.readouterr()
+        assert own(tmp_path / name, {}, "--test_per_class=1") == 2
+        assert "is damaged" in capsys.readouterr().err

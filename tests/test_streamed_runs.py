@@ -1,13 +1,18 @@
 """Runs whose images stay on disk, and runs with more augmentation: whole, interrupted, with any number of workers."""
 
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
 import time
 
 import jax
 import numpy as np
 import pictures
 import pytest
-from small import config_of, parameters, run
+from small import ROOT, config_of, parameters, run
 
 from experiments import build, checks, datasets, feed, runs, train
 from ltkd_jax.data import prepare
@@ -123,6 +128,27 @@ def test_a_lookahead_reads_the_next_batches_of_the_stream(data_dir, tmp_path):
     assert rows[0].meta.images.shape == (1, 16, 8, 8, 3)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_group_is_for_the_program_not_for_its_workers(data_dir, tmp_path, number):
+    """As a terminal and as a scheduler send it: the run saves, and no worker is left."""
+    words = ["--config=configs/folder_lt.py:ce,name=insects,epochs=9000,student=resnet8,image_size=8,data.stream=True"]
+    words += ["--config.data.workers=2", f"--config.data.dir={data_dir}", f"--workdir={tmp_path / 'run'}"]
+    program = subprocess.Popen(
+        [sys.executable, "-m", "experiments.main", *words],
+        cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    log = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while not (log.exists() and log.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    os.killpg(program.pid, number)
+    _, error = program.communicate(timeout=100)
+    assert program.returncode == 75 and "and saved" in error, error[-2000:]
+    with pytest.raises(ProcessLookupError):
+        os.killpg(program.pid, 0)
+
+
 # More augmentation.
 
 
@@ -197,7 +223,8 @@ def test_features_are_distilled_in_every_mode(data_dir, tmp_path, argument):
             "config.augment: policy='randaugment' must be one of none, autoaug",
         ),
         ("ltkd", {"augment.mixup": -0.2}, "config.augment: .*mixup=-0.2 must not be negative"),
-        ("ltkd", {"data.name": "digits", "augment.policy": "autoaugment"}, "a policy for photographs"),
+        ("ltkd", {"data.name": "fashion_mnist", "augment.policy": "autoaugment"}, "a policy for photographs"),
+        ("ltkd", {"data.name": "digits"}, "data.stream=True must be False for digits"),
         ("ltkd", {"data.name": ""}, "config.data.name='' must be the name of a data set"),
     ],
 )
@@ -209,12 +236,53 @@ def test_what_does_not_fit_is_told(data_dir, tmp_path, argument, values, message
 def test_what_the_data_does_not_allow_is_told(data_dir, tmp_path):
     for values, message in (
         ({"data.imbalance": 50.0}, "imbalance=50.0: with n_max=20 class 3 would get 0 images"),
-        ({"data.name": "digits", "data.image_size": 8}, "digits are 8 pixels wide"),
+        ({"data.name": "digits", "data.image_size": 8, "data.stream": False}, "digits are 8 pixels wide"),
         ({"data.stream": False, "data.image_size": 0}, "its images differ in size: set data.image_size"),
         ({"data.name": "wasps"}, "'wasps' is unknown.*prepare folder --name wasps"),
     ):
         with pytest.raises(checks.ConfigError, match=message):
             datasets.load(small(data_dir, tmp_path, **values))
+
+
+def test_the_same_name_with_other_images_is_another_data_set(data_dir, tmp_path):
+    """Their teacher and their results are not those of the first."""
+    files = pictures.by_class(COUNTS, folder="train/", size=(12, 11)) | pictures.by_class(COUNTS, folder="test/")
+    pictures.write_folder(tmp_path / "images", files)
+    prepare.prepare(prepare.own_recipe("insects"), tmp_path / "tfds", tmp_path / "images")
+    one, other = small(data_dir, tmp_path), small(tmp_path / "tfds", tmp_path)
+    assert checks.config_hash(one) != checks.config_hash(other)
+    assert checks.teacher_hash(one) != checks.teacher_hash(other)
+    shutil.copytree(data_dir, tmp_path / "moved")
+    assert checks.config_hash(small(tmp_path / "moved", tmp_path)) == checks.config_hash(one)
+
+
+def test_what_a_student_cannot_be_is_told_before_a_teacher_is_trained(data_dir, tmp_path):
+    config = small(data_dir, tmp_path, "reviewkd", **{"student.model": "vgg8", "data.stream": False})
+    with pytest.raises(checks.ConfigError, match="the student has 4, the teacher 3"):
+        run(config, tmp_path / "run")
+    config = small(data_dir, tmp_path, **{"augment.cutout": 8, "data.stream": False})
+    with pytest.raises(checks.ConfigError, match="augment.cutout=8 blackens images"):
+        run(config, tmp_path / "run")
+    assert not list((tmp_path / "teachers").glob("*/results.json"))
+
+
+def test_a_damaged_record_stops_a_run_in_one_line(data_dir, tmp_path):
+    shutil.copytree(data_dir, tmp_path / "tfds")
+    (file,) = (tmp_path / "tfds").rglob("insects-train.array_record*")
+    data = bytearray(file.read_bytes())
+    data[len(data) // 3 : len(data) // 3 + 2000] = bytes(2000)
+    file.write_bytes(data)
+    for streams in (True, False):
+        with pytest.raises(checks.ConfigError, match="prepare it again"):
+            run(
+                small(tmp_path / "tfds", tmp_path / str(streams), **{"data.stream": streams}),
+                tmp_path / f"run{streams}",
+            )
+
+
+def test_imbalance_without_a_draw_is_told():
+    with pytest.raises(ValueError, match="imbalance=5 does nothing where subset='all': add subset=exponential"):
+        config_of("folder_lt", "ltkd,name=birds,imbalance=5")
 
 
 def test_images_too_large_for_the_memory_are_to_be_streamed(data_dir, tmp_path, monkeypatch):

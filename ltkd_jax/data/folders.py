@@ -1,6 +1,7 @@
 """Images by class in a folder or a zip archive: listed and checked, never extracted to disk."""
 
 import dataclasses
+import os
 import pathlib
 import zipfile
 import zlib
@@ -12,7 +13,8 @@ from ltkd_jax.data import longtail
 from ltkd_jax.data.archives import ArchiveError
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
-_TEST_NAMES = ("test", "val", "validation")
+_TEST_NAMES = ("test", "val", "valid", "validation")
+_PASSED_OVER = ("__MACOSX",)  # what macOS adds to its archives
 _MAX_FILE = 256 << 20  # bytes
 _TEST_SEED = 20_240_601  # a constant: what is held out for the test is the same at every preparation
 
@@ -34,6 +36,18 @@ class Files:
     class_names: tuple[str, ...]
 
 
+def _walk(root):
+    """Paths of the files below a folder, links followed, each folder once on its own way down."""
+
+    def unreadable(error):
+        raise ArchiveError(f"{error.filename} can't be read ({error.strerror})")
+
+    for folder, names, files in os.walk(root, followlinks=True, onerror=unreadable):
+        above = {os.path.realpath(parent) for parent in (folder, *map(str, pathlib.Path(folder).parents))}
+        names[:] = [name for name in names if os.path.realpath(os.path.join(folder, name)) not in above]
+        yield from (pathlib.Path(folder, name).relative_to(root).as_posix() for name in files)
+
+
 class Tree:
     """Files by their path below a root, in a folder or a zip archive.
 
@@ -45,8 +59,7 @@ class Tree:
         self._root = pathlib.Path(root)
         self._zip = None
         if self._root.is_dir():
-            found = (path for path in self._root.rglob("*") if path.is_file())
-            self.names = sorted(path.relative_to(self._root).as_posix() for path in found)
+            self.names = sorted(_walk(self._root))
             return
         try:
             self._zip = zipfile.ZipFile(self._root)
@@ -84,7 +97,7 @@ class Tree:
         for name in self.names:
             rest = name.removeprefix(folder)
             class_name, _, file = rest.partition("/")
-            hidden = any(part.startswith(".") for part in rest.split("/"))
+            hidden = any(part.startswith((".", *_PASSED_OVER)) for part in rest.split("/"))
             if not name.startswith(folder) or not file or hidden:
                 continue
             files = found.setdefault(class_name, [])
@@ -100,7 +113,7 @@ class Tree:
         else:
             below = [i.filename.removeprefix(folder) for i in self._zip.infolist() if i.filename.startswith(folder)]
             found = {rest.split("/")[0] for rest in below if "/" in rest}
-        return {name for name in found if not name.startswith(".")}
+        return {name for name in found if not name.startswith((".", *_PASSED_OVER))}
 
 
 def own(source, *, test_per_class: int = 0) -> Files:
@@ -119,10 +132,16 @@ def own(source, *, test_per_class: int = 0) -> Files:
     tree, base = Tree(source), ""
     while len(top := tree.folders(base)) == 1:  # an archive often holds one folder with everything in it
         base += f"{top.pop()}/"
-    test = next((name for name in _TEST_NAMES if name in top), None)
-    if "train" in top and test:
-        names, train = _entries(tree, f"{base}train/")
+    split = {name.lower(): name for name in top if name.lower() in ("train", *_TEST_NAMES)}
+    test = next((split[name] for name in _TEST_NAMES if name in split), None)
+    if "train" in split and test:
+        names, train = _entries(tree, f"{base}{split['train']}/")
         return Files({"train": train, "test": _entries(tree, f"{base}{test}/", names)[1]}, names)
+    if split:
+        raise ArchiveError(
+            f"{source} has the folders {', '.join(sorted(top))}: beside train one of {', '.join(_TEST_NAMES)} is "
+            "needed, or a folder for each class and no such folder"
+        )
     if test_per_class < 1:
         raise ArchiveError(
             f"{source} has no folders train and test: give --test_per_class=N to hold N images of each class out for "
@@ -130,11 +149,16 @@ def own(source, *, test_per_class: int = 0) -> Files:
         )
     names, entries = _entries(tree, base)
     labels, keys = (np.array([getattr(entry, field) for entry in entries]) for field in ("label", "id"))
+    sizes = np.bincount(labels)
+    if test_per_class >= sizes.min():
+        raise ArchiveError(
+            f"{source}: class {names[sizes.argmin()]!r} has {sizes.min()} images, of which --test_per_class="
+            f"{test_per_class} leaves none to train on: hold out fewer, or add images"
+        )
     try:
         held = longtail.balanced(labels, keys, num_classes=len(names), per_class=test_per_class, seed=_TEST_SEED)
     except ValueError as error:
-        smallest = names[np.bincount(labels).argmin()]
-        raise ArchiveError(f"{source}: --test_per_class={test_per_class}, class {smallest!r}: {error}") from error
+        raise ArchiveError(f"{source}: {error}") from error
     held = set(held.tolist())
     parts = {"train": [e for i, e in enumerate(entries) if i not in held], "test": [entries[i] for i in sorted(held)]}
     return Files(parts, names)
@@ -147,6 +171,11 @@ def _entries(tree, folder, class_names=None):
     where = f"{tree}/{folder}"
     if len(names) < 2:
         raise ArchiveError(f"{where} has {len(names)} class folders, and at least 2 are needed")
+    odd = [name for name in names if name != " ".join(name.split()) or not name.isprintable()]
+    if odd:
+        raise ArchiveError(
+            f"{where}: class folder {odd[0]!r}: white space at an end, twice or of another kind; rename it"
+        )
     if class_names is not None and names != class_names:
         odd = sorted(set(names) ^ set(class_names))
         raise ArchiveError(f"{where}: class {odd[0]!r} is in one of train and test only ({len(odd)} such classes)")
@@ -181,7 +210,7 @@ def tiny_imagenet(source, *, classes: int = 200, per_class: int = 500, test_imag
     """
     tree = Tree(source)
     root = "" if "wnids.txt" in tree.names else "tiny-imagenet-200/"
-    names = tuple(sorted(tree.read(f"{root}wnids.txt").decode().split()))
+    names = tuple(sorted(tree.read(f"{root}wnids.txt").decode(errors="replace").split()))
     if len(set(names)) != classes:
         raise ArchiveError(f"{source}: wnids.txt names {len(set(names))} classes, expected {classes}")
     number = {name: label for label, name in enumerate(names)}
@@ -193,7 +222,7 @@ def tiny_imagenet(source, *, classes: int = 200, per_class: int = 500, test_imag
             raise ArchiveError(f"{source}: class {name!r} has {len(files)} training images, expected {per_class}")
         train += [Entry(_stem(file), number[name], _reader(tree, file)) for file in files]
     present, test = set(tree.names), []
-    for line in tree.read(f"{root}val/val_annotations.txt").decode().splitlines():
+    for line in tree.read(f"{root}val/val_annotations.txt").decode(errors="replace").splitlines():
         file, name, *_ = [*line.split("\t"), ""]
         path = f"{root}val/images/{file}"
         if name not in number or path not in present:

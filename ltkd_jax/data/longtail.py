@@ -139,17 +139,17 @@ def read_list(path) -> Listed:
       ValueError: it can't be read, is empty, or a line is not of this form.
     """
     try:
-        lines = pathlib.Path(path).read_text().splitlines()
+        lines = pathlib.Path(path).read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"the list {path} can't be read ({error})") from error
     paths, labels = [], []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        file, _, label = line.strip().rpartition(" ")
-        if not file or not label.isdecimal():
+        file, label = [*line.strip().rsplit(maxsplit=1), ""][:2]
+        if not label.isdecimal():
             raise ValueError(f'{path}:{number}: {line!r} is not of the form "relative/path label"')
-        paths.append(file.strip())
+        paths.append(file)
         labels.append(int(label))
     if not paths:
         raise ValueError(f"the list {path} is empty")
@@ -188,8 +188,8 @@ def find_listed(listed: Listed, labels: np.ndarray, keys: np.ndarray) -> np.ndar
             found[index] = path
     if missing:
         raise ValueError(
-            f"{listed.name}: {missing[0]!r} and {len(missing) - 1} more of its {len(listed.paths)} images are not in "
-            f"the data set, whose keys look like {str(keys[0])!r}"
+            f"{listed.name}: {missing[0]!r} and {len(missing) - 1} more of its {len(listed.paths)} images are not "
+            f"among the training images, whose keys look like {str(keys[0])!r} (some may be held out for the test)"
         )
     return np.array(sorted(found), np.int64)
 
@@ -207,6 +207,9 @@ def split_listed(
       ValueError: as `find_listed`, and as `split` of the other images.
     """
     train = find_listed(listed, labels, keys)
+    missing = np.flatnonzero(np.bincount(np.asarray(labels)[train], minlength=num_classes) == 0)
+    if missing.size:
+        raise ValueError(f"{listed.name} names no image of class {missing[0]} ({missing.size} such classes): add some")
     if not meta_per_class + validation_per_class:
         return Split(train, np.array([], np.int64), np.array([], np.int64))
     rest = np.setdiff1d(np.arange(len(labels)), train)

@@ -209,7 +209,7 @@ def _parse(argv) -> argparse.Namespace:
     parser.add_argument("--name", help="of your own data set, for `folder`: what config.data.name is then set to")
     parser.add_argument(
         "--test_per_class", type=int, default=0, metavar="N",
-        help="for a `folder` without train and test: images of each class to hold out for the test",
+        help="images of each class to hold out for the test; a `folder` without train and test needs it",
     )  # fmt: skip
     parser.add_argument(
         "--skip_damaged", action="store_true", help="leave out images that do not decode, and name them"
@@ -233,8 +233,8 @@ def main(argv=None) -> int:
         builder = records.find_builder(name, data_dir)
         if builder is not None:
             print(
-                f"{name} is already prepared: {builder.data_path}\nNothing was read: to prepare it anew, or from another "
-                "source, remove that folder first"
+                f"{name} is already prepared: {builder.data_path}\nNothing was read: to prepare it anew, or from "
+                "another source, remove that folder first"
             )
             return 0
         how = how if args.dataset == "folder" else recipe(name)

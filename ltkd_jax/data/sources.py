@@ -46,6 +46,8 @@ _SPECS = {
     "imagenet2012": _Spec(*_IMAGENET, augment.Views(pad=4, flip=True), test="validation"),
 }
 
+NAMES = tuple(_SPECS)
+
 
 def load(name: str, data_dir: str | None = None, *, size: int = 0, margin: bool = False) -> Source:
     """A data set: digits (comes with scikit-learn), one that `prepare` knows, or a prepared folder of one's own.

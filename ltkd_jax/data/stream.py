@@ -7,6 +7,8 @@ number of workers, and gives the same bytes.
 import contextlib
 import dataclasses
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -110,9 +112,16 @@ def batches(
     import grain
 
     index, count = process
+    if not 0 <= index < count:
+        raise ValueError(f"process={process}: give (index, count) with the index below the count")
     share, rest = divmod(batch_size, count)
     if rest:
         raise ValueError(f"a batch of {batch_size} is not divided by {count} processes")
+    if not len(records) or min(seed, first_step, workers) < 0:
+        raise ValueError(
+            f"{len(records)} images, seed={seed}, first_step={first_step}, workers={workers}: there must be an image, "
+            "and nothing may be negative"
+        )
     views = _Views(records, Order(seed, len(records), batch_size), share, index * share)
     numbers = grain.MapDataset.range(first_step * share, (first_step + num_steps) * share)
     threads = 0 if workers else _THREADS
@@ -121,11 +130,27 @@ def batches(
     if workers:
         _parse_flags()
         stream = stream.mp_prefetch(grain.MultiprocessingOptions(workers, per_worker_buffer_size=_AHEAD))
-    iterator = iter(stream)
+    with _ignored_by_children(signal.SIGINT, signal.SIGTERM) if workers else contextlib.nullcontext():
+        iterator = iter(stream)
+        iterator.start_prefetch()
     try:
         yield iterator
     finally:
         iterator.close()
+
+
+@contextlib.contextmanager
+def _ignored_by_children(*numbers):
+    """Processes that start meanwhile do not hear these signals: sent to the group, they are for the program."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # a signal's handler can be set in the main thread alone
+        return
+    old = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
 
 
 def _parse_flags():

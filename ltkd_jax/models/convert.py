@@ -91,7 +91,9 @@ def read(path) -> dict[str, np.ndarray]:
     try:
         import torch
     except ModuleNotFoundError:
-        raise ModuleNotFoundError('reading a PyTorch checkpoint needs PyTorch: pip install "ltkd_jax[torch]"') from None
+        raise ModuleNotFoundError(
+            "reading a PyTorch checkpoint needs PyTorch (its CPU build is enough): pip install torch"
+        ) from None
     try:
         # `weights_only`: a pickle may run any code.
         content = torch.load(path, map_location="cpu", weights_only=True)
