@@ -18,7 +18,7 @@ CONFIGS = (*("digits_lt", "cifar100lt", "cifar10lt", "fashionmnist_lt", "tinyima
 
 def named(name, argument):
     """The argument, with a name for the config that has none of its own."""
-    return f"{argument},name=birds" if name == "folder_lt" else argument
+    return f"{argument},name=birds,subset=exponential" if name == "folder_lt" else argument
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -232,10 +232,9 @@ def main(argv=None) -> int:
             how = own_recipe(name, test_per_class=args.test_per_class)
         builder = records.find_builder(name, data_dir)
         if builder is not None:
-            print(
-                f"{name} is already prepared: {builder.data_path}\nNothing was read: to prepare it anew, or from "
-                "another source, remove that folder first"
-            )
+            print(f"{name} is already prepared: {builder.data_path}")
+            if args.source:
+                print("nothing was read; to prepare it anew, remove that folder first")
             return 0
         how = how if args.dataset == "folder" else recipe(name)
         path = prepare(how, data_dir, args.source, skip_damaged=args.skip_damaged, show_progress=True)
