@@ -378,6 +378,7 @@ def test_other_spellings_of_a_split_links_and_what_macos_adds(tmp_path):
     assert linked.class_names == ("ant", "cat", "dog") and np.bincount(linked.train.labels)[0] == 3
 
 
+@pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_an_image_that_is_there_twice(tmp_path, capsys):
     archive = tmp_path / "images"
     archive.mkdir()
