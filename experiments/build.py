@@ -88,7 +88,7 @@ class Program:
         if data.streams:
             meta = data.meta if learned else None
             reading = dict(batch_size=batch_size, total_steps=self.total_steps, workers=workers)
-            return feed.Streamed(data.train, meta, ahead=ahead, **reading)
+            return feed.FromDisk(data.train, meta, ahead=ahead, **reading)
         bits = self._extra != augment.NOTHING
         rows = dict(batch_size=batch_size, num_views=data.source.views.num, bits=bits)
         if learned:
@@ -96,7 +96,7 @@ class Program:
             plan = functools.partial(bilevel_steps.rows, ahead=ahead, **sizes, **rows)
         else:
             plan = functools.partial(plans.epoch_plan, num_examples=len(data.train), **rows)
-        return feed.Planned(jax.jit(plan), self.steps_per_epoch)
+        return feed.FromMemory(jax.jit(plan), self.steps_per_epoch)
 
     def chunks(self, seed: int, step: int):
         """Yields (number of steps, rows for `chunk`) from a step to the run's end; `close` ends it early."""

@@ -237,10 +237,11 @@ def config_hash(config) -> str:
 def teacher_identity(config) -> dict:
     """What the teacher depends on: data, split, model, recipe and precision, and nothing of the student.
 
-    Images held out are taken from the draw's other end: where n_max is given, they change no training image.
+    Images held out are taken from the draw's other end: where n_max is given, they change no training image. Of a set
+    that is taken as it is they do.
     """
     whole = identity(config)
-    if config.data.n_max:
+    if config.data.subset == "exponential" and config.data.n_max:
         whole["data"] |= {"meta_per_class": 0, "validation_per_class": 0}
     own = {key: value for key, value in whole["teacher"].items() if key != "checkpoint"}
     return {**{key: whole[key] for key in _TEACHER_KEYS if key in whole}, "teacher": own}

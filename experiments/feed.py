@@ -11,7 +11,7 @@ from ltkd_jax.data import stream
 from ltkd_jax.training import bilevel_steps, steps
 
 
-class Planned:
+class FromMemory:
     """Rows of numbers into a set on the device.
 
     Args:
@@ -33,7 +33,7 @@ class Planned:
             step += size
 
 
-class Streamed:
+class FromDisk:
     """Batches of images from disk, `stream.Streamed` of leaves `[steps, B, …]`, with a meta set `BilevelRows` of them.
 
     Args:
@@ -50,7 +50,7 @@ class Streamed:
         self._reading = dict(batch_size=batch_size, workers=workers)
 
     def rows(self, seed: int, step: int, sizes) -> Iterator:
-        """As `Planned.rows`."""
+        """As `FromMemory.rows`."""
         num_steps = self._total_steps - step
         with contextlib.ExitStack() as stack:
 
@@ -90,7 +90,7 @@ def chunks(source, seed: int, step: int, sizes, *, place, mixes: bool) -> Iterat
     """(steps, rows on the devices) of each chunk, the next one sent while the last is computed.
 
     Args:
-      source: `Planned` or `Streamed`.
+      source: `FromMemory` or `FromDisk`.
       seed, step: of the run; from which step on.
       sizes: list of the numbers of steps of the chunks.
       place: rows on the host -> rows on the devices.

@@ -339,6 +339,7 @@ def test_images_held_out_make_another_teacher_only_where_they_change_its_images(
     assert config_of("digits_lt").data.n_max == 100
     assert teacher() == teacher(**{"data.meta_per_class": 8}) == teacher(**{"data.validation_per_class": 3})
     assert teacher(**{"data.n_max": 0}) != teacher(**{"data.n_max": 0, "data.meta_per_class": 8})
+    assert teacher(**{"data.subset": "all"}) != teacher(**{"data.subset": "all", "data.meta_per_class": 8})
     held = config_of("digits_lt", "bikd")
     np.testing.assert_array_equal(datasets.load(held).train.keys, datasets.load(config_of("digits_lt")).train.keys)
 

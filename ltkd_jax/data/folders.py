@@ -148,7 +148,7 @@ def own(source, *, test_per_class: int = 0) -> Files:
             "the balanced test"
         )
     names, entries = _entries(tree, base)
-    labels, keys = (np.array([getattr(entry, field) for entry in entries]) for field in ("label", "id"))
+    labels, keys = np.array([entry.label for entry in entries]), np.array([entry.id for entry in entries])
     sizes = np.bincount(labels)
     if test_per_class >= sizes.min():
         raise ArchiveError(
