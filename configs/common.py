@@ -98,6 +98,8 @@ def base(dataset: str, *, teacher: str, student: str, imbalance: float) -> ml_co
         )
     )
     config.precision = "float32"  # float32 | tf32 | bfloat16
+    config.platform = ""  # cpu | gpu | tpu: stop where there is none; empty takes whatever there is
+    config.devices = 0  # how many to use; 0 takes all
     config.parallel = "jit"  # jit | pmap
     config.steps_per_call = 0  # 0: one on CPU, an epoch on accelerators
     config.eval_batch = 500

@@ -32,7 +32,7 @@ class Program:
 
     def __init__(self, config, data: Dataset, *, role, recipe, method, weighting, teacher_fn):
         self.data, self.recipe = data, recipe
-        self.parallel = Parallel(config.parallel)
+        self.parallel = Parallel(config.parallel, jax.devices()[: config.devices or None])
         self.steps_per_epoch = plans.steps_per_epoch(len(data.train), recipe.batch_size)
         self.total_steps = _total_steps(recipe, self.steps_per_epoch)
         # The one switch for CPU, where XLA's convolutions are many times slower inside a loop or a branch.
@@ -47,7 +47,8 @@ class Program:
             raise ValueError(
                 f"augment.cutout={self._extra.cutout} blackens images of {data.image_shape[:2]} pixels: lower it"
             )
-        self._source = self._feed(weighting, config.data.workers)
+        places = feed.Places(self.parallel.places(recipe.batch_size), recipe.batch_size, mixes=self._extra.mixup > 0)
+        self._source = self._feed(weighting, places, config.data.workers)
 
         optimizer = states.sgd(self.schedule, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
         axis_name = self.parallel.axis_name
@@ -82,27 +83,27 @@ class Program:
         options = dict(views=data.source.views, preprocess=data.preprocess, teacher_fn=teacher_fn, extra=extra)
         return functools.partial(steps.fetch, **options)
 
-    def _feed(self, weighting, workers):
+    def _feed(self, weighting, places, workers):
         data, learned = self.data, self.weighting is not None
-        ahead, batch_size = weighting.get("lookahead", 1), self.recipe.batch_size
+        ahead = weighting.get("lookahead", 1)
         if data.streams:
             meta = data.meta if learned else None
-            reading = dict(batch_size=batch_size, total_steps=self.total_steps, workers=workers)
+            reading = dict(places=places, total_steps=self.total_steps, workers=workers)
             return feed.FromDisk(data.train, meta, ahead=ahead, **reading)
         bits = self._extra != augment.NOTHING
-        rows = dict(batch_size=batch_size, num_views=data.source.views.num, bits=bits)
+        rows = dict(batch_size=self.recipe.batch_size, num_views=data.source.views.num, bits=bits)
         if learned:
             sizes = dict(num_train=len(data.train), num_meta=len(data.meta))
             plan = functools.partial(bilevel_steps.rows, ahead=ahead, **sizes, **rows)
         else:
             plan = functools.partial(plans.epoch_plan, num_examples=len(data.train), **rows)
-        return feed.FromMemory(jax.jit(plan), self.steps_per_epoch)
+        return feed.FromMemory(jax.jit(plan), self.steps_per_epoch, places)
 
     def chunks(self, seed: int, step: int):
         """Yields (number of steps, rows for `chunk`) from a step to the run's end; `close` ends it early."""
         place = functools.partial(self.parallel.shard, batch_axis=1)
         sizes = list(self._sizes(step))
-        return feed.chunks(self._source, seed, step, sizes, place=place, mixes=self._extra.mixup > 0)
+        return feed.chunks(self._source, seed, step, sizes, place=place)
 
     def _sizes(self, step):
         while step < self.total_steps:
@@ -210,23 +211,23 @@ class Evaluator:
     def _sharded(self, images):
         """Batches on the devices, where images of the memory stay from the first call on."""
         if isinstance(images, Records):
-            found = stream.in_order(images, self._batch)
-            return (self._parallel.shard(self._padded(*batch), 0) for batch in found)
+            return self._batches(images)
         if id(images) not in self._on_device:
-            starts = range(0, len(images), self._batch)
-            parts = ((x[i : i + self._batch] for x in (images.images, images.labels)) for i in starts)
-            on_device = [self._parallel.shard(self._padded(*part), 0) for part in parts]
             # The images are held too: were they freed, another set could get their id.
-            self._on_device[id(images)] = images, on_device
+            self._on_device[id(images)] = images, list(self._batches(images))
         return self._on_device[id(images)][1]
 
-    def _padded(self, images, labels):
-        pad = self._batch - len(labels)
-        return steps.EvalBatch(
-            np.pad(images, ((0, pad), (0, 0), (0, 0), (0, 0))),
-            np.pad(labels, (0, pad)),
-            np.arange(self._batch) < self._batch - pad,
-        )
+    def _batches(self, images):
+        """This process's share of full batches, the last of them filled up by an image that does not count."""
+        count, places = len(images), self._parallel.places(self._batch)
+        rows = np.arange(-(-count // self._batch))[:, None] * self._batch + places[None, :]
+        last = np.minimum(rows, count - 1)
+        if isinstance(images, Records):
+            found = stream.in_order(images, last)
+        else:
+            found = ((images.images[row], images.labels[row]) for row in last)
+        for mask, batch in zip(rows < count, found):
+            yield self._parallel.shard(steps.EvalBatch(*batch, mask), 0)
 
 
 def needs_teacher(config) -> bool:

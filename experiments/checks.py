@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 import pathlib
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 from configs import common
 from ltkd_jax import models, objectives
 from ltkd_jax.data import augment, longtail, records, sources
+from ltkd_jax.training import hosts
 from ltkd_jax.training.parallel import MODES
 
 # How a run is carried out, not what it computes: no part of a result's identity. (A teacher from elsewhere is one, by
@@ -23,6 +25,8 @@ EXECUTION = (
     "teacher.table",
     "teacher.table_memory",
     "teacher.table_runs",
+    "platform",
+    "devices",
     "parallel",
     "steps_per_call",
     "eval_batch",
@@ -70,6 +74,9 @@ def validate(config) -> None:
         )
     if learned:
         _validate_bilevel(config)
+    platforms = ("", "cpu", "gpu", "tpu")
+    _require(config.platform in platforms, "platform", config.platform, f"must be one of {platforms}")
+    _require(config.devices >= 0, "devices", config.devices, "must not be negative; 0 takes all")
     _require(config.parallel in MODES, "parallel", config.parallel, f"must be one of {', '.join(MODES)}")
     choices = ("auto", "always", "never")
     _require(config.teacher.table in choices, "teacher.table", config.teacher.table, f"must be one of {choices}")
@@ -175,16 +182,49 @@ def _validate_recipe(role, recipe):
 
 
 def validate_devices(config) -> None:
-    """Checks what depends on the machine: a batch is spread evenly over its devices.
+    """Checks what depends on the machine: it has the devices asked for, and a batch is spread evenly over them.
 
     Raises:
-      ConfigError: naming the batch size and the number of devices.
+      ConfigError: naming what was asked for, what there is, and the remedy.
     """
-    devices = jax.device_count()
+    try:
+        there, count = jax.default_backend(), jax.device_count()
+    except RuntimeError as error:
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        raise ConfigError(f"jax finds no device (JAX_PLATFORMS={asked!r}): {error}") from None
+    missing = (
+        f"but jax finds {count} × {there} here: install the jax of the machine (jax[cuda12], jax[tpu]), mend its "
+        f"driver, or give {there!r}, or '' for whatever there is"
+    )
+    _require(config.platform in ("", there), "platform", config.platform, missing)
+    _require(config.devices <= count, "devices", config.devices, f"is more than the {count} that there are")
+    several = jax.process_count() > 1
+    _require(not (several and config.devices), "devices", config.devices, "must be 0, all, with several processes")
+    devices = config.devices or count
     for role, recipe in (("train", config.train), ("teacher.train", config.teacher.train)):
-        divides = recipe.batch_size % devices == 0
-        remedy = f"must be a multiple of the {devices} devices: round it, or show the program fewer devices"
-        _require(divides, f"{role}.batch_size", recipe.batch_size, remedy)
+        size = recipe.batch_size
+        fewer = max(n for n in range(1, devices + 1) if size % n == 0)
+        remedy = f"must be a multiple of the {devices} devices: round it" + (
+            "" if several else f", or use fewer by config.devices={fewer}"
+        )
+        _require(size % devices == 0, f"{role}.batch_size", size, remedy)
+
+
+def validate_alike(config) -> None:
+    """Checks that all processes of a run were started with the same config, folders apart.
+
+    Raises:
+      ConfigError: in every process, naming one that differs.
+    """
+    folders = ("data.dir", "data.workers", "teacher.cache", "teacher.checkpoint")
+    mine = hosts.each(lambda: {"result": identity(config), "all": without(plain(config), folders)})
+    hashes = hosts.gather(identity_hash(mine))
+    for index, found in enumerate(hashes):
+        if found != hashes[0]:
+            raise ConfigError(
+                f"process {index} of {len(hashes)} has another config, or other data, than the first: start all "
+                "processes by the same command, from the same checkout, over the same data set"
+            )
 
 
 def _require(condition, key, value, what):

@@ -106,8 +106,8 @@ def _some(images, number, num_classes):
 
 
 def device_memory() -> int:
-    """Bytes of the first device's memory; of the machine's where a device does not say."""
-    stats = jax.devices()[0].memory_stats() or {}
+    """Bytes of this process's first device's memory; of the machine's where a device does not say."""
+    stats = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" in stats:
         return stats["bytes_limit"]
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

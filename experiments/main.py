@@ -18,13 +18,17 @@ _DEFAULT = "configs/digits_lt.py"
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, f"The config file, with its argument after a colon; {_DEFAULT} unless given.", lock_config=True
 )
+_DISTRIBUTED = flags.DEFINE_string(
+    "distributed", None, "One of several processes: auto (TPU pod, Slurm, …), or HOST:PORT,INDEX,COUNT of process 0."
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; runs/<what is trained> unless given.")
 
 
 def main(argv):
     from experiments import checks, report, runs, setup, tables, train  # after the flags: --help stays quick
+    from ltkd_jax.training import hosts
 
-    setup.once()
+    setup.once(_DISTRIBUTED.value)
     config = _CONFIG.value
     workdir = pathlib.Path(_WORKDIR.value or runs.default_workdir(config))
     try:
@@ -34,9 +38,10 @@ def main(argv):
     except train.Stopped as stopped:
         print(f"{stopped}. The same command goes on from there.", file=sys.stderr)
         sys.exit(75)
-    report.write_page([report.load(workdir)], workdir / "report.html")
-    print(tables.console([results]))
-    print(f"\n{workdir / 'results.json'}   {workdir / 'report.html'}")
+    if hosts.is_first():
+        report.write_page([report.load(workdir)], workdir / "report.html")
+        print(tables.console([results]))
+        print(f"\n{workdir / 'results.json'}   {workdir / 'report.html'}")
 
 
 def parse_flags(argv):
@@ -54,7 +59,7 @@ def parse_flags(argv):
         key = str(error.args[0]).strip('"')
         sys.exit(f"error: no key {key} in the config ({given}); configs/common.py has them all")
     if len(rest) > 1:
-        sys.exit(f"error: unexpected argument {rest[1]!r}; the flags are --config, --config.KEY and --workdir")
+        sys.exit(f"error: unexpected argument {rest[1]!r}; --help has the flags")
     return rest
 
 

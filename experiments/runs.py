@@ -9,6 +9,7 @@ import numpy as np
 from experiments import build, checks, datasets, provenance, tables, teachers, train
 from ltkd_jax import files
 from ltkd_jax.data import records
+from ltkd_jax.training import hosts
 
 
 def default_workdir(config) -> str:
@@ -26,6 +27,8 @@ def default_workdir(config) -> str:
 def run(config, workdir, *, command: str, deadline: float | None = None) -> dict:
     """One row of a table: the teacher if the method needs one, the student, and `results.json`.
 
+    Of several processes all call this, and the first one alone writes.
+
     Args:
       config: a validated config.
       workdir: gets `config.json`, `metrics.jsonl`, `checkpoints/` and `results.json`. Where it holds a finished
@@ -37,41 +40,39 @@ def run(config, workdir, *, command: str, deadline: float | None = None) -> dict
       checks.ConfigError: bad config or data, or a work directory that is in use or holds another config.
       Stopped, Diverged: as `fit`.
     """
-    checks.validate(config)
-    checks.validate_devices(config)
+    hosts.each(lambda: (checks.validate(config), checks.validate_devices(config)))
+    checks.validate_alike(config)
     workdir = pathlib.Path(workdir)
     stop = train.StopRequest(deadline)
-    with _claimed(workdir, config), stop.listening():
-        results_path = workdir / "results.json"
-        if results_path.exists():
-            return checks.read_json(results_path)
-        try:
-            results = _distil(config, workdir, stop, command)
-        except records.DamagedRecord as error:
-            raise checks.ConfigError(str(error)) from error
-        files.write_text(results_path, json.dumps(results, indent=1))
+    with contextlib.ExitStack() as held, stop.listening():
+        results = hosts.first(lambda: _claim(held, workdir, config))
+        if results is None:
+            try:
+                results = _distil(config, workdir, stop, command)
+            except records.DamagedRecord as error:
+                raise checks.ConfigError(str(error)) from error
+            hosts.first(lambda: files.write_text(workdir / "results.json", json.dumps(results, indent=1)))
         return results
 
 
-@contextlib.contextmanager
-def _claimed(workdir, config):
-    """Holds the work directory for this config, and writes `config.json`."""
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(files.lock(workdir / ".lock"))
-        except BlockingIOError:
-            raise checks.ConfigError(f"{workdir} is in use by another run: wait for it, or give --workdir") from None
-        path, mine = workdir / "config.json", checks.identity(config)
-        # A run that failed before its first step has claimed nothing.
-        if path.exists() and any((workdir / name).exists() for name in ("results.json", "checkpoints")):
-            changed = _differences(checks.read_json(path), mine)
-            if changed:
-                raise checks.ConfigError(
-                    f"{workdir} holds a run of another config ({'; '.join(changed[:4])}): "
-                    "give another --workdir, or remove it"
-                )
-        files.write_text(path, json.dumps(mine, indent=1))
-        yield
+def _claim(held, workdir, config):
+    """Takes the work directory for this config as long as `held`, and writes `config.json`; finished results if any."""
+    try:
+        held.enter_context(files.lock(workdir / ".lock"))
+    except BlockingIOError:
+        raise checks.ConfigError(f"{workdir} is in use by another run: wait for it, or give --workdir") from None
+    path, mine = workdir / "config.json", checks.identity(config)
+    # A run that failed before its first step has claimed nothing.
+    if path.exists() and any((workdir / name).exists() for name in ("results.json", "checkpoints")):
+        changed = _differences(checks.read_json(path), mine)
+        if changed:
+            raise checks.ConfigError(
+                f"{workdir} holds a run of another config ({'; '.join(changed[:4])}): "
+                "give another --workdir, or remove it"
+            )
+    files.write_text(path, json.dumps(mine, indent=1))
+    results = workdir / "results.json"
+    return checks.read_json(results) if results.exists() else None
 
 
 def _differences(old, new, prefix=""):
@@ -86,9 +87,10 @@ def _differences(old, new, prefix=""):
 
 
 def _distil(config, workdir, stop, command):
-    data = datasets.load(config)
-    kind = build.teacher_kind(config, data)
-    program = build.student_program(config, kind)  # first: what it refuses, it refuses before a teacher is trained
+    data = hosts.each(lambda: datasets.load(config))
+    kind = hosts.first(lambda: build.teacher_kind(config, data))
+    # First: what it refuses, it refuses before a teacher is trained.
+    program = hosts.each(lambda: build.student_program(config, kind))
     teacher = None if kind == "none" else teachers.obtain(config, stop)
     read = {
         "none": lambda images: None,

@@ -16,7 +16,7 @@ import tqdm
 
 from experiments import build, checks, datasets, train
 from ltkd_jax import files, metrics
-from ltkd_jax.training import steps, teacher_table
+from ltkd_jax.training import hosts, steps, teacher_table
 from ltkd_jax.training.checkpoint import Checkpoints
 
 _TABLE_BATCH = 2048
@@ -57,13 +57,17 @@ class Teacher:
         of = checks.identity_hash(named | ({"content": content} if content else {}))
         path = self.folder / f"table-{of}-{'x'.join(map(str, shape))}-float32.npy"
         checksum = path.with_suffix(".sha256")
-        with _locked(path.with_suffix(".lock"), stop, "the teacher's table"):
-            if not (path.exists() and checksum.exists() and checksum.read_text() == _sha256(path)):
-                if path.exists():
-                    _log.warning("%s is damaged: building it again", path)
-                self._build_table(path, data, images, shape, stop)
-                files.write_text(checksum, _sha256(path))
-        return np.load(path, mmap_mode="r")
+
+        def read():
+            with _locked(path.with_suffix(".lock"), stop, "the teacher's table"):
+                if not (path.exists() and checksum.exists() and checksum.read_text() == _sha256(path)):
+                    if path.exists():
+                        _log.warning("%s is damaged: building it again", path)
+                    self._build_table(path, data, images, shape, stop)
+                    files.write_text(checksum, _sha256(path))
+            return np.load(path, mmap_mode="r")
+
+        return hosts.first(read)
 
     def _build_table(self, path, data, images, shape, stop):
         """Builds under a temporary name; what is done is noted, so that a stop or a kill loses minutes at most."""
@@ -72,6 +76,8 @@ class Teacher:
         temporary, note = path.with_suffix(".tmp"), path.with_suffix(".done")
         done = int(note.read_text()) if note.exists() and temporary.exists() else 0
         out = np.lib.format.open_memmap(temporary, mode="r+" if done else "w+", dtype=np.float32, shape=shape)
+        with open(temporary, "rb+") as file:  # a full disk is an error now; met in the memory map it would kill
+            os.posix_fallocate(file.fileno(), 0, os.path.getsize(temporary))
         total, noted = shape[0] * shape[1], time.monotonic()
 
         def keep(done):
@@ -107,8 +113,13 @@ def obtain(config, stop) -> Teacher:
     if config.teacher.checkpoint:
         return _load(config, pathlib.Path(config.teacher.checkpoint))
     folder = pathlib.Path(config.teacher.cache) / checks.teacher_hash(config)
-    with _locked(folder.with_suffix(".lock"), stop, "the teacher"):
-        if not folder.exists():
+    with contextlib.ExitStack() as held:
+
+        def claim():
+            held.enter_context(_locked(folder.with_suffix(".lock"), stop, "the teacher"))
+            return folder.exists()
+
+        if not hosts.first(claim):
             _train(config, folder, stop)
     return _load(config, folder)
 
@@ -135,7 +146,7 @@ def _locked(path, stop, what):
 def _train(config, folder, stop):
     """Trains under a temporary name, so that a folder of the final name is always a finished teacher."""
     unfinished = folder.with_suffix(".unfinished")
-    unfinished.mkdir(parents=True, exist_ok=True)
+    hosts.first(lambda: unfinished.mkdir(parents=True, exist_ok=True))
     program = build.teacher_program(config)
     data = program.data
     state, timing = train.fit(
@@ -162,9 +173,13 @@ def _train(config, folder, stop):
         },
         "timing": timing,
     }
-    files.write_text(unfinished / "config.json", json.dumps(checks.teacher_identity(config), indent=1))
-    files.write_text(unfinished / "results.json", json.dumps(results, indent=1))
-    os.rename(unfinished, folder)
+
+    def finish():
+        files.write_text(unfinished / "config.json", json.dumps(checks.teacher_identity(config), indent=1))
+        files.write_text(unfinished / "results.json", json.dumps(results, indent=1))
+        os.rename(unfinished, folder)
+
+    hosts.first(finish)
 
 
 def _evenly(images, number):
@@ -175,6 +190,13 @@ def _evenly(images, number):
 
 
 def _load(config, folder):
+    like = jax.eval_shape(build.teacher_program(config).init, 0)
+    results, variables = hosts.first(lambda: _read(config, folder, like))
+    return Teacher(config, folder, variables, results)
+
+
+def _read(config, folder, like):
+    """The results and the variables of a finished teacher, which must be one of this config's."""
     results = checks.teacher_results(folder)
     data = datasets.load(config)
     wanted = {
@@ -188,9 +210,8 @@ def _load(config, folder):
                 f"the teacher in {folder} has {key}={results.get(key)!r}, the config wants {want!r}: "
                 "change config.teacher.model or config.teacher.checkpoint"
             )
-    program = build.teacher_program(config)
     try:
-        found = Checkpoints(folder / "checkpoints").restore(jax.eval_shape(program.init, 0))
+        found = Checkpoints(folder / "checkpoints").restore(like)
     except ValueError as error:
         raise checks.ConfigError(str(error)) from error
     # An earlier checkpoint is another teacher than the one whose results stand there.
@@ -199,7 +220,7 @@ def _load(config, folder):
             f"the teacher's last checkpoint in {folder} is damaged: remove the folder; "
             "one of the cache is then trained again"
         )
-    return Teacher(config, folder, found[1].variables, results)
+    return results, found[1].variables
 
 
 def _sha256(path):

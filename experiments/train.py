@@ -14,6 +14,7 @@ import tqdm
 
 from experiments import build
 from ltkd_jax import files, metrics
+from ltkd_jax.training import hosts
 from ltkd_jax.training.checkpoint import Checkpoints
 
 _GRID = 16  # points of an axis of the map from features to weights
@@ -40,6 +41,10 @@ class StopRequest:
         if self._deadline is not None and time.monotonic() > self._deadline:
             return "the time budget"
         return None
+
+    def of_any(self) -> str | None:
+        """The reason of the first process that has one: all stop at the same step."""
+        return next(filter(None, hosts.gather(self.reason)), None)
 
     @contextlib.contextmanager
     def listening(self):
@@ -79,10 +84,16 @@ def fit(program: build.Program, train_data, seed: int, workdir, stop: StopReques
     saved = Checkpoints(pathlib.Path(workdir) / "checkpoints")
     log = MetricsLog(pathlib.Path(workdir) / "metrics.jsonl")
     fresh = program.init(seed)
-    found = saved.restore(jax.eval_shape(lambda: fresh))
+
+    def resume():
+        found = saved.restore(jax.eval_shape(lambda: fresh))
+        step = found[0] if found else 0
+        saved.discard_after(step)
+        log.keep_until(step)
+        return found
+
+    found = hosts.first(resume)
     step, state, clock = found or (0, fresh, {"seconds": 0.0, "first_call_seconds": 0.0})
-    saved.discard_after(step)
-    log.keep_until(step)
     clock = Clock(**clock)
     state = program.parallel.replicate(state)
     bar = tqdm.tqdm(
@@ -92,6 +103,7 @@ def fit(program: build.Program, train_data, seed: int, workdir, stop: StopReques
         unit="step",
         dynamic_ncols=True,
         mininterval=0.2 if sys.stderr.isatty() else 20,
+        disable=not hosts.is_first(),
     )
     bar.set_postfix_str("compiling the step")
     with bar, contextlib.closing(program.chunks(seed, step)) as chunks:
@@ -104,15 +116,16 @@ def fit(program: build.Program, train_data, seed: int, workdir, stop: StopReques
             clock.tick(count)
             step += count
             bar.update(count)
-            done, stopping = step == program.total_steps, stop.reason
+            done, stopping = step == program.total_steps, stop.of_any()
             epoch_ends = done or step % program.steps_per_epoch == 0
             if epoch_ends:
                 _check_finite(program, state, saved, label)
-                log.write(_record(program, state, step, config, bar))
+                record = _record(program, state, step, config, bar)
+                hosts.first(lambda: log.write(record))  # noqa: B023
             due = epoch_ends and (done or (epoch + 1) % config.checkpoint_every == 0)
             if due or stopping:
                 _check_finite(program, state, saved, label)
-                saved.save(step, program.parallel.first(state), clock.as_dict())
+                hosts.first(lambda: saved.save(step, program.parallel.first(state), clock.as_dict()))  # noqa: B023
             if stopping and not done:
                 raise Stopped(f"{label}: stopped by {stopping} at step {step} of {program.total_steps}, and saved")
     return state, clock.timing(program.recipe.batch_size)
@@ -160,7 +173,7 @@ def _check_finite(program, state, saved, label):
         raise Diverged(f"{label}: the loss of step {bad_step} is not finite (terms: {what}): {remedy}")
     if program.weighting is not None and not np.isfinite(sums.learned.outer_loss):
         raise Diverged(f"{label}: the outer loss, that of the meta images, is not finite: {remedy}")
-    if not _all_finite((state.params, state.batch_stats, state.meta)):
+    if not _all_finite(program.parallel.first((state.params, state.batch_stats, state.opt_state, state.meta))):
         step = int(program.parallel.first(state.step))
         raise Diverged(f"{label}: parameters are not finite after step {step}: {remedy}")
 

@@ -117,7 +117,7 @@ def test_learned_weights_from_a_stream_resume_bit_for_bit(data_dir, tmp_path, lo
 def test_a_lookahead_reads_the_next_batches_of_the_stream(data_dir, tmp_path):
     """What a step looks ahead to is what the next steps are trained on, from wherever it starts."""
     data = datasets.load(small(data_dir, tmp_path, "bikd", **{"data.meta_per_class": 4}))
-    source = feed.FromDisk(data.train, data.meta, batch_size=16, total_steps=6, ahead=2)
+    source = feed.FromDisk(data.train, data.meta, places=feed.Places(np.arange(16), 16), total_steps=6, ahead=2)
     rows = list(source.rows(3, 0, [1] * 6))
     for now, following in zip(rows, rows[1:]):
         for x, y in zip(now.train, following.train):

@@ -9,7 +9,7 @@ import dataclasses
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -73,12 +73,11 @@ class _Views:
 
     records: Records
     order: Order
-    share: int  # examples of a batch that this process reads
-    first: int  # place of the first of them in the batch
+    places: tuple[int, ...]  # of each batch that this process reads
 
     def __call__(self, number: int) -> Streamed:
-        step, place = divmod(number, self.share)
-        position = step * self.order.batch_size + self.first + place
+        step, place = divmod(number, len(self.places))
+        position = step * self.order.batch_size + self.places[place]
         index, rng = self.order.index(position), self.order.rng(position)
         image = self.records.crop(index, rng)
         return Streamed(image, self.records.labels[index], rng.integers(2**32, dtype=np.uint32))
@@ -93,7 +92,7 @@ def batches(
     first_step: int,
     num_steps: int,
     workers: int = 0,
-    process: tuple[int, int] = (0, 1),
+    places: Sequence[int] | None = None,
 ) -> Iterator[Iterator[Streamed]]:
     """The batches of `num_steps` steps from a step on; a context, since it may run processes.
 
@@ -104,25 +103,23 @@ def batches(
       first_step: of the stream, from which to go on.
       num_steps: how many batches.
       workers: processes that decode; 0 does it by threads of this one.
-      process: (index, count); each process reads its share of every batch, in the order of the processes.
+      places: of each batch that are read, such as those of one of several processes; all unless given.
 
     Raises:
-      ValueError: a batch that the processes do not divide. On the way, an image that does not decode.
+      ValueError: nothing to read, or places that a batch does not have. On the way, an image that does not decode.
     """
     import grain
 
-    index, count = process
-    if not 0 <= index < count:
-        raise ValueError(f"process={process}: give (index, count) with the index below the count")
-    share, rest = divmod(batch_size, count)
-    if rest:
-        raise ValueError(f"a batch of {batch_size} is not divided by {count} processes")
+    places = tuple(range(batch_size) if places is None else map(int, places))
+    share = len(places)
+    if not places or not all(0 <= place < batch_size for place in places):
+        raise ValueError(f"places={places}: a batch of {batch_size} has those from 0 to {batch_size - 1}")
     if not len(records) or min(seed, first_step, workers) < 0:
         raise ValueError(
             f"{len(records)} images, seed={seed}, first_step={first_step}, workers={workers}: there must be an image, "
             "and nothing may be negative"
         )
-    views = _Views(records, Order(seed, len(records), batch_size), share, index * share)
+    views = _Views(records, Order(seed, len(records), batch_size), places)
     numbers = grain.MapDataset.range(first_step * share, (first_step + num_steps) * share)
     threads = 0 if workers else _THREADS
     read = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
@@ -161,11 +158,11 @@ def _parse_flags():
         flags.FLAGS.mark_as_parsed()
 
 
-def in_order(records: Records, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """All images as they are evaluated, once, in batches (images, labels) of which the last may be smaller."""
+def in_order(records: Records, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Images as they are evaluated, in batches (images, labels): of each row of numbers `[S, B]`, one."""
     import grain
 
     read = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_THREADS)
-    examples = grain.MapDataset.range(len(records)).map(lambda i: (records.image(i), records.labels[i]))
-    with contextlib.closing(iter(examples.batch(batch_size).to_iter_dataset(read))) as iterator:
+    examples = grain.MapDataset.source(rows.ravel()).map(lambda i: (records.image(int(i)), records.labels[i]))
+    with contextlib.closing(iter(examples.batch(rows.shape[1]).to_iter_dataset(read))) as iterator:
         yield from iterator

@@ -22,15 +22,21 @@ class Checkpoints:
     A step counts once its checksum is written, after Orbax is done: a kill in between leaves the one before.
 
     Args:
-      directory: made if it does not exist.
+      directory: made by the first save. Of several processes one alone may use it, see `hosts.first`.
       keep: how many to keep; at least 2 leave one to fall back on.
     """
 
     def __init__(self, directory, *, keep: int = 2):
         self._dir = pathlib.Path(directory).resolve()
-        self._dir.mkdir(parents=True, exist_ok=True)
         self._keep = keep
-        self._saver = ocp.PyTreeCheckpointer()
+        # By itself Orbax would wait for the other processes, of which none comes.
+        alone = ocp.options.MultiprocessingOptions(
+            active_processes={jax.process_index()},
+            primary_host=jax.process_index(),
+            barrier_sync_key_prefix="ltkd_jax",
+        )
+        handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+        self._saver = ocp.Checkpointer(handler, multiprocessing_options=alone)
 
     def save(self, step: int, tree: Any, extra: dict) -> None:
         """Saves a pytree of arrays, and `extra`, a dict for JSON, under a step. Returns when it is whole."""

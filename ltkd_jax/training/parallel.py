@@ -1,6 +1,7 @@
 """One computation, many devices: `jit` over a data mesh (the default), or literally `jax.pmap`.
 
-Both are equal to a single device up to rounding, batch norm and group rebalancing included.
+Both are equal to a single device up to rounding, batch norm and group rebalancing included. Of several processes each
+gives and gets what its own devices hold.
 """
 
 import jax
@@ -17,7 +18,7 @@ class Parallel:
 
     Args:
       mode: "jit" or "pmap".
-      devices: by default all.
+      devices: by default all, those of other processes too.
 
     Attributes:
       axis_name: what a step, a model and a loss must be given: a name under "pmap"; None under "jit", where
@@ -35,28 +36,43 @@ class Parallel:
         if mode not in MODES:
             raise ValueError(f"parallel={mode!r} must be one of {', '.join(MODES)}")
         self.mode = mode
-        self.devices = list(devices or jax.devices())
+        # By process, so that each holds one run of positions.
+        self.devices = sorted(devices or jax.devices(), key=lambda device: (device.process_index, device.id))
         self.num_devices = len(self.devices)
         self.axis_name = _AXIS if mode == "pmap" else None
-        self._mesh = Mesh(np.asarray(self.devices), (_AXIS,), axis_types=(AxisType.Auto,))
+        self._local = [device for device in self.devices if device.process_index == jax.process_index()]
+        # `pmap` takes and gives the arrays of this process, `jit` those of all.
+        of_arrays = self._local if mode == "pmap" else self.devices
+        self._mesh = Mesh(np.asarray(of_arrays), (_AXIS,), axis_types=(AxisType.Auto,))
+
+    def places(self, batch_size: int) -> np.ndarray:
+        """The positions of a global batch that this process's devices hold, in order.
+
+        >>> Parallel("jit", jax.devices()[:2]).places(4).tolist()
+        [0, 1, 2, 3]
+        """
+        each = batch_size // self.num_devices
+        first = self.devices.index(self._local[0])
+        return np.arange(first * each, (first + len(self._local)) * each)
 
     def replicate(self, tree):
-        """The tree on every device: as it is under "jit", with a leading axis `[D]` under "pmap"."""
+        """The tree, the same in every process, on every device: as it is under "jit", with an axis for this process's
+        devices in front under "pmap"."""
         if self.mode == "jit":
-            return jax.device_put(tree, NamedSharding(self._mesh, P()))
-        stacked = jax.tree.map(lambda x: np.broadcast_to(np.asarray(x), (self.num_devices, *np.shape(x))), tree)
-        return jax.device_put(stacked, NamedSharding(self._mesh, P(_AXIS)))
+            return self._place(tree, P())
+        stacked = jax.tree.map(lambda x: np.broadcast_to(np.asarray(x), (len(self._local), *np.shape(x))), tree)
+        return self._place(stacked, P(_AXIS))
 
     def first(self, tree):
         """A replicated tree as one copy."""
         return tree if self.mode == "jit" else jax.tree.map(lambda x: x[0], tree)
 
     def shard(self, tree, batch_axis: int):
-        """Leaves split over the devices along `batch_axis`; device d holds the d-th run of positions."""
-        if self.mode == "jit":
-            return jax.device_put(tree, NamedSharding(self._mesh, self._spec(batch_axis)))
-        stacked = jax.tree.map(lambda x: self._split(np.asarray(x), batch_axis), tree)
-        return jax.device_put(stacked, NamedSharding(self._mesh, P(_AXIS)))
+        """Leaves split over the devices along `batch_axis`, of which each process gives its own `places`."""
+        if self.mode == "pmap":
+            stacked = jax.tree.map(lambda x: self._split(np.asarray(x), batch_axis), tree)
+            return self._place(stacked, P(_AXIS))
+        return self._place(tree, self._spec(batch_axis), batch_axis)
 
     def compile(self, fn, *, batch_axis: int, donate: tuple[int, ...] = ()):
         """`fn(*replicated, batch)`, compiled: its last argument is sharded, its result replicated.
@@ -76,9 +92,22 @@ class Parallel:
 
         return jax.jit(constrained, out_shardings=replicated, donate_argnums=donate)
 
+    def _place(self, tree, spec, spread_axis=None):
+        """Arrays of the mesh; along `spread_axis` the leaves are this process's part of them."""
+        sharding = NamedSharding(self._mesh, spec)
+
+        def place(x):
+            x = np.asarray(x)
+            shape = list(x.shape)
+            if spread_axis is not None:
+                shape[spread_axis] = shape[spread_axis] * self.num_devices // len(self._local)
+            return jax.make_array_from_process_local_data(sharding, x, tuple(shape))
+
+        return jax.tree.map(place, tree)
+
     def _spec(self, batch_axis):
         return P(*([None] * batch_axis), _AXIS)
 
     def _split(self, x, batch_axis):
-        shape = x.shape[:batch_axis] + (self.num_devices, -1) + x.shape[batch_axis + 1 :]
+        shape = x.shape[:batch_axis] + (len(self._local), -1) + x.shape[batch_axis + 1 :]
         return np.moveaxis(x.reshape(shape), batch_axis, 0)

@@ -1,0 +1,139 @@
+"""Several processes as one: what is done once, and what all must agree on.
+
+All of it goes through the coordination service that `jax.distributed` starts, where a process may wait for hours;
+a collective over devices would give up in seconds. In a program of one process every function is a plain call.
+"""
+
+import collections
+import itertools
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+# One process may wait for days for what another makes. One that died ends all of them much sooner, by its heartbeat.
+_WAIT_MS = 7 * 24 * 3600 * 1000
+_calls = itertools.count()
+_forgotten = collections.deque()
+
+
+def start(where: str) -> None:
+    """Makes this process one of several, before anything else of jax is used.
+
+    Args:
+      where: "auto", on what jax recognises (a TPU pod, Slurm, Open MPI, Kubernetes), or
+        "HOST:PORT,INDEX,COUNT": the address of the first process, the number of this one, how many there are.
+
+    Raises:
+      ValueError: neither of both.
+      RuntimeError: the others were not found.
+    """
+    if where == "auto":
+        jax.distributed.initialize()
+    else:
+        try:
+            address, index, count = where.split(",")
+            index, count = int(index), int(count)
+            known = ":" in address and 0 <= index < count
+        except ValueError:
+            known = False
+        if not known:
+            raise ValueError(f"distributed={where!r} must be auto, or HOST:PORT,INDEX,COUNT with INDEX below COUNT")
+        jax.distributed.initialize(address, count, index, cluster_detection_method="deactivate")
+    jax.devices()  # a meeting of all: one that came later would make the others give up
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes."""
+    return jax.process_index() == 0
+
+
+def first(fn: Callable[[], Any]) -> Any:
+    """What `fn()` gives in the first process, where alone it is called; its error is raised in every process.
+
+    Large arrays of the result travel over the devices.
+
+    >>> first(lambda: 3)
+    3
+    """
+    if jax.process_count() == 1:
+        return fn()
+    client, key = _client(), f"ltkd_jax/first/{next(_calls)}"
+    result, error, buffers = None, None, []
+    if is_first():
+        result, error = _attempt(fn)
+        content = pickle.dumps(result, protocol=5, buffer_callback=buffers.append)
+        buffers = [np.frombuffer(buffer.raw(), np.uint8) for buffer in buffers]
+        sizes = [buffer.size for buffer in buffers]
+        client.key_value_set_bytes(key, pickle.dumps((content, sizes, error and _portable(error))))
+    content, sizes, told = pickle.loads(client.blocking_key_value_get_bytes(key, _WAIT_MS))
+    client.wait_at_barrier(key, _WAIT_MS)  # all have read it
+    if is_first():
+        client.key_value_delete(key)
+    if told:
+        raise error or told
+    buffers = [_broadcast(buffers[i] if is_first() else np.zeros(size, np.uint8)) for i, size in enumerate(sizes)]
+    return result if is_first() else pickle.loads(content, buffers=buffers)
+
+
+def each(fn: Callable[[], Any]) -> Any:
+    """What `fn()` gives in this process; an error of any process is raised in every one.
+
+    >>> each(lambda: 3)
+    3
+    """
+    result, error = _attempt(fn)
+    if error is not None:
+        gather(_portable(error))
+        raise error
+    for index, told in enumerate(gather(None)):
+        if told is not None:
+            raise told.with_traceback(None) from RuntimeError(f"in process {index}")
+    return result
+
+
+def gather(value: Any) -> list:
+    """The values of all processes, in their order; called by all of them.
+
+    >>> gather("here")
+    ['here']
+    """
+    if jax.process_count() == 1:
+        return [value]
+    client, key = _client(), f"ltkd_jax/gather/{next(_calls)}"
+    mine = f"{key}/{jax.process_index():06d}"
+    client.key_value_set_bytes(mine, pickle.dumps(value))
+    client.wait_at_barrier(key, _WAIT_MS)
+    _forgotten.append(mine)
+    if len(_forgotten) > 1:
+        client.key_value_delete(_forgotten.popleft())  # of the last call, which all have left
+    return [pickle.loads(content) for _, content in sorted(client.key_value_dir_get_bytes(key))]
+
+
+def _attempt(fn):
+    try:
+        return fn(), None
+    except Exception as error:
+        return None, error
+
+
+def _portable(error):
+    """The error, or its words where it does not travel."""
+    try:
+        return pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+
+
+def _broadcast(array):
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.broadcast_one_to_all(array))
+
+
+def _client():
+    from jax._src import distributed  # jax has no public name for it
+
+    return distributed.global_state.client
