@@ -189,9 +189,12 @@ def validate_devices(config) -> None:
     """
     try:
         there, count = jax.default_backend(), jax.device_count()
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:  # the latter where jax does not even know the platform
         asked = os.environ.get("JAX_PLATFORMS", "")
-        raise ConfigError(f"jax finds no device (JAX_PLATFORMS={asked!r}): {error}") from None
+        raise ConfigError(
+            f"jax finds no device of JAX_PLATFORMS={asked!r}: unset it, or install the jax and the driver of that "
+            f"device; {str(error).partition(chr(10))[0]}".rstrip("; ")
+        ) from None
     missing = (
         f"but jax finds {count} × {there} here: install the jax of the machine (jax[cuda12], jax[tpu]), mend its "
         f"driver, or give {there!r}, or '' for whatever there is"

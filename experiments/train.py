@@ -173,9 +173,12 @@ def _check_finite(program, state, saved, label):
         raise Diverged(f"{label}: the loss of step {bad_step} is not finite (terms: {what}): {remedy}")
     if program.weighting is not None and not np.isfinite(sums.learned.outer_loss):
         raise Diverged(f"{label}: the outer loss, that of the meta images, is not finite: {remedy}")
-    if not _all_finite(program.parallel.first((state.params, state.batch_stats, state.opt_state, state.meta))):
+    kept = {name: getattr(state, name) for name in ("params", "batch_stats", "opt_state", "meta")}
+    kept = program.parallel.first(kept)
+    if not _all_finite(kept):
+        bad = [jax.tree_util.keystr(where) for where, x in jax.tree.leaves_with_path(kept) if not np.isfinite(x).all()]
         step = int(program.parallel.first(state.step))
-        raise Diverged(f"{label}: parameters are not finite after step {step}: {remedy}")
+        raise Diverged(f"{label}: after step {step}, {bad[0]} and {len(bad) - 1} more are not finite: {remedy}")
 
 
 @jax.jit

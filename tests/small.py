@@ -4,8 +4,10 @@ import importlib
 import pathlib
 
 import jax
+import pictures
 
 from experiments import build, runs
+from ltkd_jax.data import prepare
 from ltkd_jax.training.checkpoint import Checkpoints
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -13,6 +15,14 @@ TINY = {
     "data.n_max": 12, "data.imbalance": 4.0, "data.test_images": 50, "data.validation_per_class": 2,
     "teacher.model": "resnet8", "student.model": "resnet8", "train.batch_size": 16, "teacher.train.batch_size": 16,
     "train.epochs": 3.0, "teacher.train.epochs": 2.0, "eval_batch": 64, "eval_every": 1, "checkpoint_every": 1,
+}  # fmt: skip
+
+
+INSECTS = {"ant": 30, "bee": 24, "cat": 20, "dog": 20}  # training images; of each there are 5 test images
+STREAMED = {
+    "data.stream": True, "data.image_size": 8, "data.workers": 0, "data.imbalance": 4.0, "data.subset": "exponential",
+    "teacher.model": "resnet8", "student.model": "resnet8", "train.batch_size": 16, "teacher.train.batch_size": 16,
+    "train.epochs": 2.0, "teacher.train.epochs": 1.0, "eval_batch": 16, "eval_every": 1, "checkpoint_every": 1,
 }  # fmt: skip
 
 
@@ -25,6 +35,23 @@ def tiny(tmp_path, argument="ltkd", *, every=1, **values):
     if every > 1:
         config.weighting.every = every
     config.lock().update_from_flattened_dict({**TINY, "teacher.cache": str(tmp_path / "teachers"), **values})
+    return config
+
+
+def prepare_insects(folder):
+    """A data set on disk, to stream from; returns where."""
+    size = dict(size=(12, 10))
+    files = pictures.by_class(INSECTS, folder="train/", **size)
+    files |= pictures.by_class({name: 5 for name in INSECTS}, folder="test/", **size)
+    pictures.write_folder(folder / "images", files)
+    prepare.prepare(prepare.own_recipe("insects"), folder / "tfds", folder / "images")
+    return folder / "tfds"
+
+
+def streamed(data_dir, tmp_path, argument="ltkd", **values):
+    config = config_of("folder_lt", f"{argument},name=insects").lock()
+    places = {"data.dir": str(data_dir), "teacher.cache": str(tmp_path / "teachers")}
+    config.update_from_flattened_dict({**STREAMED, **places, **values})
     return config
 
 

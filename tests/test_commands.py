@@ -2,6 +2,7 @@
 
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 from small import ROOT, TINY, parameters
 
 from experiments import report, setup
+from ltkd_jax.training.checkpoint import Checkpoints
 
 
 def command(tmp_path, workdir, *extra):
@@ -21,10 +23,10 @@ def command(tmp_path, workdir, *extra):
     ]  # fmt: skip
 
 
-def start(words):
+def start(words, **options):
     environment = {**os.environ, "LTKD_CACHE": os.environ.get("LTKD_CACHE", str(ROOT / ".jax_cache"))}
     return subprocess.Popen(
-        words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
     )
 
 
@@ -38,43 +40,109 @@ def undisturbed(tmp_path_factory):
     return folder
 
 
-def interrupted(undisturbed, workdir, number, wait, deaths=1):
-    """Starts a run and sends it a signal once training has begun and `wait` seconds have passed; then finishes it."""
-    exits = []
-    for _ in range(deaths):
-        process = start(command(undisturbed, workdir))
-        until = time.monotonic() + 120
-        while not (workdir / "metrics.jsonl").exists() and process.poll() is None and time.monotonic() < until:
-            time.sleep(0.02)
-        time.sleep(wait)
-        process.send_signal(number)
-        output, _ = process.communicate(timeout=120)
-        exits.append((process.returncode, output))
-    last = start(command(undisturbed, workdir))
-    output, _ = last.communicate(timeout=300)
-    assert last.returncode == 0, output
+def wait_until(condition, process, seconds=120):
+    """Looks every millisecond; a process that has ended is waited for no longer."""
+    until = time.monotonic() + seconds
+    while not condition() and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.001)
+
+
+def interrupted(undisturbed, workdir, number, condition):
+    """Starts a run, sends it a signal once the condition holds, and returns its exit code and output."""
+    process = start(command(undisturbed, workdir))
+    wait_until(condition, process)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=120)
+    return process.returncode, output
+
+
+def finished_as(undisturbed, workdir):
+    """The output of the same command again; what it leaves is bit for bit that of a run that nothing befell."""
+    process = start(command(undisturbed, workdir))
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
     assert (workdir / "metrics.jsonl").read_text() == (undisturbed / "run" / "metrics.jsonl").read_text()
     assert parameters(workdir) == parameters(undisturbed / "run")
-    return exits
+    return output
+
+
+def seconds_after(path, seconds):
+    """A condition: a file is there, and was written so many seconds ago."""
+    return lambda: path.exists() and time.time() - path.stat().st_mtime > seconds
+
+
+def halves(workdir):
+    """Checkpoints that have begun and are not whole."""
+    return [p for p in (workdir / "checkpoints").glob("step_*") if p.is_dir() and not p.with_suffix(".sha256").exists()]
 
 
 def test_killed_at_a_random_moment_and_resumed_it_ends_the_same(undisturbed, tmp_path):
     """SIGKILL; parameters and metrics bit for bit those of a run that was not killed."""
-    wait = random.uniform(0, 4)
-    print(f"killed {wait:.2f} s after the start")
-    ((code, _),) = interrupted(undisturbed, tmp_path / "run", signal.SIGKILL, wait)
+    wait, workdir = random.uniform(0, 4), tmp_path / "run"
+    print(f"killed {wait:.2f} s after the first epoch")
+    code, _ = interrupted(undisturbed, workdir, signal.SIGKILL, seconds_after(workdir / "metrics.jsonl", wait))
     assert code in (-signal.SIGKILL, 0)
+    finished_as(undisturbed, workdir)
 
 
-def test_sigterm_saves_and_exits(undisturbed, tmp_path):
-    ((code, output),) = interrupted(undisturbed, tmp_path / "run", signal.SIGTERM, 0.2)
+def test_killed_while_it_saves_it_goes_on_from_the_save_before(undisturbed, tmp_path):
+    workdir = tmp_path / "run"
+    code, _ = interrupted(
+        undisturbed, workdir, signal.SIGKILL, lambda: (workdir / "checkpoints").exists() and halves(workdir)
+    )
+    assert code == -signal.SIGKILL and halves(workdir)
+    assert f"{halves(workdir)[0]} is damaged or incomplete" in finished_as(undisturbed, workdir)
+
+
+def test_sigterm_saves_and_exits_and_meanwhile_no_other_run_enters(undisturbed, tmp_path):
+    workdir, others = tmp_path / "run", []
+
+    def another_is_refused():
+        if not (workdir / "metrics.jsonl").exists():
+            return False
+        others.append(subprocess.run(command(undisturbed, workdir), cwd=ROOT, capture_output=True, text=True))
+        return True
+
+    code, output = interrupted(undisturbed, workdir, signal.SIGTERM, another_is_refused)
+    assert others[0].returncode == 1 and "is in use by another run: wait for it, or give --workdir" in others[0].stderr
     assert code == 75 and "stopped by SIGTERM at step" in output and "goes on from there" in output, output
+    finished_as(undisturbed, workdir)
 
 
 @pytest.mark.slow
-def test_killed_many_times_it_ends_the_same(undisturbed, tmp_path):
-    for trial in range(4):
-        interrupted(undisturbed, tmp_path / str(trial), signal.SIGKILL, random.uniform(0, 5), deaths=2)
+def test_killed_twenty_times_it_ends_the_same(undisturbed, tmp_path):
+    """At random moments of a run's life: while it starts, restores, compiles, trains and saves."""
+    kills, trial, workdir = 0, 0, tmp_path / "0"
+    while kills < 20:
+        begun, wait, config = time.time(), random.uniform(0, 12), workdir / "config.json"
+        moment = lambda: config.exists() and begun < config.stat().st_mtime < time.time() - wait  # noqa: B023, E731
+        code, output = interrupted(undisturbed, workdir, signal.SIGKILL, moment)
+        assert code in (-signal.SIGKILL, 0), output
+        kills += code == -signal.SIGKILL
+        if code == 0 or kills == 20:
+            finished_as(undisturbed, workdir)
+            trial, workdir = trial + 1, tmp_path / str(trial + 1)
+    print(f"{kills} kills, {trial} runs")
+
+
+@pytest.mark.slow
+def test_a_full_disk_stops_the_run_and_nothing_is_lost(undisturbed, tmp_path):
+    """No file may grow beyond 100 kB, in which the parameters have no place."""
+
+    def full():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+
+    workdir = tmp_path / "run"
+    code, _ = interrupted(undisturbed, workdir, signal.SIGTERM, (workdir / "metrics.jsonl").exists)
+    assert code == 75
+    (good, *_) = Checkpoints(workdir / "checkpoints").steps()
+    process = start(command(undisturbed, workdir), preexec_fn=full)
+    output, _ = process.communicate(timeout=300)
+    last = output.strip().splitlines()[-1]
+    assert process.returncode == 1 and last.startswith("error: checkpoint ") and "File too large" in last, output
+    assert f"the last whole one is of step {good}: make room on the disk" in last
+    assert Checkpoints(workdir / "checkpoints").steps()[0] == good and not halves(workdir)
+    finished_as(undisturbed, workdir)
 
 
 @pytest.mark.parametrize(
@@ -85,6 +153,7 @@ def test_killed_many_times_it_ends_the_same(undisturbed, tmp_path):
         (["--config=configs/none.py"], "error: [Errno 2] No such file or directory: 'configs/none.py'"),
         (["--config.data.imbalance=0.5"], "error: config.data.imbalance=0.5 must be at least 1"),
         (["stray"], "error: unexpected argument 'stray'"),
+        (["--config.platform=gpu"], "error: config.platform='gpu' but jax finds"),
     ],
 )
 def test_errors_of_the_command_line_are_one_line(words, message):

@@ -11,25 +11,18 @@ import time
 
 import jax
 import numpy as np
-import pictures
 import pytest
 import small
 from one_of_two import STEPS
 from small import ROOT
 from small_net import SmallNet, assert_close, double, parameters, teacher_variables, train
 
-from ltkd_jax.data import prepare, stream
+from ltkd_jax.data import stream
 from ltkd_jax.training import hosts, steps
 from ltkd_jax.training.checkpoint import Checkpoints
 from ltkd_jax.training.parallel import Parallel
 
-COUNTS = {"ant": 30, "bee": 24, "cat": 20, "dog": 20}
-BATCH = 16
-SMALL = {
-    "data.stream": True, "data.image_size": 8, "data.workers": 0, "data.imbalance": 4.0, "data.subset": "exponential",
-    "student.model": "resnet8", "train.batch_size": BATCH, "teacher.train.batch_size": BATCH, "eval_batch": BATCH,
-}  # fmt: skip
-TEST_IMAGES = 4 * 5
+BATCH = small.STREAMED["train.batch_size"]
 
 
 def start(words, devices):
@@ -61,15 +54,6 @@ def ended(processes, timeout=240):
     return [process.returncode for process in processes], outputs
 
 
-def prepared(folder):
-    """A data set on disk, to stream from."""
-    size = dict(size=(12, 10))
-    files = pictures.by_class(COUNTS, folder="train/", **size)
-    files |= pictures.by_class({name: TEST_IMAGES // 4 for name in COUNTS}, folder="test/", **size)
-    pictures.write_folder(folder / "images", files)
-    prepare.prepare(prepare.own_recipe("insects"), folder / "tfds", folder / "images")
-
-
 @pytest.fixture(scope="module")
 def alone():
     """What one process with eight devices computes: a function of the number of steps."""
@@ -90,8 +74,7 @@ def together(alone, tmp_path_factory):
     """What two processes leave in a folder."""
     folder = tmp_path_factory.mktemp("together")
     Checkpoints(folder / "of_one").save(STEPS // 2, alone(STEPS // 2), {})
-    prepared(folder)
-    values = {**SMALL, "data.dir": str(folder / "tfds"), "train.max_steps": 2}
+    values = {**small.STREAMED, "data.dir": str(small.prepare_insects(folder)), "train.max_steps": 2}
     (folder / "values.json").write_text(json.dumps(values))
     codes, outputs = ended(start_both(lambda where: ["tests/one_of_two.py", where, str(folder), "jit", "pmap"]))
     assert codes == [0, 0], "\n".join(outputs)
@@ -127,7 +110,7 @@ def test_each_process_reads_its_share_alone(together):
         assert sorted(part["crop"]) == sorted(
             order.index(BATCH * step + place) for step in range(2) for place in places
         )
-        assert part["counted"] == [TEST_IMAGES / 4] * 4  # each test image once, the last batch filled up
+        assert part["counted"] == [5] * len(small.INSECTS)  # each test image once, the last batch filled up
     assert len(set(read[0]["image"]) & set(read[1]["image"])) <= 1  # which fills the last batch up
 
 
@@ -191,8 +174,7 @@ def test_the_program_in_two_processes(argument, values, tmp_path):
 @pytest.mark.slow
 def test_a_stream_with_mixup_in_two_processes(tmp_path):
     """Mixup's partners may be another process's images."""
-    prepared(tmp_path)
-    values = {**SMALL, "data.dir": tmp_path / "tfds", "train.epochs": 2.0, "eval_every": 1}
+    values = {**small.STREAMED, "data.dir": small.prepare_insects(tmp_path)}
     flags = [f"--config.{key}={value}" for key, value in values.items()]
     argument = "configs/folder_lt.py:ce,name=insects,mixup=0.2"
     finish(program(argument, tmp_path / "one", *flags))
@@ -246,12 +228,11 @@ def test_processes_of_different_configs_are_refused(tmp_path):
 @pytest.mark.slow
 def test_an_error_in_the_second_process_is_an_error_of_both(tmp_path):
     """Its data are not there: the first one does not wait for it."""
-    prepared(tmp_path)
-    values = {**SMALL, "train.epochs": 2.0}
+    data_dir = small.prepare_insects(tmp_path)
 
     def words(where):
-        place = tmp_path / "tfds" if ",0,2" in where else tmp_path / "nowhere"
-        flags = [f"--config.{key}={value}" for key, value in {**values, "data.dir": place}.items()]
+        values = {**small.STREAMED, "data.dir": data_dir if ",0,2" in where else tmp_path / "nowhere"}
+        flags = [f"--config.{key}={value}" for key, value in values.items()]
         return program("configs/folder_lt.py:ce,name=insects", tmp_path, *flags, distributed=where)
 
     codes, outputs = ended(start_both(words))

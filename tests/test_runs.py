@@ -1,9 +1,12 @@
 """Whole small runs in this process, spread over the eight devices of the tests."""
 
 import json
+import resource
 import shutil
 import time
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from small import parameters, run, tiny
@@ -233,6 +236,105 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_anything_is_lost(tmp_pat
         train.fit(program, program.train_data(None), 0, tmp_path / "run", train.StopRequest(), config=config, label="x")
     assert f"last good checkpoint is step {good}" in str(caught.value)
     assert sorted((tmp_path / "run" / "checkpoints").rglob("*")) == saved
+
+
+@pytest.mark.parametrize(
+    "method, part",
+    [
+        ("ce", "params"),
+        ("ce", "batch_stats"),
+        ("ce", "opt_state"),
+        pytest.param("bikd", "meta", marks=pytest.mark.slow),
+    ],
+)
+def test_a_state_that_is_not_finite_stops_the_run_before_anything_is_lost(done, tmp_path, method, part, monkeypatch):
+    """Where every loss was finite: at the end of the epoch."""
+    _, folder, _ = done
+    config = tiny(folder, method, **{"train.epochs": 2.0})
+    with pytest.raises(train.Stopped):
+        runs.run(config, tmp_path / "run", command="", deadline=time.monotonic())
+    saved = sorted((tmp_path / "run" / "checkpoints").rglob("*"))
+    program = build.student_program(config, build.teacher_kind(config, datasets.load(config)))
+    chunk = program.chunk
+
+    def spoiled(step, state, *rest):
+        state = chunk(step, state, *rest)
+        leaves, structure = jax.tree.flatten(getattr(state, part))
+        largest = max(range(len(leaves)), key=lambda i: leaves[i].size)
+        leaves[largest] = leaves[largest].at[(0,) * leaves[largest].ndim].set(jnp.inf)
+        return state._replace(**{part: jax.tree.unflatten(structure, leaves)})
+
+    spoils = program.steps_per_epoch - 1
+    monkeypatch.setattr(program, "chunk", lambda step, *rest: (spoiled if step == spoils else chunk)(step, *rest))
+    with pytest.raises(train.Diverged, match=rf"after step {spoils + 1}, .*{part}.* not finite: .* is step 1$"):
+        runs.run(config, tmp_path / "run", command="")
+    assert sorted((tmp_path / "run" / "checkpoints").rglob("*")) == saved
+
+
+@pytest.mark.parametrize("damage", ["flip a byte", "truncate", "an empty step"])
+def test_from_a_damaged_checkpoint_the_run_goes_on_from_the_one_before(done, tmp_path, damage, caplog):
+    """And ends with the same bits."""
+    config, folder, _ = done
+    shutil.copytree(folder / "run", tmp_path / "run")
+    (tmp_path / "run" / "results.json").unlink()
+    checkpoints = tmp_path / "run" / "checkpoints"
+    newest, older = Checkpoints(checkpoints).steps()
+    victim = max(
+        (p for p in (checkpoints / f"step_{newest}").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size
+    )
+    content = bytearray(victim.read_bytes())
+    if damage == "flip a byte":
+        content[len(content) // 2] ^= 1
+    victim.write_bytes(content[:100] if damage == "truncate" else content)
+    if damage == "an empty step":
+        shutil.rmtree(checkpoints / f"step_{newest}")
+        (checkpoints / f"step_{newest}").mkdir()
+    with caplog.at_level("WARNING"):
+        resumed = run(config, tmp_path / "run")
+    assert f"step_{newest} is damaged or incomplete: passing it over for an older one" in caplog.text
+    assert resumed["test"] == done[2]["test"] and parameters(tmp_path / "run") == parameters(folder / "run")
+
+
+def test_a_table_that_the_disk_does_not_hold(done, tmp_path):
+    """An error, where a memory map of a full disk would kill the process; with room it is built."""
+    _, config = copy_of_teacher(done, tmp_path)
+    teacher = teachers.obtain(config, train.StopRequest())
+    for path in teacher.folder.glob("table-*"):
+        path.unlink()
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, old[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            teacher.table(datasets.load(config).train, train.StopRequest())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert np.isfinite(teacher.table(datasets.load(config).train, train.StopRequest())).all()
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"platform": "gpu"}, "config.platform='gpu' but jax finds 8 × cpu here: install the jax of the machine"),
+        ({"platform": "cuda"}, r"config.platform='cuda' must be one of \('', 'cpu', 'gpu', 'tpu'\)"),
+        ({"devices": 9}, "config.devices=9 is more than the 8 that there are"),
+        ({"train.batch_size": 20}, "train.batch_size=20 must be a multiple of the 8 devices: .* config.devices=5"),
+        ({"train.batch_size": 20, "devices": 6}, "multiple of the 6 devices: .* config.devices=5"),
+    ],
+)
+def test_devices_that_are_not_there(tmp_path, values, message):
+    with pytest.raises(checks.ConfigError, match=message):
+        run(tiny(tmp_path, "ce", **values), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_fewer_devices_give_the_same_run(done, tmp_path):
+    _, folder, results = done
+    config = tiny(folder, devices=2, platform="cpu")
+    fewer = run(config, tmp_path / "run")
+    assert build.student_program(config, "network").parallel.num_devices == 2
+    a, b = (json.loads((f / "run" / "metrics.jsonl").read_text().splitlines()[0]) for f in (folder, tmp_path))
+    assert a["loss"] == pytest.approx(b["loss"], rel=1e-3) and fewer["config_hash"] == results["config_hash"]
 
 
 def test_a_deadline_stops_and_the_next_call_goes_on(done, tmp_path):

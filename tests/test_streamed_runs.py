@@ -12,41 +12,21 @@ import jax
 import numpy as np
 import pictures
 import pytest
-from small import ROOT, config_of, parameters, run
+from small import INSECTS, ROOT, config_of, parameters, prepare_insects, run, streamed
 
 from experiments import build, checks, datasets, feed, runs, train
 from ltkd_jax.data import prepare
 
-COUNTS = {"ant": 30, "bee": 24, "cat": 20, "dog": 20}
-SMALL = {
-    "data.stream": True, "data.image_size": 8, "data.workers": 0, "data.imbalance": 4.0, "data.subset": "exponential",
-    "teacher.model": "resnet8", "student.model": "resnet8", "train.batch_size": 16, "teacher.train.batch_size": 16,
-    "train.epochs": 2.0, "teacher.train.epochs": 1.0, "eval_batch": 16, "eval_every": 1, "checkpoint_every": 1,
-}  # fmt: skip
-
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
-    place = tmp_path_factory.mktemp("insects")
-    size = dict(size=(12, 10))
-    files = pictures.by_class(COUNTS, folder="train/", **size)
-    files |= pictures.by_class({name: 5 for name in COUNTS}, folder="test/", **size)
-    pictures.write_folder(place / "images", files)
-    prepare.prepare(prepare.own_recipe("insects"), place / "tfds", place / "images")
-    return place / "tfds"
-
-
-def small(data_dir, tmp_path, argument="ltkd", **values):
-    config = config_of("folder_lt", f"{argument},name=insects").lock()
-    places = {"data.dir": str(data_dir), "teacher.cache": str(tmp_path / "teachers")}
-    config.update_from_flattened_dict({**SMALL, **places, **values})
-    return config
+    return prepare_insects(tmp_path_factory.mktemp("insects"))
 
 
 @pytest.fixture(scope="module")
 def done(data_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("streamed")
-    config = small(data_dir, folder)
+    config = streamed(data_dir, folder)
     return config, folder, run(config, folder / "run")
 
 
@@ -85,7 +65,7 @@ def test_stopped_at_every_step_it_ends_bit_for_bit_the_same(done, tmp_path):
 def test_two_workers_change_nothing(done, data_dir, tmp_path):
     """In a whole run, and in one that goes on with them where another stopped."""
     config, folder, _ = done
-    reading = small(data_dir, folder, **{"data.workers": 2})
+    reading = streamed(data_dir, folder, **{"data.workers": 2})
     assert checks.config_hash(reading) == checks.config_hash(config)
     run(reading, tmp_path / "whole")
     same(config, tmp_path / "whole", folder / "run")
@@ -99,7 +79,7 @@ def test_two_workers_change_nothing(done, data_dir, tmp_path):
 @pytest.mark.parametrize("values", [{"parallel": "pmap"}, {"steps_per_call": 2}])
 def test_modes_change_nothing_but_rounding(done, data_dir, tmp_path, values):
     _, folder, _ = done
-    run(small(data_dir, folder, **values), tmp_path / "run")
+    run(streamed(data_dir, folder, **values), tmp_path / "run")
     a, b = (json.loads((place / "run" / "metrics.jsonl").read_text().splitlines()[0]) for place in (folder, tmp_path))
     assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
 
@@ -107,7 +87,7 @@ def test_modes_change_nothing_but_rounding(done, data_dir, tmp_path, values):
 @pytest.mark.slow
 @pytest.mark.parametrize("lookahead", [1, 2])
 def test_learned_weights_from_a_stream_resume_bit_for_bit(data_dir, tmp_path, lookahead):
-    config = small(data_dir, tmp_path, "bikd", **{"weighting.lookahead": lookahead, "data.meta_per_class": 4})
+    config = streamed(data_dir, tmp_path, "bikd", **{"weighting.lookahead": lookahead, "data.meta_per_class": 4})
     results = run(config, tmp_path / "run")
     assert results["meta_images"] == 16 and set(results["weighting"]["weights"]) == {"ce", "kd"}
     assert until_it_ends(config, tmp_path / "stopped") >= 2
@@ -116,7 +96,7 @@ def test_learned_weights_from_a_stream_resume_bit_for_bit(data_dir, tmp_path, lo
 
 def test_a_lookahead_reads_the_next_batches_of_the_stream(data_dir, tmp_path):
     """What a step looks ahead to is what the next steps are trained on, from wherever it starts."""
-    data = datasets.load(small(data_dir, tmp_path, "bikd", **{"data.meta_per_class": 4}))
+    data = datasets.load(streamed(data_dir, tmp_path, "bikd", **{"data.meta_per_class": 4}))
     source = feed.FromDisk(data.train, data.meta, places=feed.Places(np.arange(16), 16), total_steps=6, ahead=2)
     rows = list(source.rows(3, 0, [1] * 6))
     for now, following in zip(rows, rows[1:]):
@@ -158,7 +138,7 @@ def test_a_signal_to_the_group_is_for_the_program_not_for_its_workers(data_dir, 
 def test_rows_with_more_augmentation(data_dir, tmp_path, mixup):
     """Every position has its own bits, and for Mixup its neighbour's row too."""
     values = {"data.stream": False, "augment.cutout": 4, "augment.mixup": mixup}
-    config = small(data_dir, tmp_path, **values)
+    config = streamed(data_dir, tmp_path, **values)
     data = datasets.load(config)
     assert build.teacher_kind(config, data) == "network"
     program = build.student_program(config, "network")
@@ -179,7 +159,7 @@ def test_a_run_with_all_of_it(data_dir, tmp_path, argument, stream):
     values |= {"data.meta_per_class": 4} if argument == "bikd" else {}
     losses = []
     for parallel in ("jit", "pmap"):
-        config = small(data_dir, tmp_path, argument, **values, parallel=parallel)
+        config = streamed(data_dir, tmp_path, argument, **values, parallel=parallel)
         results = run(config, tmp_path / parallel)
         assert results["teacher_logits"] == "network" and results["config"]["augment"]["mixup"] == 0.2
         line = json.loads((tmp_path / parallel / "metrics.jsonl").read_text().splitlines()[0])
@@ -193,7 +173,7 @@ def test_features_are_distilled_in_every_mode(data_dir, tmp_path, argument):
     values = {"data.stream": False} | ({"data.meta_per_class": 4} if "bikd" in argument else {})
     losses = []
     for parallel in ("jit", "pmap"):
-        results = run(small(data_dir, tmp_path, argument, parallel=parallel, **values), tmp_path / parallel)
+        results = run(streamed(data_dir, tmp_path, argument, parallel=parallel, **values), tmp_path / parallel)
         assert results["teacher_logits"] == "features"
         line = json.loads((tmp_path / parallel / "metrics.jsonl").read_text().splitlines()[0])
         assert set(line["terms"]) == {"ce", "review"} and line["terms"]["review"] > 0
@@ -232,7 +212,7 @@ def test_features_are_distilled_in_every_mode(data_dir, tmp_path, argument):
 )
 def test_what_does_not_fit_is_told(data_dir, tmp_path, argument, values, message):
     with pytest.raises(checks.ConfigError, match=message):
-        checks.validate(small(data_dir, tmp_path, argument, **values))
+        checks.validate(streamed(data_dir, tmp_path, argument, **values))
 
 
 def test_what_the_data_does_not_allow_is_told(data_dir, tmp_path):
@@ -243,26 +223,26 @@ def test_what_the_data_does_not_allow_is_told(data_dir, tmp_path):
         ({"data.name": "wasps"}, "'wasps' is unknown.*prepare folder --name wasps"),
     ):
         with pytest.raises(checks.ConfigError, match=message):
-            datasets.load(small(data_dir, tmp_path, **values))
+            datasets.load(streamed(data_dir, tmp_path, **values))
 
 
 def test_the_same_name_with_other_images_is_another_data_set(data_dir, tmp_path):
     """Their teacher and their results are not those of the first."""
-    files = pictures.by_class(COUNTS, folder="train/", size=(12, 11)) | pictures.by_class(COUNTS, folder="test/")
+    files = pictures.by_class(INSECTS, folder="train/", size=(12, 11)) | pictures.by_class(INSECTS, folder="test/")
     pictures.write_folder(tmp_path / "images", files)
     prepare.prepare(prepare.own_recipe("insects"), tmp_path / "tfds", tmp_path / "images")
-    one, other = small(data_dir, tmp_path), small(tmp_path / "tfds", tmp_path)
+    one, other = streamed(data_dir, tmp_path), streamed(tmp_path / "tfds", tmp_path)
     assert checks.config_hash(one) != checks.config_hash(other)
     assert checks.teacher_hash(one) != checks.teacher_hash(other)
     shutil.copytree(data_dir, tmp_path / "moved")
-    assert checks.config_hash(small(tmp_path / "moved", tmp_path)) == checks.config_hash(one)
+    assert checks.config_hash(streamed(tmp_path / "moved", tmp_path)) == checks.config_hash(one)
 
 
 def test_what_a_student_cannot_be_is_told_before_a_teacher_is_trained(data_dir, tmp_path):
-    config = small(data_dir, tmp_path, "reviewkd", **{"student.model": "vgg8", "data.stream": False})
+    config = streamed(data_dir, tmp_path, "reviewkd", **{"student.model": "vgg8", "data.stream": False})
     with pytest.raises(checks.ConfigError, match="the student has 4, the teacher 3"):
         run(config, tmp_path / "run")
-    config = small(data_dir, tmp_path, **{"augment.cutout": 8, "data.stream": False})
+    config = streamed(data_dir, tmp_path, **{"augment.cutout": 8, "data.stream": False})
     with pytest.raises(checks.ConfigError, match="augment.cutout=8 blackens images"):
         run(config, tmp_path / "run")
     assert not list((tmp_path / "teachers").glob("*/results.json"))
@@ -277,7 +257,7 @@ def test_a_damaged_record_stops_a_run_in_one_line(data_dir, tmp_path):
     for streams in (True, False):
         with pytest.raises(checks.ConfigError, match="prepare it again"):
             run(
-                small(tmp_path / "tfds", tmp_path / str(streams), **{"data.stream": streams}),
+                streamed(tmp_path / "tfds", tmp_path / str(streams), **{"data.stream": streams}),
                 tmp_path / f"run{streams}",
             )
 
@@ -290,24 +270,24 @@ def test_imbalance_without_a_draw_is_told():
 def test_images_too_large_for_the_memory_are_to_be_streamed(data_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "device_memory", lambda: 10_000)
     with pytest.raises(checks.ConfigError, match="more than half of the device's memory: set data.stream=True"):
-        datasets.load(small(data_dir, tmp_path, **{"data.stream": False, "data.image_size": 9}))
+        datasets.load(streamed(data_dir, tmp_path, **{"data.stream": False, "data.image_size": 9}))
 
 
 def test_a_list_and_a_set_as_it_is(data_dir, tmp_path):
     """Each is another result; a list counts by what it says, not by where it lies."""
     lists = [tmp_path / "a.txt", tmp_path / "b.txt", tmp_path / "c.txt"]
     lines = [
-        f"train/{name}/{name}{i}.jpg {label}" for label, name in enumerate(sorted(COUNTS)) for i in range(5 - label)
+        f"train/{name}/{name}{i}.jpg {label}" for label, name in enumerate(sorted(INSECTS)) for i in range(5 - label)
     ]
     for path in lists[:2]:
         path.write_text("\n".join(lines))
     lists[2].write_text("\n".join(lines[1:]))
-    listed = [small(data_dir, tmp_path, **{"data.subset": str(path)}) for path in lists]
+    listed = [streamed(data_dir, tmp_path, **{"data.subset": str(path)}) for path in lists]
     assert datasets.load(listed[0]).class_counts.tolist() == [5, 4, 3, 2]
     hashes = [checks.config_hash(config) for config in listed]
     assert hashes[0] == hashes[1] != hashes[2]
-    whole = small(data_dir, tmp_path, **{"data.subset": "all"})
-    assert datasets.load(whole).class_counts.tolist() == list(COUNTS.values())
+    whole = streamed(data_dir, tmp_path, **{"data.subset": "all"})
+    assert datasets.load(whole).class_counts.tolist() == list(INSECTS.values())
     assert runs.default_workdir(whole).startswith("runs/insects-all-ltkd")
     assert runs.default_workdir(listed[0]).startswith("runs/insects-a-ltkd")
     lists[0].write_text("train/ant/gone.jpg 0")

@@ -39,12 +39,24 @@ class Checkpoints:
         self._saver = ocp.Checkpointer(handler, multiprocessing_options=alone)
 
     def save(self, step: int, tree: Any, extra: dict) -> None:
-        """Saves a pytree of arrays, and `extra`, a dict for JSON, under a step. Returns when it is whole."""
+        """Saves a pytree of arrays, and `extra`, a dict for JSON, under a step. Returns when it is whole.
+
+        Raises:
+          OSError: it could not be written, for a full disk say. What was saved before is untouched.
+        """
         self._forget(step)
         path = self._path(step)
-        self._saver.save(path / "state", jax.tree.map(np.asarray, jax.device_get(tree)))
-        write_text(path / "extra.json", json.dumps(extra))
-        write_text(self._checksum_path(step), _checksum(path))
+        try:
+            self._saver.save(path / "state", jax.tree.map(np.asarray, jax.device_get(tree)))
+            write_text(path / "extra.json", json.dumps(extra))
+            write_text(self._checksum_path(step), _checksum(path))
+        except Exception as error:  # Orbax raises whatever its storage raises
+            self._forget(step)
+            reason = ": ".join(str(error).strip().splitlines()[0].split(": ")[-2:])
+            raise OSError(
+                f"checkpoint {path} could not be written: {reason}; the last whole one is of step "
+                f"{next(iter(self.steps()), 0)}: make room on the disk, and the same command goes on from there"
+            ) from error
         for old in self.steps()[self._keep :]:
             self._forget(old)
 

@@ -47,7 +47,7 @@ def start(where: str) -> None:
 
 def is_first() -> bool:
     """Whether this process is the one that writes."""
-    return jax.process_index() == 0
+    return _state().process_id == 0
 
 
 def first(fn: Callable[[], Any]) -> Any:
@@ -58,9 +58,10 @@ def first(fn: Callable[[], Any]) -> Any:
     >>> first(lambda: 3)
     3
     """
-    if jax.process_count() == 1:
+    client = _state().client
+    if client is None:
         return fn()
-    client, key = _client(), f"ltkd_jax/first/{next(_calls)}"
+    key = f"ltkd_jax/first/{next(_calls)}"
     result, error, buffers = None, None, []
     if is_first():
         result, error = _attempt(fn)
@@ -100,10 +101,11 @@ def gather(value: Any) -> list:
     >>> gather("here")
     ['here']
     """
-    if jax.process_count() == 1:
+    client = _state().client
+    if client is None:
         return [value]
-    client, key = _client(), f"ltkd_jax/gather/{next(_calls)}"
-    mine = f"{key}/{jax.process_index():06d}"
+    key = f"ltkd_jax/gather/{next(_calls)}"
+    mine = f"{key}/{_state().process_id:06d}"
     client.key_value_set_bytes(mine, pickle.dumps(value))
     client.wait_at_barrier(key, _WAIT_MS)
     _forgotten.append(mine)
@@ -133,7 +135,11 @@ def _broadcast(array):
     return np.asarray(multihost_utils.broadcast_one_to_all(array))
 
 
-def _client():
-    from jax._src import distributed  # jax has no public name for it
+def _state():
+    """This process among the others, if there are any: its `client` is None where there are none.
 
-    return distributed.global_state.client
+    jax has no public name for the client; and `jax.process_index` would start the devices, of which there may be none.
+    """
+    from jax._src import distributed
+
+    return distributed.global_state
