@@ -1,12 +1,27 @@
 """One device, eight by `jit`, eight by `pmap`: the same training."""
 
 import functools
+import types
 
 import jax
 import numpy as np
 import pytest
-from small_net import SmallNet, assert_close, double, parameters, teacher_variables, train
+from small_net import (
+    CLASSES,
+    IMAGES,
+    LABELS,
+    N,
+    SmallNet,
+    assert_close,
+    double,
+    parameters,
+    preprocess,
+    teacher_variables,
+    train,
+)
 
+from experiments import build
+from ltkd_jax.data.records import Images
 from ltkd_jax.training import steps
 from ltkd_jax.training.parallel import Parallel
 
@@ -42,6 +57,25 @@ def test_eight_devices_are_one(case, mode):
     assert_close(parameters(got), parameters(expected), rtol=1e-9, atol=1e-9)
     assert_close(got.sums, expected.sums, rtol=1e-6)
     assert got.step == 20
+
+
+@pytest.mark.parametrize("mode", ["jit", "pmap"])
+@pytest.mark.parametrize("devices", [1, 3, 8])
+def test_an_evaluation_counts_every_image_once(devices, mode):
+    """Whatever the set's size and the number of devices, with the predictions of the network itself."""
+    parallel = Parallel(mode, jax.devices()[:devices])
+    whole = Images(IMAGES, LABELS, np.arange(N).astype(str))
+    data = types.SimpleNamespace(train=whole, test=whole, preprocess=preprocess)
+    evaluator = build.Evaluator(SmallNet(), data, parallel, 16)
+    variables = teacher_variables()
+    predicted = np.argmax(SmallNet().apply(variables, preprocess(IMAGES), train=False), axis=-1)
+    replicated = parallel.replicate(variables)
+    for size in (1, 15, 16, 17, N):
+        expected = np.zeros((CLASSES, CLASSES))
+        np.add.at(expected, (LABELS[-size:], predicted[-size:]), 1)
+        sums = evaluator.evaluate(replicated, whole.subset(np.arange(N - size, N)))
+        np.testing.assert_array_equal(sums.confusion, expected)
+        assert sums.mass.sum() == pytest.approx(size)
 
 
 @pytest.mark.parametrize("mode", ["jit", "pmap"])

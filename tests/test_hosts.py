@@ -163,6 +163,7 @@ def finish(words, devices=8):
 @pytest.mark.parametrize("argument, values", [("ltkd", {"teacher.table": "always"}), ("bikd", {}), ("reviewkd", {})])
 def test_the_program_in_two_processes(argument, values, tmp_path):
     """By the command line, teacher and its table included; only the first process writes."""
+    values = {"train.epochs": 2.0, **values}
     finish(digits(argument, tmp_path / "one", **values))
     codes, outputs = ended(start_both(lambda where: digits(argument, tmp_path / "two", where, **values)))
     assert codes == [0, 0], "\n".join(outputs)

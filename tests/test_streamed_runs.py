@@ -9,13 +9,14 @@ import sys
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pictures
 import pytest
 from small import INSECTS, ROOT, config_of, parameters, prepare_insects, run, streamed
 
 from experiments import build, checks, datasets, feed, runs, train
-from ltkd_jax.data import prepare
+from ltkd_jax.data import plan, prepare
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +107,29 @@ def test_a_lookahead_reads_the_next_batches_of_the_stream(data_dir, tmp_path):
     expected = jax.tree.map(lambda *parts: np.concatenate(parts), *rows[4:])
     jax.tree.map(np.testing.assert_array_equal, later[0], expected)
     assert rows[0].meta.images.shape == (1, 16, 8, 8, 3)
+
+
+@pytest.mark.parametrize("kind", ["memory", "disk", "disk, with a meta set"])
+def test_the_shares_of_two_processes_are_the_whole(kind, data_dir, tmp_path):
+    """Mixup's partners are the neighbours in the global batch, which may be another process's."""
+    data = datasets.load(streamed(data_dir, tmp_path, "bikd", **{"data.meta_per_class": 4}))
+    meta = data.meta if "meta" in kind else None
+
+    def rows(own):
+        places = feed.Places(np.array(own), 16, mixes=True)
+        if kind == "memory":
+            numbers = jnp.arange(64).reshape(4, 16)
+            source = feed.FromMemory(lambda seed, epoch: plan.Plan(numbers, -numbers), 4, places)
+        else:
+            source = feed.FromDisk(data.train, meta, places=places, total_steps=4, ahead=2 if meta else 1)
+        (found,) = source.rows(3, 0, [4])
+        return found
+
+    whole, halves = rows(range(16)), [rows(range(8)), rows(range(8, 16))]
+    together = jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *halves)
+    jax.tree.map(np.testing.assert_array_equal, together, whole)
+    paired = whole.train if meta else whole
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.roll(x, 1, axis=1), y), *paired)
 
 
 @pytest.mark.slow
