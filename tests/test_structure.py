@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -96,3 +97,13 @@ def test_the_readmes_example_runs():
     assert blocks
     for block in blocks:
         exec(compile(block.split("```")[0], "README.md", "exec"), {})
+
+
+def test_every_promise_names_a_test_that_is_there():
+    page = (ROOT / "docs" / "reliability.md").read_text()
+    named = re.findall(r"`(tests/\w+\.py)::(\w+)`", page)
+    assert len(named) > 30
+    for path, name in named:
+        assert f"def {name}(" in (ROOT / path).read_text(), (
+            f"docs/reliability.md names {path}::{name}, which is not there"
+        )

@@ -27,11 +27,16 @@ def start(where: str) -> None:
         "HOST:PORT,INDEX,COUNT": the address of the first process, the number of this one, how many there are.
 
     Raises:
-      ValueError: neither of both.
+      ValueError: neither of both, or no cluster is recognised.
       RuntimeError: the others were not found.
     """
     if where == "auto":
-        jax.distributed.initialize()
+        try:
+            jax.distributed.initialize()
+        except ValueError as error:
+            raise ValueError(
+                f"distributed='auto': jax recognises no cluster here ({error}): give HOST:PORT,INDEX,COUNT"
+            ) from error
     else:
         try:
             address, index, count = where.split(",")
