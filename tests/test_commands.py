@@ -154,6 +154,7 @@ def test_a_full_disk_stops_the_run_and_nothing_is_lost(undisturbed, tmp_path):
         (["--config.data.imbalance=0.5"], "error: config.data.imbalance=0.5 must be at least 1"),
         (["stray"], "error: unexpected argument 'stray'"),
         (["--config.platform=gpu"], "error: config.platform='gpu' but jax finds"),
+        (["--distributed=auto"], "error: distributed='auto': jax recognises no cluster here"),
     ],
 )
 def test_errors_of_the_command_line_are_one_line(words, message):

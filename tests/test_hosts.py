@@ -126,11 +126,6 @@ def test_an_address_that_is_none(where):
         hosts.start(where)
 
 
-def test_no_cluster_to_recognise():
-    with pytest.raises(ValueError, match="jax recognises no cluster here .*: give HOST:PORT,INDEX,COUNT"):
-        hosts.start("auto")
-
-
 TINY = {**small.TINY, "train.epochs": 6.0}
 
 
