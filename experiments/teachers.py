@@ -76,8 +76,7 @@ class Teacher:
         temporary, note = path.with_suffix(".tmp"), path.with_suffix(".done")
         done = int(note.read_text()) if note.exists() and temporary.exists() else 0
         out = np.lib.format.open_memmap(temporary, mode="r+" if done else "w+", dtype=np.float32, shape=shape)
-        with open(temporary, "rb+") as file:  # a full disk is an error now; met in the memory map it would kill
-            os.posix_fallocate(file.fileno(), 0, os.path.getsize(temporary))
+        files.reserve(temporary, os.path.getsize(temporary))  # a full disk, met in the memory map, would kill
         total, noted = shape[0] * shape[1], time.monotonic()
 
         def keep(done):

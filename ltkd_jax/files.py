@@ -20,6 +20,17 @@ def write_text(path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def reserve(path, size: int) -> None:
+    """Gives a file, new or old, its room on the disk, where the system can do that.
+
+    Raises:
+      OSError: there is no room.
+    """
+    with open(path, "ab") as file:
+        if hasattr(os, "posix_fallocate"):  # macOS has none
+            os.posix_fallocate(file.fileno(), 0, max(size, 1))
+
+
 @contextlib.contextmanager
 def lock(path):
     """Holds an exclusive lock on a file, which the system frees however the process ends.

@@ -23,10 +23,10 @@ def command(tmp_path, workdir, *extra):
     ]  # fmt: skip
 
 
-def start(words, **options):
+def start(words):
     environment = {**os.environ, "LTKD_CACHE": os.environ.get("LTKD_CACHE", str(ROOT / ".jax_cache"))}
     return subprocess.Popen(
-        words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
+        words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
 
@@ -128,18 +128,16 @@ def test_killed_twenty_times_it_ends_the_same(undisturbed, tmp_path):
 @pytest.mark.slow
 def test_a_full_disk_stops_the_run_and_nothing_is_lost(undisturbed, tmp_path):
     """No file may grow beyond 100 kB, in which the parameters have no place."""
-
-    def full():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
-
     workdir = tmp_path / "run"
     code, _ = interrupted(undisturbed, workdir, signal.SIGTERM, (workdir / "metrics.jsonl").exists)
     assert code == 75
     (good, *_) = Checkpoints(workdir / "checkpoints").steps()
-    process = start(command(undisturbed, workdir), preexec_fn=full)
+    process = start(command(undisturbed, workdir))
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
     output, _ = process.communicate(timeout=300)
     last = output.strip().splitlines()[-1]
     assert process.returncode == 1 and last.startswith("error: checkpoint ") and "File too large" in last, output
+    assert "Traceback" not in output
     assert f"the last whole one is of step {good}: make room on the disk" in last
     assert Checkpoints(workdir / "checkpoints").steps()[0] == good and not halves(workdir)
     finished_as(undisturbed, workdir)

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from ltkd_jax.files import write_text
+from ltkd_jax.files import reserve, write_text
 
 _log = logging.getLogger(__name__)
 
@@ -46,8 +46,10 @@ class Checkpoints:
         """
         self._forget(step)
         path = self._path(step)
+        tree = jax.tree.map(np.asarray, jax.device_get(tree))
         try:
-            self._saver.save(path / "state", jax.tree.map(np.asarray, jax.device_get(tree)))
+            _reserve(path, sum(leaf.nbytes for leaf in jax.tree.leaves(tree)))
+            self._saver.save(path / "state", tree)
             write_text(path / "extra.json", json.dumps(extra))
             write_text(self._checksum_path(step), _checksum(path))
         except Exception as error:  # Orbax raises whatever its storage raises
@@ -120,6 +122,13 @@ class Checkpoints:
 
     def _checksum_path(self, step):
         return self._dir / f"step_{step}.sha256"
+
+
+def _reserve(path: pathlib.Path, size: int) -> None:
+    """Meets a full disk in one system call: met by Orbax's threads it is a page of their tracebacks."""
+    path.mkdir(parents=True)
+    reserve(path / "room", size)
+    (path / "room").unlink()
 
 
 def _checksum(path: pathlib.Path) -> str:
