@@ -215,7 +215,8 @@ def _set(config, key, text):
     node = config
     for name in parents:
         node = node[name] if isinstance(node, ml_collections.ConfigDict) and name in node else None
-    if not isinstance(node, ml_collections.ConfigDict) or leaf not in node:
+    there = isinstance(node, ml_collections.ConfigDict) and leaf in node
+    if not there or isinstance(node[leaf], ml_collections.ConfigDict):
         if config.weighting.name == "bilevel" and key in objectives.STATIC_WEIGHTS:
             raise ValueError(f"{key!r} is a static weight, which bikd learns instead; weighting.scales multiplies it")
         short = [key for key, path in SHORT.items() if path.split(".")[-1] in config.weighting or "weight" not in path]
@@ -235,7 +236,9 @@ def _parse(key, text, old):
         return text
     try:
         value = ast.literal_eval(text.capitalize() if text in ("true", "false") else text)
-    except (ValueError, SyntaxError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # the last two where it is nested deep
+        value = None
+    if not all(_is_plain(part) for part in (value if isinstance(value, tuple) else (value,))):
         value = None
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if isinstance(old, float) and number:
@@ -243,6 +246,11 @@ def _parse(key, text, old):
     if type(value) is not type(old):
         raise ValueError(f"{key}={text!r} must be of type {type(old).__name__}, like its default {old!r}")
     return value
+
+
+def _is_plain(value):
+    """Whether it is what JSON and 64 bits hold."""
+    return isinstance(value, (str, float)) or isinstance(value, int) and abs(value) < 2**63
 
 
 def _shrink(config):

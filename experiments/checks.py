@@ -108,7 +108,7 @@ def _validate_data(config):
     _require(config.data.name, "data.name", "", "must be the name of a data set: name=… in the config's argument")
     _require(size or not streams, "data.image_size", size, "must be set for a stream, such as 224")
     subset = config.data.subset
-    if subset not in SUBSETS and not pathlib.Path(subset).is_file():
+    if subset not in SUBSETS and not os.path.isfile(subset):  # which a path that can't be is not, either
         raise ConfigError(f"config.data.subset={subset!r} must be one of {', '.join(SUBSETS)}, or the path of a list")
     try:
         extra = augment.Extra(**config.augment)
@@ -297,7 +297,7 @@ def teacher_results(folder) -> dict:
       ConfigError: the folder holds none.
     """
     path = pathlib.Path(folder) / "results.json"
-    found = read_json(path) if path.exists() else {}
+    found = read_json(path) if os.path.isfile(path) else {}
     if not {"hash", "model", "step"} <= set(found):
         raise ConfigError(
             f"{folder} holds no finished teacher: give config.teacher.checkpoint a folder of config.teacher.cache, "

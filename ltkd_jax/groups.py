@@ -48,8 +48,8 @@ class ClassGroups:
           ValueError: a count that is not positive, fractions that do not sum to 1, an empty group.
         """
         counts = check_counts(class_counts)
-        fractions = np.asarray(fractions, np.float64)
-        if fractions.ndim != 1 or not fractions.size or (fractions <= 0).any() or abs(fractions.sum() - 1) > 1e-6:
+        fractions = _numbers(fractions, "fractions")
+        if fractions.ndim != 1 or not (fractions > 0).all() or not abs(fractions.sum() - 1) <= 1e-6:
             raise ValueError(f"fractions={fractions.tolist()} must be positive and sum to 1")
         if len(fractions) > len(counts):
             raise ValueError(f"{len(fractions)} groups for {len(counts)} classes: give at most a group per class")
@@ -67,25 +67,26 @@ class ClassGroups:
         Raises:
           ValueError: an assignment that is not a vector of integers from 0 on, or an empty group.
         """
-        assignment = np.asarray(assignment)
+        try:
+            assignment = np.asarray(assignment)
+        except ValueError as error:
+            raise ValueError(f"assignment must be a vector of integers ({error})") from None
         if assignment.ndim != 1 or not assignment.size or not np.issubdtype(assignment.dtype, np.integer):
             raise ValueError(f"assignment must be a vector of integers, got {assignment.dtype}{list(assignment.shape)}")
         if assignment.min() < 0:
             raise ValueError(f"assignment holds the negative group {assignment.min()}; groups count from 0")
         if assignment.max() >= len(assignment):
             raise ValueError(f"group {assignment.max()} of {len(assignment)} classes: some group would be empty")
-        num_groups = int(assignment.max()) + 1 if names is None else len(names)
-        return cls._checked(assignment.astype(np.int32), num_groups, names)
+        return cls._checked(assignment.astype(np.int32), int(assignment.max()) + 1, names)
 
     @classmethod
     def _checked(cls, assignment, num_groups, names):
         if names is None:
             names = ("head", "medium", "tail") if num_groups == 3 else [f"group {g}" for g in range(num_groups)]
+        listed = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
+        if not listed or len(names) != num_groups or len(set(names)) != num_groups:
+            raise ValueError(f"names={names!r} must be a tuple of {num_groups} different strings, one for each group")
         names = tuple(names)
-        if len(names) != num_groups or len(set(names)) != num_groups:
-            raise ValueError(f"names={names} must be {num_groups} different names, one for each group")
-        if assignment.max() >= num_groups:
-            raise ValueError(f"group {assignment.max()} is beyond the {num_groups} names {names}")
         sizes = np.bincount(assignment, minlength=num_groups)
         if (sizes == 0).any():
             empty = [names[g] for g in np.flatnonzero(sizes == 0)]
@@ -105,16 +106,21 @@ def shots(class_counts, *, many=100, few=20) -> dict[str, np.ndarray]:
     Returns:
       Bool masks `[C]` under "many", "medium" and "few"; any of them may be empty.
 
+    Raises:
+      ValueError: a count that is not positive, or few > many, which would put a class in both.
+
     >>> {name: int(mask.sum()) for name, mask in shots([500, 100, 20, 19, 5]).items()}
     {'many': 1, 'medium': 2, 'few': 2}
     """
     counts = check_counts(class_counts)
+    if not few <= many:
+        raise ValueError(f"few={few} must be at most many={many}")
     return {"many": counts > many, "medium": (counts >= few) & (counts <= many), "few": counts < few}
 
 
 def check_counts(class_counts) -> np.ndarray:
     """`class_counts` as a float64 vector; a ValueError if it is not one or a class has no image."""
-    counts = np.asarray(class_counts, np.float64)
+    counts = _numbers(class_counts, "class_counts")
     if counts.ndim != 1 or not counts.size:
         raise ValueError(f"class_counts must be a vector, one count a class; got shape {counts.shape}")
     if not ((counts > 0) & np.isfinite(counts)).all():
@@ -123,3 +129,10 @@ def check_counts(class_counts) -> np.ndarray:
             f"class_counts must be positive and finite; classes {bad} have {counts[bad].tolist()}: leave them out"
         )
     return counts
+
+
+def _numbers(values, name) -> np.ndarray:
+    try:
+        return np.asarray(values, np.float64)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{name} must be a vector of numbers ({error})") from None

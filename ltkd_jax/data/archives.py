@@ -14,9 +14,12 @@ import numpy as np
 from ltkd_jax.data import longtail
 
 _MAX_MEMBER = 256 << 20  # bytes; the largest official member has 154 MB
+_MAX_HEADER = 1 << 20  # bytes; tarfile reads what these hold into memory before it shows a member
+_EXTENDED = (
+    tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE,
+)  # fmt: skip
 _MAX_MEMBERS = 64  # official archives have at most 10
 _REMEDY = "get the official file again, by running without --source or from the data set's home page"
-_READ_ERRORS = (tarfile.TarError, EOFError, OSError, zlib.error)
 
 
 class ArchiveError(ValueError):
@@ -180,7 +183,9 @@ def _read_members(source: pathlib.Path, wanted) -> dict[str, bytes]:
     source = pathlib.Path(source)
     try:
         members = _read_folder(source, wanted) if source.is_dir() else _read_tar(source, wanted)
-    except _READ_ERRORS as error:
+    except ArchiveError:
+        raise
+    except Exception as error:  # of whatever kind the parser of a damaged archive raises
         raise ArchiveError(f"{source} is truncated or can't be read ({error}); {_REMEDY}") from error
     missing = sorted(set(wanted) - set(members))
     if missing:
@@ -200,7 +205,7 @@ def _read_folder(folder: pathlib.Path, wanted) -> dict[str, bytes]:
 def _read_tar(path: pathlib.Path, wanted) -> dict[str, bytes]:
     """Members by their exact names, into memory: nothing that an archive says becomes a path on disk."""
     members = {}
-    with tarfile.open(path, "r|*") as tar:
+    with tarfile.open(path, "r|*", tarinfo=_TarInfo) as tar:
         for number, member in enumerate(tar):
             name = member.name.removeprefix("./")
             # Also of members that are not wanted, since skipping them means decompressing them.
@@ -209,10 +214,21 @@ def _read_tar(path: pathlib.Path, wanted) -> dict[str, bytes]:
                 raise ArchiveError(f"{path} has more than {_MAX_MEMBERS} members; {_REMEDY}")
             if name not in wanted:
                 continue
-            if not member.isreg() or name in members:
+            if not member.isreg() or member.issparse() or name in members:
                 raise ArchiveError(f"{path}: {name} is a link, or occurs twice; {_REMEDY}")
             members[name] = tar.extractfile(member).read()
     return members
+
+
+class _TarInfo(tarfile.TarInfo):
+    """A header, of which that of a long name or of attributes is refused before its content is read into memory."""
+
+    @classmethod
+    def frombuf(cls, buf, encoding, errors):
+        info = super().frombuf(buf, encoding, errors)
+        if info.type in _EXTENDED and info.size > _MAX_HEADER:
+            raise tarfile.ReadError(f"a header of {info.size} bytes, and at most {_MAX_HEADER} are read")
+        return info
 
 
 def _check_size(source: pathlib.Path, name: str, size: int) -> None:
@@ -231,7 +247,7 @@ def _gunzip(source: pathlib.Path, name: str, data: bytes) -> bytes:
     try:
         with gzip.open(io.BytesIO(data)) as file:
             content = file.read(_MAX_MEMBER + 1)
-    except _READ_ERRORS as error:
+    except (EOFError, OSError, zlib.error) as error:
         raise ArchiveError(f"{source}: {name} is truncated or can't be read ({error}); {_REMEDY}") from error
     _check_size(source, f"{name}, decompressed,", len(content))
     return content

@@ -4,7 +4,6 @@ import dataclasses
 import os
 import pathlib
 import zipfile
-import zlib
 from collections.abc import Callable
 
 import numpy as np
@@ -16,6 +15,7 @@ _SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", 
 _TEST_NAMES = ("test", "val", "valid", "validation")
 _PASSED_OVER = ("__MACOSX",)  # what macOS adds to its archives
 _MAX_FILE = 256 << 20  # bytes
+_COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # others expand without a bound
 _TEST_SEED = 20_240_601  # a constant: what is held out for the test is the same at every preparation
 
 
@@ -26,6 +26,12 @@ class Entry:
     id: str
     label: int
     read: Callable[[], bytes]
+
+    def __post_init__(self):
+        try:
+            self.id.encode()
+        except UnicodeEncodeError:
+            raise ArchiveError(f"the name of image {self.id!r} is not UTF-8: rename it") from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,11 +69,11 @@ class Tree:
             return
         try:
             self._zip = zipfile.ZipFile(self._root)
-        except (OSError, zipfile.BadZipFile) as error:
+            self.names = sorted(info.filename for info in self._zip.infolist() if not info.is_dir())
+        except Exception as error:  # of whatever kind the parser of a damaged archive raises
             raise ArchiveError(
                 f"{root} is no folder, and no whole zip archive ({error}): give the folder, or get the archive again"
             ) from error
-        self.names = sorted(info.filename for info in self._zip.infolist() if not info.is_dir())
 
     def __str__(self):
         return str(self._root)
@@ -80,15 +86,25 @@ class Tree:
         """
         try:
             if self._zip is None:
-                size = (self._root / name).stat().st_size
+                path = self._root / name
+                if not path.is_file():  # opening a pipe would wait for ever
+                    raise KeyError(name)
+                size = path.stat().st_size
             else:
-                size = self._zip.getinfo(name).file_size
+                info = self._zip.getinfo(name)
+                if info.compress_type not in _COMPRESSIONS:
+                    raise ArchiveError(f"{self}: {name} is compressed in an unusual way: unpack it and give the folder")
+                size = info.file_size
             if size > _MAX_FILE:
                 raise ArchiveError(f"{self}: {name} has {size} bytes, and at most {_MAX_FILE} are read")
-            return (self._root / name).read_bytes() if self._zip is None else self._zip.read(name)
+            # So many bytes and no more: a zip may hold more than it declares, and a device has no end.
+            with path.open("rb") if self._zip is None else self._zip.open(name) as file:
+                return file.read(size)
+        except ArchiveError:
+            raise
         except KeyError as error:
             raise ArchiveError(f"{self} has no file {name}") from error
-        except (OSError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+        except Exception as error:  # of whatever kind the decompressor of a damaged file raises
             raise ArchiveError(f"{self}: {name} can't be read ({error}); get it again") from error
 
     def by_class(self, folder: str, below: str = "") -> dict[str, list[str]]:
@@ -171,10 +187,10 @@ def _entries(tree, folder, class_names=None):
     where = f"{tree}/{folder}"
     if len(names) < 2:
         raise ArchiveError(f"{where} has {len(names)} class folders, and at least 2 are needed")
-    odd = [name for name in names if name != " ".join(name.split()) or not name.isprintable()]
+    odd = [name for name in names if not name or name != " ".join(name.split()) or not name.isprintable()]
     if odd:
         raise ArchiveError(
-            f"{where}: class folder {odd[0]!r}: white space at an end, twice or of another kind; rename it"
+            f"{where}: class folder {odd[0]!r}: no name, or white space at an end, twice or of another kind; rename it"
         )
     if class_names is not None and names != class_names:
         odd = sorted(set(names) ^ set(class_names))

@@ -32,13 +32,12 @@ def counts(n_max: int, imbalance: float, num_classes: int) -> np.ndarray:
     >>> counts(n_max=500, imbalance=100, num_classes=100)[[0, 1, -1]].tolist()
     [500, 477, 5]
     """
-    if num_classes < 1:
-        raise ValueError(f"num_classes={num_classes}: give at least 1 class")
-    if n_max < 1:
-        raise ValueError(f"n_max={n_max}: class 0 needs at least 1 image")
-    if not 1 <= imbalance < np.inf:
+    _check_num_classes(num_classes)
+    if not 1 <= n_max < 2**31:
+        raise ValueError(f"n_max={n_max}: class 0 needs at least 1 image, and fewer than 2³¹")
+    if not 1 <= imbalance < 2**31:
         raise ValueError(
-            f"imbalance={imbalance}: give a finite ratio >= 1 (1 is balanced, 100 is strongly long-tailed)"
+            f"imbalance={imbalance}: give a ratio >= 1 and below 2³¹ (1 is balanced, 100 is strongly long-tailed)"
         )
     position = np.arange(num_classes) / max(num_classes - 1, 1)
     result = np.floor(n_max * (1.0 / imbalance) ** position + _ROUNDING).astype(np.int64)
@@ -189,7 +188,7 @@ def find_listed(listed: Listed, labels: np.ndarray, keys: np.ndarray) -> np.ndar
     if missing:
         raise ValueError(
             f"{listed.name}: {missing[0]!r} and {len(missing) - 1} more of its {len(listed.paths)} images are not "
-            f"among the training images, whose keys look like {str(keys[0])!r} (some may be held out for the test)"
+            f"among the training images, with keys like {[*map(str, keys[:1])]} (some may be held out for the test)"
         )
     return np.array(sorted(found), np.int64)
 
@@ -206,8 +205,11 @@ def split_listed(
     Raises:
       ValueError: as `find_listed`, and as `split` of the other images.
     """
+    labels, keys = check_labels(labels, num_classes), np.asarray(keys)
+    _check_keys(keys, len(labels))
+    _check_held_out(meta_per_class, validation_per_class)
     train = find_listed(listed, labels, keys)
-    missing = np.flatnonzero(np.bincount(np.asarray(labels)[train], minlength=num_classes) == 0)
+    missing = np.flatnonzero(np.bincount(labels[train], minlength=num_classes) == 0)
     if missing.size:
         raise ValueError(f"{listed.name} names no image of class {missing[0]} ({missing.size} such classes): add some")
     if not meta_per_class + validation_per_class:
@@ -257,6 +259,7 @@ def check_labels(labels: np.ndarray, num_classes: int) -> np.ndarray:
     >>> check_labels(np.array([0, 2, 1], np.int32), 3).tolist()
     [0, 2, 1]
     """
+    _check_num_classes(num_classes)
     labels = np.asarray(labels)
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
         raise ValueError(f"labels: shape {labels.shape}, dtype {labels.dtype}; give a vector of integers")
@@ -267,6 +270,11 @@ def check_labels(labels: np.ndarray, num_classes: int) -> np.ndarray:
             f"check num_classes={num_classes} or the labels"
         )
     return labels.astype(np.int64)
+
+
+def _check_num_classes(num_classes: int) -> None:
+    if num_classes < 1:
+        raise ValueError(f"num_classes={num_classes}: give at least 1 class")
 
 
 def _check_keys(keys: np.ndarray, expected: int) -> None:
