@@ -8,7 +8,7 @@ demo: .venv/train.stamp  ## digits-LT: one teacher, four methods, three seeds; p
 	$(BIN)/python -m experiments.reproduce experiments/queues/demo.json --results=runs/demo/results
 
 test: .venv/test.stamp  ## the fast suite, under ten minutes on two cores
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: .venv/test.stamp  ## what takes minutes: kills and resumes, real data, whole runs
 	$(BIN)/python -m pytest -m slow

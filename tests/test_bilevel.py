@@ -174,7 +174,7 @@ def test_the_fast_path_in_float32_at_full_width():
     assert difference(gradient, expected) < 1e-5
 
 
-@pytest.mark.parametrize("ahead", [2, 3, 5])
+@pytest.mark.parametrize("ahead", [2, 3, pytest.param(5, marks=slow)])
 def test_the_lookahead_against_finite_differences(ahead):
     """Any K; scanned with rematerialisation and written out are the same."""
     with jax.enable_x64(True):

@@ -47,11 +47,17 @@ def wait_until(condition, process, seconds=120):
         time.sleep(0.001)
 
 
-def interrupted(undisturbed, workdir, number, condition):
-    """Starts a run, sends it a signal once the condition holds, and returns its exit code and output."""
+def interrupted(undisturbed, workdir, number, condition, meanwhile=lambda: None):
+    """Starts a run, sends it a signal once the condition holds, and returns its exit code and output.
+
+    `meanwhile` is called before that, while the run is held.
+    """
     process = start(command(undisturbed, workdir))
     wait_until(condition, process)
+    process.send_signal(signal.SIGSTOP)
+    meanwhile()
     process.send_signal(number)
+    process.send_signal(signal.SIGCONT)
     output, _ = process.communicate(timeout=120)
     return process.returncode, output
 
@@ -66,9 +72,10 @@ def finished_as(undisturbed, workdir):
     return output
 
 
-def seconds_after(path, seconds):
-    """A condition: a file is there, and was written so many seconds ago."""
-    return lambda: path.exists() and time.time() - path.stat().st_mtime > seconds
+def this_long_after(path, seconds):
+    """A condition: the file has been written since now, and that was so many seconds ago."""
+    now = time.time()
+    return lambda: path.exists() and now < path.stat().st_mtime < time.time() - seconds
 
 
 def halves(workdir):
@@ -76,37 +83,34 @@ def halves(workdir):
     return [p for p in (workdir / "checkpoints").glob("step_*") if p.is_dir() and not p.with_suffix(".sha256").exists()]
 
 
-def test_killed_at_a_random_moment_and_resumed_it_ends_the_same(undisturbed, tmp_path):
-    """SIGKILL; parameters and metrics bit for bit those of a run that was not killed."""
-    wait, workdir = random.uniform(0, 4), tmp_path / "run"
-    print(f"killed {wait:.2f} s after the first epoch")
-    code, _ = interrupted(undisturbed, workdir, signal.SIGKILL, seconds_after(workdir / "metrics.jsonl", wait))
-    assert code in (-signal.SIGKILL, 0)
-    finished_as(undisturbed, workdir)
+def test_killed_while_it_saves_and_at_a_random_moment_and_stopped_it_ends_the_same(undisturbed, tmp_path):
+    """SIGKILL twice and SIGTERM once; then parameters and metrics are bit for bit those of a run that nothing befell.
 
+    While it lives, no other run enters its work directory.
+    """
+    workdir, outputs, others = tmp_path / "run", [], []
+    code, _ = interrupted(undisturbed, workdir, signal.SIGKILL, lambda: halves(workdir))
+    assert code == -signal.SIGKILL
+    (half,) = halves(workdir)
 
-def test_killed_while_it_saves_it_goes_on_from_the_save_before(undisturbed, tmp_path):
-    workdir = tmp_path / "run"
-    code, _ = interrupted(
-        undisturbed, workdir, signal.SIGKILL, lambda: (workdir / "checkpoints").exists() and halves(workdir)
-    )
-    assert code == -signal.SIGKILL and halves(workdir)
-    assert f"{halves(workdir)[0]} is damaged or incomplete" in finished_as(undisturbed, workdir)
+    wait = random.uniform(0, 2.5)
+    print(f"killed {wait:.2f} s after it entered its work directory")
+    moment = this_long_after(workdir / "config.json", wait)
+    code, output = interrupted(undisturbed, workdir, signal.SIGKILL, moment)
+    assert code == -signal.SIGKILL
+    outputs.append(output)
 
-
-def test_sigterm_saves_and_exits_and_meanwhile_no_other_run_enters(undisturbed, tmp_path):
-    workdir, others = tmp_path / "run", []
-
-    def another_is_refused():
-        if not (workdir / "metrics.jsonl").exists():
-            return False
+    def another():
         others.append(subprocess.run(command(undisturbed, workdir), cwd=ROOT, capture_output=True, text=True))
-        return True
 
-    code, output = interrupted(undisturbed, workdir, signal.SIGTERM, another_is_refused)
-    assert others[0].returncode == 1 and "is in use by another run: wait for it, or give --workdir" in others[0].stderr
+    moment = this_long_after(workdir / "metrics.jsonl", 0)
+    code, output = interrupted(undisturbed, workdir, signal.SIGTERM, moment, another)
     assert code == 75 and "stopped by SIGTERM at step" in output and "goes on from there" in output, output
-    finished_as(undisturbed, workdir)
+    assert others[0].returncode == 1 and "is in use by another run: wait for it, or give --workdir" in others[0].stderr
+    outputs.append(output)
+
+    outputs.append(finished_as(undisturbed, workdir))
+    assert sum(f"{half} is damaged or incomplete" in output for output in outputs) == 1
 
 
 @pytest.mark.slow
@@ -114,8 +118,7 @@ def test_killed_twenty_times_it_ends_the_same(undisturbed, tmp_path):
     """At random moments of a run's life: while it starts, restores, compiles, trains and saves."""
     kills, trial, workdir = 0, 0, tmp_path / "0"
     while kills < 20:
-        begun, wait, config = time.time(), random.uniform(0, 12), workdir / "config.json"
-        moment = lambda: config.exists() and begun < config.stat().st_mtime < time.time() - wait  # noqa: B023, E731
+        moment = this_long_after(workdir / "config.json", random.uniform(0, 12))
         code, output = interrupted(undisturbed, workdir, signal.SIGKILL, moment)
         assert code in (-signal.SIGKILL, 0), output
         kills += code == -signal.SIGKILL
@@ -129,7 +132,7 @@ def test_killed_twenty_times_it_ends_the_same(undisturbed, tmp_path):
 def test_a_full_disk_stops_the_run_and_nothing_is_lost(undisturbed, tmp_path):
     """No file may grow beyond 100 kB, in which the parameters have no place."""
     workdir = tmp_path / "run"
-    code, _ = interrupted(undisturbed, workdir, signal.SIGTERM, (workdir / "metrics.jsonl").exists)
+    code, _ = interrupted(undisturbed, workdir, signal.SIGTERM, this_long_after(workdir / "metrics.jsonl", 0))
     assert code == 75
     (good, *_) = Checkpoints(workdir / "checkpoints").steps()
     process = start(command(undisturbed, workdir))

@@ -113,7 +113,7 @@ def array(shape, dtype):
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-@pytest.mark.parametrize("method", ["ltkd", "bikd"])
+@pytest.mark.parametrize("method", ["ltkd", pytest.param("bikd", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_is_built_and_its_step_keeps_its_shapes(name, method, black):
     """At full size, with its own models: the data, and one step of the teacher's and of the student's program."""

@@ -33,7 +33,7 @@ CASES = {
     "bikd, K = 3": dict(method="kd", ahead=3),
 }
 SLOW = pytest.mark.slow
-FIRST_STEPS = ["ce", "ltkd", *(pytest.param(case, marks=SLOW) for case in ("bikd, K = 1", "bikd, K = 3"))]
+FIRST_STEPS = [pytest.param(case, marks=() if case == "ltkd" else SLOW) for case in CASES]
 
 
 def trained(case, parallel, num_steps):

@@ -1,4 +1,4 @@
-"""Whole small runs with learned weights, spread over the eight devices of the tests."""
+"""Whole small runs with learned weights."""
 
 import json
 import time
@@ -15,7 +15,7 @@ from ltkd_jax.training.checkpoint import Checkpoints
 def learned(tmp_path_factory):
     """A finished run with learned weights over KD's terms, its outer loss with the teacher, its config and folder."""
     folder = tmp_path_factory.mktemp("learned")
-    config = tiny(folder, "bikd")
+    config = tiny(folder, "bikd", devices=1)
     return config, folder, run(config, folder / "run")
 
 
@@ -36,7 +36,9 @@ def test_learned_weights_are_told(learned):
 
 def test_a_run_with_learned_weights_resumes_bit_for_bit(learned, tmp_path):
     _, folder, results = learned
-    resumes_bit_for_bit(tiny(folder, "bikd", checkpoint_every=100), folder / "run", results, tmp_path / "run")
+    resumes_bit_for_bit(
+        tiny(folder, "bikd", devices=1, checkpoint_every=100), folder / "run", results, tmp_path / "run"
+    )
 
 
 def test_an_outer_loss_that_is_not_finite_stops_the_run(learned, tmp_path):

@@ -85,6 +85,7 @@ def test_table_and_network_teacher_give_the_same_run(done):
     assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_pmap_gives_the_same_run(done):
     _, folder, _ = done
     run(tiny(folder, parallel="pmap"), folder / "pmap")
