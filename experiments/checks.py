@@ -301,7 +301,8 @@ def teacher_results(folder) -> dict:
       ConfigError: the folder holds none.
     """
     path = pathlib.Path(folder) / "results.json"
-    found = read_json(path) if os.path.isfile(path) else {}
+    remedy = f"remove {folder}; where it is of the cache, the teacher is trained again"
+    found = read_json(path, remedy) if os.path.isfile(path) else {}
     if not {"hash", "model", "step"} <= set(found):
         raise ConfigError(
             f"{folder} holds no finished teacher: give config.teacher.checkpoint a folder of config.teacher.cache, "
@@ -310,7 +311,7 @@ def teacher_results(folder) -> dict:
     return found
 
 
-def read_json(path) -> dict:
+def read_json(path, remedy: str = "remove it") -> dict:
     """A JSON object from a file.
 
     Raises:
@@ -318,10 +319,10 @@ def read_json(path) -> dict:
     """
     try:
         found = json.loads(pathlib.Path(path).read_text())
-    except ValueError as error:
-        raise ConfigError(f"{path} is damaged ({error}): remove it") from None
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{path} is damaged ({error}): {remedy}") from None
     if not isinstance(found, dict):
-        raise ConfigError(f"{path} holds no JSON object: remove it")
+        raise ConfigError(f"{path} is damaged (no JSON object): {remedy}")
     return found
 
 

@@ -33,15 +33,15 @@ def main(argv):
     workdir = pathlib.Path(_WORKDIR.value or runs.default_workdir(config))
     try:
         results = runs.run(config, workdir, command=setup.command_line("experiments.main", sys.argv[1:]))
-    except (checks.ConfigError, train.Diverged, OSError) as error:
+        if hosts.is_first():
+            report.write_page([report.load(workdir)], workdir / "report.html")
+            print(tables.console([results]))
+            print(f"\n{workdir / 'results.json'}   {workdir / 'report.html'}")
+    except (checks.ConfigError, train.Diverged, report.ReportError, OSError) as error:
         sys.exit(f"error: {error}")
     except train.Stopped as stopped:
         print(f"{stopped}. The same command goes on from there.", file=sys.stderr)
         sys.exit(75)
-    if hosts.is_first():
-        report.write_page([report.load(workdir)], workdir / "report.html")
-        print(tables.console([results]))
-        print(f"\n{workdir / 'results.json'}   {workdir / 'report.html'}")
 
 
 def parse_flags(argv):
@@ -55,9 +55,8 @@ def parse_flags(argv):
         last = str(error).strip().splitlines()[-1].strip()
         sys.exit(f"error: {last.removeprefix('ValueError: ')}")
     except (AttributeError, KeyError) as error:
-        given = " ".join(word for word in argv if word.startswith("--config."))
-        key = str(error.args[0]).strip('"')
-        sys.exit(f"error: no key {key} in the config ({given}); configs/common.py has them all")
+        key, _, hint = str(error.args[0]).strip('"').partition("\n")
+        sys.exit(f"error: no key {key} in the config; {hint} configs/common.py has them all".replace("  ", " "))
     if len(rest) > 1:
         sys.exit(f"error: unexpected argument {rest[1]!r}; --help has the flags")
     return rest

@@ -52,7 +52,7 @@ def read(path):
 def _read_lines(path):
     """Reads metrics.jsonl; a last line that an interruption cut short is left out."""
     found = []
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     for number, line in enumerate(lines, 1):
         try:
             found += [json.loads(line)] if line.strip() else []

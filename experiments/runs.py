@@ -57,22 +57,33 @@ def run(config, workdir, *, command: str, deadline: float | None = None) -> dict
 
 def _claim(held, workdir, config):
     """Takes the work directory for this config as long as `held`, and writes `config.json`; finished results if any."""
+    if workdir.exists() and not workdir.is_dir():
+        raise checks.ConfigError(f"{workdir} is a file: give --workdir a folder")
     try:
         held.enter_context(files.lock(workdir / ".lock"))
     except BlockingIOError:
         raise checks.ConfigError(f"{workdir} is in use by another run: wait for it, or give --workdir") from None
     path, mine = workdir / "config.json", checks.identity(config)
     # A run that failed before its first step has claimed nothing.
-    if path.exists() and any((workdir / name).exists() for name in ("results.json", "checkpoints")):
-        changed = _differences(checks.read_json(path), mine)
+    if any((workdir / name).exists() for name in ("results.json", "checkpoints")):
+        remedy = f"give another --workdir, or remove {workdir}"
+        if not path.exists():
+            raise checks.ConfigError(f"{workdir} holds a run, and no config.json that says of what: {remedy}")
+        changed = _differences(checks.read_json(path, remedy), mine)
         if changed:
-            raise checks.ConfigError(
-                f"{workdir} holds a run of another config ({'; '.join(changed[:4])}): "
-                "give another --workdir, or remove it"
-            )
+            raise checks.ConfigError(f"{workdir} holds a run of another config ({'; '.join(changed[:4])}): {remedy}")
     files.write_text(path, json.dumps(mine, indent=1))
-    results = workdir / "results.json"
-    return checks.read_json(results) if results.exists() else None
+    return _finished(workdir / "results.json", checks.identity_hash(mine))
+
+
+def _finished(path, config_hash):
+    """The results of a finished run; None if it is not."""
+    if not path.exists():
+        return None
+    results = checks.read_json(path)
+    if results.get("config_hash") != config_hash:
+        raise checks.ConfigError(f"{path} is damaged (no result of this config): remove it")
+    return results
 
 
 def _differences(old, new, prefix=""):

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import pathlib
 import signal
 import sys
@@ -17,6 +18,7 @@ from ltkd_jax import files, metrics
 from ltkd_jax.training import hosts
 from ltkd_jax.training.checkpoint import Checkpoints
 
+_log = logging.getLogger(__name__)
 _GRID = 16  # points of an axis of the map from features to weights
 
 
@@ -89,7 +91,7 @@ def fit(program: build.Program, train_data, seed: int, workdir, stop: StopReques
         found = saved.restore(jax.eval_shape(lambda: fresh))
         step = found[0] if found else 0
         saved.discard_after(step)
-        log.keep_until(step)
+        log.keep_until(step, step // program.steps_per_epoch)
         return found
 
     found = hosts.first(resume)
@@ -262,18 +264,25 @@ class MetricsLog:
     def __init__(self, path: pathlib.Path):
         self._path = path
 
-    def keep_until(self, step: int) -> None:
-        """Drops what an interrupted run logged after the checkpoint it resumes from, a torn line included."""
-        lines = self._path.read_text().splitlines(keepends=True) if self._path.exists() else []
-        files.write_text(self._path, "".join(line for line in lines if self._step(line) <= step))
+    def keep_until(self, step: int, epochs: int) -> None:
+        """Drops what an interrupted run logged after the checkpoint it resumes from, and what is no record.
+
+        Of the epochs until that step one that is missing is told; the results do not need it.
+        """
+        text = self._path.read_text(errors="replace") if self._path.exists() else ""
+        kept = [line for line in text.splitlines(keepends=True) if self._step(line) <= step]
+        if len(kept) < epochs:
+            _log.warning("%s has %d of the %d epochs until step %d", self._path, len(kept), epochs, step)
+        files.write_text(self._path, "".join(kept))
 
     @staticmethod
     def _step(line):
         """The step of a line; infinity for one that is torn or no record."""
         try:
-            return json.loads(line)["step"] if line.endswith("\n") else float("inf")
+            step = json.loads(line)["step"] if line.endswith("\n") else None
         except (ValueError, KeyError, TypeError):
-            return float("inf")
+            step = None
+        return step if isinstance(step, int) else float("inf")
 
     def write(self, record: dict) -> None:
         with open(self._path, "a") as file:

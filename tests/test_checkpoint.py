@@ -73,14 +73,27 @@ def kill_before_the_checksum(folder):
     (folder / "step_2.sha256").unlink()
 
 
+def garble_the_checksum(folder):
+    (folder / "step_2.sha256").write_bytes(bytes(range(200, 256)))
+
+
+def put_a_folder_for_the_checksum(folder):
+    (folder / "step_2.sha256").unlink()
+    (folder / "step_2.sha256").mkdir()
+
+
 def leave_an_empty_folder(folder):
     (folder / "step_7").mkdir()
     (folder / "step_2.sha256").unlink()
 
 
 @pytest.mark.parametrize(
-    "damage", [flip_a_byte, truncate, lose_a_file, kill_before_the_checksum, leave_an_empty_folder]
-)
+    "damage",
+    [
+        flip_a_byte, truncate, lose_a_file, kill_before_the_checksum, garble_the_checksum,
+        put_a_folder_for_the_checksum, leave_an_empty_folder,
+    ],
+)  # fmt: skip
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, state, like, damage, caplog):
     saved = Checkpoints(tmp_path)
     saved.save(1, state, {})

@@ -215,15 +215,39 @@ def test_a_damaged_file_of_a_finished_run_is_named(done, tmp_path, name):
     shutil.copytree(folder / "run", tmp_path / "run")
     path = tmp_path / "run" / name
     path.write_text(path.read_text()[:40])
-    with pytest.raises(checks.ConfigError, match=f"{name} is damaged .*: remove it"):
+    remedy = "remove it" if name == "results.json" else "give another --workdir, or remove "
+    with pytest.raises(checks.ConfigError, match=f"{name} is damaged .*: {remedy}"):
         run(config, tmp_path / "run")
 
 
-def test_garbage_in_the_metrics_is_dropped(tmp_path):
+def test_garbage_in_the_metrics_is_dropped(tmp_path, caplog):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\nwhat\n[3]\n{"step": 2}\n{"step": 3}\n{"ste')
-    train.MetricsLog(path).keep_until(2)
-    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    path.write_bytes(b'{"step": 1}\nwhat\n[3]\n\xff\xfe\n{"step": "a"}\n{"step": 2}\n{"step": 3}\n{"ste')
+    train.MetricsLog(path).keep_until(2, 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n' and not caplog.text
+    train.MetricsLog(path).keep_until(2, 3)
+    assert "metrics.jsonl has 2 of the 3 epochs until step 2" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda d: (d / "config.json").unlink(), "holds a run, and no config.json that says of what: give another"),
+        (
+            lambda d: (d / "results.json").write_text("{}"),
+            r"results.json is damaged \(no result of this config\): remove",
+        ),
+        (lambda d: (d / "results.json").write_bytes(b"\xff\xfe"), "results.json is damaged .*: remove it"),
+        (lambda d: (shutil.rmtree(d), d.write_text("")), "is a file: give --workdir a folder"),
+    ],
+)
+def test_a_work_directory_that_says_not_whose_it_is(done, tmp_path, spoil, message):
+    """It is refused, rather than another run's result given out as this one's."""
+    config, folder, _ = done
+    shutil.copytree(folder / "run", tmp_path / "run")
+    spoil(tmp_path / "run")
+    with pytest.raises(checks.ConfigError, match=message):
+        run(config, tmp_path / "run")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_anything_is_lost(tmp_path):

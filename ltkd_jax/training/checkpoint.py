@@ -28,6 +28,8 @@ class Checkpoints:
 
     def __init__(self, directory, *, keep: int = 2):
         self._dir = pathlib.Path(directory).resolve()
+        if self._dir.exists() and not self._dir.is_dir():
+            raise NotADirectoryError(f"{self._dir} is a file where the folder of the checkpoints belongs: move it away")
         self._keep = keep
         # By itself Orbax would wait for the other processes, of which none comes.
         alone = ocp.options.MultiprocessingOptions(
@@ -57,7 +59,7 @@ class Checkpoints:
             reason = ": ".join(str(error).strip().splitlines()[0].split(": ")[-2:])
             raise OSError(
                 f"checkpoint {path} could not be written: {reason}; the last whole one is of step "
-                f"{next(iter(self.steps()), 0)}: make room on the disk, and the same command goes on from there"
+                f"{next(iter(self.steps()), 0)}: mend that, such as by room on the disk, and the same command goes on"
             ) from error
         for old in self.steps()[self._keep :]:
             self._forget(old)
@@ -88,7 +90,7 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """Steps of which there is something on disk, newest first."""
         found = (p.name.removeprefix("step_") for p in self._dir.glob("step_*") if p.is_dir())
-        return sorted((int(name) for name in found if name.isdigit()), reverse=True)
+        return sorted((int(name) for name in found if name.isdecimal()), reverse=True)
 
     def _read(self, path, like):
         try:
@@ -110,12 +112,15 @@ class Checkpoints:
 
     def _is_whole(self, step):
         path, checksum = self._path(step), self._checksum_path(step)
-        return path.is_dir() and checksum.exists() and checksum.read_text() == _checksum(path)
+        return path.is_dir() and checksum.is_file() and checksum.read_bytes() == _checksum(path).encode()
 
     def _forget(self, step):
         # The checksum goes first, so that a half-removed checkpoint is never taken for a whole one.
-        self._checksum_path(step).unlink(missing_ok=True)
-        shutil.rmtree(self._path(step), ignore_errors=True)
+        for path in (self._checksum_path(step), self._path(step)):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
     def _path(self, step):
         return self._dir / f"step_{step}"

@@ -28,7 +28,8 @@ def start(where: str) -> None:
 
     Raises:
       ValueError: neither of both, or no cluster is recognised.
-      RuntimeError: the others were not found.
+      RuntimeError: jax has computed something already. Where the others do not come, jax ends the process after five
+        minutes, with a message of its own.
     """
     if where == "auto":
         try:
