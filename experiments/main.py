@@ -9,6 +9,7 @@ resumes an interrupted run, exactly.
 """
 
 import pathlib
+import re
 import sys
 
 from absl import app, flags
@@ -54,9 +55,11 @@ def parse_flags(argv):
     except (flags.Error, OSError) as error:
         last = str(error).strip().splitlines()[-1].strip()
         sys.exit(f"error: {last.removeprefix('ValueError: ')}")
-    except (AttributeError, KeyError) as error:
-        key, _, hint = str(error.args[0]).strip('"').partition("\n")
-        sys.exit(f"error: no key {key} in the config; {hint} configs/common.py has them all".replace("  ", " "))
+    except (AttributeError, KeyError, TypeError) as error:
+        given = " ".join(word for word in argv if word.startswith("--config."))
+        close = re.search(r'mean "(\w+)"', str(error))
+        hint = f"did you mean {close[1]!r}? " if close else ""
+        sys.exit(f"error: the config has no such key: {given}; {hint}configs/common.py has them all")
     if len(rest) > 1:
         sys.exit(f"error: unexpected argument {rest[1]!r}; --help has the flags")
     return rest

@@ -150,7 +150,8 @@ def test_a_full_disk_stops_the_run_and_nothing_is_lost(undisturbed, tmp_path):
     "words, message",
     [
         (["--config=configs/digits_lt.py:ltkx"], "error: unknown method 'ltkx'; did you mean 'ltkd'"),
-        (["--config.train.lrr=3"], 'error: no key \'lrr\' in the config; Did you mean "lr" instead of "lrr"? configs/'),
+        (["--config.train.lrr=3"], "error: the config has no such key: --config.train.lrr=3; did you mean 'lr'?"),
+        (["--config.data.name.x=3"], "error: the config has no such key: --config.data.name.x=3; configs/common.py"),
         (["--config=configs/none.py"], "error: [Errno 2] No such file or directory: 'configs/none.py'"),
         (["--config.data.imbalance=0.5"], "error: config.data.imbalance=0.5 must be at least 1"),
         (["stray"], "error: unexpected argument 'stray'"),
