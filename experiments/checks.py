@@ -105,11 +105,11 @@ def _validate_data(config):
     _require(size == 0 or 8 <= size <= 1024, "data.image_size", size, "must be 0 (as stored), or 8 to 1024 pixels")
     named_digits = config.data.name == "digits" and streams
     _require(not named_digits, "data.stream", streams, "must be False for digits, which have no files to stream from")
-    name, what = (
+    name, wanted = (
         config.data.name,
-        "must be the name of a data set, of 1 to 100 letters: name=… in the config's argument",
+        "must be the name of a data set, up to 100 letters: name=… in the config's argument",
     )
-    _require(0 < len(name) <= 100, "data.name", name, what)
+    _require(0 < len(name) <= 100, "data.name", name, wanted)
     _require(size or not streams, "data.image_size", size, "must be set for a stream, such as 224")
     subset = config.data.subset
     if subset not in SUBSETS and not os.path.isfile(subset):  # which a path that can't be is not, either

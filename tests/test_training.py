@@ -168,6 +168,11 @@ def test_the_first_step_that_is_not_finite_is_remembered():
     assert int(state.sums.bad_step) == 2 and int(state.sums.steps) == 4 and not np.isfinite(state.sums.terms).any()
 
 
+def test_places_of_a_batch_that_the_devices_do_not_divide():
+    with pytest.raises(ValueError, match="batch_size=20 must be a multiple of the 8 devices"):
+        Parallel("jit").places(20)
+
+
 def test_unknown_mode():
     with pytest.raises(ValueError, match="parallel='ddp' must be one of jit, pmap"):
         Parallel("ddp")

@@ -48,10 +48,15 @@ class Parallel:
     def places(self, batch_size: int) -> np.ndarray:
         """The positions of a global batch that this process's devices hold, in order.
 
+        Raises:
+          ValueError: the devices do not divide the batch.
+
         >>> Parallel("jit", jax.devices()[:2]).places(4).tolist()
         [0, 1, 2, 3]
         """
-        each = batch_size // self.num_devices
+        each, rest = divmod(batch_size, self.num_devices)
+        if rest:
+            raise ValueError(f"batch_size={batch_size} must be a multiple of the {self.num_devices} devices")
         first = self.devices.index(self._local[0])
         return np.arange(first * each, (first + len(self._local)) * each)
 
