@@ -104,6 +104,30 @@ def test_gradient_of_the_gradient(loss):
                 close(actual, (up - down) / (2 * step), rtol=1e-6, atol=1e-7, err_msg=case)
 
 
+@pytest.mark.parametrize("grouping", ["thirds", "each"])
+def test_one_matrix_of_groups_is_a_mask_for_each_example(grouping):
+    """On CPU the former is products and a loop, the latter masked reductions, as on other devices."""
+    loss = FAMILY["ltkd"]
+    v = np.random.default_rng(1).normal(size=(B, C))
+
+    @jax.jit
+    def all_of_it(x):
+        value, tangent = jax.jvp(by_student(loss, x), (x.student,), (v.astype(x.student.dtype),))
+        gradient, second = jax.jvp(jax.grad(by_student(loss, x)), (x.student,), (v.astype(x.student.dtype),))
+        by_temperature = jax.grad(lambda t: loss.call(losses, x._replace(temperature=t)).sum())(x.temperature)
+        return value, tangent, gradient, second, by_temperature
+
+    for dtype, tolerance in ((np.float64, 1e-12), (np.float32, 2e-5)):
+        with jax.enable_x64(dtype is np.float64):
+            for case in ("random", "tied", "wide", "underflow", "uniform_1e4"):
+                masked = draw(case, grouping=grouping, dtype=dtype)
+                pairs = zip(all_of_it(masked._replace(where=None)), all_of_it(masked))
+                for actual, expected in pairs:
+                    scale = max(1.0, np.abs(expected).max())
+                    assert np.isfinite(actual).all(), case
+                    np.testing.assert_allclose(actual / scale, expected / scale, atol=tolerance, rtol=0, err_msg=case)
+
+
 @family(lambda loss: loss.teacher)
 def test_no_gradient_into_the_teacher(loss):
     x = draw("random", masking="examples")

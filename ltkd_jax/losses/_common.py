@@ -14,14 +14,22 @@ def as_float(x) -> jax.Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def logit_pair(student_logits, teacher_logits, temperature, where=None):
-    """Both logits as floats, from the top and divided by τ; the teacher's carry no gradient."""
+def pair(student_logits, teacher_logits, temperature, where=None):
+    """Both logits as floats, checked, 0 for what does not exist; the teacher's carry no gradient."""
     student, teacher = as_float(student_logits), jax.lax.stop_gradient(as_float(teacher_logits))
     chex.assert_equal_shape(
         (student, teacher), custom_message="student_logits and teacher_logits must both be [..., C]"
     )
     check_logits(student)
     check_temperature(temperature)
+    if where is not None:
+        student, teacher = (jnp.where(class_mask(where, x), x, 0) for x in (student, teacher))
+    return student, teacher
+
+
+def logit_pair(student_logits, teacher_logits, temperature, where=None):
+    """As `pair`, from the top and divided by τ."""
+    student, teacher = pair(student_logits, teacher_logits, temperature, where)
     return from_top(student, where) / temperature, from_top(teacher, where) / temperature
 
 

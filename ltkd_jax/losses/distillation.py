@@ -56,9 +56,10 @@ def dkd(student_logits, teacher_logits, labels, *, alpha=1.0, beta=8.0, temperat
     >>> dkd(jnp.zeros((2, 3)), jnp.eye(2, 3), jnp.array([0, 1])).shape
     (2,)
     """
-    student, teacher = _common.logit_pair(student_logits, teacher_logits, temperature, where)
+    student, teacher = _common.pair(student_logits, teacher_logits, temperature, where)
     target, exists = _common.is_label(labels, student), _common.class_mask(where, student)
-    split = grouped.membership_kl(student, teacher, jnp.stack([target & exists, ~target & exists], axis=-2))
+    member = jnp.stack([target & exists, ~target & exists], axis=-2)
+    split = grouped.membership_kl(student, teacher, member, temperature)
     loss = temperature**2 * (alpha * split.inter + beta * split.intra[..., 1])
     return jnp.where((target & exists).any(axis=-1), loss, jnp.nan)
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ltkd_jax.losses import _common
 
@@ -33,63 +34,119 @@ class GroupKL(NamedTuple):
     teacher_log_mass: jax.Array
 
 
-class _Grouped(NamedTuple):
-    """One distribution seen by groups: log p̃ `[..., C]` and log p_G `[..., G]`, finite everywhere."""
+class _Split(NamedTuple):
+    """Two distributions seen by groups, all `[..., G]`, finite, and 0 for a group without existing classes."""
 
-    log_within: jax.Array
-    log_mass: jax.Array
+    student_log_mass: jax.Array  # logs, because a group's mass underflows
+    teacher_log_mass: jax.Array
+    intra: jax.Array
+
+    def inter(self, teacher_log_mass, exists):
+        """KL of the student's group masses from the given ones."""
+        return _common.kl(teacher_log_mass, self.student_log_mass, exists)
 
 
-# Group sums are masked reductions over a broadcast `[..., G, C]`, which XLA fuses into the reduction. A matmul
-# with a one-hot matrix would follow the global matmul precision, and a scatter is slow on accelerators.
+def _split(student, teacher, member, temperature) -> _Split:
+    """The split of logits for `member`: see `_sum_by_group`.
+
+    Within a group, with u = (z^S − max z^S) / τ and v likewise of the teacher, so that no group underflows,
+
+        KL(p̃^T ‖ p̃^S) = Σ e^v (v − u) / Σ e^v − log Σ e^v + log Σ e^u,
+
+    which writes no normalised distribution: its derivative needs e^u and e^v, and numbers of a group.
+    """
+    exists = member.any(axis=-1)
+    (u, student_top), (v, teacher_top) = (_below_top(x, member, temperature) for x in (student, teacher))
+    exp_v = jnp.exp(v)
+    student_total, teacher_total = (jnp.where(exists, _sum_by_group(x, member), 1) for x in (jnp.exp(u), exp_v))
+    gap = _sum_by_group(exp_v * (v - u), member) / teacher_total
+    student_log, teacher_log = jnp.log(student_total), jnp.log(teacher_total)
+    return _Split(
+        _common.log_softmax(student_top + student_log, exists),
+        _common.log_softmax(teacher_top + teacher_log, exists),
+        gap - (teacher_log - student_log),
+    )
+
+
+def _below_top(logits, member, temperature):
+    """Logits less their group's largest, `[..., C]`, and that less the largest of all, `[..., G]`; both over τ.
+
+    Differences come first: they are small, so a large offset, of a group or of all, costs no precision.
+    """
+    exists = member.any(axis=-1)
+    top = jnp.where(exists, _max_by_group(jax.lax.stop_gradient(logits), member), 0)
+    below = (logits - _spread_to_classes(top, member)) / temperature
+    return below, _common.from_top(top, exists) / temperature
+
+
+# Between classes and groups, for finite numbers. `member` is bool `[..., G, C]`: true where class c exists and is in
+# group g. Masked reductions over [..., G, C] are fused with what makes their operand, so nothing of that size is
+# written; but not by XLA on CPU, where one matrix for all examples, or a loop over groups, is many times faster.
 def _sum_by_group(x, member):
-    return jnp.sum(jnp.broadcast_to(x[..., None, :], member.shape), axis=-1, where=member)
+    """`[..., C]` to `[..., G]`."""
+    return _on_platform(
+        member,
+        x,
+        cpu=lambda x, matrix: jnp.matmul(x, matrix.T, precision="highest"),
+        default=lambda x: jnp.sum(jnp.where(member, x[..., None, :], 0), axis=-1),
+    )
 
 
 def _spread_to_classes(x, member):
-    return jnp.sum(jnp.broadcast_to(x[..., None], member.shape), axis=-2, where=member)
-
-
-def _log_split(logits, member) -> _Grouped:
-    """log p̃ and log p_G from logits; each group's maximum is taken off first, so no group underflows."""
-    exists = member.any(axis=-1)
-    by_group = jnp.broadcast_to(logits[..., None, :], member.shape)
-    top = jnp.max(by_group, axis=-1, where=member, initial=-jnp.inf)
-    top = jax.lax.stop_gradient(jnp.where(exists, top, 0))
-    shifted = jnp.where(member.any(axis=-2), logits - _spread_to_classes(top, member), 0)
-    total = jnp.log(jnp.where(exists, _sum_by_group(jnp.exp(shifted), member), 1))
-    highest = jnp.max(top, axis=-1, keepdims=True, where=exists, initial=-jnp.inf)
-    # (top − highest) first: the rest is small, and a large common offset costs no precision.
-    log_mass = _common.log_softmax(jnp.where(exists, top - highest, 0) + total, exists)
-    return _Grouped(shifted - _spread_to_classes(total, member), log_mass)
-
-
-def membership_kl(student, teacher, member) -> GroupKL:
-    """The split for `member`, bool `[..., G, C]`: true where class c exists and is in group g. Logits as given."""
-    s, t = _log_split(student, member), _log_split(teacher, member)
-    exists = member.any(axis=-1)
-    intra = _sum_by_group(jnp.exp(t.log_within) * (t.log_within - s.log_within), member)
-    return GroupKL(
-        inter=_common.kl(t.log_mass, s.log_mass, exists),
-        intra=intra,
-        teacher_log_mass=jnp.where(exists, t.log_mass, -jnp.inf),
+    """`[..., G]` to `[..., C]`; 0 for a class of no group."""
+    return _on_platform(
+        member,
+        x,
+        cpu=lambda x, matrix: jnp.matmul(x, matrix, precision="highest"),
+        default=lambda x: jnp.sum(jnp.where(member, x[..., None], 0), axis=-2),
     )
+
+
+def _max_by_group(x, member):
+    """`[..., C]` to `[..., G]`; -inf for a group without classes."""
+
+    def one_by_one(x, matrix):
+        rows = matrix.reshape(len(matrix), *(1,) * (x.ndim - 1), -1)
+        return jnp.moveaxis(jax.lax.map(lambda row: jnp.max(jnp.where(row > 0, x, -jnp.inf), axis=-1), rows), 0, -1)
+
+    return _on_platform(
+        member,
+        x,
+        cpu=one_by_one,
+        default=lambda x: jnp.max(jnp.where(member, x[..., None, :], -jnp.inf), axis=-1),
+    )
+
+
+def _on_platform(member, x, *, cpu, default):
+    if any(size != 1 for size in member.shape[:-2]):  # groups differ by example: no one matrix
+        return default(x)
+    matrix = member.reshape(member.shape[-2:]).astype(x.dtype)
+    return jax.lax.platform_dependent(x, cpu=lambda x: cpu(x, matrix), default=default)
+
+
+def membership_kl(student, teacher, member, temperature) -> GroupKL:
+    """`group_kl` for `member`, see `_sum_by_group`; logits as `_common.pair` gives them."""
+    split, exists = _split(student, teacher, member, temperature), member.any(axis=-1)
+    inter = split.inter(split.teacher_log_mass, exists)
+    return GroupKL(inter, split.intra, jnp.where(exists, split.teacher_log_mass, -jnp.inf))
 
 
 def _membership(groups, logits, where):
-    """Bool `[..., G, C]`: class c exists and belongs to group g."""
-    assignment = jnp.asarray(groups.assignment)
+    """Bool `[..., G, C]`: class c exists and belongs to group g. Leading axes are 1 where all classes exist."""
+    assignment = groups.assignment
     chex.assert_shape(
         assignment, logits.shape[-1:], custom_message="groups must be of the same classes as the logits, [C]"
     )
-    of_group = assignment[None, :] == jnp.arange(groups.num_groups)[:, None]
+    # In NumPy where the groups are concrete: a constant of the compiled function.
+    of_group = assignment[None, :] == np.arange(groups.num_groups)[:, None]
     of_group = of_group.reshape((1,) * (logits.ndim - 1) + of_group.shape)
-    return of_group & _common.class_mask(where, logits)[..., None, :]
+    return of_group if where is None else of_group & _common.class_mask(where, logits)[..., None, :]
 
 
 def _tempered(student_logits, teacher_logits, groups, temperature, where):
-    student, teacher = _common.logit_pair(student_logits, teacher_logits, temperature, where)
-    return student, teacher, _membership(groups, student, where)
+    """What `_split` takes."""
+    student, teacher = _common.pair(student_logits, teacher_logits, temperature, where)
+    return student, teacher, _membership(groups, student, where), temperature
 
 
 def group_kl(student_logits, teacher_logits, groups, *, temperature=1.0, where=None) -> GroupKL:
@@ -165,6 +222,22 @@ def _example_mask(example_mask, batched):
     return mask
 
 
+def _masked(loss, example_mask):
+    return loss if example_mask is None else jnp.where(_example_mask(example_mask, loss), loss, 0)
+
+
+def _batch_split(student_logits, teacher_logits, groups, temperature, where):
+    """The split of logits `[B, C]`, and which groups exist."""
+    student, teacher, member, _ = _tempered(student_logits, teacher_logits, groups, temperature, where)
+    chex.assert_rank(student, 2, custom_message="batch statistics need logits [B, C]")
+    return _split(student, teacher, member, temperature), member.any(axis=-1)
+
+
+def _rebalanced_inter(split, exists, axis_name, example_mask):
+    target = rebalance(split.teacher_log_mass, axis_name=axis_name, where=exists, example_mask=example_mask)
+    return split.inter(jnp.where(exists, target, 0), exists)
+
+
 def rebalanced_inter_group(
     student_logits, teacher_logits, groups, *, temperature=4.0, axis_name=None, where=None, example_mask=None
 ) -> jax.Array:
@@ -190,15 +263,8 @@ def rebalanced_inter_group(
     >>> rebalanced_inter_group(jnp.zeros((2, 3)), teacher, g).shape
     (2,)
     """
-    student, teacher, member = _tempered(student_logits, teacher_logits, groups, temperature, where)
-    chex.assert_rank(student, 2, custom_message="batch statistics need logits [B, C]")
-    exists = member.any(axis=-1)
-    target = rebalance(
-        _log_split(teacher, member).log_mass, axis_name=axis_name, where=exists, example_mask=example_mask
-    )
-    target = jnp.where(exists, target, 0)
-    loss = temperature**2 * _common.kl(target, _log_split(student, member).log_mass, exists)
-    return loss if example_mask is None else jnp.where(_example_mask(example_mask, loss), loss, 0)
+    split = _batch_split(student_logits, teacher_logits, groups, temperature, where)
+    return temperature**2 * _masked(_rebalanced_inter(*split, axis_name, example_mask), example_mask)
 
 
 def uniform_intra_group(student_logits, teacher_logits, groups, *, temperature=4.0, where=None) -> jax.Array:
@@ -259,16 +325,6 @@ def ltkd(
     >>> ltkd(jnp.zeros((4, 6)), jnp.eye(4, 6), g, alpha=1.0, beta=2.0).shape
     (4,)
     """
-    inter = rebalanced_inter_group(
-        student_logits,
-        teacher_logits,
-        groups,
-        temperature=temperature,
-        axis_name=axis_name,
-        where=where,
-        example_mask=example_mask,
-    )
-    intra = uniform_intra_group(student_logits, teacher_logits, groups, temperature=temperature, where=where)
-    if example_mask is not None:
-        intra = jnp.where(_example_mask(example_mask, intra), intra, 0)
-    return alpha * inter + beta * intra
+    split, exists = _batch_split(student_logits, teacher_logits, groups, temperature, where)
+    inter = _rebalanced_inter(split, exists, axis_name, example_mask)
+    return temperature**2 * _masked(alpha * inter + beta * split.intra.sum(axis=-1), example_mask)
