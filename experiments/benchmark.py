@@ -1,261 +1,113 @@
-"""Measures what the project is fast for: time, FLOPs and memory as ratios, all variants interleaved in one run.
+"""Measures what the project is fast for, as ratios within one run.
 
-    python -m experiments.benchmark bilevel                      # ResNet32x4 -> ResNet8x4, batch 100, 100 classes
-    python -m experiments.benchmark bilevel --student=resnet8 --teacher=resnet20 --repeats=5
-    python -m experiments.benchmark bilevel --repeats=0          # the compiler's counts alone
-    python -m experiments.benchmark stream                       # images per second of a stream, of a plain loop
-
-bilevel: FLOPs are the compiler's cost analysis of the whole step, temporary memory its memory analysis. Both are of
-steps without loops, which the cost analysis would count once; only the rows "compiled loop" have one. Times are the
-minimum over the repeats. Images are random: they change no cost.
-
-stream: JPEGs of ImageNet's size, made for it; the best of the repeats.
+python -m experiments.benchmark train                        # the step: images/s, FLOPs, compilation, memory
+python -m experiments.benchmark train --methods=ltkd,bikd --precisions=float32,tf32,bfloat16
+python -m experiments.benchmark loss                         # LTKD's loss alone, beside the floor of its bytes
+python -m experiments.benchmark bilevel                      # the bilevel step beside naive differentiation
+python -m experiments.benchmark bilevel --repeats=0          # the compiler's counts alone
+python -m experiments.benchmark stream                       # images per second of a stream, of a plain loop
+python -m experiments.benchmark --against=torch              # KD, LTKD and BiKD beside a plain PyTorch twin
 """
 
 import argparse
 import dataclasses
-import functools
+import importlib.util
 import sys
-import time
-from collections.abc import Callable
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
+from experiments import checks, setup
+from experiments.benchmarks import bilevel, loss, stream, train
 
-from experiments import benchmark_stream, provenance, setup, tables
-from ltkd_jax import bilevel, groups, models, objectives
-from ltkd_jax.training import bilevel_steps, steps
-from ltkd_jax.training import state as states
-
-SHAPE = (32, 32, 3)
+_PAIR = {"teacher": "resnet32x4", "student": "resnet8x4"}
+_PRECISIONS = ("float32", "tf32", "bfloat16")
 
 
-@dataclasses.dataclass(frozen=True)
-class Pair:
-    """What is distilled into what."""
+def _listed(choices):
+    """A parser of names with commas between them."""
 
-    teacher: str = "resnet32x4"
-    student: str = "resnet8x4"
-    method: str = "kd"
-    batch_size: int = 100
-    num_classes: int = 100
-    precision: str = "float32"
+    def parse(text):
+        names = [name for name in text.split(",") if name]
+        unknown = [name for name in names if name not in choices]
+        if unknown or not names:
+            raise argparse.ArgumentTypeError(f"{text!r}: give some of {', '.join(choices)}, with commas between them")
+        return names
 
-
-def naive(problem, params, meta, batches, outer_batch, learning_rate, *, optimizer, every=1, changes=True, unroll=True):
-    """`bilevel.step` without its savings: `jax.grad` through the virtual step, then a real update from scratch.
-
-    Of one device: `problem.axis_name` is None.
-    """
-    outer_loss, hyper = bilevel.hypergradient(
-        problem, params, meta.params, batches, outer_batch, learning_rate, unroll=unroll
-    )
-    after = bilevel.gather(meta, hyper)
-    after = bilevel.update(after, optimizer) if changes else after
-    first = jax.tree.map(lambda x: x[0], batches)
-
-    def inner_loss(params):
-        terms, aux = problem.terms_fn(params, first)
-        weights = problem.weight_fn(after.params, jax.lax.stop_gradient(aux.features))
-        return jnp.mean(jnp.sum(weights * terms, axis=-1)), (terms, aux, weights)
-
-    gradient, (terms, aux, weights) = jax.grad(inner_loss, has_aux=True)(params)
-    return bilevel.Step(gradient, after, terms, aux, weights, outer_loss)
+    return parse
 
 
-class Iteration:
-    """One whole outer iteration of a pair as a function of arrays: virtual and real step, weight net, optimizer."""
+def _at_least(least):
+    def parse(text):
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least {least}")
+        return value
 
-    def __init__(self, pair: Pair):
-        self.pair = pair
-        self._student = models.create(pair.student, pair.num_classes, precision=pair.precision)
-        self._teacher = models.create(pair.teacher, pair.num_classes, precision=pair.precision)
-        counts = np.arange(pair.num_classes, 0, -1)
-        by_rank = groups.ClassGroups.from_counts(counts)
-        self._objective = objectives.create(pair.method, counts, by_rank)
-        self._optimizer = states.sgd(0.1, momentum=0.9, weight_decay=5e-4)
-        self._weighting = bilevel_steps.Weighting(
-            net=models.WeightNet(len(self._objective.terms)),
-            features=objectives.features(self._objective, ("student_ce", "teacher_ce")),
-            num_features=2,
-            outer_loss=objectives.outer_loss(self._objective, "hard"),
-            scales=(1.0,) * len(self._objective.terms),
-            optimizer=optax.adam(1e-3),
-            every=5,
-            groups=by_rank,
-        )
-
-    def arguments(self, ahead: int, seed: int = 0):
-        """State, batches `[K, B, …]`, a meta batch, and the teacher's variables; random, but of the real sizes."""
-        rng = np.random.default_rng(seed)
-        size, classes = self.pair.batch_size, self.pair.num_classes
-
-        def batch(*lead):
-            return steps.Batch(
-                jnp.asarray(rng.normal(size=(*lead, size, *SHAPE)), jnp.float32),
-                jnp.asarray(rng.integers(0, classes, (*lead, size)), jnp.int32),
-                jnp.asarray(rng.normal(size=(*lead, size, classes)), jnp.float32),
-            )
-
-        state = states.create(self._student, self._optimizer, len(self._objective.terms), SHAPE, seed)
-        teacher = self._teacher.init(jax.random.key(seed), jnp.zeros((1, *SHAPE)), train=False)
-        return self._weighting.add_to(state, seed), batch(ahead), batch(), teacher
-
-    def step(self, state, batches, meta_batch, teacher, *, step_fn=bilevel.step, in_step: bool = False, **options):
-        """The iteration; with `in_step` the teacher's logits of the first batch are computed in it."""
-        if in_step:
-            logits = self.teach(teacher, batches.images[0])
-            batches = batches._replace(teacher_logits=batches.teacher_logits.at[0].set(logits))
-        problem = bilevel_steps.problem(
-            state.batch_stats, model=self._student, objective=self._objective, weighting=self._weighting
-        )
-        taken = step_fn(
-            problem, state.params, state.meta, batches, meta_batch, 0.1,
-            optimizer=self._weighting.optimizer, every=self._weighting.every, **options,
-        )  # fmt: skip
-        after = steps.advance(
-            state, taken.gradient, taken.terms, taken.weights, taken.aux.extra,
-            optimizer=self._optimizer, axis_name=None,
-        )  # fmt: skip
-        return after._replace(meta=taken.meta)
-
-    def teach(self, teacher, images):
-        """The teacher's logits, in evaluation mode."""
-        return self._teacher.apply(teacher, images, train=False)
+    return parse
 
 
-@dataclasses.dataclass(frozen=True)
-class Variant:
-    """One row: a function, its arguments, and whether it is timed."""
-
-    name: str
-    fn: Callable
-    ahead: int = 1
-    timed: bool = True
-
-
-def bilevel_variants(iteration: Iteration) -> list[Variant]:
-    """The fast path with and without an update of the weight net, the naive step, and lookaheads."""
-    loops = jax.default_backend() != "cpu"  # inside one, XLA's convolutions are many times slower there
-
-    def variant(name, ahead=1, timed=True, **options):
-        return Variant(name, functools.partial(iteration.step, **options), ahead, timed)
-
-    return [
-        variant("fast, weight net unchanged", changes=False),
-        variant("fast, weight net changed", changes=True),
-        variant("fast, decided on the device", changes=None, timed=loops),
-        variant("naive", step_fn=naive),
-        variant("naive, teacher in the step", step_fn=naive, in_step=True),
-        variant("K = 2, written out", ahead=2, changes=False, unroll=True),
-        variant("K = 5, written out", ahead=5, changes=False, unroll=True),
-        variant("K = 2, compiled loop", ahead=2, timed=loops, changes=False),
-        variant("K = 5, compiled loop", ahead=5, timed=loops, changes=False),
-        Variant("teacher, one forward", lambda state, batches, meta, teacher: iteration.teach(teacher, meta.images)),
-    ]
+def _steps_options(parser, methods):
+    for name, default in _PAIR.items():
+        parser.add_argument(f"--{name}", default=default, help=f"default: {default}")
+    parser.add_argument("--methods", type=_listed(methods), default=list(methods), help=", ".join(methods))
+    parser.add_argument("--precisions", type=_listed(_PRECISIONS), default=["float32"], help=", ".join(_PRECISIONS))
+    parser.add_argument("--steps", type=_at_least(1), default=3, help="that are timed together, at least; default: 3")
+    parser.add_argument("--repeats", type=_at_least(1), default=3, help="rounds, of which the best counts; default: 3")
 
 
-@dataclasses.dataclass(frozen=True)
-class Cost:
-    """FLOPs, temporary bytes, and seconds, None where not timed."""
-
-    flops: float
-    memory: int
-    seconds: float | None = None
-
-
-def analyse(variant: Variant, iteration: Iteration):
-    """A variant compiled for its arguments, and the compiler's counts."""
-    shapes = jax.eval_shape(lambda: iteration.arguments(variant.ahead))
-    compiled = jax.jit(variant.fn).lower(*shapes).compile()
-    return compiled, Cost(compiled.cost_analysis()["flops"], compiled.memory_analysis().temp_size_in_bytes)
-
-
-def measure(variants: list[Variant], iteration: Iteration, repeats: int) -> dict[str, Cost]:
-    """Costs by name; the repeats go round the variants, so that a slow minute slows all of them."""
-    compiled = {variant.name: analyse(variant, iteration) for variant in variants}
-    seconds = {variant.name: [] for variant in variants if variant.timed and repeats}
-    arguments = {ahead: iteration.arguments(ahead) for ahead in {v.ahead for v in variants}} if repeats else {}
-    for _ in range(repeats + 1 if repeats else 0):
-        for variant in variants:
-            if variant.timed:
-                start = time.perf_counter()
-                jax.block_until_ready(compiled[variant.name][0](*arguments[variant.ahead]))
-                seconds[variant.name].append(time.perf_counter() - start)
-    # The first round warms up.
-    return {
-        name: dataclasses.replace(cost, seconds=min(seconds[name][1:]) if name in seconds else None)
-        for name, (_, cost) in compiled.items()
-    }
-
-
-def official(costs: dict[str, Cost]) -> float:
-    """FLOPs of the official algorithm: the naive step, its teacher, and a teacher's forward of the meta batch."""
-    return costs["naive, teacher in the step"].flops + costs["teacher, one forward"].flops
-
-
-def ours(costs: dict[str, Cost], every: int) -> float:
-    """Mean FLOPs of our iteration with the teacher's table: the weight net changes in one of `every`."""
-    same, changed = costs["fast, weight net unchanged"].flops, costs["fast, weight net changed"].flops
-    return ((every - 1) * same + changed) / every
-
-
-def bilevel_table(costs: dict[str, Cost]) -> tables.Table:
-    """The costs, and their ratios to the naive step's."""
-    base, rows = costs["naive"], []
-    for name, cost in costs.items():
-        row = [name, f"{cost.flops / 1e9:.2f}", f"{cost.flops / base.flops:.3f}"]
-        row += [f"{cost.memory / 2**20:.1f}", f"{cost.memory / base.memory:.3f}"]
-        row += ["–", "–"] if cost.seconds is None else [f"{cost.seconds:.3f}", f"{cost.seconds / base.seconds:.3f}"]
-        rows.append(row)
-    return tables.Table(["step", "GFLOP", "/ naive", "temp MiB", "/ naive", "seconds", "/ naive"], rows)
-
-
-def bilevel_report(pair: Pair, repeats: int) -> str:
-    """The whole measurement as text."""
-    iteration = Iteration(pair)
-    costs = measure(bilevel_variants(iteration), iteration, repeats)
-    lines = [
-        f"{pair.teacher} → {pair.student}, {pair.method}, batch {pair.batch_size}, {pair.num_classes} classes",
-        tables.as_text(bilevel_table(costs)),
-        "FLOPs of our step (table, k = 5) / official algorithm (naive, two teacher forwards): "
-        f"{ours(costs, 5) / official(costs):.3f}; with k = 1: {ours(costs, 1) / official(costs):.3f}",
-        "Temporary memory, K = 5 / K = 2, compiled loop: "
-        f"{costs['K = 5, compiled loop'].memory / costs['K = 2, compiled loop'].memory:.3f}",
-    ]
-    described = provenance.describe(pair.precision, 1)
-    lines.append(", ".join(f"{key} {described[key]}" for key in ("device", "precision", "commit")))
-    return "\n".join(lines)
-
-
-def main(argv=None):
+def _parser():
     parser = argparse.ArgumentParser(prog="python -m experiments.benchmark", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     what = parser.add_subparsers(dest="what", required=True)
-    step = what.add_parser("bilevel", help="the bilevel step: FLOPs, memory and time beside naive differentiation")
-    for field in dataclasses.fields(Pair):
-        step.add_argument(f"--{field.name}", type=field.type, default=field.default, help=f"default: {field.default}")
-    step.add_argument("--repeats", type=int, default=3, help="timed rounds after a first; 0 times nothing")
+
+    step = what.add_parser("train", help="the training step: rate, FLOPs, time to the first step, memory")
+    _steps_options(step, train.METHODS)
+    step.add_argument("--teachers", type=_listed(("table", "network")), default=["table", "network"],
+                      help="where the teacher's logits come from: its table, its network, or both")  # fmt: skip
+
+    twin = what.add_parser("torch", help="KD, LTKD and BiKD beside a plain PyTorch twin; also as --against=torch")
+    _steps_options(twin, ("kd", "ltkd", "bikd"))
+
+    alone = what.add_parser("loss", help="LTKD's loss and its gradient, beside the floor of its bytes")
+    alone.add_argument("--repeats", type=_at_least(1), default=5, help="default: 5")
+
+    pair = what.add_parser("bilevel", help="the bilevel step: FLOPs, memory and time beside naive differentiation")
+    least = {"batch_size": 1, "num_classes": 3}
+    for field in dataclasses.fields(bilevel.Pair):
+        kind = _at_least(least[field.name]) if field.name in least else field.type
+        pair.add_argument(f"--{field.name}", type=kind, default=field.default, help=f"default: {field.default}")
+    pair.add_argument("--repeats", type=_at_least(0), default=3, help="timed rounds after a first; 0 times nothing")
+
     reading = what.add_parser("stream", help="images per second of a stream")
-    for name, default in (("images", 512), ("size", 224), ("batch_size", 64), ("batches", 16), ("repeats", 2)):
-        reading.add_argument(f"--{name}", type=int, default=default, help=f"default: {default}")
+    for name, default, at_least in (("images", 512, 1), ("size", 224, 8), ("batch_size", 64, 1), ("batches", 16, 1),
+                                    ("repeats", 2, 1)):  # fmt: skip
+        reading.add_argument(f"--{name}", type=_at_least(at_least), default=default, help=f"default: {default}")
     reading.add_argument("--workers", type=int, nargs="*", default=[0, 2], help="0 reads by threads (default: 0 2)")
-    options = vars(parser.parse_args(argv))
-    least = {"batch_size": 1, "num_classes": 3, "images": 1, "size": 8, "batches": 1}
-    least["repeats"] = 1 if options["what"] == "stream" else 0
-    for key, value in least.items():
-        if options.get(key, value) < value:
-            parser.error(f"--{key}={options[key]} must be at least {value}")
+    return parser
+
+
+def _bilevel(*, repeats, **pair):
+    return bilevel.report(bilevel.Pair(**pair), repeats)
+
+
+def _against_torch(**options):
+    if importlib.util.find_spec("torch") is None:
+        sys.exit('error: there is no PyTorch here: pip install -e ".[train,torch]"')
+    from experiments.benchmarks import against_torch
+
+    return against_torch.report(**options)
+
+
+def main(argv=None):
+    words = ["torch" if word == "--against=torch" else word for word in (sys.argv[1:] if argv is None else argv)]
+    options = vars(_parser().parse_args(words))
+    reports = {"train": train.report, "torch": _against_torch, "loss": loss.report, "bilevel": _bilevel}
+    report = {**reports, "stream": stream.report}[options.pop("what")]
     setup.once()
-    if options.pop("what") == "stream":
-        print(benchmark_stream.report(**options))
-        return
-    repeats = options.pop("repeats")
     try:
-        print(bilevel_report(Pair(**options), repeats))
-    except ValueError as error:  # an unknown model, method or precision
+        print(report(**options))
+    except (ValueError, checks.ConfigError) as error:  # an unknown model, method or precision
         sys.exit(f"error: {error}")
 
 

@@ -117,10 +117,17 @@ class Program:
 
         The state is donated.
         """
+        return self._function(step)(state, data, rows)
+
+    def lower(self, step: int, state, data, rows):
+        """`chunk`'s computation, lowered: for the compiler's counts."""
+        return self._function(step).lower(state, data, rows)
+
+    def _function(self, step):
         known = {}
         if self.weighting is not None and self.steps_per_call == 1:
             known["changes"] = (step + 1) % self.weighting.every == 0
-        return self._compiled(**known)(state, data, rows)
+        return self._compiled(**known)
 
     def _compile(self, fetch_fn, step_fn, **known):
         chunk = functools.partial(
@@ -258,7 +265,11 @@ def _seedless(config):
 @functools.lru_cache(maxsize=3)
 def _program(key: str, role: str, teacher_kind: str) -> Program:
     config = ml_collections.ConfigDict(json.loads(key))
-    data = datasets.load(config)
+    return program(config, datasets.load(config), role=role, teacher_kind=teacher_kind)
+
+
+def program(config, data: Dataset, *, role: str, teacher_kind: str) -> Program:
+    """The program of a "student" or a "teacher" on any data; see `student_program`."""
     if role == "teacher":
         method, weighting, recipe = {"name": "ce"}, {"name": "static"}, config.teacher.train
     else:
@@ -270,11 +281,11 @@ def _program(key: str, role: str, teacher_kind: str) -> Program:
         "features": lambda: steps.feature_teacher(teacher_model(config, data)),
     }[teacher_kind]()
     try:
-        program = Program(
+        found = Program(
             config, data, role=role, recipe=recipe, method=method, weighting=weighting, teacher_fn=teacher_fn
         )
-        jax.eval_shape(program.init, 0)  # a model that the images do not fit says so now
-        return program
+        jax.eval_shape(found.init, 0)  # a model that the images do not fit says so now
+        return found
     except ValueError as error:
         raise checks.ConfigError(str(error)) from error
 

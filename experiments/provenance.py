@@ -20,6 +20,12 @@ def describe(precision: str, num_devices: int) -> dict:
     }
 
 
+def short() -> str:
+    """One line for a benchmark: device, jax, commit."""
+    found = describe("", 1)
+    return f"{found['device']}, jax {found['versions']['jax']}, commit {found['commit']}"
+
+
 def _device(num_devices):
     device = jax.devices()[0]
     if device.platform == "cpu":

@@ -12,9 +12,6 @@ import pytest
 if "slow" not in sys.argv:
     os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
-# PyTorch's models are for the tests that have PyTorch, and it is an extra of its own.
-collect_ignore = ["torch_zoo.py"]
-
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 jax.config.update("jax_num_cpu_devices", 8)

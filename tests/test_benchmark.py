@@ -1,14 +1,17 @@
-"""The benchmark of the bilevel step: what it counts, and that the step is as cheap as is said."""
+"""The benchmarks: what they count and how they are asked for, and that the bilevel step is as cheap as is said."""
 
 import numpy as np
 import pytest
 
-from experiments import benchmark, benchmark_stream, tables
+from experiments import benchmark, tables
+from experiments.benchmarks import bilevel, loss, timing, train
+from experiments.benchmarks import stream as reading
+from ltkd_jax import groups, losses
 from ltkd_jax.data import prepare, sources, stream
 
 
 def test_the_arithmetic_of_the_ratios():
-    cost = benchmark.Cost
+    cost = bilevel.Cost
     costs = {
         "fast, weight net unchanged": cost(80e9, 90 * 2**20, 2.0),
         "fast, weight net changed": cost(100e9, 100 * 2**20, 3.0),
@@ -16,9 +19,9 @@ def test_the_arithmetic_of_the_ratios():
         "naive, teacher in the step": cost(160e9, 100 * 2**20),
         "teacher, one forward": cost(60e9, 10 * 2**20, 1.0),
     }
-    assert benchmark.ours(costs, 5) == pytest.approx(84e9) and benchmark.ours(costs, 1) == 100e9
-    assert benchmark.official(costs) == 220e9
-    table = benchmark.bilevel_table(costs)
+    assert bilevel.ours(costs, 5) == pytest.approx(84e9) and bilevel.ours(costs, 1) == 100e9
+    assert bilevel.official(costs) == 220e9
+    table = bilevel.table(costs)
     assert table.rows[0] == ["fast, weight net unchanged", "80.00", "0.800", "90.0", "0.900", "2.000", "0.500"]
     assert table.rows[3][-2:] == ["–", "–"] and "naive" in tables.as_text(table)
 
@@ -30,31 +33,100 @@ def test_help_and_bad_arguments(capsys):
     for what, bad in [
         *(("bilevel", bad) for bad in ("--batch_size=many", "--batch_size=0", "--repeats=-1")),
         *(("stream", bad) for bad in ("--repeats=0", "--size=4", "--workers=x")),
+        *(("train", bad) for bad in ("--methods=kd,nosuch", "--precisions=", "--teachers=file", "--steps=0")),
+        *(("--against=torch", bad) for bad in ("--methods=ce", "--repeats=0")),
     ]:
         with pytest.raises(SystemExit):
             benchmark.main([what, bad])
+        assert (bad.split("=")[1] or "give some of") in capsys.readouterr().err
 
 
 def test_the_streams_benchmark_reads_the_same_batches_both_ways(tmp_path):
-    benchmark_stream.photographs(tmp_path / "images", 24)
+    reading.photographs(tmp_path / "images", 24)
     prepare.prepare(prepare.own_recipe("photographs"), tmp_path / "tfds", tmp_path / "images")
     train = sources.load("photographs", tmp_path / "tfds", size=16, margin=True).train
     with stream.batches(train, seed=0, batch_size=4, first_step=0, num_steps=6) as batches:
-        for ours, plain in zip(batches, benchmark_stream.plain_loop(train, 4, 0, 6), strict=True):
+        for ours, plain in zip(batches, reading.plain_loop(train, 4, 0, 6), strict=True):
             np.testing.assert_array_equal(ours.images, plain)
-    rates = benchmark_stream.measure(train, 4, 2, [0])
+    rates = reading.measure(train, 4, 2, [0])
     assert set(rates) == {"plain loop", "stream, threads"} and min(rates.values()) > 0
     with pytest.raises(SystemExit, match="unknown model 'resnet9'"):
         benchmark.main(["bilevel", "--student=resnet9"])
+
+
+def test_the_best_of_the_rounds_after_the_first():
+    calls = []
+    seconds = timing.best({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 2)
+    assert calls == list("ababab") and set(seconds) == {"a", "b"} and min(seconds.values()) >= 0
+
+
+def test_cases_have_each_teacher_once():
+    found = train.cases(["ce", "ltkd"], ["table", "network"], ["float32", "tf32"])
+    assert [(case.method, case.teacher) for case in found[:3]] == [
+        ("ce", "none"),
+        ("ltkd", "table"),
+        ("ltkd", "network"),
+    ]
+    assert len(found) == 6 and found[3] == train.Case("ce", "none", "tf32")
+
+
+def test_the_table_of_the_step():
+    case = train.Case("ltkd", "table")
+    row = train.table({case: train.Measured(64, 0.5, 1e9, 2**30, 9.0, 3.0)}, {"float32": 4e9}).rows[0]
+    assert row == ["ltkd", "table", "float32", "64", "128", "500.00", "1.0", "50 %", "9.0", "3.0", "1,024"]
+
+
+def test_noise_has_the_papers_numbers_of_images():
+    for method, number, meta in (("ltkd", 10_847, 0), ("bikd", 10_626, 1_000)):
+        data = train.noise(train.config(train.Case(method, "none")))
+        assert len(data.train) == number and len(data.meta) == meta
+
+
+@pytest.mark.slow
+def test_the_steps_benchmark_runs(capsys):
+    """FLOPs of the step: three forwards' worth for the student, one for the teacher."""
+    benchmark.main(
+        ["train", "--methods=ltkd,bikd", "--teacher=resnet14", "--student=resnet8", "--repeats=1", "--steps=1"]
+    )
+    printed = capsys.readouterr().out
+    assert "ltkd" in printed and "bikd" in printed and "TFLOP/s" in printed
+    models = (("teacher", "resnet14"), ("student", "resnet8"))
+    table, network = (train.Running(train.Case("ltkd", kind), models).flops() for kind in ("table", "network"))
+    student, teacher = 2 * 12.4e6 * 64, 2 * 26.7e6 * 64  # multiply-adds of an image, twice, times the batch
+    assert 2.5 < table / student < 3.5 and 0.9 < (network - table) / teacher < 1.2
+
+
+@pytest.mark.slow
+def test_the_twins_losses_are_ours():
+    torch = pytest.importorskip("torch")
+    from experiments.benchmarks import torch_twin
+
+    student, teacher = loss.logits((32, 100))
+    ours = {
+        "kd": losses.kd(student, teacher).mean(),
+        "ltkd": losses.ltkd(student, teacher, groups.ClassGroups.from_counts(np.arange(100, 0, -1))).mean(),
+    }
+    s, t = torch.from_numpy(student), torch.from_numpy(teacher)
+    theirs = {"kd": torch_twin.kd(s, t).mean(), "ltkd": torch_twin.ltkd(s, t, torch_twin.by_rank(100))}
+    for name, value in ours.items():
+        assert float(theirs[name]) == pytest.approx(float(value), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_the_comparison_with_pytorch_runs(capsys):
+    pytest.importorskip("torch")
+    benchmark.main(["--against=torch", "--teacher=resnet14", "--student=resnet8", "--repeats=1", "--steps=1"])
+    printed = capsys.readouterr().out
+    assert "PyTorch / ours" in printed and "[4096, 10000]" in printed
 
 
 @pytest.mark.slow
 def test_the_bilevel_step_is_as_cheap_as_is_said():
     """ResNet32x4 → ResNet8x4, batch 100, by the compiler's counts: FLOPs of the step with the table and k = 5 at most
     0.4 of the official algorithm's; memory at most 1.25 of the naive form's; K = 5 at most 1.3 of K = 2."""
-    iteration = benchmark.Iteration(benchmark.Pair())
-    costs = benchmark.measure(benchmark.bilevel_variants(iteration), iteration, repeats=0)
-    assert 0.2 < benchmark.ours(costs, 5) / benchmark.official(costs) <= 0.4
+    iteration = bilevel.Iteration(bilevel.Pair())
+    costs = bilevel.measure(bilevel.variants(iteration), iteration, repeats=0)
+    assert 0.2 < bilevel.ours(costs, 5) / bilevel.official(costs) <= 0.4
     for name in ("fast, weight net unchanged", "fast, weight net changed", "fast, decided on the device"):
         assert costs[name].memory <= 1.25 * costs["naive"].memory
     assert costs["K = 5, compiled loop"].memory <= 1.3 * costs["K = 2, compiled loop"].memory

@@ -11,7 +11,7 @@ import pytest
 from flax import linen as nn
 from small_net import SmallNet, double
 
-from experiments.benchmark import naive
+from experiments.benchmarks.bilevel import naive
 from ltkd_jax import bilevel, groups, losses, models, objectives
 from ltkd_jax.training import bilevel_steps, steps
 from ltkd_jax.training import state as states

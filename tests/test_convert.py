@@ -201,7 +201,7 @@ def _logits(name, variables, images, num_classes):
 @pytest.mark.parametrize("name", ["resnet8x4", "resnet32x4", "wrn_40_2"])
 def test_the_logits_are_those_of_pytorch(name):
     torch = pytest.importorskip("torch")
-    import torch_zoo
+    from experiments.benchmarks import torch_zoo
 
     model = torch_zoo.create(name, 100)
     images = torch.randn(4, 3, 32, 32)
@@ -217,7 +217,7 @@ def test_the_logits_are_those_of_pytorch(name):
 @pytest.mark.parametrize("wrap", ["plain", "model", "state_dict", "parallel"])
 def test_the_command_line_on_a_checkpoint(tmp_path, wrap):
     torch = pytest.importorskip("torch")
-    import torch_zoo
+    from experiments.benchmarks import torch_zoo
 
     model = torch_zoo.create("wrn_16_2", 10)
     state = model.state_dict()

@@ -63,11 +63,10 @@ def report(*, images: int, size: int, batch_size: int, batches: int, workers, re
         rounds = [measure(train, batch_size, batches, workers) for _ in range(repeats)]
     best = {name: max(found[name] for found in rounds) for name in rounds[0]}
     rows = [[name, f"{value:,.0f}", f"{value / best['plain loop']:.2f}"] for name, value in best.items()]
-    described = provenance.describe("float32", 1)
     return "\n".join(
         [
             f"{images} JPEGs of 500×375 pixels → {size}×{size}, batch {batch_size}",
             tables.as_text(tables.Table(["reading", "images/s", "/ plain loop"], rows)),
-            ", ".join(f"{key} {described[key]}" for key in ("device", "commit")),
+            provenance.short(),
         ]
     )

@@ -1,6 +1,7 @@
-"""The CIFAR ResNet and the WRN in PyTorch, with the zoo's names in their state dicts: a truth for the converter.
+"""The CIFAR ResNet and the WRN in PyTorch, with the zoo's names in their state dicts.
 
-Written from the papers' figures and those names alone, on purpose in another form than `ltkd_jax.models`.
+The benchmark's twin, and a truth for the converter. Written from the papers' figures and those names alone, on purpose
+in another form than `ltkd_jax.models`.
 """
 
 import torch
