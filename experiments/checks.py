@@ -42,6 +42,7 @@ OFF = {
     "data.image_size": 0,
     "data.subset": "exponential",
     "data.stream": False,
+    "method.num_groups": 0,
 }
 # How a training set is made of a data set; anything else is the path of a list.
 SUBSETS = ("exponential", "all")
@@ -50,6 +51,10 @@ _TEACHER_KEYS = ("data", "groups", "augment", "seed_split", "seed_teacher", "pre
 
 class ConfigError(ValueError):
     """A config that cannot be run; its message names the key, the value and the remedy."""
+
+
+class InUse(ConfigError):
+    """A work directory in which another process is at work."""
 
 
 def validate(config) -> None:
@@ -248,9 +253,10 @@ def _floats(tree, prefix=""):
 
 
 def _at(config, path):
-    for name in path.split("."):
+    *parents, leaf = path.split(".")
+    for name in parents:
         config = config[name]
-    return config
+    return config.get(leaf)  # not every method has every hyperparameter
 
 
 def identity(config) -> dict:

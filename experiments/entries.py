@@ -69,10 +69,9 @@ def load_config(reference: str):
 def resolve(entry: Entry, best: dict | None = None, data_dir: str = ""):
     """The config of an entry; `best` is the result whose hyperparameters it takes."""
     config = load_config(entry.config)
-    values = {**entry.set, "seed": entry.seed}
-    if best is not None:
-        chosen = best["config"]["method"]
-        values |= {f"method.{key}": chosen[key] for key in config.method if key != "name" and key in chosen}
+    chosen = best["config"]["method"] if best else {}
+    values = {f"method.{key}": chosen[key] for key in config.method if key != "name" and key in chosen}
+    values |= {**entry.set, "seed": entry.seed}  # what the entry says itself goes before
     if data_dir:
         values["data.dir"] = data_dir
     try:

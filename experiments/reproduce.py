@@ -19,9 +19,11 @@ import time
 
 import tqdm
 
-from experiments import build, checks, report, runs, setup, tables, train
+from experiments import build, checks, fleet, report, runs, setup, tables, train
 from experiments.entries import Entry, command, read_queue, resolve
 from ltkd_jax import files
+
+_WAIT = 5.0  # seconds between looks at what others do
 
 
 class Results:
@@ -86,11 +88,17 @@ class Reproduction:
         found = [self._results.find(config) for config in configs if config is not None]
         return [result for result in found if result is not None]
 
-    def carry_out(self, entry: Entry, config, deadline: float | None) -> None:
-        """Does one run, in its own work directory, and adds its result."""
+    def carry_out(self, entry: Entry, deadline: float | None) -> bool:
+        """Does one run, in its own work directory, and adds its result; false while its group is not done."""
+        config = self.config(entry)
+        if config is None:
+            return False
+        if self._results.find(config) is not None:  # another process did it meanwhile
+            return True
         workdir = self._folder / f"{pathlib.Path(runs.default_workdir(config)).name}-{checks.config_hash(config)}"
         found = runs.run(config, workdir, command=command(entry, config), deadline=deadline)
         self._results.add(config, found, entry.group)
+        return True
 
     def workdirs(self) -> list[pathlib.Path]:
         """Work directories of the finished runs, which hold their training curves too."""
@@ -98,28 +106,72 @@ class Reproduction:
 
 
 def reproduce(reproduction: Reproduction, deadline: float | None) -> int:
-    """Runs what is missing until the deadline; returns the number of runs that failed or could not be chosen."""
-    failed, missing = 0, reproduction.missing()
-    with tqdm.tqdm(missing, desc="queue", unit="run", dynamic_ncols=True, position=0) as bar:
-        for entry in bar:
-            bar.set_postfix_str(f"{entry.config.rpartition('/')[2]}, seed {entry.seed}")
-            if deadline is not None and time.monotonic() > deadline:
-                tqdm.tqdm.write("the time budget is used up; the same command goes on from here", file=sys.stderr)
-                return failed
-            config = reproduction.config(entry)
-            if config is None:
-                tqdm.tqdm.write(f"{entry.config} waits for all runs of group {entry.best_of!r}", file=sys.stderr)
-                failed += 1
-                continue
-            try:
-                reproduction.carry_out(entry, config, deadline)
-            except train.Stopped as stopped:
-                tqdm.tqdm.write(f"{stopped}; the same command goes on from here", file=sys.stderr)
-                return failed
-            except (checks.ConfigError, train.Diverged, OSError) as error:
-                tqdm.tqdm.write(f"error: {entry.config}, seed {entry.seed}: {error}", file=sys.stderr)
-                failed += 1
-    return failed
+    """Runs what is missing until the deadline; returns the number of runs that failed or could not be chosen.
+
+    Other processes may do the same with the same folders: what one has begun the others leave to it, and what it
+    leaves unfinished they take over.
+    """
+    failed, todo = [], reproduction.missing()
+    with tqdm.tqdm(total=len(todo), desc="queue", unit="run", dynamic_ncols=True, position=0) as bar:
+        while todo:
+            left, used = [], False
+            for entry in todo:
+                bar.set_postfix_str(f"{entry.config.rpartition('/')[2]}, seed {entry.seed}")
+                if deadline is not None and time.monotonic() > deadline:
+                    _tell("the time budget is used up; the same command goes on from here")
+                    return len(failed)
+                try:
+                    if not reproduction.carry_out(entry, deadline):
+                        left.append(entry)
+                        continue
+                except checks.InUse:
+                    left.append(entry)
+                    used = True
+                    continue
+                except train.Stopped as stopped:
+                    _tell(f"{stopped}; the same command goes on from here")
+                    return len(failed)
+                except (checks.ConfigError, train.Diverged, OSError) as error:
+                    _tell(f"error: {entry.config}, seed {entry.seed}: {error}")
+                    failed.append(entry)
+                bar.update()
+            if len(left) == len(todo):  # nothing could be done: wait for those of others, if there are any
+                if not used:
+                    for entry in left:
+                        _tell(f"{entry.config} waits for all runs of group {entry.best_of!r}")
+                    return len(failed) + len(left)
+                bar.set_postfix_str("waiting for runs of other processes")
+                time.sleep(_WAIT)
+            todo = left
+    return len(failed)
+
+
+def _tell(text):
+    tqdm.tqdm.write(text, file=sys.stderr)
+
+
+def _carry_out_all(reproduction, options, deadline, folder):
+    at_once = options.at_once
+    if at_once != 1 and reproduction.missing():
+        measured = fleet.ask(options.queue, options.data_dir)
+        if measured.slots > 1:
+            _tell(str(measured))
+        at_once = at_once or measured.at_once
+        if at_once > measured.slots:
+            raise checks.ConfigError(f"--at_once={at_once}: there are {measured.slots} devices")
+    if at_once <= 1:
+        return reproduce(reproduction, deadline)
+    same = [options.queue, f"--results={options.results}", f"--runs={folder}", f"--data_dir={options.data_dir}"]
+    same.append(f"--minutes={options.minutes}")
+    return fleet.run(same, measured, at_once, folder, lambda: len(reproduction.missing()))
+
+
+def _at_once(text):
+    if text == "auto":
+        return 0
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} must be auto, or a number of runs")
+    return int(text)
 
 
 def main(argv=None):
@@ -130,6 +182,9 @@ def main(argv=None):
     parser.add_argument("--runs", help="folder of work directories (default: runs/<queue's name>)")
     parser.add_argument("--data_dir", default="", help="TFDS directory, for every run")
     parser.add_argument("--minutes", type=float, default=0, help="stop, saved, after so many minutes (default: never)")
+    parser.add_argument("--at_once", type=_at_once, default=0, metavar="auto|N",
+                        help="runs at a time, each on a device of its own; auto measures whether that is faster than "
+                        "one at a time on all of them (default: auto)")  # fmt: skip
     parser.add_argument("--list", action="store_true", help="only say what is missing")
     options = parser.parse_args(argv)
     deadline = time.monotonic() + 60 * options.minutes if options.minutes else None
@@ -141,7 +196,7 @@ def main(argv=None):
             for entry in reproduction.missing():
                 print(f"{entry.config} seed={entry.seed} {json.dumps(entry.set)}")
             return
-        failed = reproduce(reproduction, deadline)
+        failed = _carry_out_all(reproduction, options, deadline, folder)
     except checks.ConfigError as error:
         sys.exit(f"error: {error}")
     if reproduction.done():

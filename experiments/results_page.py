@@ -11,9 +11,9 @@ NOT_RUN = tables.Cell("not run yet", quiet=True)
 
 def render_results(runs, published, planned=()):
     """Renders results/README.md: published numbers beside ours, the search, and all else that was run."""
-    searched = [run for run in runs if run.get("group") == "search"]
-    tabled = [entry for entry in planned if entry.get("group") != "search"]
-    settings = tables.gather([run for run in runs if run.get("group") != "search"])
+    searched = [run for run in runs if _is_search(run)]
+    tabled = [entry for entry in planned if not _is_search(entry)]
+    settings = tables.gather([run for run in runs if not _is_search(run)])
     wanted = {_cell(entry)[:4]: None for entry in published["settings"]}
     wanted |= {_cell(entry)[:4]: None for entry in tabled}
     wanted |= {_cell(vars(setting))[:4]: None for setting in settings}
@@ -24,10 +24,15 @@ def render_results(runs, published, planned=()):
         here = [entry for entry in tabled if _cell(entry)[:4] == pair]
         names = {e["epochs"]: {other["method"] for other in here if other["epochs"] == e["epochs"]} for e in here}
         parts += _pair_section(pair, ours, theirs, names)
-    parts += _search_section(searched, [entry for entry in planned if entry.get("group") == "search"])
+    parts += _search_section(searched, [entry for entry in planned if _is_search(entry)])
     parts += _bias(settings, published["group_mass"])
     parts += _anchors(published)
     return "\n\n".join(parts) + "\n"
+
+
+def _is_search(entry):
+    """Whether a run, done or planned, is one of those among which validation chooses: its group is search…."""
+    return (entry.get("group") or "").startswith("search")
 
 
 def _cell(entry):
@@ -135,7 +140,7 @@ def _below_table(setting):
 
 
 def _search_section(runs, planned):
-    rows, done = [], [tables.flatten(run["config"]) for run in runs]
+    rows, edges, done = [], {}, [tables.flatten(run["config"]) for run in runs]
     shown = ["all", *(f"groups.{name}" for name in ("head", "medium", "tail"))]
     for setting in tables.gather(runs):
         for method in setting.methods:
@@ -144,6 +149,8 @@ def _search_section(runs, planned):
             cells = [tables.number(method.values(column, "validation").values()) for column in shown]
             told = [str(len(method.runs)), f"{setting.epochs:g}", "chosen" if method is best else ""]
             rows.append([setting.title, method.label, *cells, *told])
+            if method is best:
+                edges[f"{setting.title}, {method.label}"] = _edges(best, rivals)
     for entry in planned:
         if not any(_is_planned(entry, config) for config in done):
             data, imbalance, teacher, student, method = _cell(entry)
@@ -157,7 +164,25 @@ def _search_section(runs, planned):
         return []
     header = ["setting", "method", "all", "head", "medium", "tail", "n", "epochs", ""]
     about = "Balanced accuracy on validation images taken from the training set; the test set chose nothing."
-    return ["## The search", about, tables.as_markdown(tables.Table(header, rows, left=2))]
+    widen = [f"- {name}: {'; '.join(found)}" for name, found in edges.items() if found]
+    widen = ["The best value lies on the edge of what was tried, which is to be widened:\n\n" + "\n".join(widen)] * any(
+        widen
+    )
+    return ["## The search", about, tables.as_markdown(tables.Table(header, rows, left=2)), *widen]
+
+
+def _edges(best, rivals):
+    """Hyperparameters of the best of which only smaller, or only larger, values were tried."""
+
+    def settings(method):
+        return next(iter(method.runs.values()))["config"]["method"]
+
+    found, tried = [], [settings(rival) for rival in rivals]
+    for key, value in settings(best).items():
+        values = sorted({other[key] for other in tried if isinstance(other.get(key), (int, float))})
+        if len(values) > 1 and value and value in (values[0], values[-1]):  # below 0 there is nothing
+            found.append(f"{key} = {value:g} of {', '.join(f'{v:g}' for v in values)}")
+    return found
 
 
 def _is_planned(entry, config):

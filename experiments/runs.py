@@ -37,7 +37,8 @@ def run(config, workdir, *, command: str, deadline: float | None = None) -> dict
       deadline: of `time.monotonic()`, at which to save and stop.
 
     Raises:
-      checks.ConfigError: bad config or data, or a work directory that is in use or holds another config.
+      checks.ConfigError: bad config or data, or a work directory that is in use (`checks.InUse`) or holds another
+        config.
       Stopped, Diverged: as `fit`.
     """
     hosts.each(lambda: (checks.validate(config), checks.validate_devices(config)))
@@ -62,7 +63,7 @@ def _claim(held, workdir, config):
     try:
         held.enter_context(files.lock(workdir / ".lock"))
     except BlockingIOError:
-        raise checks.ConfigError(f"{workdir} is in use by another run: wait for it, or give --workdir") from None
+        raise checks.InUse(f"{workdir} is in use by another run: wait for it, or give --workdir") from None
     path, mine = workdir / "config.json", checks.identity(config)
     # A run that failed before its first step has claimed nothing.
     if any((workdir / name).exists() for name in ("results.json", "checkpoints")):

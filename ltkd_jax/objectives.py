@@ -94,6 +94,13 @@ class Objective:
         return jnp.stack([jnp.asarray(term.weight * (warm if term.distils else 1.0)) for term in self.terms])
 
 
+def _equal_groups(counts, num_groups):
+    """Groups by rank, of equally many classes as far as that goes."""
+    if num_groups != int(num_groups) or num_groups < 0:
+        raise ValueError(f"num_groups={num_groups} must be a whole number; 0 takes the groups as they are given")
+    return ClassGroups.from_counts(counts, fractions=(1 / num_groups,) * int(num_groups))
+
+
 class ClassInfo(NamedTuple):
     """What a method may know of the training set."""
 
@@ -121,14 +128,16 @@ def _balanced_softmax(info, weight=1.0):
     return _hard("balanced_softmax", lambda z, y: losses.balanced_softmax(z, y, info.counts), weight)
 
 
-def _ltkd_terms(info, alpha, beta, temperature):
+def _ltkd_terms(info, alpha, beta, temperature, num_groups):
+    groups = _equal_groups(info.counts, num_groups) if num_groups else info.groups
+
     def inter(p):
         return losses.rebalanced_inter_group(
-            p.student_logits, p.teacher_logits, info.groups, temperature=temperature, axis_name=p.axis_name
+            p.student_logits, p.teacher_logits, groups, temperature=temperature, axis_name=p.axis_name
         )
 
     def intra(z, teacher):
-        return losses.uniform_intra_group(z, teacher, info.groups, temperature=temperature)
+        return losses.uniform_intra_group(z, teacher, groups, temperature=temperature)
 
     return (Term("inter", inter, alpha, distils=True), _soft("intra", intra, beta))
 
@@ -208,15 +217,15 @@ def reviewkd(info, *, feature_weight=5.0):
 
 
 @_method
-def ltkd(info, *, alpha=1.0, beta=1.0, temperature=4.0):
-    """LTKD: CE + α rebalanced inter-group + β uniform intra-group."""
-    return (_hard("ce", losses.cross_entropy), *_ltkd_terms(info, alpha, beta, temperature))
+def ltkd(info, *, alpha=1.0, beta=1.0, temperature=4.0, num_groups=0):
+    """LTKD: CE + α rebalanced inter-group + β uniform intra-group. Other than three groups are this library's."""
+    return (_hard("ce", losses.cross_entropy), *_ltkd_terms(info, alpha, beta, temperature, num_groups))
 
 
 @_method
-def ltkd_bs(info, *, alpha=1.0, beta=1.0, temperature=4.0):
+def ltkd_bs(info, *, alpha=1.0, beta=1.0, temperature=4.0, num_groups=0):
     """LTKD's two terms beside balanced softmax in place of cross-entropy; neither paper has it."""
-    return (_balanced_softmax(info), *_ltkd_terms(info, alpha, beta, temperature))
+    return (_balanced_softmax(info), *_ltkd_terms(info, alpha, beta, temperature, num_groups))
 
 
 # Hyperparameters that are a term's static weight and nothing else: weights that are learned replace them.

@@ -91,7 +91,7 @@ def test_the_steps_benchmark_runs(capsys):
     printed = capsys.readouterr().out
     assert "ltkd" in printed and "bikd" in printed and "TFLOP/s" in printed
     models = (("teacher", "resnet14"), ("student", "resnet8"))
-    table, network = (train.Running(train.Case("ltkd", kind), models).flops() for kind in ("table", "network"))
+    table, network = (train.start(train.Case("ltkd", kind), models).flops() for kind in ("table", "network"))
     student, teacher = 2 * 12.4e6 * 64, 2 * 26.7e6 * 64  # multiply-adds of an image, twice, times the batch
     assert 2.5 < table / student < 3.5 and 0.9 < (network - table) / teacher < 1.2
 

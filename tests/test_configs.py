@@ -40,7 +40,7 @@ def test_every_config_takes_learned_weights(name, terms):
     assert (config.method.name, config.weighting.name, config.seed) == (terms, "bilevel", 3)
     assert (config.weighting.lookahead, config.weighting.every) == (2, 4)
     # Nothing is there that the run would not use.
-    assert set(config.method) == {"name", "temperature"}
+    assert set(config.method) == {"name", "temperature", *({"num_groups"} if terms == "ltkd" else ())}
     checks.validate(config_of(name, named(name, f"bikd,terms={terms},smoke")))
 
 

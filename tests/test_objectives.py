@@ -55,6 +55,18 @@ def published(p):
     }
 
 
+def test_more_groups_than_three():
+    p = predictions()
+    two = groups.ClassGroups.from_counts(COUNTS, fractions=(0.5, 0.5))
+    expected = losses.cross_entropy(p.student_logits, p.labels) + losses.ltkd(p.student_logits, p.teacher_logits, two)
+    np.testing.assert_allclose(total(p, "ltkd", num_groups=2), expected, rtol=1e-5)
+    each = total(p, "ltkd", num_groups=len(COUNTS), beta=0.0)  # a group a class: all of it is between groups
+    np.testing.assert_allclose(total(p, "ltkd", num_groups=len(COUNTS), beta=9.0), each, rtol=1e-5)
+    for bad, message in ((-1, "whole number"), (2.5, "whole number"), (8, "8 groups for 7 classes")):
+        with pytest.raises(ValueError, match=message):
+            objectives.create("ltkd", COUNTS, GROUPS, num_groups=bad)
+
+
 def test_hyperparameters_reach_the_terms():
     z, t, y, *_ = predictions()
     expected = losses.cross_entropy(z, y) + losses.ltkd(z, t, GROUPS, alpha=2.0, beta=0.5, temperature=1.5)

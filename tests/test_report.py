@@ -464,13 +464,17 @@ def test_search_names_the_chosen_by_validation_accuracy(tmp_path):
     path = tmp_path / "queue.json"
     path.write_text(json.dumps(queue))
     text = results_page.render_results(runs, published(), results_page.planned_cells(path))
-    lines = [line for line in text.split("## The search")[1].splitlines() if "ltkd (alpha" in line]
+    lines = [line for line in text.split("## The search")[1].splitlines() if line.startswith("|") and "ltkd (" in line]
     assert [("alpha=4" in line, "chosen" in line, "not run yet" in line) for line in lines] == [
         (False, False, False),
         (True, True, False),
         (False, False, True),
     ]
     assert "44.00" in lines[1] and "not run yet" in row_of(text, "| ltkd |")  # a search is no entry of the table
+    assert "to be widened" in text and "alpha = 4 of 1, 4" in text
+    runs[1]["validation"]["all"] = 30.0
+    text = results_page.render_results(runs, published(), results_page.planned_cells(path))
+    assert "alpha = 1 of 1, 4" in text
 
 
 def test_command_writes_a_page(tmp_path, capsys):

@@ -1,11 +1,14 @@
 """Queues: each run once, the best of a search chosen by validation."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 from small import ROOT, TINY
 
-from experiments import checks, entries, reproduce
+from experiments import checks, entries, fleet, reproduce
 
 
 def queue_file(tmp_path, *runs):
@@ -17,7 +20,8 @@ def queue_file(tmp_path, *runs):
 
 def reproduce_all(queue, tmp_path, *options):
     with pytest.raises(SystemExit) as caught:
-        reproduce.main([queue, f"--results={tmp_path / 'results'}", f"--runs={tmp_path / 'runs'}", *options])
+        folders = [f"--results={tmp_path / 'results'}", f"--runs={tmp_path / 'runs'}"]
+        reproduce.main([queue, *folders, "--at_once=1", *options])
     return caught.value.code
 
 
@@ -55,14 +59,95 @@ def test_a_changed_default_is_a_run_to_do(tmp_path, capsys):
     assert "digits_lt" in capsys.readouterr().out.splitlines()[-1]
 
 
+def test_what_another_process_does_is_left_to_it_and_taken_over(tmp_path, capsys, monkeypatch):
+    """The first run is in use at first, and then done by the other process; the second is given up by it."""
+    done, tries, carry_out = [], [], reproduce.Reproduction.carry_out
+
+    def run(config, workdir, **_):
+        tries.append(config.seed)
+        if tries.count(config.seed) == 1:
+            raise checks.InUse("in use")
+        done.append(config.seed)
+        return {"config_hash": checks.config_hash(config), "timing": None}
+
+    def others(self, entry, deadline):
+        if entry.seed == 0 and len(tries) > 2:
+            self._results.add(self.config(entry), {"by": "another"}, None)
+        return carry_out(self, entry, deadline)
+
+    monkeypatch.setattr(reproduce.runs, "run", run)
+    monkeypatch.setattr(reproduce.Reproduction, "carry_out", others)
+    monkeypatch.setattr(reproduce, "_WAIT", 0.0)
+    queue = entries.read_queue(queue_file(tmp_path, {"config": "configs/digits_lt.py:ce", "seeds": [0, 1, 2]}))
+    results = reproduce.Results(tmp_path / "results")
+    assert reproduce.reproduce(reproduce.Reproduction(queue, results, tmp_path / "runs"), None) == 0
+    assert tries == [0, 1, 2, 1, 2] and done == [1, 2]
+    assert results.find(entries.resolve(queue[0])) == {"by": "another", "group": None}
+
+
+def test_what_waits_for_a_group_that_failed_is_told(tmp_path, capsys, monkeypatch):
+    def run(config, workdir, **_):
+        raise checks.ConfigError("no such thing")
+
+    monkeypatch.setattr(reproduce.runs, "run", run)
+    config = "configs/digits_lt.py:ltkd"
+    queue = queue_file(tmp_path, {"config": config, "group": "search"}, {"config": config, "best_of": "search"})
+    assert reproduce_all(queue, tmp_path) == 1
+    told = capsys.readouterr().err
+    assert "no such thing" in told and "waits for all runs of group 'search'" in told
+
+
+def test_what_a_run_says_itself_goes_before_what_was_chosen(tmp_path):
+    entry = entries.Entry("configs/digits_lt.py:ltkd", {"method.beta": 0.0}, 0, None, "search")
+    config = entries.resolve(entry, {"config": {"method": {"name": "ltkd", "alpha": 4.0, "beta": 2.0}}})
+    assert (config.method.alpha, config.method.beta) == (4.0, 0.0)
+
+
+def test_how_many_runs_at_a_time():
+    measured = fleet.Measured
+    assert measured("gpu", 1).at_once == 1
+    assert measured("gpu", 8, together=1.0, alone=2.0).at_once == 8  # 0.25 s a step of each against 1
+    assert measured("gpu", 8, together=1.0, alone=9.0).at_once == 1
+    assert measured("gpu", 8, together=None, alone=9.0).at_once == 8
+
+
+def test_a_process_sees_one_device():
+    assert fleet.seeing(1, "gpu", {"A": "b"}) == {"A": "b", "CUDA_VISIBLE_DEVICES": "1"}
+    assert fleet.seeing(1, "gpu", {"CUDA_VISIBLE_DEVICES": "4,6"})["CUDA_VISIBLE_DEVICES"] == "6"
+    seen = [fleet.seeing(slot, "tpu", {}) for slot in range(4)]
+    assert len({tuple(sorted(environment.items())) for environment in seen}) == 4
+    assert len({environment["TPU_MESH_CONTROLLER_PORT"] for environment in seen}) == 4
+
+
+@pytest.mark.slow
+def test_two_devices_share_a_queue(tmp_path):
+    """By the command line: each run once, by two processes, and the same command again does nothing."""
+    queue = queue_file(tmp_path, {"config": "configs/digits_lt.py:ltkd", "seeds": [0, 1, 2, 3]})
+    command = [sys.executable, "-m", "experiments.reproduce", queue, f"--results={tmp_path / 'results'}"]
+    command += [f"--runs={tmp_path / 'runs'}", "--at_once=2"]
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "2"}
+    first = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert first.returncode == 0, first.stderr
+    assert "2 devices take" in first.stderr and "ltkd" in first.stdout
+    found = {path: path.stat().st_mtime_ns for path in (tmp_path / "results").glob("*.json")}
+    assert len(found) == 4
+    logs = [path.read_text() for path in sorted((tmp_path / "runs").glob("device-*.log"))]
+    assert len(logs) == 2 and all("ltkd s" in log for log in logs)
+    assert len(list((tmp_path / "teachers").glob("*/results.json"))) == 1
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert again.returncode == 0
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "results").glob("*.json")} == found
+
+
 def test_the_queues_of_the_project_are_readable():
     for path in sorted((ROOT / "experiments" / "queues").glob("*.json")):
         found = entries.read_queue(path)
         hashes = [checks.config_hash(entries.resolve(e)) for e in found if not e.best_of]
         assert len(set(hashes)) == len(hashes), path
-    search = [e for e in entries.read_queue(ROOT / "experiments/queues/gpu.json") if e.group == "search"]
-    assert 0 < len(search) <= 12
-    assert len({checks.teacher_hash(entries.resolve(e)) for e in search}) == 1
+    for group in ("search", "search of the best row"):
+        search = [e for e in entries.read_queue(ROOT / "experiments/queues/gpu.json") if e.group == group]
+        assert 0 < len(search) <= 12
+        assert len({checks.teacher_hash(entries.resolve(e)) for e in search}) == 1
 
 
 @pytest.mark.parametrize(

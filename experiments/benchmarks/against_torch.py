@@ -23,7 +23,7 @@ def _twins_seconds(step, steps):
 def measure(method, precision, models, *, repeats: int, steps: int) -> dict[str, float]:
     """Seconds of a step, with the table, with the teacher's network, and of the twin."""
     ours = {
-        kind: train.Running(train.Case(method, kind, precision), tuple(models.items())) for kind in ("table", "network")
+        kind: train.start(train.Case(method, kind, precision), tuple(models.items())) for kind in ("table", "network")
     }
     batch_size = ours["table"].program.recipe.batch_size
     twin = torch_twin.Step(method, **models, batch_size=batch_size, precision=precision)

@@ -28,6 +28,55 @@ def waiting(fn, *args) -> Callable[[], object]:
     return lambda: jax.block_until_ready(fn(*args))
 
 
+class Running:
+    """A program in the middle of its training, after a first call.
+
+    Args:
+      program: a `build.Program`.
+      teacher: what its `TeacherFn` reads.
+    """
+
+    def __init__(self, program, teacher=None):
+        self.program = program
+        self._data = program.train_data(teacher)
+        self._state = program.parallel.replicate(program.init(0))
+        self._chunks, self._step = program.chunks(0, 0), 0
+        self.advance()
+
+    def advance(self) -> int:
+        """One call of the compiled chunk, until it is done; returns its steps."""
+        count, self._rows = next(self._chunks)
+        self._state = self.program.chunk(self._step, self._state, self._data, self._rows)
+        jax.block_until_ready(self._state.step)
+        self._step += count
+        return count
+
+    def seconds(self, steps: int) -> float:
+        """Seconds a step, over at least so many."""
+        start, done = time.perf_counter(), 0
+        while done < steps:
+            done += self.advance()
+        return (time.perf_counter() - start) / done
+
+    def best(self, *, steps: int, repeats: int) -> float:
+        """The least of the repeats of `seconds`, after one that warms up."""
+        return min([self.seconds(steps) for _ in range(repeats + 1)][1:])
+
+    def flops(self) -> float:
+        """FLOPs a step: a loop's body is counted once."""
+        every = self.program.weighting.every if self.program.weighting and self.program.steps_per_call == 1 else 1
+        return sum(self._lower(step).cost_analysis()["flops"] for step in range(every)) / every
+
+    def memory(self) -> int:
+        """Bytes of a compiled call: arguments, temporaries and result."""
+        found = self._lower(0).compile().memory_analysis()
+        arguments = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+        return arguments + found.temp_size_in_bytes
+
+    def _lower(self, step):
+        return self.program.lower(step, self._state, self._data, self._rows)
+
+
 def matmul_rate(precision: str, repeats: int = 5) -> float:
     """FLOPs per second of a large matrix product in a run's precision: what this device gives at best."""
     size = 1024 if jax.default_backend() == "cpu" else 8192

@@ -74,57 +74,21 @@ def noise(of) -> Dataset:
     return Dataset(source, train, meta, test.take(np.arange(0)), test, counts, by_rank, groups.shots(counts))
 
 
-class Running:
+def start(case: Case, models=()) -> timing.Running:
     """A case in the middle of its training."""
+    of = config(case, models)
+    data = noise(of)
+    program = build.program(of, data, role="student", teacher_kind=case.teacher)
+    return timing.Running(program, _teacher(of, data, case.teacher))
 
-    def __init__(self, case: Case, models=()):
-        of = config(case, models)
-        data = noise(of)
-        self.program = build.program(of, data, role="student", teacher_kind=case.teacher)
-        teacher = self._teacher(of, data, case.teacher)
-        self._data = self.program.train_data(teacher)
-        self._state = self.program.parallel.replicate(self.program.init(0))
-        self._chunks, self._step = self.program.chunks(0, 0), 0
-        self.advance()
 
-    @staticmethod
-    def _teacher(of, data, kind):
-        if kind == "table":
-            return np.zeros((len(data.train), data.source.views.num, data.num_classes), np.float32)
-        if kind == "network":
-            model = build.teacher_model(of, data)
-            init = jax.jit(functools.partial(model.init, train=False))
-            return init(jax.random.key(0), np.zeros((1, *_SHAPE), np.float32))
-        return None
-
-    def advance(self) -> int:
-        """One call of the compiled chunk, until it is done; returns its steps."""
-        count, self._rows = next(self._chunks)
-        self._state = self.program.chunk(self._step, self._state, self._data, self._rows)
-        jax.block_until_ready(self._state.step)
-        self._step += count
-        return count
-
-    def seconds(self, steps: int) -> float:
-        """Seconds a step, over at least so many."""
-        start, done = time.perf_counter(), 0
-        while done < steps:
-            done += self.advance()
-        return (time.perf_counter() - start) / done
-
-    def flops(self) -> float:
-        """FLOPs a step: a loop's body is counted once."""
-        every = self.program.weighting.every if self.program.weighting and self.program.steps_per_call == 1 else 1
-        return float(np.mean([self._lower(step).cost_analysis()["flops"] for step in range(every)]))
-
-    def memory(self) -> int:
-        """Bytes of a compiled call."""
-        found = self._lower(0).compile().memory_analysis()
-        arguments = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
-        return arguments + found.temp_size_in_bytes
-
-    def _lower(self, step):
-        return self.program.lower(step, self._state, self._data, self._rows)
+def _teacher(of, data, kind):
+    if kind == "table":
+        return np.zeros((len(data.train), data.source.views.num, data.num_classes), np.float32)
+    if kind == "network":
+        init = jax.jit(functools.partial(build.teacher_model(of, data).init, train=False))
+        return init(jax.random.key(0), np.zeros((1, *_SHAPE), np.float32))
+    return None
 
 
 def first_step(case: Case, models) -> tuple[float, float]:
@@ -146,7 +110,7 @@ def _compile_into(folder):
 def _seconds_to_first_step(case, models):
     jax.clear_caches()
     start = time.perf_counter()
-    Running(case, models)
+    start(case, models)
     return time.perf_counter() - start
 
 
@@ -165,7 +129,7 @@ class Measured:
 def measure(wanted: list[Case], models, *, repeats: int, steps: int) -> dict[Case, Measured]:
     """All cases, interleaved."""
     first = {case: first_step(case, models) for case in wanted}
-    running = {case: Running(case, models) for case in wanted}
+    running = {case: start(case, models) for case in wanted}
     rounds = [{case: run.seconds(steps) for case, run in running.items()} for _ in range(repeats + 1)]
     return {
         case: Measured(
