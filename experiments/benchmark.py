@@ -52,7 +52,12 @@ def _steps_options(parser, methods):
         parser.add_argument(f"--{name}", default=default, help=f"default: {default}")
     parser.add_argument("--methods", type=_listed(methods), default=list(methods), help=", ".join(methods))
     parser.add_argument("--precisions", type=_listed(_PRECISIONS), default=["float32"], help=", ".join(_PRECISIONS))
-    parser.add_argument("--steps", type=_at_least(1), default=3, help="that are timed together, at least; default: 3")
+    parser.add_argument(
+        "--steps",
+        type=_at_least(1),
+        default=3,
+        help="that are timed together, at least; default: 3; bikd takes multiples of its k",
+    )
     parser.add_argument("--repeats", type=_at_least(1), default=3, help="rounds, of which the best counts; default: 3")
 
 

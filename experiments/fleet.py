@@ -59,12 +59,12 @@ class Measured:
         )
 
 
-def measure(config) -> Measured:
-    """Times the student of a config by cross-entropy alone, which is most of any method's step."""
+def measure(config, timed: bool = True) -> Measured:
+    """Counts the devices, and times the student of a config by cross-entropy alone, most of any method's step."""
     devices = jax.devices()
     slots = len({getattr(device, "coords", None) or device.id for device in devices})
-    if slots == 1:
-        return Measured(devices[0].platform, 1)
+    if slots == 1 or not timed:
+        return Measured(devices[0].platform, slots)
     together = _seconds(config, len(devices)) if config.train.batch_size % len(devices) == 0 else None
     return Measured(devices[0].platform, slots, together, _seconds(config, 1))
 
@@ -77,13 +77,14 @@ def _seconds(config, devices):
     return timing.Running(program).best(steps=10, repeats=2)
 
 
-def ask(queue: str, data_dir: str) -> Measured:
+def ask(queue: str, data_dir: str, timed: bool) -> Measured:
     """`measure` of a queue's first run, in a process that leaves the devices when it ends.
 
     Raises:
       checks.ConfigError: what that process said, where it failed.
     """
     command = [sys.executable, "-m", "experiments.fleet", queue, f"--data_dir={data_dir}"]
+    command += [] if timed else ["--count"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise checks.ConfigError("\n".join(done.stderr.strip().splitlines()[-3:]).removeprefix("error: "))
@@ -162,11 +163,13 @@ def main(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("queue", help="a queue file")
     parser.add_argument("--data_dir", default="", help="TFDS directory")
+    parser.add_argument("--count", action="store_true", help="only count the devices")
     options = parser.parse_args(argv)
     setup.once()
     try:
         first = next(entry for entry in read_queue(options.queue) if not entry.best_of)
-        print(json.dumps(dataclasses.asdict(measure(resolve(first, data_dir=options.data_dir)))))
+        config = resolve(first, data_dir=options.data_dir)
+        print(json.dumps(dataclasses.asdict(measure(config, timed=not options.count))))
     except (checks.ConfigError, ValueError) as error:
         sys.exit(f"error: {error}")
 

@@ -151,15 +151,15 @@ def _tell(text):
 
 
 def _carry_out_all(reproduction, options, deadline, folder):
-    at_once = options.at_once
-    if at_once != 1 and reproduction.missing():
-        measured = fleet.ask(options.queue, options.data_dir)
-        if measured.slots > 1:
-            _tell(str(measured))
-        at_once = at_once or measured.at_once
-        if at_once > measured.slots:
-            raise checks.ConfigError(f"--at_once={at_once}: there are {measured.slots} devices")
-    if at_once <= 1:
+    if options.at_once == 1 or not reproduction.missing():
+        return reproduce(reproduction, deadline)
+    measured = fleet.ask(options.queue, options.data_dir, timed=not options.at_once)
+    if measured.alone is not None:
+        _tell(str(measured))
+    at_once = options.at_once or measured.at_once
+    if at_once > measured.slots:
+        raise checks.ConfigError(f"--at_once={at_once}: there are {measured.slots} devices for a run each")
+    if at_once == 1:
         return reproduce(reproduction, deadline)
     same = [options.queue, f"--results={options.results}", f"--runs={folder}", f"--data_dir={options.data_dir}"]
     same.append(f"--minutes={options.minutes}")

@@ -27,7 +27,8 @@ def measure(method, precision, models, *, repeats: int, steps: int) -> dict[str,
     }
     batch_size = ours["table"].program.recipe.batch_size
     twin = torch_twin.Step(method, **models, batch_size=batch_size, precision=precision)
-    rounds = []
+    rounds, period = [], max(running.period for running in ours.values())
+    steps = -(-steps // period) * period  # as many of the twin's as of ours
     for _ in range(repeats + 1):
         found = {kind: running.seconds(steps) for kind, running in ours.items()}
         rounds.append(found | {"twin": _twins_seconds(twin, steps)})

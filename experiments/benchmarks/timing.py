@@ -40,21 +40,31 @@ class Running:
         self.program = program
         self._data = program.train_data(teacher)
         self._state = program.parallel.replicate(program.init(0))
-        self._chunks, self._step = program.chunks(0, 0), 0
+        self._chunks, self._step = iter(()), 0
         self.advance()
 
     def advance(self) -> int:
-        """One call of the compiled chunk, until it is done; returns its steps."""
-        count, self._rows = next(self._chunks)
+        """One call of the compiled chunk, until it is done; returns its steps. After the last step comes the first."""
+        found = next(self._chunks, None)
+        if found is None:
+            self._chunks, self._step = self.program.chunks(0, 0), 0
+            found = next(self._chunks)
+        count, self._rows = found
         self._state = self.program.chunk(self._step, self._state, self._data, self._rows)
         jax.block_until_ready(self._state.step)
         self._step += count
         return count
 
+    @property
+    def period(self) -> int:
+        """Steps after which their costs repeat: where the weight net changes in one of k calls, k."""
+        learns = self.program.weighting is not None and self.program.steps_per_call == 1
+        return self.program.weighting.every if learns else 1
+
     def seconds(self, steps: int) -> float:
-        """Seconds a step, over at least so many."""
+        """Seconds a step, over at least so many, in whole periods."""
         start, done = time.perf_counter(), 0
-        while done < steps:
+        while done < steps or done % self.period:
             done += self.advance()
         return (time.perf_counter() - start) / done
 
@@ -64,8 +74,7 @@ class Running:
 
     def flops(self) -> float:
         """FLOPs a step: a loop's body is counted once."""
-        every = self.program.weighting.every if self.program.weighting and self.program.steps_per_call == 1 else 1
-        return sum(self._lower(step).cost_analysis()["flops"] for step in range(every)) / every
+        return sum(self._lower(step).cost_analysis()["flops"] for step in range(self.period)) / self.period
 
     def memory(self) -> int:
         """Bytes of a compiled call: arguments, temporaries and result."""
