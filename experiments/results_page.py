@@ -89,8 +89,22 @@ def _pair_section(pair, ours, theirs, planned):
         published = theirs.get("methods", {}) if i == 0 else {}
         parts += [f"{epochs:g} epochs:"] if setting is None and len(shown) > 1 else []
         parts.append(tables.as_markdown(_side_by_side(setting, published, missing.pop(epochs, set()))))
-        parts += _below_table(setting) if setting else []
+        parts += [*_distances(setting, published), *_below_table(setting)] if setting else []
     return parts
+
+
+def _distances(setting, published):
+    """How far each method is from what was published of it: the mean over seeds less the published number."""
+    found = []
+    for method in setting.methods:
+        theirs = published.get(method.name, {})
+        told = [
+            f"{name} {method.mean(column) - theirs[name][0]:+.2f}".replace("-", "−")
+            for name, column in (("all", "all"), ("tail", "groups.tail"))
+            if theirs.get(name) and method.values(column)
+        ]
+        found += [f"{method.label}: {', '.join(told)}"] if told else []
+    return [f"Ours less the published, in points: {'; '.join(found)}."] if found else []
 
 
 def _side_by_side(setting, theirs, missing):

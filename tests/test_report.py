@@ -432,6 +432,9 @@ def test_results_page_puts_published_beside_ours(tmp_path):
     ours = tables.number(setting.methods[0].values("all").values())
     assert row_of(text, "| ltkd |").startswith(f"| ltkd | 51.08 [S] | 27.21 [S] | {ours.text} {ours.note} |")
     assert row_of(text, "| teacher |").startswith("| teacher | ? | 15.28 [S] |")
+    all_, tail = (setting.methods[0].mean(column) for column in ("all", "groups.tail"))
+    less = f"ltkd: all {all_ - 51.08:+.2f}, tail {tail - 27.21:+.2f}.".replace("-", "−")
+    assert row_of(text, "Ours less the published") == f"Ours less the published, in points: {less}"
     assert row_of(text, "| ltkd_bs |").startswith("| ltkd_bs | ? | ? | not run yet | not run yet |")
     assert "not run yet" in row_of(text, "| dkd |")
     assert "reconstructed from descriptions" in text and "**[S]** second-hand" in text
