@@ -11,9 +11,8 @@ NOT_RUN = tables.Cell("not run yet", quiet=True)
 
 def render_results(runs, published, planned=()):
     """Renders results/README.md: published numbers beside ours, the search, and all else that was run."""
-    searched = [run for run in runs if _is_search(run)]
-    tabled = [entry for entry in planned if not _is_search(entry)]
-    settings = tables.gather([run for run in runs if not _is_search(run)])
+    tabled = _of("table", planned)
+    settings = tables.gather(_of("table", runs))
     wanted = {_cell(entry)[:4]: None for entry in published["settings"]}
     wanted |= {_cell(entry)[:4]: None for entry in tabled}
     wanted |= {_cell(vars(setting))[:4]: None for setting in settings}
@@ -24,15 +23,21 @@ def render_results(runs, published, planned=()):
         here = [entry for entry in tabled if _cell(entry)[:4] == pair]
         names = {e["epochs"]: {other["method"] for other in here if other["epochs"] == e["epochs"]} for e in here}
         parts += _pair_section(pair, ours, theirs, names)
-    parts += _search_section(searched, [entry for entry in planned if _is_search(entry)])
+    parts += _search_section(_of("search", runs), _of("search", planned))
+    parts += _ablation_section(_of("ablation", runs), _of("ablation", planned))
     parts += _bias(settings, published["group_mass"])
     parts += _anchors(published)
     return "\n\n".join(parts) + "\n"
 
 
-def _is_search(entry):
-    """Whether a run, done or planned, is one of those among which validation chooses: its group is search…."""
-    return (entry.get("group") or "").startswith("search")
+def _of(kind, entries):
+    """Runs, done or planned, whose group begins with "search" or "ablation"; all others make the tables."""
+
+    def kind_of(entry):
+        group = entry.get("group") or ""
+        return next((known for known in ("search", "ablation") if group.startswith(known)), "table")
+
+    return [entry for entry in entries if kind_of(entry) == kind]
 
 
 def _cell(entry):
@@ -154,35 +159,53 @@ def _below_table(setting):
 
 
 def _search_section(runs, planned):
-    rows, edges, done = [], {}, [tables.flatten(run["config"]) for run in runs]
+    if not (runs or planned):
+        return []
+    chosen, edges = [], {}
+    for setting in tables.gather(runs):
+        for name in dict.fromkeys(method.name for method in setting.methods):
+            rivals = [m for m in setting.methods if m.name == name and m.values("all", "validation")]
+            if rivals:
+                best = max(rivals, key=lambda rival: rival.mean("all", "validation"))
+                chosen.append((setting.title, best.label))
+                edges[f"{setting.title}, {best.label}"] = _edges(best, rivals)
+    header, rows = _variants(runs, planned, "validation")
+    rows = [[*row, "chosen" if tuple(row[:2]) in chosen else ""] for row in rows]
+    about = "Balanced accuracy on validation images taken from the training set; the test set chose nothing."
+    parts = ["## The search", about, tables.as_markdown(tables.Table([*header, ""], rows, left=2))]
+    widen = [f"- {name}: {'; '.join(found)}" for name, found in edges.items() if found]
+    if widen:
+        told = "The best value lies on the edge of what was tried, which is to be widened:"
+        parts += [f"{told}\n\n{chr(10).join(widen)}"]
+    return parts
+
+
+def _ablation_section(runs, planned):
+    if not (runs or planned):
+        return []
+    about = "The same methods with a part of them switched off; on the test set, the last epoch, as the tables above."
+    header, rows = _variants(runs, planned, "test")
+    return ["## The ablation", about, tables.as_markdown(tables.Table(header, rows, left=2))]
+
+
+def _variants(runs, planned, part):
+    """Header and rows of methods that differ in their hyperparameters, run or planned."""
+    rows, done = [], [tables.flatten(run["config"]) for run in runs]
     shown = ["all", *(f"groups.{name}" for name in ("head", "medium", "tail"))]
     for setting in tables.gather(runs):
         for method in setting.methods:
-            rivals = [m for m in setting.methods if m.name == method.name and m.values("all", "validation")]
-            best = max(rivals, key=lambda rival: rival.mean("all", "validation"), default=None)
-            cells = [tables.number(method.values(column, "validation").values()) for column in shown]
-            told = [str(len(method.runs)), f"{setting.epochs:g}", "chosen" if method is best else ""]
-            rows.append([setting.title, method.label, *cells, *told])
-            if method is best:
-                edges[f"{setting.title}, {method.label}"] = _edges(best, rivals)
+            cells = [tables.number(method.values(column, part).values()) for column in shown]
+            rows.append([setting.title, method.label, *cells, str(len(method.runs)), f"{setting.epochs:g}"])
     for entry in planned:
         if not any(_is_planned(entry, config) for config in done):
             data, imbalance, teacher, student, method = _cell(entry)
             chosen = [(key, v) for key, v in entry["set"].items() if key.startswith("method.")]
             told = ", ".join(f"{key.removeprefix('method.')}={v}" for key, v in chosen)
             title = f"{data}, imbalance {imbalance:g}, {teacher} → {student}"
-            epochs = entry["set"].get("train.epochs", "")
             label = f"{method} ({told})" if told else method
-            rows.append([title, label, *[NOT_RUN] * len(shown), "0", f"{epochs:g}" if epochs else "", ""])
-    if not rows:
-        return []
-    header = ["setting", "method", "all", "head", "medium", "tail", "n", "epochs", ""]
-    about = "Balanced accuracy on validation images taken from the training set; the test set chose nothing."
-    widen = [f"- {name}: {'; '.join(found)}" for name, found in edges.items() if found]
-    widen = ["The best value lies on the edge of what was tried, which is to be widened:\n\n" + "\n".join(widen)] * any(
-        widen
-    )
-    return ["## The search", about, tables.as_markdown(tables.Table(header, rows, left=2)), *widen]
+            row = [title, label, *[NOT_RUN] * len(shown), "0", f"{entry['epochs']:g}"]
+            rows += [row] if row not in rows else []  # once, for all seeds
+    return ["setting", "method", "all", "head", "medium", "tail", "n", "epochs"], rows
 
 
 def _edges(best, rivals):
