@@ -1,12 +1,15 @@
 """Measures what the project is fast for, as ratios within one run.
 
-python -m experiments.benchmark train                        # the step: images/s, FLOPs, compilation, memory
-python -m experiments.benchmark train --methods=ltkd,bikd --precisions=float32,tf32,bfloat16
-python -m experiments.benchmark loss                         # LTKD's loss alone, beside the floor of its bytes
-python -m experiments.benchmark bilevel                      # the bilevel step beside naive differentiation
-python -m experiments.benchmark bilevel --repeats=0          # the compiler's counts alone
-python -m experiments.benchmark stream                       # images per second of a stream, of a plain loop
-python -m experiments.benchmark --against=torch              # KD, LTKD and BiKD beside a plain PyTorch twin
+    python -m experiments.benchmark train                        # the step: images/s, FLOPs, compilation, memory
+    python -m experiments.benchmark train --methods=ltkd,bikd --precisions=float32,tf32,bfloat16
+    python -m experiments.benchmark profile --method=ltkd        # where the step's time goes, operation by operation
+    python -m experiments.benchmark loss                         # LTKD's loss alone, beside the floor of its bytes
+    python -m experiments.benchmark bilevel                      # the bilevel step beside naive differentiation
+    python -m experiments.benchmark bilevel --repeats=0          # the compiler's counts alone
+    python -m experiments.benchmark stream                       # images per second of a stream, of a plain loop
+    python -m experiments.benchmark --against=torch              # KD, LTKD and BiKD beside a plain PyTorch twin
+
+What each of them counts stands in the modules of experiments/benchmarks, what it found in docs/performance.md.
 """
 
 import argparse
@@ -15,7 +18,7 @@ import importlib.util
 import sys
 
 from experiments import checks, setup
-from experiments.benchmarks import bilevel, loss, stream, train
+from experiments.benchmarks import bilevel, loss, profile, stream, train
 
 _PAIR = {"teacher": "resnet32x4", "student": "resnet8x4"}
 _PRECISIONS = ("float32", "tf32", "bfloat16")
@@ -47,9 +50,13 @@ def _at_least(least):
     return parse
 
 
-def _steps_options(parser, methods):
+def _pair_options(parser):
     for name, default in _PAIR.items():
         parser.add_argument(f"--{name}", default=default, help=f"default: {default}")
+
+
+def _steps_options(parser, methods):
+    _pair_options(parser)
     parser.add_argument("--methods", type=_listed(methods), default=list(methods), help=", ".join(methods))
     parser.add_argument("--precisions", type=_listed(_PRECISIONS), default=["float32"], help=", ".join(_PRECISIONS))
     parser.add_argument(
@@ -70,6 +77,13 @@ def _parser():
     _steps_options(step, train.METHODS)
     step.add_argument("--teachers", type=_listed(("table", "network")), default=["table", "network"],
                       help="where the teacher's logits come from: its table, its network, or both")  # fmt: skip
+
+    traced = what.add_parser("profile", help="where the training step's time goes, by a trace")
+    _pair_options(traced)
+    traced.add_argument("--method", choices=train.METHODS, default="ltkd", help="default: ltkd")
+    traced.add_argument("--teacher_from", choices=["table", "network"], default="table", help="default: table")
+    traced.add_argument("--precision", choices=_PRECISIONS, default="float32", help="default: float32")
+    traced.add_argument("--steps", type=_at_least(1), default=3, help="that are traced, at least; default: 3")
 
     twin = what.add_parser("torch", help="KD, LTKD and BiKD beside a plain PyTorch twin; also as --against=torch")
     _steps_options(twin, ("kd", "ltkd", "bikd"))
@@ -107,7 +121,13 @@ def _against_torch(**options):
 def main(argv=None):
     words = ["torch" if word == "--against=torch" else word for word in (sys.argv[1:] if argv is None else argv)]
     options = vars(_parser().parse_args(words))
-    reports = {"train": train.report, "torch": _against_torch, "loss": loss.report, "bilevel": _bilevel}
+    reports = {
+        "train": train.report,
+        "profile": profile.report,
+        "torch": _against_torch,
+        "loss": loss.report,
+        "bilevel": _bilevel,
+    }
     report = {**reports, "stream": stream.report}[options.pop("what")]
     setup.once()
     try:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from experiments import benchmark, tables
-from experiments.benchmarks import bilevel, loss, timing, train
+from experiments.benchmarks import bilevel, loss, profile, timing, train
 from experiments.benchmarks import stream as reading
 from ltkd_jax import groups, losses
 from ltkd_jax.data import prepare, sources, stream
@@ -74,6 +74,22 @@ def test_the_table_of_the_step():
     case = train.Case("ltkd", "table")
     row = train.table({case: train.Measured(64, 0.5, 1e9, 2**30, 9.0, 3.0)}, {"float32": 4e9}).rows[0]
     assert row == ["ltkd", "table", "float32", "64", "128", "500.00", "1.0", "50 %", "9.0", "3.0", "1,024"]
+
+
+def test_a_trace_counts_what_ran_on_the_device():
+    def named(kind, pid, name, tid=0):
+        return {"ph": "M", "name": f"{kind}_name", "pid": pid, "tid": tid, "args": {"name": name}}
+
+    def ran(name, pid, micros, tid=0):
+        return {"ph": "X", "name": name, "pid": pid, "tid": tid, "ts": 0, "dur": micros}
+
+    host = [named("process", 1, "/host:CPU"), named("thread", 1, "python", 7), named("thread", 1, "tf_XLAEigen/1", 8)]
+    events = [*host, ran("step", 1, 900, 7), ran("dot.12", 1, 30, 8), ran("dot.3", 1, 20, 8), ran("fusion_4", 1, 50, 8)]
+    assert profile.operations({"traceEvents": events}) == {"dot": 50, "fusion": 50}
+    device = [named("process", 2, "/device:GPU:0"), named("thread", 2, "Stream #1(Compute)", 1), ran("conv_1", 2, 5, 1)]
+    device += [named("thread", 2, "XLA Modules", 2), ran("jit_chunk", 2, 5, 2)]
+    spent = profile.operations({"traceEvents": events + device})
+    assert spent == {"conv": 5} and profile.table(spent).rows[0] == ["conv", "0.01", "100.0 %"]
 
 
 def test_noise_has_the_papers_numbers_of_images():
