@@ -25,7 +25,7 @@ from experiments.benchmarks import timing
 from experiments.entries import read_queue, resolve
 from ltkd_jax.training import steps
 
-_POLL = 5.0  # seconds
+_LOOK = 30.0  # seconds between counts of what is left, which read every config of the queue
 _FIRST_PORT = 8476  # of processes on one TPU host, one each
 
 
@@ -135,9 +135,13 @@ def run(arguments: list[str], measured: Measured, at_once: int, folder: pathlib.
         total = missing()
         with tqdm.tqdm(total=total, desc=f"queue, {at_once} at a time", unit="run", dynamic_ncols=True) as bar:
             bar.set_postfix_str(f"see {folder}/device-*.log")
+            looked = time.monotonic()
             while any(worker.poll() is None for worker in workers):
-                time.sleep(_POLL)
-                bar.update(total - missing() - bar.n)
+                time.sleep(0.5)
+                if time.monotonic() - looked > _LOOK:
+                    bar.update(total - missing() - bar.n)
+                    looked = time.monotonic()
+            bar.update(total - missing() - bar.n)
     return sum(worker.returncode != 0 for worker in workers)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -117,6 +118,15 @@ def test_a_process_sees_one_device():
     seen = [fleet.seeing(slot, "tpu", {}) for slot in range(4)]
     assert len({tuple(sorted(environment.items())) for environment in seen}) == 4
     assert len({environment["TPU_MESH_CONTROLLER_PORT"] for environment in seen}) == 4
+
+
+def test_a_signal_goes_on_to_the_workers():
+    with subprocess.Popen(["sleep", "60"]) as worker, subprocess.Popen(["true"]) as done:
+        done.wait()
+        with fleet._passing_on([worker, done]):
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert worker.wait(timeout=10) == -signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 @pytest.mark.slow
