@@ -318,8 +318,9 @@ def find_builder(name: str, data_dir: str | None = None):
     import tensorflow_datasets as tfds
 
     newest = max(prepared, key=lambda path: path.stat().st_mtime)
+    known = tfds.list_builders(with_community_datasets=False)  # out here: a package that TFDS lacks is no damage
     try:
-        if name in tfds.list_builders(with_community_datasets=False):
+        if name in known:
             builder = tfds.builder(name, data_dir=root)
         else:
             builder = tfds.builder_from_directory(newest.parent)  # TFDS has no code for it: the directory tells all
