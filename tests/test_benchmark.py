@@ -76,20 +76,42 @@ def test_the_table_of_the_step():
     assert row == ["ltkd", "table", "float32", "64", "128", "500.00", "1.0", "50 %", "9.0", "3.0", "1,024"]
 
 
-def test_a_trace_counts_what_ran_on_the_device():
-    def named(kind, pid, name, tid=0):
-        return {"ph": "M", "name": f"{kind}_name", "pid": pid, "tid": tid, "args": {"name": name}}
+def test_a_trace_counts_operations_by_the_primitive_they_come_from():
+    hlo = """
+    %inside.2 (x: f32[2]) -> f32[2] {
+      %x = f32[2]{0} parameter(0)
+      ROOT %convolution.7 = f32[2]{0} convolution(%x), window={size=8x8}
+    }
 
-    def ran(name, pid, micros, tid=0):
-        return {"ph": "X", "name": name, "pid": pid, "tid": tid, "ts": 0, "dur": micros}
+    %inside (x: f32[2]) -> f32[2] {
+      ROOT %dot.1 = f32[2]{0} dot(%x), metadata={op_name="jit(f)/jvp(Net)/dot"}
+    }
 
-    host = [named("process", 1, "/host:CPU"), named("thread", 1, "python", 7), named("thread", 1, "tf_XLAEigen/1", 8)]
-    events = [*host, ran("step", 1, 900, 7), ran("dot.12", 1, 30, 8), ran("dot.3", 1, 20, 8), ran("fusion_4", 1, 50, 8)]
-    assert profile.operations({"traceEvents": events}) == {"dot": 50, "fusion": 50}
-    device = [named("process", 2, "/device:GPU:0"), named("thread", 2, "Stream #1(Compute)", 1), ran("conv_1", 2, 5, 1)]
-    device += [named("thread", 2, "XLA Modules", 2), ran("jit_chunk", 2, 5, 2)]
-    spent = profile.operations({"traceEvents": events + device})
-    assert spent == {"conv": 5} and profile.table(spent).rows[0] == ["conv", "0.01", "100.0 %"]
+    ENTRY %main (x: f32[2]) -> f32[2] {
+      %custom.8 = f32[2]{0} fusion(%x), kind=kCustom, calls=%inside.2, backend_config={}
+      %custom.9 = f32[2]{0} fusion(%x), kind=kCustom, calls=%inside, backend_config={}
+      %fusion.3 = f32[2]{0} fusion(%x), metadata={op_name="jit(f)/jvp(Net)/conv" stack_frame_id=1}
+      ROOT %fusion.4 = f32[2]{0} fusion(%x), metadata={op_name="jit(f)/transpose(jvp(Net))/conv"}
+    """
+    named = profile.sources(hlo)
+    assert named == {
+        "dot.1": "dot", "custom.8": "convolution", "custom.9": "dot", "fusion.3": "conv", "fusion.4": "conv, backward",
+    }  # fmt: skip
+
+    def ran(name, micros):
+        return {"ph": "X", "name": name, "pid": 1, "tid": 1, "ts": 0, "dur": micros, "args": {"hlo_op": name}}
+
+    events = [
+        ran("fusion.3", 30.0),
+        ran("fusion.4", 40.0),
+        ran("fusion.3", 20.0),
+        ran("copy.7", 5.0),
+        ran("copy.8", 5.0),
+    ]
+    events += [{"ph": "M", "name": "process_name", "pid": 1}, {"ph": "X", "name": "python", "ts": 0, "dur": 900.0}]
+    spent = profile.operations({"traceEvents": events}, named)
+    assert spent == {"conv": 50, "conv, backward": 40, "copy": 10}
+    assert profile.table(spent).rows[0] == ["conv", "0.05", "50.0 %"]
 
 
 def test_noise_has_the_papers_numbers_of_images():
@@ -110,6 +132,13 @@ def test_the_steps_benchmark_runs(capsys):
     table, network = (train.start(train.Case("ltkd", kind), models).flops() for kind in ("table", "network"))
     student, teacher = 2 * 12.4e6 * 64, 2 * 26.7e6 * 64  # multiply-adds of an image, twice, times the batch
     assert 2.5 < table / student < 3.5 and 0.9 < (network - table) / teacher < 1.2
+
+
+@pytest.mark.slow
+def test_the_profile_runs(capsys):
+    benchmark.main(["profile", "--method=ltkd", "--teacher=resnet14", "--student=resnet8", "--steps=1"])
+    printed = capsys.readouterr().out
+    assert "conv_general_dilated, backward" in printed and "the rest" in printed
 
 
 @pytest.mark.slow

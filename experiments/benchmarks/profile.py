@@ -1,7 +1,4 @@
-"""Where a training step's time goes, by the device's own trace: operations by their share.
-
-python -m experiments.benchmark profile --method=ltkd --precision=bfloat16
-"""
+"""Where a training step's time goes, by the device's own trace: each operation under the primitive it comes from."""
 
 import collections
 import gzip
@@ -15,36 +12,50 @@ import jax
 from experiments import provenance, tables
 from experiments.benchmarks import train
 
-_SHOWN = 20
+_SHOWN = 12
 
 
-def operations(trace: dict) -> collections.Counter:
-    """Microseconds of each operation in a trace of Chrome's form, instances that differ in a number added up.
+def sources(hlo: str) -> dict[str, str]:
+    """The JAX primitive that each instruction of a compiled program comes from, and whether in the backward pass.
 
-    Of a trace with devices, what ran on them; else what XLA ran on the host.
+    A fusion that does not say comes from what it computes last, which may have no more than the compiler's name.
     """
-    events = trace["traceEvents"]
-    process = {e["pid"]: e["args"]["name"] for e in events if e.get("name") == "process_name"}
-    thread = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e.get("name") == "thread_name"}
-    on_device = [pid for pid, name in process.items() if name.startswith("/device:")]
+    named, root, unnamed, computation = {}, {}, {}, ""
+    for line in hlo.splitlines():
+        if start := re.match(r"\s*(?:ENTRY )?%(\S+) \(.*\{$", line):
+            computation = start[1]
+        instruction = re.match(r"\s*(?:ROOT )?%(\S+) = ", line)
+        path = re.search(r'op_name="([^"]*)"', line)
+        calls = re.search(r"calls=%([^\s,]+)", line)
+        if instruction and path:
+            label = path[1].split("/")[-1] + (", backward" if "transpose(" in path[1] else "")
+            named[instruction[1]] = root[computation] = label
+        elif instruction:
+            root[computation] = _unnumbered(instruction[1])
+            unnamed |= {instruction[1]: calls[1]} if calls else {}
+    return named | {name: root[called] for name, called in unnamed.items()}
+
+
+def _unnumbered(name):
+    return re.sub(r"[._]\d+$", "", name)
+
+
+def operations(trace: dict, named: dict[str, str]) -> collections.Counter:
+    """Microseconds of each source in a trace of Chrome's form; what has none goes by the compiler's name."""
     spent = collections.Counter()
-    for event in events:
-        if event.get("ph") != "X":
-            continue
-        where = thread.get((event["pid"], event["tid"]), "")
-        if (event["pid"] in on_device and "XLA" not in where) if on_device else "XLA" in where or "Eigen" in where:
-            spent[re.sub(r"[._]\d+$", "", event["name"])] += event["dur"]
+    for event in trace["traceEvents"]:
+        operation = event.get("args", {}).get("hlo_op") if event.get("ph") == "X" else None
+        if operation:
+            spent[named.get(operation, _unnumbered(operation))] += event["dur"]
     return spent
 
 
 def table(spent: collections.Counter) -> tables.Table:
-    """The operations that take most, and the rest as one."""
+    """The sources that take most, and the rest as one."""
     total, shown = sum(spent.values()), spent.most_common(_SHOWN)
-    rest = total - sum(micros for _, micros in shown)
-    rows = [[name[:80], f"{micros / 1e3:,.2f}", f"{100 * micros / total:.1f} %"] for name, micros in shown]
-    return tables.Table(
-        ["operation", "ms", "share"], rows + [["the rest", f"{rest / 1e3:,.2f}", f"{100 * rest / total:.1f} %"]]
-    )
+    shown.append(("the rest", total - sum(micros for _, micros in shown)))
+    rows = [[name, f"{micros / 1e3:,.2f}", f"{100 * micros / total:.1f} %"] for name, micros in shown]
+    return tables.Table(["operation", "ms", "share"], rows)
 
 
 def report(*, method: str, teacher_from: str, precision: str, teacher: str, student: str, steps: int) -> str:
@@ -56,9 +67,6 @@ def report(*, method: str, teacher_from: str, precision: str, teacher: str, stud
         with jax.profiler.trace(folder, create_perfetto_trace=True):
             seconds = running.seconds(steps)
         (path,) = pathlib.Path(folder).rglob("perfetto_trace.json.gz")
-        spent = operations(json.loads(gzip.decompress(path.read_bytes())))
-    lines = [
-        f"{teacher} → {student}, {method}, {1e3 * seconds:.2f} ms a step while traced",
-        tables.as_text(table(spent)),
-    ]
-    return "\n".join([*lines, f"{provenance.short()}, precision {precision}"])
+        spent = operations(json.loads(gzip.decompress(path.read_bytes())), sources(running.hlo()))
+    lines = [f"{teacher} → {student}, {method}, {1e3 * seconds:.1f} ms a step while traced; all that was traced:"]
+    return "\n".join([*lines, tables.as_text(table(spent)), f"{provenance.short()}, precision {precision}"])

@@ -82,6 +82,10 @@ class Running:
         arguments = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
         return arguments + found.temp_size_in_bytes
 
+    def hlo(self) -> str:
+        """The compiled call's instructions."""
+        return self._lower(0).compile().as_text()
+
     def _lower(self, step):
         return self.program.lower(step, self._state, self._data, self._rows)
 
