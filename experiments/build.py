@@ -16,7 +16,7 @@ from ltkd_jax.data.records import Images, Records
 from ltkd_jax.models import review
 from ltkd_jax.training import bilevel_steps, steps, teacher_table
 from ltkd_jax.training import state as states
-from ltkd_jax.training.parallel import Parallel
+from ltkd_jax.training.parallel import Parallel, compiler_options
 
 
 class Program:
@@ -303,7 +303,8 @@ def table_logits(config, data: Dataset):
         preprocess=data.preprocess,
         teacher_fn=steps.network_teacher(teacher_model(config, data)),
     )
-    return jax.jit(lambda train_data, rows: fetch(train_data, rows).teacher_logits)
+    options = compiler_options()
+    return jax.jit(lambda train_data, rows: fetch(train_data, rows).teacher_logits, compiler_options=options)
 
 
 def teacher_kind(config, data: Dataset) -> str:
