@@ -16,7 +16,7 @@ from ltkd_jax.data.records import Images, Records
 from ltkd_jax.models import review
 from ltkd_jax.training import bilevel_steps, steps, teacher_table
 from ltkd_jax.training import state as states
-from ltkd_jax.training.parallel import Parallel, compiler_options
+from ltkd_jax.training.parallel import Parallel
 
 
 class Program:
@@ -303,8 +303,7 @@ def table_logits(config, data: Dataset):
         preprocess=data.preprocess,
         teacher_fn=steps.network_teacher(teacher_model(config, data)),
     )
-    options = compiler_options()
-    return jax.jit(lambda train_data, rows: fetch(train_data, rows).teacher_logits, compiler_options=options)
+    return jax.jit(lambda train_data, rows: fetch(train_data, rows).teacher_logits)
 
 
 def teacher_kind(config, data: Dataset) -> str:

@@ -1,5 +1,6 @@
 """What every command does first."""
 
+import importlib.metadata
 import logging
 import os
 import shlex
@@ -9,13 +10,22 @@ import jax
 
 from ltkd_jax.training import hosts
 
+# On CPU all but convolutions may go to YNNPACK, as XLA would have it; those go to Eigen, which is faster, by 19 times
+# for the gradient of a 3×3 kernel at 32×32 pixels (docs/performance.md). XLA ends the process at a flag that it does
+# not know, so only releases that are known to know this one are told.
+_NO_YNN_CONVOLUTIONS = "--xla_cpu_experimental_ynn_fusion_type=-LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION"
+_KNOWING = ("0.10.", "0.11.")  # of jaxlib
+
 
 def once(distributed: str | None = None) -> None:
-    """Keeps compiled programs on disk between runs, in $LTKD_CACHE or .jax_cache, and the log to warnings.
+    """Keeps compiled programs on disk between runs, in $LTKD_CACHE or .jax_cache, and the log to warnings; sets XLA up.
 
     Args:
       distributed: for one of several processes, as `hosts.start`.
     """
+    flags, jaxlib = os.environ.get("XLA_FLAGS", ""), importlib.metadata.version("jaxlib")
+    if jaxlib.startswith(_KNOWING) and _NO_YNN_CONVOLUTIONS.split("=")[0] not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {_NO_YNN_CONVOLUTIONS}".strip()  # read when the first device is asked for
     logging.getLogger().setLevel(logging.WARNING)
     logging.getLogger("absl").setLevel(logging.WARNING)
     jax.config.update("jax_compilation_cache_dir", os.path.abspath(os.environ.get("LTKD_CACHE", ".jax_cache")))

@@ -19,7 +19,6 @@ from experiments.benchmarks import timing
 from ltkd_jax import bilevel, groups, models, objectives
 from ltkd_jax.training import bilevel_steps, steps
 from ltkd_jax.training import state as states
-from ltkd_jax.training.parallel import compiler_options
 
 SHAPE = (32, 32, 3)
 
@@ -161,7 +160,7 @@ class Cost:
 def analyse(variant: Variant, iteration: Iteration):
     """A variant compiled for its arguments, and the compiler's counts."""
     shapes = jax.eval_shape(lambda: iteration.arguments(variant.ahead))
-    compiled = jax.jit(variant.fn, compiler_options=compiler_options()).lower(*shapes).compile()
+    compiled = jax.jit(variant.fn).lower(*shapes).compile()
     return compiled, Cost(compiled.cost_analysis()["flops"], compiled.memory_analysis().temp_size_in_bytes)
 
 

@@ -4,8 +4,6 @@ Both are equal to a single device up to rounding, batch norm and group rebalanci
 gives and gets what its own devices hold.
 """
 
-import functools
-
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -13,25 +11,6 @@ from jax.sharding import PartitionSpec as P
 
 MODES = ("jit", "pmap")
 _AXIS = "devices"
-# On CPU all but convolutions may go to YNNPACK, as XLA would have it; those go to Eigen, which is faster, by 19 times
-# for the gradient of a 3×3 kernel at 32×32 pixels (docs/performance.md).
-_CPU = {
-    "xla_cpu_experimental_ynn_fusion_type": ",".join(
-        f"LIBRARY_FUSION_TYPE_{kind}" for kind in ("DOT", "ELTWISE", "REDUCE")
-    )
-}
-
-
-@functools.cache
-def compiler_options() -> dict[str, str] | None:
-    """What `jax.jit` is to tell the compiler on this platform; None where it has nothing to say, or another XLA."""
-    if jax.default_backend() != "cpu":
-        return None
-    try:
-        jax.jit(lambda x: x, compiler_options=_CPU).lower(0.0).compile()
-    except jax.errors.JaxRuntimeError:  # this XLA has no such option
-        return None
-    return _CPU
 
 
 class Parallel:
@@ -116,8 +95,7 @@ class Parallel:
             *rest, batch = args
             return fn(*rest, jax.lax.with_sharding_constraint(batch, batched))
 
-        options = compiler_options()
-        return jax.jit(constrained, out_shardings=replicated, donate_argnums=donate, compiler_options=options)
+        return jax.jit(constrained, out_shardings=replicated, donate_argnums=donate)
 
     def _place(self, tree, spec, spread_axis=None):
         """Arrays of the mesh; along `spread_axis` the leaves are this process's part of them."""
