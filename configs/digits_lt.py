@@ -9,8 +9,8 @@ imbalance, teacher, student, epochs, seed, and the method's own (alpha, beta, te
 terms, lookahead, every, outer); `smoke` runs 20 steps. For bikd 8 images of each digit are set aside for the weight net; the training
 images are the same, since n_max is given. Its weight net is the paper's for ten classes (CIFAR-10).
 
-Hardware: 2 CPU cores. Expected over student seeds 0-2 (results/README.md): ltkd 81.2 ± 1.5 all, 49.7 ± 4.4 tail; bikd
-77.1 ± 1.0 all, 33.5 ± 4.3 tail. `make demo` fills that table.
+Hardware: 2 CPU cores. Expected over student seeds 0-2 (results/README.md): ltkd 80.1 ± 1.3 all, 52.7 ± 5.0 tail; bikd
+78.2 ± 0.8 all, 35.4 ± 2.2 tail. `make demo` fills that table.
 """
 
 from configs import common
