@@ -2,7 +2,7 @@
 
     python -m experiments.fleet experiments/queues/gpu.json    # only measures, and prints what it found as JSON
 
-This process touches no device: one that has been taken cannot be given to another.
+What asks and starts the others touches no device: one that has been taken cannot be given to another.
 """
 
 import argparse

@@ -17,6 +17,7 @@ import pathlib
 import sys
 import time
 
+import jax
 import tqdm
 
 from experiments import build, checks, fleet, report, runs, setup, tables, train
@@ -150,19 +151,30 @@ def _tell(text):
     tqdm.tqdm.write(text, file=sys.stderr)
 
 
-def _carry_out_all(reproduction, options, deadline, folder):
-    if options.at_once == 1 or not reproduction.missing():
-        return reproduce(reproduction, deadline)
+def _fleet(options) -> fleet.Measured | None:
+    """What is to do runs side by side; None for one at a time, in this process.
+
+    It comes before anything that computes: this process must not take a device that another is to have.
+    """
+    if options.at_once == 1 or options.list:
+        return None
     measured = fleet.ask(options.queue, options.data_dir, timed=not options.at_once)
     if measured.alone is not None:
         _tell(str(measured))
-    at_once = options.at_once or measured.at_once
-    if at_once > measured.slots:
-        raise checks.ConfigError(f"--at_once={at_once}: there are {measured.slots} devices for a run each")
-    if at_once == 1:
+    if options.at_once > measured.slots:
+        raise checks.ConfigError(f"--at_once={options.at_once}: there are {measured.slots} devices for a run each")
+    if (options.at_once or measured.at_once) == 1:
+        return None
+    jax.config.update("jax_platforms", "cpu")
+    return measured
+
+
+def _carry_out_all(reproduction, options, measured, deadline, folder):
+    if measured is None or not reproduction.missing():
         return reproduce(reproduction, deadline)
     same = [options.queue, f"--results={options.results}", f"--runs={folder}", f"--data_dir={options.data_dir}"]
     same.append(f"--minutes={options.minutes}")
+    at_once = options.at_once or measured.at_once
     return fleet.run(same, measured, at_once, folder, lambda: len(reproduction.missing()))
 
 
@@ -191,12 +203,13 @@ def main(argv=None):
     folder = pathlib.Path(options.runs or pathlib.Path("runs") / pathlib.Path(options.queue).stem)
     setup.once()
     try:
+        measured = _fleet(options)
         reproduction = Reproduction(read_queue(options.queue), Results(options.results), folder, options.data_dir)
         if options.list:
             for entry in reproduction.missing():
                 print(f"{entry.config} seed={entry.seed} {json.dumps(entry.set)}")
             return
-        failed = _carry_out_all(reproduction, options, deadline, folder)
+        failed = _carry_out_all(reproduction, options, measured, deadline, folder)
     except checks.ConfigError as error:
         sys.exit(f"error: {error}")
     if reproduction.done():

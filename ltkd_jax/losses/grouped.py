@@ -143,8 +143,8 @@ def _membership(groups, logits, where):
     return of_group if where is None else of_group & _common.class_mask(where, logits)[..., None, :]
 
 
-def _tempered(student_logits, teacher_logits, groups, temperature, where):
-    """What `_split` takes."""
+def _inputs(student_logits, teacher_logits, groups, temperature, where):
+    """What `_split` and `membership_kl` take."""
     student, teacher = _common.pair(student_logits, teacher_logits, temperature, where)
     return student, teacher, _membership(groups, student, where), temperature
 
@@ -173,7 +173,7 @@ def group_kl(student_logits, teacher_logits, groups, *, temperature=1.0, where=N
     >>> bool(jnp.allclose(whole, losses.kd(jnp.array([[1., 2., 3.]]), jnp.array([[2., 0., 1.]]), temperature=1.)))
     True
     """
-    return membership_kl(*_tempered(student_logits, teacher_logits, groups, temperature, where))
+    return membership_kl(*_inputs(student_logits, teacher_logits, groups, temperature, where))
 
 
 def rebalance(teacher_log_mass, *, axis_name=None, where=None, example_mask=None) -> jax.Array:
@@ -228,7 +228,7 @@ def _masked(loss, example_mask):
 
 def _batch_split(student_logits, teacher_logits, groups, temperature, where):
     """The split of logits `[B, C]`, and which groups exist."""
-    student, teacher, member, _ = _tempered(student_logits, teacher_logits, groups, temperature, where)
+    student, teacher, member, temperature = _inputs(student_logits, teacher_logits, groups, temperature, where)
     chex.assert_rank(student, 2, custom_message="batch statistics need logits [B, C]")
     return _split(student, teacher, member, temperature), member.any(axis=-1)
 
