@@ -1,4 +1,4 @@
-"""The step that training takes, as `experiments.main` compiles it, on noise of CIFAR-100-LT's shape and number.
+"""The step that training takes on one device, as `experiments.main` compiles it, on noise of CIFAR-100-LT's shape and number.
 
 - images/s, ms a step: the best of the repeats, all cases interleaved; fetching a batch, crops and flips included.
 - GFLOP a step: as the program asks for it, before the compiler's savings; of `bikd` on CPU the mean over k steps, on
@@ -52,7 +52,7 @@ def config(case: Case, models=()):
     """The config of a case; `models` are pairs of "teacher" or "student" and a name."""
     argument = ",".join((case.method, *(f"{role}={name}" for role, name in models)))
     found = entries.load_config(f"{CONFIG}:{argument}")
-    found.precision = case.precision
+    found.precision, found.devices = case.precision, 1
     return found
 
 
