@@ -1,4 +1,4 @@
-"""The step that training takes on one device, as `experiments.main` compiles it, on noise of CIFAR-100-LT's shape and number.
+"""The training step on one device, as `experiments.main` compiles it, on noise of CIFAR-100-LT's shape and number.
 
 - images/s, ms a step: the best of the repeats, all cases interleaved; fetching a batch, crops and flips included.
 - GFLOP a step: as the program asks for it, before the compiler's savings; of `bikd` on CPU the mean over k steps, on
