@@ -91,7 +91,7 @@ def base(dataset: str, *, teacher: str, student: str, imbalance: float) -> ml_co
             model=teacher,
             train=recipe(),
             cache="runs/teachers",
-            checkpoint="",  # a trained teacher's folder, in place of the cache
+            checkpoint="",  # a trained teacher's folder, FILE.msgpack (variables) or FILE.npz (logits) in its place
             table="auto",  # auto | always | never
             table_memory=0.4,  # share of the device's memory that the table may take
             table_runs=1,  # runs that will share it

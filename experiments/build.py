@@ -316,7 +316,7 @@ def teacher_kind(config, data: Dataset) -> str:
         return "features"
     if config.teacher.table == "never" or checks.no_table(config):
         return "network"
-    if config.teacher.table == "always":
+    if config.teacher.table == "always" or checks.given_teacher(config) == "logits":
         return "table"
     steps_per_epoch = plans.steps_per_epoch(len(data.train), config.train.batch_size)
     epochs = _total_steps(config.train, steps_per_epoch) / steps_per_epoch

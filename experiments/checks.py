@@ -1,6 +1,7 @@
 """Configs checked and told apart: clear errors before any work, and the identity of a result."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -129,6 +130,12 @@ def _validate_data(config):
     if config.teacher.table == "always" and reason:
         raise ConfigError(
             f"config.teacher.table='always': there can be no table, since {reason}; give 'auto' or 'never'"
+        )
+    if given_teacher(config) == "logits" and (reason or config.teacher.table == "never"):
+        reason = reason or "config.teacher.table='never'"
+        raise ConfigError(
+            f"config.teacher.checkpoint={config.teacher.checkpoint!r} holds logits of images, which are looked up, and "
+            f"here they cannot be: {reason}"
         )
 
 
@@ -277,9 +284,40 @@ def identity(config) -> dict:
     content = records.fingerprint(config.data.name, config.data.dir or None) if own else None
     if content:
         tree["data"]["content"] = content[:12]
-    if config.teacher.checkpoint:
+    given = given_teacher(config)
+    if given == "folder":
         tree["teacher"]["checkpoint"] = teacher_results(config.teacher.checkpoint)["hash"]
+    elif given == "variables":
+        tree["teacher"] = {"model": config.teacher.model, "variables": file_hash(config.teacher.checkpoint)}
+    elif given == "logits":
+        tree["teacher"] = {"model": f"logits {file_hash(config.teacher.checkpoint)}"}
     return tree
+
+
+def given_teacher(config) -> str | None:
+    """What `teacher.checkpoint` is: a "folder" of a cache, a file of "variables" or of "logits"; None for nothing."""
+    kinds = {".msgpack": "variables", ".npz": "logits"}
+    path = config.teacher.checkpoint
+    return kinds.get(pathlib.Path(path).suffix, "folder") if path else None
+
+
+def file_hash(path) -> str:
+    """Twelve hexadecimal digits of the SHA-256 of a file.
+
+    Raises:
+      ConfigError: there is no such file.
+    """
+    try:
+        stat = os.stat(path)
+        return _file_hash(str(path), stat.st_mtime_ns, stat.st_size)
+    except OSError as error:
+        raise ConfigError(f"config.teacher.checkpoint={str(path)!r} cannot be read: {error.strerror}") from None
+
+
+@functools.lru_cache(maxsize=8)
+def _file_hash(path, *changed):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
 
 
 def config_hash(config) -> str:
@@ -311,8 +349,9 @@ def teacher_results(folder) -> dict:
     found = read_json(path, remedy) if os.path.isfile(path) else {}
     if not {"hash", "model", "step"} <= set(found):
         raise ConfigError(
-            f"{folder} holds no finished teacher: give config.teacher.checkpoint a folder of config.teacher.cache, "
-            "or, where it is of the cache, remove it and the teacher is trained again"
+            f"{folder} holds no finished teacher: give config.teacher.checkpoint a folder of config.teacher.cache, a "
+            "file of variables (.msgpack) or of logits (.npz); where the folder is of the cache, remove it and the "
+            "teacher is trained again"
         )
     return found
 

@@ -20,7 +20,10 @@ def default_workdir(config) -> str:
     method = tables.method_name(config.to_dict()).replace(" over ", "-")
     subset = config.data.subset
     drawn = f"{config.data.imbalance:g}" if subset == "exponential" else pathlib.Path(subset).stem
-    parts = (config.data.name, drawn, method, config.teacher.model)
+    teacher = config.teacher.model
+    if checks.given_teacher(config) in ("variables", "logits"):
+        teacher = pathlib.Path(config.teacher.checkpoint).stem
+    parts = (config.data.name, drawn, method, teacher)
     return f"runs/{'-'.join(parts)}-{config.student.model}-s{config.seed}" + ("-smoke" if config.smoke else "")
 
 

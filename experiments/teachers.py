@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import tqdm
 
-from experiments import build, checks, datasets, train
+from experiments import build, checks, datasets, given_teachers, train
 from ltkd_jax import files, metrics
 from ltkd_jax.training import hosts, steps, teacher_table
 from ltkd_jax.training.checkpoint import Checkpoints
@@ -105,12 +105,17 @@ class Teacher:
 def obtain(config, stop) -> Teacher:
     """The teacher of a config: `teacher.checkpoint` if given, else from the cache, trained now if need be.
 
+    Variables of a file are put into the cache, evaluated once, and then are a teacher like the others.
+
     Raises:
       checks.ConfigError: a checkpoint that is not there, damaged, or of another architecture or class count.
       train.Stopped: while it was trained; the next call goes on from there.
     """
-    if config.teacher.checkpoint:
+    given = checks.given_teacher(config)
+    if given == "folder":
         return _load(config, pathlib.Path(config.teacher.checkpoint))
+    if given == "logits":
+        return given_teachers.load_logits(config)
     folder = pathlib.Path(config.teacher.cache) / checks.teacher_hash(config)
     with contextlib.ExitStack() as held:
 
@@ -119,7 +124,7 @@ def obtain(config, stop) -> Teacher:
             return folder.exists()
 
         if not hosts.first(claim):
-            _train(config, folder, stop)
+            _import(config, folder) if given == "variables" else _train(config, folder, stop)
     return _load(config, folder)
 
 
@@ -144,10 +149,8 @@ def _locked(path, stop, what):
 
 def _train(config, folder, stop):
     """Trains under a temporary name, so that a folder of the final name is always a finished teacher."""
-    unfinished = folder.with_suffix(".unfinished")
-    hosts.first(lambda: unfinished.mkdir(parents=True, exist_ok=True))
+    unfinished = _unfinished(folder)
     program = build.teacher_program(config)
-    data = program.data
     state, timing = train.fit(
         program,
         program.train_data(None),
@@ -157,6 +160,27 @@ def _train(config, folder, stop):
         config=config,
         label=f"teacher {config.teacher.model}",
     )
+    _finish(config, folder, program, state, program.total_steps, timing)
+
+
+def _import(config, folder):
+    """A teacher of the cache from a file of variables."""
+    program, unfinished = build.teacher_program(config), _unfinished(folder)
+    state = program.init(0)._replace(**hosts.first(lambda: given_teachers.read_variables(config)))
+    hosts.first(lambda: Checkpoints(unfinished / "checkpoints").save(0, state, {}))
+    _finish(config, folder, program, program.parallel.replicate(state), 0, None)
+
+
+def _unfinished(folder):
+    """The folder under its temporary name."""
+    unfinished = folder.with_suffix(".unfinished")
+    hosts.first(lambda: unfinished.mkdir(parents=True, exist_ok=True))
+    return unfinished
+
+
+def _finish(config, folder, program, state, step, timing):
+    """Evaluates a teacher, writes its results, and gives its folder the final name."""
+    data, unfinished = program.data, _unfinished(folder)
     on_test = program.evaluate(state.variables, data.test)
     on_train = program.evaluate(state.variables, _evenly(data.train, config.data.test_images))
     results = {
@@ -164,7 +188,7 @@ def _train(config, folder, stop):
         "model": config.teacher.model,
         "num_classes": data.num_classes,
         "image_shape": list(data.image_shape),
-        "step": program.total_steps,
+        "step": step,
         "test": train.summarize(program, on_test),
         "group_mass": {
             "long_tailed": metrics.group_mass(on_train, data.groups),

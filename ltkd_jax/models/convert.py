@@ -111,13 +111,14 @@ def read(path) -> dict[str, np.ndarray]:
     return {key.removeprefix("module."): tensor.to(torch.float32).numpy() for key, tensor in content.items()}
 
 
-def load(path, name: str, num_classes: int) -> dict:
+def load(path, name: str, num_classes: int, *, image_shape: tuple[int, ...] = (32, 32, 3)) -> dict:
     """The variables in a file that this module wrote, checked against a model.
 
     Args:
       path: the file.
       name: any model's.
       num_classes: of the model.
+      image_shape: of its input.
 
     Raises:
       ValueError: the file cannot be read, or is of another model or number of classes.
@@ -127,7 +128,7 @@ def load(path, name: str, num_classes: int) -> dict:
         found = {key: np.shape(leaf) for key, leaf in traverse_util.flatten_dict(variables, sep="/").items()}
     except Exception as error:  # a broken file raises what its bytes make it
         raise ValueError(f"cannot read {path} as variables in Flax's msgpack: {error}") from error
-    expected = _shapes(name, num_classes)
+    expected = _shapes(name, num_classes, image_shape)
     for key in sorted(expected.keys() | found.keys()):
         if expected.get(key) != found.get(key):
             has, needs = (f"shape {list(x[key])}" if key in x else "none" for x in (found, expected))
@@ -153,10 +154,10 @@ def main(argv=None) -> int:
     return 0
 
 
-def _shapes(name, num_classes):
-    """The shapes of a model's variables, for colour images, by their paths."""
+def _shapes(name, num_classes, image_shape=(32, 32, 3)):
+    """The shapes of a model's variables by their paths."""
     model = models.create(name, num_classes)
-    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), train=False))
+    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, *image_shape)), train=False))
     return {path: leaf.shape for path, leaf in traverse_util.flatten_dict(variables, sep="/").items()}
 
 

@@ -73,8 +73,8 @@ def no_teacher(teacher, rows, images) -> Taught:
 
 
 def table_teacher(teacher, rows, images) -> Taught:
-    """The `TeacherFn` that looks logits up in the teacher's table, `[N, views, C]`."""
-    return Taught(teacher[rows.index, rows.view])
+    """The `TeacherFn` that looks logits up in the teacher's table, `[N, views, C]`; a single view stands for all."""
+    return Taught(teacher[rows.index, rows.view if teacher.shape[1] > 1 else 0])
 
 
 def network_teacher(model) -> TeacherFn:
