@@ -154,6 +154,15 @@ def set_method(config, name: str, *, weighting: dict | None = None, **defaults) 
         config.weighting = ml_collections.ConfigDict(weighting)
 
 
+def split(argument: str) -> list[str]:
+    """The parts of an argument; a comma inside brackets is a tuple's.
+
+    >>> split("bikd, scales=(1.0,2.0),smoke")
+    ['bikd', 'scales=(1.0,2.0)', 'smoke']
+    """
+    return [part.strip() for part in re.split(r",(?![^(]*\))", argument) if part.strip()]
+
+
 def apply_argument(
     config,
     argument: str | None,
@@ -176,8 +185,7 @@ def apply_argument(
     Raises:
       ValueError: an unknown method, key or a value of the wrong type.
     """
-    # A comma inside brackets is a tuple's.
-    parts = [part.strip() for part in re.split(r",(?![^(]*\))", argument or "") if part.strip()]
+    parts = split(argument or "")
     words, pairs = [p for p in parts if "=" not in p], [p.split("=", 1) for p in parts if "=" in p]
     smoke = "smoke" in words
     methods = [word for word in words if word != "smoke"] or ["ltkd"]

@@ -96,14 +96,18 @@ class Reproduction:
             return False
         if self._results.find(config) is not None:  # another process did it meanwhile
             return True
-        workdir = self._folder / f"{pathlib.Path(runs.default_workdir(config)).name}-{checks.config_hash(config)}"
-        found = runs.run(config, workdir, command=command(entry, config), deadline=deadline)
+        found = runs.run(config, self._workdir(config), command=command(entry, config), deadline=deadline)
         self._results.add(config, found, entry.group)
         return True
 
     def workdirs(self) -> list[pathlib.Path]:
         """Work directories of the finished runs, which hold their training curves too."""
-        return sorted(path.parent for path in self._folder.glob("*/results.json"))
+        configs = [self.config(entry) for entry in self._entries]
+        places = [self._workdir(config) for config in configs if config is not None]
+        return sorted({place for place in places if (place / "results.json").exists()})
+
+    def _workdir(self, config):
+        return self._folder / f"{pathlib.Path(runs.default_workdir(config)).name}-{checks.config_hash(config)}"
 
 
 def reproduce(reproduction: Reproduction, deadline: float | None) -> int:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import pathlib
+from collections.abc import Callable
 
 import numpy as np
 
@@ -27,7 +28,9 @@ def default_workdir(config) -> str:
     return f"runs/{'-'.join(parts)}-{config.student.model}-s{config.seed}" + ("-smoke" if config.smoke else "")
 
 
-def run(config, workdir, *, command: str, deadline: float | None = None) -> dict:
+def run(
+    config, workdir, *, command: str, deadline: float | None = None, on_record: Callable[[dict], None] = lambda _: None
+) -> dict:
     """One row of a table: the teacher if the method needs one, the student, and `results.json`.
 
     Of several processes all call this, and the first one alone writes.
@@ -38,6 +41,8 @@ def run(config, workdir, *, command: str, deadline: float | None = None) -> dict
         run of the same config, that run's results are returned.
       command: for the results.
       deadline: of `time.monotonic()`, at which to save and stop.
+      on_record: called with each record of the student's `metrics.jsonl`, as it is written; in the first process only.
+        A run that goes on from a checkpoint repeats the records since.
 
     Raises:
       checks.ConfigError: bad config or data, or a work directory that is in use (`checks.InUse`) or holds another
@@ -52,7 +57,7 @@ def run(config, workdir, *, command: str, deadline: float | None = None) -> dict
         results = hosts.first(lambda: _claim(held, workdir, config))
         if results is None:
             try:
-                results = _distil(config, workdir, stop, command)
+                results = _distil(config, workdir, stop, command, on_record)
             except records.DamagedRecord as error:
                 raise checks.ConfigError(str(error)) from error
             hosts.first(lambda: files.write_text(workdir / "results.json", json.dumps(results, indent=1)))
@@ -101,7 +106,7 @@ def _differences(old, new, prefix=""):
     return found
 
 
-def _distil(config, workdir, stop, command):
+def _distil(config, workdir, stop, command, on_record):
     data = hosts.each(lambda: datasets.load(config))
     kind = hosts.first(lambda: build.teacher_kind(config, data))
     # First: what it refuses, it refuses before a teacher is trained.
@@ -122,6 +127,7 @@ def _distil(config, workdir, stop, command):
         stop,
         config=config,
         label=f"{tables.method_name(config.to_dict())} s{config.seed}",
+        on_record=on_record,
     )
     learned = train.learned_weights(program, state, config.weighting.features) if program.weighting else None
     summaries = {

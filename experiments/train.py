@@ -7,6 +7,7 @@ import pathlib
 import signal
 import sys
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +65,10 @@ class StopRequest:
                 signal.signal(number, handler)
 
 
-def fit(program: build.Program, train_data, seed: int, workdir, stop: StopRequest, *, config, label: str):
+def fit(
+    program: build.Program, train_data, seed: int, workdir, stop: StopRequest, *, config, label: str,
+    on_record: Callable[[dict], None] = lambda _: None,
+):  # fmt: skip
     """Trains a network to its last step, from its newest checkpoint if there is one.
 
     Args:
@@ -75,6 +79,7 @@ def fit(program: build.Program, train_data, seed: int, workdir, stop: StopReques
       stop: asked between chunks.
       config: for `eval_every` and `checkpoint_every`, in epochs.
       label: of the progress bar.
+      on_record: called with each record of `metrics.jsonl`, as it is written; in the first process only.
 
     Returns:
       The final state, replicated, and a dict of timings.
@@ -84,7 +89,7 @@ def fit(program: build.Program, train_data, seed: int, workdir, stop: StopReques
       Diverged: before anything good is overwritten.
     """
     saved = Checkpoints(pathlib.Path(workdir) / "checkpoints")
-    log = MetricsLog(pathlib.Path(workdir) / "metrics.jsonl")
+    log = MetricsLog(pathlib.Path(workdir) / "metrics.jsonl", on_record)
     fresh = program.init(seed)
 
     def resume():
@@ -259,10 +264,10 @@ def summarize(program, sums) -> dict:
 
 
 class MetricsLog:
-    """`metrics.jsonl`: a JSON line for each epoch."""
+    """`metrics.jsonl`: a JSON line for each epoch, of which `on_record` is told too."""
 
-    def __init__(self, path: pathlib.Path):
-        self._path = path
+    def __init__(self, path: pathlib.Path, on_record: Callable[[dict], None] = lambda _: None):
+        self._path, self._on_record = path, on_record
 
     def keep_until(self, step: int, epochs: int) -> None:
         """Drops what an interrupted run logged after the checkpoint it resumes from, and what is no record.
@@ -287,3 +292,4 @@ class MetricsLog:
     def write(self, record: dict) -> None:
         with open(self._path, "a") as file:
             file.write(json.dumps(record) + "\n")
+        self._on_record(record)

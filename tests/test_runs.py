@@ -51,6 +51,13 @@ def test_metrics_are_logged_per_epoch(done):
     assert lines[-1]["test"]["all"] == results["test"]["all"]
 
 
+def test_a_hook_hears_of_every_record(tmp_path):
+    heard = []
+    runs.run(tiny(tmp_path, "ce"), tmp_path / "run", command="the test", on_record=heard.append)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert heard == [json.loads(line) for line in lines] and len(heard) == 3
+
+
 def test_a_finished_run_is_not_repeated(done):
     config, folder, results = done
     before = (folder / "run" / "metrics.jsonl").stat().st_mtime_ns
