@@ -23,7 +23,6 @@ import jax.numpy as jnp
 import optax
 
 PyTree = Any
-Scalar = jax.Array | float  # it may be traced
 
 
 class Aux(NamedTuple):
@@ -109,7 +108,7 @@ def step(
     meta: MetaState,
     batches: PyTree,
     outer_batch: PyTree,
-    learning_rate: Scalar,
+    learning_rate: jax.Array | float,
     *,
     optimizer: optax.GradientTransformation,
     every: int = 1,
@@ -198,7 +197,7 @@ def hypergradient(
     meta_params: PyTree,
     batches: PyTree,
     outer_batch: PyTree,
-    learning_rate: Scalar,
+    learning_rate: jax.Array | float,
     *,
     unroll: bool = False,
 ) -> tuple[jax.Array, PyTree]:
@@ -235,7 +234,7 @@ def lookahead(
     meta_params: PyTree,
     batches: PyTree,
     outer_batch: PyTree,
-    learning_rate: Scalar,
+    learning_rate: jax.Array | float,
     *,
     unroll: bool = False,
 ) -> jax.Array:
@@ -309,7 +308,7 @@ def _outer_gradient(problem: Problem, params: PyTree, outer_batch: PyTree) -> tu
     return _average(jax.value_and_grad(problem.outer_fn)(params, outer_batch), problem.axis_name)
 
 
-def _descend(params: PyTree, gradient: PyTree, learning_rate: Scalar) -> PyTree:
+def _descend(params: PyTree, gradient: PyTree, learning_rate: jax.Array | float) -> PyTree:
     # A learning rate that is an array must not widen the parameters.
     return jax.tree.map(lambda p, g: (p - learning_rate * g).astype(p.dtype), params, gradient)
 

@@ -32,6 +32,7 @@ class ClassGroups:
 
     @property
     def num_groups(self) -> int:
+        """G."""
         return len(self.names)
 
     @classmethod

@@ -35,10 +35,9 @@ class Predictions(NamedTuple):
     teacher_logits: jax.Array | None  # [B, C]
     labels: jax.Array  # int [B]
     axis_name: str | None = None  # the device axis over which the batch is spread, if any
-    student_features: tuple[jax.Array, ...] | None = (
-        None  # float [B, H, W, channels] each, for a method that distils features
-    )
-    teacher_features: tuple[jax.Array, ...] | None = None  # likewise, of the same shapes
+    # Of a method that distils features: float [B, H, W, channels] each, the teacher's of the same shapes.
+    student_features: tuple[jax.Array, ...] | None = None
+    teacher_features: tuple[jax.Array, ...] | None = None
     mix: Mix | None = None
 
     @property
@@ -90,14 +89,17 @@ class Objective:
 
     @property
     def names(self) -> tuple[str, ...]:
+        """Of the terms, in their order."""
         return tuple(term.name for term in self.terms)
 
     @property
     def needs_teacher(self) -> bool:
+        """Whether a term distils."""
         return any(term.distils for term in self.terms)
 
     @property
     def needs_features(self) -> bool:
+        """Whether a term distils features."""
         return any(term.features for term in self.terms)
 
     def __call__(self, predictions: Predictions) -> jax.Array:
@@ -110,7 +112,7 @@ class Objective:
         return jnp.stack([jnp.asarray(term.weight * (warm if term.distils else 1.0)) for term in self.terms])
 
 
-def _equal_groups(counts: npt.ArrayLike, num_groups: float) -> ClassGroups:
+def _equal_groups(counts: npt.ArrayLike, num_groups: int) -> ClassGroups:
     """Groups by rank, of equally many classes as far as that goes."""
     if num_groups != int(num_groups) or num_groups < 0:
         raise ValueError(f"num_groups={num_groups} must be a whole number; 0 takes the groups as they are given")
@@ -145,7 +147,7 @@ def _balanced_softmax(info: ClassInfo, weight: float = 1.0) -> Term:
     return _hard("balanced_softmax", lambda z, y: losses.balanced_softmax(z, y, info.counts), weight)
 
 
-def _ltkd_terms(info: ClassInfo, alpha: float, beta: float, temperature: float, num_groups: float) -> tuple[Term, Term]:
+def _ltkd_terms(info: ClassInfo, alpha: float, beta: float, temperature: float, num_groups: int) -> tuple[Term, Term]:
     groups = _equal_groups(info.counts, num_groups) if num_groups else info.groups
     assert groups is not None  # `create` has them made
 
@@ -244,7 +246,7 @@ def reviewkd(info: ClassInfo, *, feature_weight: float = 5.0) -> tuple[Term, ...
 
 @_method
 def ltkd(
-    info: ClassInfo, *, alpha: float = 1.0, beta: float = 1.0, temperature: float = 4.0, num_groups: float = 0
+    info: ClassInfo, *, alpha: float = 1.0, beta: float = 1.0, temperature: float = 4.0, num_groups: int = 0
 ) -> tuple[Term, ...]:
     """LTKD: CE + α rebalanced inter-group + β uniform intra-group. Other than three groups are this library's."""
     return (_hard("ce", losses.cross_entropy), *_ltkd_terms(info, alpha, beta, temperature, num_groups))
@@ -252,7 +254,7 @@ def ltkd(
 
 @_method
 def ltkd_bs(
-    info: ClassInfo, *, alpha: float = 1.0, beta: float = 1.0, temperature: float = 4.0, num_groups: float = 0
+    info: ClassInfo, *, alpha: float = 1.0, beta: float = 1.0, temperature: float = 4.0, num_groups: int = 0
 ) -> tuple[Term, ...]:
     """LTKD's two terms beside balanced softmax in place of cross-entropy; neither paper has it."""
     return (_balanced_softmax(info), *_ltkd_terms(info, alpha, beta, temperature, num_groups))

@@ -66,8 +66,10 @@ class Parallel:
         return np.arange(first * each, (first + len(self._local)) * each)
 
     def replicate(self, tree: PyTree) -> PyTree:
-        """The tree, the same in every process, on every device: as it is under "jit", with an axis for this process's
-        devices in front under "pmap"."""
+        """The tree, the same in every process, on every device.
+
+        It stays as it is under "jit", and gets an axis for this process's devices in front under "pmap".
+        """
         if self.mode == "jit":
             return self._place(tree, P())
         stacked = jax.tree.map(lambda x: np.broadcast_to(np.asarray(x), (len(self._local), *np.shape(x))), tree)

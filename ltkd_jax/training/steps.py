@@ -106,8 +106,9 @@ def fetch(
     teacher_fn: TeacherFn,
     extra: augment.Extra = augment.NOTHING,
 ) -> Batch:
-    """The batch of `rows`, leaves `[B, …]`: gather, crop and flip where it is not streamed, the rest of augmentation,
-    normalise, and what the teacher says of the result.
+    """The batch of `rows`, leaves `[B, …]`: augmented and normalised images, and what the teacher says of them.
+
+    What is not streamed is gathered, cropped and flipped first.
 
     Args:
       data: the training set.
