@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -41,7 +40,7 @@ class ClassGroups:
         class_counts: npt.ArrayLike,
         *,
         fractions: npt.ArrayLike = DEFAULT_FRACTIONS,
-        names: Sequence[str] | None = None,
+        names: list[str] | tuple[str, ...] | None = None,
     ) -> "ClassGroups":
         """Groups of classes by rank: sorted by training count, descending, ties by class index.
 
@@ -70,7 +69,9 @@ class ClassGroups:
         return cls._checked(assignment, len(sizes), names)
 
     @classmethod
-    def from_assignment(cls, assignment: npt.ArrayLike, *, names: Sequence[str] | None = None) -> "ClassGroups":
+    def from_assignment(
+        cls, assignment: npt.ArrayLike, *, names: list[str] | tuple[str, ...] | None = None
+    ) -> "ClassGroups":
         """Groups as given: `assignment[c]`, an integer in `[0, G)`, is the group of class c.
 
         Raises:
@@ -89,7 +90,9 @@ class ClassGroups:
         return cls._checked(assignment.astype(np.int32), int(assignment.max()) + 1, names)
 
     @classmethod
-    def _checked(cls, assignment: np.ndarray, num_groups: int, names: Sequence[str] | None) -> "ClassGroups":
+    def _checked(
+        cls, assignment: np.ndarray, num_groups: int, names: list[str] | tuple[str, ...] | None
+    ) -> "ClassGroups":
         if names is None:
             names = ("head", "medium", "tail") if num_groups == 3 else [f"group {g}" for g in range(num_groups)]
         listed = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)

@@ -111,9 +111,9 @@ def test_the_hooks_pass(tmp_path):
     """On every file, in a new checkout, by the tools of this environment."""
     needs("pre_commit", "pre_commit_hooks", "mypy", "ruff")
     copy(tracked(), tmp_path)
-    (tmp_path / ".venv").symlink_to(sys.prefix)
     run("git", "init", "--quiet", cwd=tmp_path)
     run("git", "add", ".", cwd=tmp_path)
+    (tmp_path / ".venv").symlink_to(sys.prefix)
     told = run(sys.executable, "-m", "pre_commit", "run", "--all-files", "--color=never", cwd=tmp_path)
     assert told.count("Passed") == 6 and "Skipped" not in told, told
 

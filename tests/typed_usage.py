@@ -81,6 +81,7 @@ def misuse(logits: jax.Array, g: groups.ClassGroups) -> None:
     losses.cross_entropy(logits, None)  # type: ignore[arg-type]
     losses.group_kl(logits, logits, g).mass  # type: ignore[attr-defined]  # noqa: B018
     ltkd_jax.loses  # type: ignore[attr-defined]  # noqa: B018
+    groups.ClassGroups.from_counts([5, 3, 1], names="abc")  # type: ignore[arg-type]
     g.num_groups = 3  # type: ignore[misc]
     bilevel.Problem(terms_fn, outer_fn)  # type: ignore[call-arg]
     bilevel.Problem(outer_fn, outer_fn, weight_fn)  # type: ignore[arg-type]

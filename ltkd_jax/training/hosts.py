@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 # One process may wait for days for what another makes. One that died ends all of them much sooner, by its heartbeat.
 _WAIT_MS = 7 * 24 * 3600 * 1000
@@ -58,7 +58,7 @@ def is_first() -> bool:
     return _state().process_id == 0
 
 
-def first(fn: Callable[[], T]) -> T:
+def first(fn: Callable[[], _T]) -> _T:
     """What `fn()` gives in the first process, where alone it is called; its error is raised in every process.
 
     Large arrays of the result travel over the devices.
@@ -92,7 +92,7 @@ def first(fn: Callable[[], T]) -> T:
     return result if is_first() else pickle.loads(content, buffers=buffers)
 
 
-def each(fn: Callable[[], T]) -> T:
+def each(fn: Callable[[], _T]) -> _T:
     """What `fn()` gives in this process; an error of any process is raised in every one.
 
     >>> each(lambda: 3)
@@ -108,7 +108,7 @@ def each(fn: Callable[[], T]) -> T:
     return result
 
 
-def gather(value: T) -> list[T]:
+def gather(value: _T) -> list[_T]:
     """The values of all processes, in their order; called by all of them.
 
     >>> gather("here")

@@ -69,7 +69,7 @@ Preprocess = Callable[[jax.Array], jax.Array]  # uint8 images -> float images
 TeacherFn = Callable[[Any, Any, jax.Array], Taught]  # (data.teacher, its Plan or Streamed, images) -> what it says
 
 Forward = Callable[[PyTree, Batch], tuple[Predictions, PyTree]]  # (params, batch) -> predictions, batch statistics
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 def no_teacher(teacher: Any, rows: Plan | Streamed, images: jax.Array) -> Taught:
@@ -232,12 +232,12 @@ def advance(
     )
 
 
-def mean_over_devices(tree: T, axis_name: str | None) -> T:
+def mean_over_devices(tree: _T, axis_name: str | None) -> _T:
     """The mean over a named device axis; under `jit` values are global already."""
     return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
 
 
-def sum_over_devices(tree: T, axis_name: str | None) -> T:
+def sum_over_devices(tree: _T, axis_name: str | None) -> _T:
     """The sum over a named device axis; under `jit` values are global already."""
     return tree if axis_name is None else jax.lax.psum(tree, axis_name)
 
