@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow lint dist clean
 
 demo: .venv/train.stamp  ## digits-LT: one teacher, four methods, three seeds; prints a table, writes a page
 	$(BIN)/python -m experiments.reproduce experiments/queues/demo.json --results=runs/demo/results
@@ -13,12 +13,16 @@ test: .venv/test.stamp  ## the fast suite, under ten minutes on two cores
 test-slow: .venv/test.stamp  ## what takes minutes: kills and resumes, real data, whole runs
 	$(BIN)/python -m pytest -m slow
 
-lint: .venv/test.stamp
+lint: .venv/test.stamp  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+dist: .venv/test.stamp  ## the source distribution and the wheel, in dist
+	$(BIN)/python -m build --no-isolation
 
 clean:
-	rm -rf .venv .jax_cache build *.egg-info
+	rm -rf .venv .jax_cache .mypy_cache build dist *.egg-info
 
 .venv/%.stamp: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

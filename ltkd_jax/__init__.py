@@ -4,12 +4,22 @@ Submodules load on first use, so `import ltkd_jax.losses` needs jax, chex and op
 """
 
 import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ltkd_jax import bilevel, data, groups, losses, metrics, models, objectives, training
 
 __version__ = "0.1.0"
 __all__ = ["bilevel", "data", "groups", "losses", "metrics", "models", "objectives", "training"]
 
 
-def __getattr__(name):
-    if name in __all__:
-        return importlib.import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+if not TYPE_CHECKING:  # to a type checker every name would be there
+
+    def __getattr__(name):
+        if name in __all__:
+            return importlib.import_module(f"{__name__}.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -22,6 +22,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+PyTree = Any
+
 
 class Aux(NamedTuple):
     """What the terms' forward also yields; nothing of it is differentiated.
@@ -32,7 +34,7 @@ class Aux(NamedTuple):
     """
 
     features: jax.Array
-    extra: Any = None
+    extra: PyTree = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,19 +49,19 @@ class Problem:
       axis_name: the device axis over which batches are spread, if it has a name.
     """
 
-    terms_fn: Callable[[Any, Any], tuple[jax.Array, Aux]]
-    outer_fn: Callable[[Any, Any], jax.Array]
-    weight_fn: Callable[[Any, jax.Array], jax.Array]
+    terms_fn: Callable[[PyTree, PyTree], tuple[jax.Array, Aux]]
+    outer_fn: Callable[[PyTree, PyTree], jax.Array]
+    weight_fn: Callable[[PyTree, jax.Array], jax.Array]
     axis_name: str | None = None
 
 
 class MetaState(NamedTuple):
     """The weight net's parameters, its optimizer's state, and the gradients gathered since its last update."""
 
-    params: Any
-    opt_state: Any
-    gradients: Any  # their sum
-    count: jax.Array  # how many
+    params: PyTree
+    opt_state: PyTree
+    gradients: PyTree  # their sum
+    count: jax.Array  # type: ignore[assignment]  # how many; it hides tuple.count
 
 
 class Step(NamedTuple):
@@ -73,7 +75,7 @@ class Step(NamedTuple):
       outer_loss: after the virtual steps.
     """
 
-    gradient: Any
+    gradient: PyTree
     meta: MetaState
     terms: jax.Array
     aux: Aux
@@ -81,13 +83,13 @@ class Step(NamedTuple):
     outer_loss: jax.Array
 
 
-def init(meta_params, optimizer: optax.GradientTransformation) -> MetaState:
+def init(meta_params: PyTree, optimizer: optax.GradientTransformation) -> MetaState:
     """The state of a fresh weight net."""
     zeros = jax.tree.map(jnp.zeros_like, meta_params)
     return MetaState(meta_params, optimizer.init(meta_params), zeros, jnp.zeros((), jnp.int32))
 
 
-def gather(meta: MetaState, gradient) -> MetaState:
+def gather(meta: MetaState, gradient: PyTree) -> MetaState:
     """The state with one more gradient of the weight net in it."""
     return meta._replace(gradients=jax.tree.map(jnp.add, meta.gradients, gradient), count=meta.count + 1)
 
@@ -102,11 +104,11 @@ def update(meta: MetaState, optimizer: optax.GradientTransformation) -> MetaStat
 
 def step(
     problem: Problem,
-    params,
+    params: PyTree,
     meta: MetaState,
-    batches,
-    outer_batch,
-    learning_rate,
+    batches: PyTree,
+    outer_batch: PyTree,
+    learning_rate: jax.Array | float,
     *,
     optimizer: optax.GradientTransformation,
     every: int = 1,
@@ -157,10 +159,10 @@ def step(
         raise ValueError(f"every={every!r}: the weight net is updated every k iterations, a whole number >= 1")
     ahead = _length(batches)
 
-    def taken(changes):
+    def taken(changes: bool) -> Step:
         terms, aux, slopes_along, gradient_of = _linearize(problem, params, jax.tree.map(lambda x: x[0], batches))
 
-        def weigh(meta_params):
+        def weigh(meta_params: PyTree) -> jax.Array:
             return _weigh(problem, meta_params, terms, aux)
 
         if ahead == 1:
@@ -189,7 +191,16 @@ def step(
     return jax.lax.cond(meta.count >= every - 1, lambda: taken(True), lambda: taken(False))
 
 
-def hypergradient(problem: Problem, params, meta_params, batches, outer_batch, learning_rate, *, unroll: bool = False):
+def hypergradient(
+    problem: Problem,
+    params: PyTree,
+    meta_params: PyTree,
+    batches: PyTree,
+    outer_batch: PyTree,
+    learning_rate: jax.Array | float,
+    *,
+    unroll: bool = False,
+) -> tuple[jax.Array, PyTree]:
     """The outer loss after K virtual steps and its gradient by the weight net, by `jax.grad` through them.
 
     Args:
@@ -217,7 +228,16 @@ def hypergradient(problem: Problem, params, meta_params, batches, outer_batch, l
     return _average((outer_loss, gradient), problem.axis_name)
 
 
-def lookahead(problem: Problem, params, meta_params, batches, outer_batch, learning_rate, *, unroll: bool = False):
+def lookahead(
+    problem: Problem,
+    params: PyTree,
+    meta_params: PyTree,
+    batches: PyTree,
+    outer_batch: PyTree,
+    learning_rate: jax.Array | float,
+    *,
+    unroll: bool = False,
+) -> jax.Array:
     """The outer loss after K virtual steps, θ_{j+1} = θ_j − η ∇_θ L(θ_j, φ; batch j), features anew at each θ_j.
 
     Args:
@@ -237,11 +257,11 @@ def lookahead(problem: Problem, params, meta_params, batches, outer_batch, learn
       ValueError: K < 1, or weights of another shape than the terms.
     """
 
-    def inner_loss(params, batch):
+    def inner_loss(params: PyTree, batch: PyTree) -> jax.Array:
         terms, aux = problem.terms_fn(params, batch)
         return jnp.mean(jnp.sum(_weigh(problem, meta_params, terms, aux) * terms, axis=-1))
 
-    def virtual_step(params, batch):
+    def virtual_step(params: PyTree, batch: PyTree) -> tuple[PyTree, None]:
         gradient = _average(jax.grad(inner_loss)(params, batch), problem.axis_name)
         return _descend(params, gradient, learning_rate), None
 
@@ -254,19 +274,21 @@ def lookahead(problem: Problem, params, meta_params, batches, outer_batch, learn
     return problem.outer_fn(params, outer_batch)
 
 
-def _linearize(problem, params, batch):
+def _linearize(
+    problem: Problem, params: PyTree, batch: PyTree
+) -> tuple[jax.Array, Aux, Callable[[PyTree], jax.Array], Callable[[jax.Array], PyTree]]:
     """The terms at `params`, and of their one linearisation: slopes along a direction, gradient of weighted terms."""
     terms, along, aux = jax.linearize(lambda params: problem.terms_fn(params, batch), params, has_aux=True)
     back = jax.linear_transpose(along, params)
 
-    def gradient_of(weights):
+    def gradient_of(weights: jax.Array) -> PyTree:
         (gradient,) = back((weights / len(terms)).astype(terms.dtype))
         return _average(gradient, problem.axis_name)
 
     return terms, aux, along, gradient_of
 
 
-def _weigh(problem, meta_params, terms, aux):
+def _weigh(problem: Problem, meta_params: PyTree, terms: jax.Array, aux: Aux) -> jax.Array:
     if terms.ndim != 2 or not isinstance(aux, Aux):
         raise ValueError(
             f"terms_fn gives terms of shape {terms.shape} and {type(aux).__name__}: it must give terms [B, T] and an "
@@ -281,21 +303,21 @@ def _weigh(problem, meta_params, terms, aux):
     return weights
 
 
-def _outer_gradient(problem, params, outer_batch):
+def _outer_gradient(problem: Problem, params: PyTree, outer_batch: PyTree) -> tuple[jax.Array, PyTree]:
     """The outer loss and its gradient by the student. Averaged here, before any product with a local Jacobian."""
     return _average(jax.value_and_grad(problem.outer_fn)(params, outer_batch), problem.axis_name)
 
 
-def _descend(params, gradient, learning_rate):
+def _descend(params: PyTree, gradient: PyTree, learning_rate: jax.Array | float) -> PyTree:
     # A learning rate that is an array must not widen the parameters.
     return jax.tree.map(lambda p, g: (p - learning_rate * g).astype(p.dtype), params, gradient)
 
 
-def _average(tree, axis_name):
+def _average(tree: PyTree, axis_name: str | None) -> PyTree:
     return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
 
 
-def _length(batches):
+def _length(batches: PyTree) -> int:
     lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(batches)}
     if len(lengths) != 1 or lengths <= {(0,), ()}:
         found = ", ".join(str(length[0]) if length else "none" for length in sorted(lengths))

@@ -4,9 +4,10 @@ import contextlib
 import fcntl
 import os
 import pathlib
+from collections.abc import Iterator
 
 
-def write_text(path, text: str) -> None:
+def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Writes a text file under a temporary name on the same file system, then renames it."""
     path = pathlib.Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -20,7 +21,7 @@ def write_text(path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def reserve(path, size: int) -> None:
+def reserve(path: str | os.PathLike[str], size: int) -> None:
     """Gives a file, new or old, its room on the disk, where the system can do that.
 
     Raises:
@@ -32,7 +33,7 @@ def reserve(path, size: int) -> None:
 
 
 @contextlib.contextmanager
-def lock(path):
+def lock(path: str | os.PathLike[str]) -> Iterator[None]:
     """Holds an exclusive lock on a file, which the system frees however the process ends.
 
     Args:

@@ -5,6 +5,7 @@ import itertools
 
 import jax
 import numpy as np
+import numpy.typing as npt
 
 DEFAULT_FRACTIONS = (0.33, 0.34, 0.33)
 
@@ -30,10 +31,17 @@ class ClassGroups:
 
     @property
     def num_groups(self) -> int:
+        """G."""
         return len(self.names)
 
     @classmethod
-    def from_counts(cls, class_counts, *, fractions=DEFAULT_FRACTIONS, names=None) -> "ClassGroups":
+    def from_counts(
+        cls,
+        class_counts: npt.ArrayLike,
+        *,
+        fractions: npt.ArrayLike = DEFAULT_FRACTIONS,
+        names: list[str] | tuple[str, ...] | None = None,
+    ) -> "ClassGroups":
         """Groups of classes by rank: sorted by training count, descending, ties by class index.
 
         Group g ends at rank `round(C · (fractions[0] + … + fractions[g]))`. Source: LTKD (arXiv 2506.18496),
@@ -61,7 +69,9 @@ class ClassGroups:
         return cls._checked(assignment, len(sizes), names)
 
     @classmethod
-    def from_assignment(cls, assignment, *, names=None) -> "ClassGroups":
+    def from_assignment(
+        cls, assignment: npt.ArrayLike, *, names: list[str] | tuple[str, ...] | None = None
+    ) -> "ClassGroups":
         """Groups as given: `assignment[c]`, an integer in `[0, G)`, is the group of class c.
 
         Raises:
@@ -80,7 +90,9 @@ class ClassGroups:
         return cls._checked(assignment.astype(np.int32), int(assignment.max()) + 1, names)
 
     @classmethod
-    def _checked(cls, assignment, num_groups, names):
+    def _checked(
+        cls, assignment: np.ndarray, num_groups: int, names: list[str] | tuple[str, ...] | None
+    ) -> "ClassGroups":
         if names is None:
             names = ("head", "medium", "tail") if num_groups == 3 else [f"group {g}" for g in range(num_groups)]
         listed = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
@@ -95,7 +107,7 @@ class ClassGroups:
         return cls(assignment, names)
 
 
-def shots(class_counts, *, many=100, few=20) -> dict[str, np.ndarray]:
+def shots(class_counts: npt.ArrayLike, *, many: float = 100, few: float = 20) -> dict[str, np.ndarray]:
     """Classes by their number of training images, the other convention of the long-tail literature.
 
     Args:
@@ -118,7 +130,7 @@ def shots(class_counts, *, many=100, few=20) -> dict[str, np.ndarray]:
     return {"many": counts > many, "medium": (counts >= few) & (counts <= many), "few": counts < few}
 
 
-def check_counts(class_counts) -> np.ndarray:
+def check_counts(class_counts: npt.ArrayLike) -> np.ndarray:
     """`class_counts` as a float64 vector; a ValueError if it is not one or a class has no image."""
     counts = _numbers(class_counts, "class_counts")
     if counts.ndim != 1 or not counts.size:
@@ -131,7 +143,7 @@ def check_counts(class_counts) -> np.ndarray:
     return counts
 
 
-def _numbers(values, name) -> np.ndarray:
+def _numbers(values: npt.ArrayLike, name: str) -> np.ndarray:
     try:
         return np.asarray(values, np.float64)
     except (TypeError, ValueError, OverflowError) as error:

@@ -1,10 +1,12 @@
 """Evaluation as sums: masked counts on the device that add up over batches and devices, then one summary."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from ltkd_jax.groups import ClassGroups
 
 NUM_BINS = 15  # of the expected calibration error
 
@@ -23,7 +25,7 @@ class EvalSums(NamedTuple):
     mass: jax.Array
 
 
-def eval_sums(logits, labels, mask) -> EvalSums:
+def eval_sums(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> EvalSums:
     """The sums of one batch.
 
     Args:
@@ -50,7 +52,7 @@ def eval_sums(logits, labels, mask) -> EvalSums:
     )
 
 
-def summarize(sums: EvalSums, groups, shots: dict[str, np.ndarray]) -> dict:
+def summarize(sums: EvalSums, groups: ClassGroups, shots: dict[str, np.ndarray]) -> dict[str, Any]:
     """Accuracies in percent: overall, per class, per group and per shot; calibration; confusion between groups.
 
     Args:
@@ -77,13 +79,13 @@ def summarize(sums: EvalSums, groups, shots: dict[str, np.ndarray]) -> dict:
     }
 
 
-def group_mass(sums: EvalSums, groups) -> dict[str, float]:
+def group_mass(sums: EvalSums, groups: ClassGroups) -> dict[str, float]:
     """The mean predicted probability of each group: LTKD's measure of a teacher's bias, as a share of 1."""
     mass = np.asarray(sums.mass, np.float64)
     assignment = np.asarray(groups.assignment)
     return {name: float(mass[assignment == g].sum() / mass.sum()) for g, name in enumerate(groups.names)}
 
 
-def _accuracy(confusion, classes):
+def _accuracy(confusion: np.ndarray, classes: slice | np.ndarray) -> float | None:
     total = confusion[classes].sum()
     return 100 * float(np.diag(confusion)[classes].sum() / total) if total else None

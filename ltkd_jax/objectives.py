@@ -6,12 +6,16 @@ To add one: write a function that returns its terms, and decorate it with `@_met
 
 import dataclasses
 import difflib
+import functools
 import inspect
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
 
 from ltkd_jax import losses
 from ltkd_jax.groups import ClassGroups, check_counts
@@ -31,15 +35,26 @@ class Predictions(NamedTuple):
     teacher_logits: jax.Array | None  # [B, C]
     labels: jax.Array  # int [B]
     axis_name: str | None = None  # the device axis over which the batch is spread, if any
-    student_features: tuple | None = None  # float [B, H, W, channels] each, for a method that distils features
-    teacher_features: tuple | None = None  # likewise, of the same shapes
+    # Of a method that distils features: float [B, H, W, channels] each, the teacher's of the same shapes.
+    student_features: tuple[jax.Array, ...] | None = None
+    teacher_features: tuple[jax.Array, ...] | None = None
     mix: Mix | None = None
 
+    @property
+    def teacher(self) -> jax.Array:
+        """`teacher_logits`, for a term that distils: a ValueError where there are none."""
+        if self.teacher_logits is None:
+            raise ValueError("a term that distils needs predictions with teacher_logits")
+        return self.teacher_logits
 
-def _mixed(fn):
+
+PerExample = Callable[[Predictions], jax.Array]  # its value is [B], or [B, F] of several
+
+
+def _mixed(fn: PerExample) -> PerExample:
     """A per-example loss of mixed images: its mean over both labels, each by its image's share."""
 
-    def loss(p: Predictions):
+    def loss(p: Predictions) -> jax.Array:
         if p.mix is None:
             return fn(p)
         share = p.mix.share
@@ -53,7 +68,7 @@ class Term:
     """One per-example loss: `fn(predictions) -> [B]`, its static weight, whether it needs the teacher, and features."""
 
     name: str
-    fn: Callable[[Predictions], jax.Array]
+    fn: PerExample
     weight: float
     distils: bool
     features: bool = False
@@ -74,27 +89,30 @@ class Objective:
 
     @property
     def names(self) -> tuple[str, ...]:
+        """Of the terms, in their order."""
         return tuple(term.name for term in self.terms)
 
     @property
     def needs_teacher(self) -> bool:
+        """Whether a term distils."""
         return any(term.distils for term in self.terms)
 
     @property
     def needs_features(self) -> bool:
+        """Whether a term distils features."""
         return any(term.features for term in self.terms)
 
     def __call__(self, predictions: Predictions) -> jax.Array:
         """All terms of each example, `[B, T]`."""
         return jnp.stack([_mixed(term.fn)(predictions) for term in self.terms], axis=-1)
 
-    def weights(self, step) -> jax.Array:
+    def weights(self, step: jax.Array | float) -> jax.Array:
         """Static weights `[T]` at a step: those that distil grow from 0 over `warmup_steps`."""
         warm = jnp.minimum(1.0, step / self.warmup_steps) if self.warmup_steps else 1.0
         return jnp.stack([jnp.asarray(term.weight * (warm if term.distils else 1.0)) for term in self.terms])
 
 
-def _equal_groups(counts, num_groups):
+def _equal_groups(counts: npt.ArrayLike, num_groups: int) -> ClassGroups:
     """Groups by rank, of equally many classes as far as that goes."""
     if num_groups != int(num_groups) or num_groups < 0:
         raise ValueError(f"num_groups={num_groups} must be a whole number; 0 takes the groups as they are given")
@@ -104,76 +122,80 @@ def _equal_groups(counts, num_groups):
 class ClassInfo(NamedTuple):
     """What a method may know of the training set."""
 
-    counts: jax.Array  # float [C], images of each class
-    groups: ClassGroups
+    counts: np.ndarray  # float [C], images of each class
+    groups: ClassGroups | None  # where the method uses them
 
 
-METHODS: dict[str, Callable[..., tuple[Term, ...]]] = {}
+Method = Callable[..., tuple[Term, ...]]  # (info, **hyperparameters)
+METHODS: dict[str, Method] = {}
 
 
-def _method(fn):
+def _method(fn: Method) -> Method:
     METHODS[fn.__name__] = fn
     return fn
 
 
-def _hard(name, loss, weight=1.0):
+def _hard(name: str, loss: Callable[[jax.Array, jax.Array], jax.Array], weight: float = 1.0) -> Term:
     return Term(name, lambda p: loss(p.student_logits, p.labels), weight, distils=False)
 
 
-def _soft(name, loss, weight):
-    return Term(name, lambda p: loss(p.student_logits, p.teacher_logits), weight, distils=True)
+def _soft(name: str, loss: Callable[[jax.Array, jax.Array], jax.Array], weight: float) -> Term:
+    return Term(name, lambda p: loss(p.student_logits, p.teacher), weight, distils=True)
 
 
-def _balanced_softmax(info, weight=1.0):
+def _balanced_softmax(info: ClassInfo, weight: float = 1.0) -> Term:
     return _hard("balanced_softmax", lambda z, y: losses.balanced_softmax(z, y, info.counts), weight)
 
 
-def _ltkd_terms(info, alpha, beta, temperature, num_groups):
+def _ltkd_terms(info: ClassInfo, alpha: float, beta: float, temperature: float, num_groups: int) -> tuple[Term, Term]:
     groups = _equal_groups(info.counts, num_groups) if num_groups else info.groups
+    assert groups is not None  # `create` has them made
 
-    def inter(p):
+    def inter(p: Predictions) -> jax.Array:
         return losses.rebalanced_inter_group(
-            p.student_logits, p.teacher_logits, groups, temperature=temperature, axis_name=p.axis_name
+            p.student_logits, p.teacher, groups, temperature=temperature, axis_name=p.axis_name
         )
 
-    def intra(z, teacher):
+    def intra(z: jax.Array, teacher: jax.Array) -> jax.Array:
         return losses.uniform_intra_group(z, teacher, groups, temperature=temperature)
 
     return (Term("inter", inter, alpha, distils=True), _soft("intra", intra, beta))
 
 
 @_method
-def ce(info):
+def ce(info: ClassInfo) -> tuple[Term, ...]:
     """Cross-entropy."""
     return (_hard("ce", losses.cross_entropy),)
 
 
 @_method
-def balanced_softmax(info):
+def balanced_softmax(info: ClassInfo) -> tuple[Term, ...]:
     """Balanced softmax."""
     return (_balanced_softmax(info),)
 
 
 @_method
-def logit_adjusted(info, *, strength=1.0):
+def logit_adjusted(info: ClassInfo, *, strength: float = 1.0) -> tuple[Term, ...]:
     """Cross-entropy with logit adjustment."""
     return (_hard("logit_adjusted", lambda z, y: losses.logit_adjusted(z, y, info.counts, strength=strength)),)
 
 
 @_method
-def kd(info, *, hard_weight=0.1, soft_weight=0.9, temperature=4.0):
+def kd(
+    info: ClassInfo, *, hard_weight: float = 0.1, soft_weight: float = 0.9, temperature: float = 4.0
+) -> tuple[Term, ...]:
     """Knowledge distillation with mdistiller's weights."""
     soft = _soft("kd", lambda z, t: losses.kd(z, t, temperature=temperature), soft_weight)
     return (_hard("ce", losses.cross_entropy, hard_weight), soft)
 
 
 @_method
-def dkd(info, *, alpha=1.0, beta=8.0, temperature=4.0):
+def dkd(info: ClassInfo, *, alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0) -> tuple[Term, ...]:
     """Decoupled distillation: CE + α TCKD + β NCKD."""
 
-    def part(name, weight, **only):
+    def part(name: str, weight: float, **only: float) -> Term:
         fn = lambda p: losses.dkd(  # noqa: E731
-            p.student_logits, p.teacher_logits, p.labels, temperature=temperature, **only
+            p.student_logits, p.teacher, p.labels, temperature=temperature, **only
         )
         return Term(name, fn, weight, distils=True)
 
@@ -182,14 +204,18 @@ def dkd(info, *, alpha=1.0, beta=8.0, temperature=4.0):
 
 
 @_method
-def dive(info, *, soft_weight=0.5, power=0.5, temperature=4.0):
+def dive(
+    info: ClassInfo, *, soft_weight: float = 0.5, power: float = 0.5, temperature: float = 4.0
+) -> tuple[Term, ...]:
     """DiVE: (1−a) balanced softmax + a distillation of the flattened teacher. The default a is our choice."""
     soft = _soft("dive", lambda z, t: losses.dive(z, t, power=power, temperature=temperature), soft_weight)
     return (_balanced_softmax(info, 1.0 - soft_weight), soft)
 
 
 @_method
-def bkd(info, *, soft_weight=1.0, class_beta=0.9999, temperature=4.0):
+def bkd(
+    info: ClassInfo, *, soft_weight: float = 1.0, class_beta: float = 0.9999, temperature: float = 4.0
+) -> tuple[Term, ...]:
     """Balanced distillation: CE + a distillation of the class-weighted teacher. The default a is our choice."""
     weights = losses.effective_number_weights(info.counts, beta=class_beta)
     soft = _soft("bkd", lambda z, t: losses.bkd(z, t, weights, temperature=temperature), soft_weight)
@@ -197,33 +223,39 @@ def bkd(info, *, soft_weight=1.0, class_beta=0.9999, temperature=4.0):
 
 
 @_method
-def wsl(info, *, soft_weight=2.5, temperature=4.0):
+def wsl(info: ClassInfo, *, soft_weight: float = 2.5, temperature: float = 4.0) -> tuple[Term, ...]:
     """Weighted soft labels."""
 
-    def soft(p):
-        return losses.wsl(p.student_logits, p.teacher_logits, p.labels, temperature=temperature)
+    def soft(p: Predictions) -> jax.Array:
+        return losses.wsl(p.student_logits, p.teacher, p.labels, temperature=temperature)
 
     return (_hard("ce", losses.cross_entropy), Term("wsl", soft, soft_weight, distils=True))
 
 
 @_method
-def reviewkd(info, *, feature_weight=5.0):
+def reviewkd(info: ClassInfo, *, feature_weight: float = 5.0) -> tuple[Term, ...]:
     """ReviewKD: CE + a distillation of features, which the student's pass through fusion modules of their own."""
 
-    def feature(p):
+    def feature(p: Predictions) -> jax.Array:
+        if p.student_features is None or p.teacher_features is None:
+            raise ValueError("reviewkd needs predictions with student_features and teacher_features")
         return losses.hierarchical_context(p.student_features, p.teacher_features)
 
     return (_hard("ce", losses.cross_entropy), Term("review", feature, feature_weight, distils=True, features=True))
 
 
 @_method
-def ltkd(info, *, alpha=1.0, beta=1.0, temperature=4.0, num_groups=0):
+def ltkd(
+    info: ClassInfo, *, alpha: float = 1.0, beta: float = 1.0, temperature: float = 4.0, num_groups: int = 0
+) -> tuple[Term, ...]:
     """LTKD: CE + α rebalanced inter-group + β uniform intra-group. Other than three groups are this library's."""
     return (_hard("ce", losses.cross_entropy), *_ltkd_terms(info, alpha, beta, temperature, num_groups))
 
 
 @_method
-def ltkd_bs(info, *, alpha=1.0, beta=1.0, temperature=4.0, num_groups=0):
+def ltkd_bs(
+    info: ClassInfo, *, alpha: float = 1.0, beta: float = 1.0, temperature: float = 4.0, num_groups: int = 0
+) -> tuple[Term, ...]:
     """LTKD's two terms beside balanced softmax in place of cross-entropy; neither paper has it."""
     return (_balanced_softmax(info), *_ltkd_terms(info, alpha, beta, temperature, num_groups))
 
@@ -243,7 +275,14 @@ def hyperparameters(method: str, *, learned_weights: bool = False) -> dict[str, 
     return {name: value for name, value in found.items() if not (learned_weights and name in STATIC_WEIGHTS)}
 
 
-def create(method: str, class_counts, groups: ClassGroups | None = None, *, warmup_steps=0, **values) -> Objective:
+def create(
+    method: str,
+    class_counts: npt.ArrayLike,
+    groups: ClassGroups | None = None,
+    *,
+    warmup_steps: int = 0,
+    **values: float,
+) -> Objective:
     """The objective of a method, for a training set with these class counts.
 
     Args:
@@ -273,7 +312,7 @@ def create(method: str, class_counts, groups: ClassGroups | None = None, *, warm
     return Objective(METHODS[method](ClassInfo(counts, groups), **values), warmup_steps)
 
 
-def features(objective: Objective, names) -> Callable[[Predictions], jax.Array]:
+def features(objective: Objective, names: Sequence[str]) -> PerExample:
     """Per-example losses as the input of a weight net: `predictions -> [B, F]`.
 
     Args:
@@ -289,9 +328,9 @@ def features(objective: Objective, names) -> Callable[[Predictions], jax.Array]:
     ...
     ValueError: feature 'teacher_ce': these terms have student_ce, ce (there is no teacher)
     """
-    known = {"student_ce": lambda p: losses.cross_entropy(p.student_logits, p.labels)}
+    known: dict[str, PerExample] = {"student_ce": lambda p: losses.cross_entropy(p.student_logits, p.labels)}
     if objective.needs_teacher:
-        known["teacher_ce"] = lambda p: losses.cross_entropy(p.teacher_logits, p.labels)
+        known["teacher_ce"] = lambda p: losses.cross_entropy(p.teacher, p.labels)
     known |= {term.name: term.fn for term in objective.terms}
     without = "" if objective.needs_teacher else " (there is no teacher)"
     if isinstance(names, str) or not names or len(set(names)) < len(names):
@@ -305,7 +344,7 @@ def features(objective: Objective, names) -> Callable[[Predictions], jax.Array]:
 OUTER = ("hard", "soft", "mix")
 
 
-def outer_loss(objective: Objective, kind: str) -> Callable[[Predictions], jax.Array]:
+def outer_loss(objective: Objective, kind: str) -> PerExample:
     """The loss on balanced images that learned weights are to lower: `predictions -> [B]`.
 
     Source: arXiv 2605.17839 for KD's terms; the sum over any method's terms is this library's.
@@ -323,12 +362,12 @@ def outer_loss(objective: Objective, kind: str) -> Callable[[Predictions], jax.A
         raise ValueError(f"outer loss {kind!r} must be one of {', '.join(OUTER)}")
     if kind != "hard" and not soft:
         raise ValueError(f"outer loss {kind!r}: none of the terms {', '.join(objective.names)} distils; give 'hard'")
-    hard = [lambda p: losses.cross_entropy(p.student_logits, p.labels)]
+    hard: list[PerExample] = [lambda p: losses.cross_entropy(p.student_logits, p.labels)]
     parts = {"hard": hard, "soft": soft, "mix": hard + soft}[kind]
-    return lambda predictions: sum(part(predictions) for part in parts)
+    return lambda predictions: functools.reduce(operator.add, (part(predictions) for part in parts))
 
 
-def _lookup(method):
+def _lookup(method: str) -> Method:
     if method not in METHODS:
         close = difflib.get_close_matches(str(method), METHODS, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else "."

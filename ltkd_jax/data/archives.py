@@ -8,6 +8,8 @@ import pathlib
 import pickle
 import tarfile
 import zlib
+from collections.abc import Collection
+from typing import Any, Self
 
 import numpy as np
 
@@ -178,7 +180,7 @@ def _sha256(path: pathlib.Path) -> str:
         raise ArchiveError(f"{path} can't be read ({error.strerror}); give the path of the archive") from error
 
 
-def _read_members(source: pathlib.Path, wanted) -> dict[str, bytes]:
+def _read_members(source: pathlib.Path, wanted: Collection[str]) -> dict[str, bytes]:
     """The contents of the wanted members, from a folder or a tar stream."""
     source = pathlib.Path(source)
     try:
@@ -193,7 +195,7 @@ def _read_members(source: pathlib.Path, wanted) -> dict[str, bytes]:
     return members
 
 
-def _read_folder(folder: pathlib.Path, wanted) -> dict[str, bytes]:
+def _read_folder(folder: pathlib.Path, wanted: Collection[str]) -> dict[str, bytes]:
     members = {}
     for name in wanted:
         if (folder / name).is_file():
@@ -202,7 +204,7 @@ def _read_folder(folder: pathlib.Path, wanted) -> dict[str, bytes]:
     return members
 
 
-def _read_tar(path: pathlib.Path, wanted) -> dict[str, bytes]:
+def _read_tar(path: pathlib.Path, wanted: Collection[str]) -> dict[str, bytes]:
     """Members by their exact names, into memory: nothing that an archive says becomes a path on disk."""
     members = {}
     with tarfile.open(path, "r|*", tarinfo=_TarInfo) as tar:
@@ -216,7 +218,9 @@ def _read_tar(path: pathlib.Path, wanted) -> dict[str, bytes]:
                 continue
             if not member.isreg() or member.issparse() or name in members:
                 raise ArchiveError(f"{path}: {name} is a link, or occurs twice; {_REMEDY}")
-            members[name] = tar.extractfile(member).read()
+            file = tar.extractfile(member)
+            assert file is not None  # the member is a regular one
+            members[name] = file.read()
     return members
 
 
@@ -224,7 +228,7 @@ class _TarInfo(tarfile.TarInfo):
     """A header, of which that of a long name or of attributes is refused before its content is read into memory."""
 
     @classmethod
-    def frombuf(cls, buf, encoding, errors):
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
         info = super().frombuf(buf, encoding, errors)
         if info.type in _EXTENDED and info.size > _MAX_HEADER:
             raise tarfile.ReadError(f"a header of {info.size} bytes, and at most {_MAX_HEADER} are read")
@@ -287,11 +291,12 @@ def _from_pickles(members: dict[str, bytes], layout: Cifar) -> Content:
 class _Unpickler(pickle.Unpickler):
     """Builds arrays and nothing else: a second line of defence behind the checksum."""
 
-    def find_class(self, module, name):
+    def find_class(self, module: str, name: str) -> Any:
         if (module, name) in {("numpy", "ndarray"), ("numpy", "dtype")}:
             return getattr(np, name)
         if name == "_reconstruct" and module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-            return np._core.multiarray._reconstruct  # the old module still works, with a warning
+            # The old module still works, with a warning.
+            return np._core.multiarray._reconstruct  # type: ignore[attr-defined]  # private, and so in no stub
         raise pickle.UnpicklingError(f"{module}.{name} is no part of a CIFAR pickle")
 
 

@@ -1,12 +1,15 @@
 """Augmentation on the device: every (crop offset, flip) of a small image is a numbered view; more is drawn on top."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import chex
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from ltkd_jax.data import autoaugment
+from ltkd_jax.data.plan import Array
 
 POLICIES = ("none", "autoaugment")
 
@@ -25,7 +28,7 @@ class Views:
     pad: int
     flip: bool
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.pad < 0:
             raise ValueError(f"pad={self.pad}: give 0 (no crop) or more pixels")
 
@@ -59,7 +62,7 @@ class Extra:
     cutout: int = 0
     mixup: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.policy not in POLICIES:
             raise ValueError(f"policy={self.policy!r} must be one of {', '.join(POLICIES)}")
         if self.cutout < 0 or not 0 <= self.mixup < float("inf"):
@@ -69,7 +72,7 @@ class Extra:
 NOTHING = Extra()
 
 
-def apply_extra(images: jax.Array, bits: jax.Array | None, extra: Extra) -> jax.Array:
+def apply_extra(images: jax.Array, bits: Array | None, extra: Extra) -> jax.Array:
     """AutoAugment, then Cutout, as far as they are chosen.
 
     Args:
@@ -77,12 +80,15 @@ def apply_extra(images: jax.Array, bits: jax.Array | None, extra: Extra) -> jax.
       bits: uint32 `[B]`, from which alone an image's own are drawn; may be None where nothing is chosen.
       extra: what is chosen (static).
     """
+    if extra.policy == "none" and not extra.cutout:
+        return images
+    assert bits is not None  # see above
     if extra.policy == "autoaugment":
         images = autoaugment.auto_augment(images, bits)
     return autoaugment.cutout(images, bits, size=extra.cutout) if extra.cutout else images
 
 
-def mixup_share(bits: jax.Array, alpha: float) -> jax.Array:
+def mixup_share(bits: Array, alpha: float) -> jax.Array:
     """An image's share in a mixture, `[B]`, drawn from Beta(α, α) for each.
 
     Source: Zhang et al., "mixup: Beyond Empirical Risk Minimization", ICLR 2018; here each image has its own.
@@ -97,7 +103,7 @@ def mix(images: jax.Array, others: jax.Array, share: jax.Array) -> jax.Array:
     return share * images + (1.0 - share) * others
 
 
-def apply(images: jax.Array, view: jax.Array, views: Views) -> jax.Array:
+def apply(images: jax.Array, view: Array, views: Views) -> jax.Array:
     """View `view[b]` of `images[b]`, uint8 `[B, H, W, C]`; padding is black before normalisation.
 
     Args:
@@ -122,7 +128,7 @@ def apply(images: jax.Array, view: jax.Array, views: Views) -> jax.Array:
     offset, flip = jnp.divmod(view, views.flips)
     dy, dx = jnp.divmod(offset, 2 * pad + 1)
 
-    def crop(image, y, x):
+    def crop(image: jax.Array, y: jax.Array, x: jax.Array) -> jax.Array:
         return jax.lax.dynamic_slice(image, (y, x, jnp.zeros_like(y)), images.shape[1:])
 
     crops = jax.vmap(crop)(padded, dy, dx)
@@ -131,7 +137,9 @@ def apply(images: jax.Array, view: jax.Array, views: Views) -> jax.Array:
     return jnp.where(flip.astype(bool)[:, None, None, None], crops[:, :, ::-1], crops)
 
 
-def normalize(images: jax.Array, mean: tuple, std: tuple, dtype=jnp.float32) -> jax.Array:
+def normalize(
+    images: jax.Array, mean: Sequence[float], std: Sequence[float], dtype: DTypeLike = jnp.float32
+) -> jax.Array:
     """(x / 255 − mean) / std, `[B, H, W, C]` of `dtype`, computed in float32.
 
     Args:
@@ -148,7 +156,7 @@ def normalize(images: jax.Array, mean: tuple, std: tuple, dtype=jnp.float32) -> 
     """
     chex.assert_type(images, jnp.uint8)
     chex.assert_rank(images, 4)
-    mean, std = (jnp.asarray(x, jnp.float32) for x in (mean, std))
-    chex.assert_shape([mean, std], (images.shape[-1],))
-    mean, std = mean[None, None, None], std[None, None, None]
-    return ((images.astype(jnp.float32) / 255 - mean) / std).astype(dtype)
+    shift, scale = (jnp.asarray(x, jnp.float32) for x in (mean, std))
+    chex.assert_shape([shift, scale], (images.shape[-1],))
+    shift, scale = shift[None, None, None], scale[None, None, None]
+    return ((images.astype(jnp.float32) / 255 - shift) / scale).astype(dtype)

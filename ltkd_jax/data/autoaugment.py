@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ltkd_jax.data.plan import Array
+
 # The 25 sub-policies for CIFAR-10 of AutoAugment's paper (https://arxiv.org/abs/1805.09501, appendix): twice an
 # (operation, probability, magnitude). The official code (tensorflow/models, research/autoaugment, `good_policies`)
 # draws from 95, among which are these but for numbers 15 to 19.
@@ -41,7 +43,7 @@ INDEX = {name: index for index, name in enumerate(OPS)}
 _STREAM = {"auto_augment": 0x6175746F, "cutout": 0x6375746F}  # of draws: one for each use of a word
 
 
-def auto_augment(images: jax.Array, bits: jax.Array) -> jax.Array:
+def auto_augment(images: jax.Array, bits: Array) -> jax.Array:
     """One of the 25 sub-policies for each image: its two operations in turn, each with its probability.
 
     An image's result depends on its pixels and its word only, not on the batch or the device it is in.
@@ -66,7 +68,7 @@ def auto_augment(images: jax.Array, bits: jax.Array) -> jax.Array:
     return jax.lax.scan(lambda images, step: (apply_op(images, *step), None), images, step)[0]
 
 
-def draw(bits: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def draw(bits: Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """What `auto_augment` draws from each word: the sub-policy, which of its operations to apply, and their signs.
 
     Of words `bits`, uint32 `[B]`: the sub-policy, int32 `[B]`, uniform over the 25; whether each operation is
@@ -82,7 +84,7 @@ def draw(bits: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     return sub_policy, uniform[:, 1:3] < probability[sub_policy], uniform[:, 3:] >= 0.5
 
 
-def cutout(images: jax.Array, bits: jax.Array, *, size: int) -> jax.Array:
+def cutout(images: jax.Array, bits: Array, *, size: int) -> jax.Array:
     """A black square of side `size` in each image, its centre uniform over the pixels, clipped at the border.
 
     Cutout (DeVries & Taylor 2017, https://arxiv.org/abs/1708.04552): around a centre in row y the rows from
@@ -109,7 +111,7 @@ def cutout(images: jax.Array, bits: jax.Array, *, size: int) -> jax.Array:
     _, height, width, _ = images.shape
     start = (_uniform("cutout", bits, 2) * jnp.array([[height, width]])).astype(jnp.int32) - size // 2
 
-    def covered(start, side):
+    def covered(start: jax.Array, side: int) -> jax.Array:
         pixel = jnp.arange(side)[None]
         return (pixel >= start[:, None]) & (pixel < start[:, None] + size)
 
@@ -154,14 +156,14 @@ def apply_op(images: jax.Array, op: jax.Array, magnitude: jax.Array, negative: j
     return jax.vmap(_apply_op)(images, op, magnitude, matrix)
 
 
-def _uniform(use, bits, number):
+def _uniform(use: str, bits: Array, number: int) -> jax.Array:
     """Uniform in [0, 1), float32 `[B, number]`; by threefry whatever JAX's default, so that a word means the same."""
     chex.assert_type(bits, jnp.uint32)
     key = jax.random.key(_STREAM[use], impl="threefry2x32")
     return jax.vmap(lambda word: jax.random.uniform(jax.random.fold_in(key, word), (number,), jnp.float32))(bits)
 
 
-def _apply_op(image, op, magnitude, matrix):
+def _apply_op(image: jax.Array, op: jax.Array, magnitude: jax.Array, matrix: jax.Array) -> jax.Array:
     """One image `[H, W, C]`: a warp, a look-up and a blend, of which all but at most one are the identity."""
     image, channel = image.astype(jnp.int32), jnp.arange(image.shape[-1])[None, None]
     # Look-up and degenerate image are those of the image, not of the step before: the same wherever they count.
@@ -172,7 +174,7 @@ def _apply_op(image, op, magnitude, matrix):
 
 
 @functools.cache
-def _matrices(height, width):
+def _matrices(height: int, width: int) -> np.ndarray:
     """Of each operation, magnitude and sign the map from a pixel to its source, int32 `[15, 10, 2, 6]`.
 
     Source x is `(a x + b y + c) >> 16` and source y `(d x + e y + f) >> 16`: the fixed point of Pillow's C code.
@@ -190,7 +192,7 @@ def _matrices(height, width):
     return np.floor(matrix * 65536 + 0.5).astype(np.int32)
 
 
-def _warp(image, matrix):
+def _warp(image: jax.Array, matrix: jax.Array) -> jax.Array:
     """The nearest source of each pixel, and black where that is outside."""
     height, width, channels = image.shape
     x, y = jnp.arange(width)[None], jnp.arange(height)[:, None]
@@ -201,7 +203,7 @@ def _warp(image, matrix):
     return jnp.where(inside[..., None], pixels, 0)
 
 
-def _lut(image, op, magnitude):
+def _lut(image: jax.Array, op: jax.Array, magnitude: jax.Array) -> jax.Array:
     """What replaces each value of each channel, int32 `[256, C]`: itself, unless op is one of the first of `OPS`."""
     value, grey = jnp.arange(256)[:, None], _grey(image)
     mean = (2 * jnp.sum(grey, dtype=jnp.int32) + grey.size) // (2 * grey.size)  # int(mean + 1/2)
@@ -216,11 +218,11 @@ def _lut(image, op, magnitude):
         _blend(mean, value, magnitude),
     )
     # Stacked rather than selected: fused into the look-up, a pixel's value is computed by its own operation only.
-    tables = jnp.stack([jnp.broadcast_to(table, (256, image.shape[-1])) for table in tables])
-    return tables[jnp.where(op < len(tables), op, 0)]
+    stacked = jnp.stack([jnp.broadcast_to(table, (256, image.shape[-1])) for table in tables])
+    return stacked[jnp.where(op < len(tables), op, 0)]
 
 
-def _autocontrast(value, low, high):
+def _autocontrast(value: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
     """`ImageOps.autocontrast`: int(255 (value − low) / (high − low)); of a single value the identity."""
     span = jnp.maximum(high - low, 1)
     scaled = 255 * (value - low)
@@ -232,7 +234,7 @@ def _autocontrast(value, low, high):
 
 
 @functools.cache
-def _falls_short():
+def _falls_short() -> np.ndarray:
     """Bit n of `[low, high]`, int32: Pillow's float64 falls short of the n-th whole 255 (value − low) / (high − low).
 
     That quotient is whole gcd(high − low, 255) times over the range. Pillow multiplies by the rounded 255 / (high −
@@ -248,7 +250,7 @@ def _falls_short():
     return bits
 
 
-def _equalize(value, image):
+def _equalize(value: jax.Array, image: jax.Array) -> jax.Array:
     """`ImageOps.equalize`: the number of smaller values over a step, a 255th of the number of all but the largest."""
     channel = jnp.arange(image.shape[-1])[None, None]
     count = jnp.zeros((256, image.shape[-1]), jnp.int32).at[image, channel].add(1)
@@ -257,7 +259,7 @@ def _equalize(value, image):
     return jnp.where(step > 0, jnp.minimum((step // 2 + smaller) // jnp.maximum(step, 1), 255), value)
 
 
-def _grey(image):
+def _grey(image: jax.Array) -> jax.Array:
     """Pillow's luminance (ITU-R 601-2), `[H, W, 1]`; an image of one channel is grey already."""
     if image.shape[-1] == 1:
         return image
@@ -265,14 +267,14 @@ def _grey(image):
     return (19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16
 
 
-def _smooth(image):
+def _smooth(image: jax.Array) -> jax.Array:
     """`ImageFilter.SMOOTH`: 5 times the pixel and its 8 neighbours, over 13, rounded; the border is left as it is."""
     rows = image[:-2] + image[1:-1] + image[2:]
     total = rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:] + 4 * image[1:-1, 1:-1]
     return image.at[1:-1, 1:-1].set((2 * total + 13) // 26)
 
 
-def _blend(degenerate, image, magnitude):
+def _blend(degenerate: jax.Array | int, image: jax.Array, magnitude: jax.Array) -> jax.Array:
     """`Image.blend`: degenerate + factor (image − degenerate), truncated, with the factor 1.8 magnitude / 10 + 0.1."""
     gain = (5 + 9 * magnitude) * (image - degenerate)  # in 50ths, of which every factor is a whole number
     result = (50 * degenerate + gain) // 50

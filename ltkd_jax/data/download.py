@@ -7,6 +7,7 @@ import os
 import pathlib
 import urllib.error
 import urllib.request
+from typing import BinaryIO
 
 from tqdm import tqdm
 
@@ -67,13 +68,13 @@ def _receive(file: File, part: pathlib.Path, timeout: float, show_progress: bool
         )
 
 
-def _open(file: File, offset: int, timeout: float):
+def _open(file: File, offset: int, timeout: float) -> http.client.HTTPResponse:
     """The response from `offset` on; a server that knows no ranges answers 200, with the whole file."""
     headers = {"Range": f"bytes={offset}-"} if offset else {}
     return urllib.request.urlopen(urllib.request.Request(file.url, headers=headers), timeout=timeout)
 
 
-def _copy(response, output, file: File, show_progress: bool) -> None:
+def _copy(response: http.client.HTTPResponse, output: BinaryIO, file: File, show_progress: bool) -> None:
     with tqdm(
         desc=file.name,
         total=file.size,

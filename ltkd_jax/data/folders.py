@@ -4,7 +4,8 @@ import dataclasses
 import os
 import pathlib
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 import numpy as np
 
@@ -27,7 +28,7 @@ class Entry:
     label: int
     read: Callable[[], bytes]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         try:
             self.id.encode()
         except UnicodeEncodeError:
@@ -42,10 +43,10 @@ class Files:
     class_names: tuple[str, ...]
 
 
-def _walk(root):
+def _walk(root: pathlib.Path) -> Iterator[str]:
     """Paths of the files below a folder, links followed, each folder once on its own way down."""
 
-    def unreadable(error):
+    def unreadable(error: OSError) -> NoReturn:
         raise ArchiveError(f"{error.filename} can't be read ({error.strerror})")
 
     for folder, names, files in os.walk(root, followlinks=True, onerror=unreadable):
@@ -61,9 +62,9 @@ class Tree:
       ArchiveError: the root is neither, or the archive is damaged.
     """
 
-    def __init__(self, root):
+    def __init__(self, root: str | os.PathLike[str]) -> None:
         self._root = pathlib.Path(root)
-        self._zip = None
+        self._zip: zipfile.ZipFile | None = None
         if self._root.is_dir():
             self.names = sorted(_walk(self._root))
             return
@@ -75,7 +76,7 @@ class Tree:
                 f"{root} is no folder, and no whole zip archive ({error}): give the folder, or get the archive again"
             ) from error
 
-    def __str__(self):
+    def __str__(self) -> str:
         return str(self._root)
 
     def read(self, name: str) -> bytes:
@@ -109,7 +110,7 @@ class Tree:
 
     def by_class(self, folder: str, below: str = "") -> dict[str, list[str]]:
         """Image files of each class: those at any depth below `folder/CLASS/below`, by CLASS."""
-        found = {}
+        found: dict[str, list[str]] = {}
         for name in self.names:
             rest = name.removeprefix(folder)
             class_name, _, file = rest.partition("/")
@@ -132,7 +133,7 @@ class Tree:
         return {name for name in found if not name.startswith((".", *_PASSED_OVER))}
 
 
-def own(source, *, test_per_class: int = 0) -> Files:
+def own(source: str | os.PathLike[str], *, test_per_class: int = 0) -> Files:
     """Anyone's folder (or zip) of images by class: CLASS/…, or train/CLASS/… and test/CLASS/… (or val).
 
     Classes are numbered in the order of their sorted names. Hidden files and files of other types are passed over.
@@ -172,15 +173,17 @@ def own(source, *, test_per_class: int = 0) -> Files:
             f"{test_per_class} leaves none to train on: hold out fewer, or add images"
         )
     try:
-        held = longtail.balanced(labels, keys, num_classes=len(names), per_class=test_per_class, seed=_TEST_SEED)
+        drawn = longtail.balanced(labels, keys, num_classes=len(names), per_class=test_per_class, seed=_TEST_SEED)
     except ValueError as error:
         raise ArchiveError(f"{source}: {error}") from error
-    held = set(held.tolist())
+    held = set(drawn.tolist())
     parts = {"train": [e for i, e in enumerate(entries) if i not in held], "test": [entries[i] for i in sorted(held)]}
     return Files(parts, names)
 
 
-def _entries(tree, folder, class_names=None):
+def _entries(
+    tree: Tree, folder: str, class_names: tuple[str, ...] | None = None
+) -> tuple[tuple[str, ...], list[Entry]]:
     """Sorted class names, and an entry for each image, whose id is its path below the folder."""
     found = tree.by_class(folder)
     names = tuple(sorted(tree.folders(folder)))
@@ -208,11 +211,13 @@ def _entries(tree, folder, class_names=None):
     return names, entries
 
 
-def _reader(tree, name):
+def _reader(tree: Tree, name: str) -> Callable[[], bytes]:
     return lambda: tree.read(name)
 
 
-def tiny_imagenet(source, *, classes: int = 200, per_class: int = 500, test_images: int = 10_000) -> Files:
+def tiny_imagenet(
+    source: str | os.PathLike[str], *, classes: int = 200, per_class: int = 500, test_images: int = 10_000
+) -> Files:
     """The official tiny-imagenet-200.zip, or the folder that it unpacks to. Its validation images are the test.
 
     Labels are in the order of the sorted WordNet ids.
@@ -249,11 +254,11 @@ def tiny_imagenet(source, *, classes: int = 200, per_class: int = 500, test_imag
     return Files({"train": train, "test": test}, names)
 
 
-def _stem(path):
+def _stem(path: str) -> str:
     return path.rpartition("/")[2].rpartition(".")[0]
 
 
-def imagenet(source, *, class_names: tuple[str, ...], validation_labels: list[str]) -> Files:
+def imagenet(source: str | os.PathLike[str], *, class_names: tuple[str, ...], validation_labels: list[str]) -> Files:
     """ImageNet as it is usually unpacked: train/WNID/*.JPEG, and val/WNID/*.JPEG or all images in val itself.
 
     Args:
@@ -280,7 +285,7 @@ def imagenet(source, *, class_names: tuple[str, ...], validation_labels: list[st
     return Files(splits, class_names)
 
 
-def _flat(tree, folder, class_names, validation_labels):
+def _flat(tree: Tree, folder: str, class_names: tuple[str, ...], validation_labels: list[str]) -> list[Entry]:
     files = [name for name in tree.names if name.startswith(folder) and name.lower().endswith(_SUFFIXES)]
     if len(files) != len(validation_labels):
         raise ArchiveError(f"{tree}/{folder} has {len(files)} images, expected {len(validation_labels)}")

@@ -1,6 +1,7 @@
 """Long-tailed subsets of a balanced data set: class counts, and a draw that depends on keys, not on order."""
 
 import hashlib
+import os
 import pathlib
 from typing import NamedTuple
 
@@ -131,7 +132,7 @@ class Listed(NamedTuple):
     name: str  # of the file, for messages
 
 
-def read_list(path) -> Listed:
+def read_list(path: str | os.PathLike[str]) -> Listed:
     """A file of lines "relative/path label", as ImageNet-LT's authors give it.
 
     Raises:
@@ -170,7 +171,8 @@ def find_listed(listed: Listed, labels: np.ndarray, keys: np.ndarray) -> np.ndar
     [1, 2]
     """
     place = {str(key): index for index, key in enumerate(keys)}
-    found, missing = {}, []
+    found: dict[int, str] = {}
+    missing = []
     for path, label in zip(listed.paths, listed.labels):
         parts = path.split("/")
         index = next((place[tail] for i in range(len(parts)) if (tail := "/".join(parts[i:])) in place), None)
@@ -194,7 +196,14 @@ def find_listed(listed: Listed, labels: np.ndarray, keys: np.ndarray) -> np.ndar
 
 
 def split_listed(
-    listed: Listed, labels, keys, *, num_classes: int, meta_per_class: int = 0, validation_per_class: int = 0, seed=0
+    listed: Listed,
+    labels: np.ndarray,
+    keys: np.ndarray,
+    *,
+    num_classes: int,
+    meta_per_class: int = 0,
+    validation_per_class: int = 0,
+    seed: int = 0,
 ) -> Split:
     """The training set that a list names, with balanced meta and validation sets out of the images that it does not.
 
@@ -222,7 +231,9 @@ def split_listed(
     return Split(train, rest[held.meta], rest[held.validation])
 
 
-def check_meta(labels: np.ndarray, keys: np.ndarray, train_keys: np.ndarray, *, num_classes: int, batch_size: int):
+def check_meta(
+    labels: np.ndarray, keys: np.ndarray, train_keys: np.ndarray, *, num_classes: int, batch_size: int
+) -> None:
     """Checks that a set can be the outer loss's: every class in it, no training image, at least a batch.
 
     Raises:

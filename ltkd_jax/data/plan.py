@@ -1,9 +1,12 @@
 """Which image and which view stands where in which batch: a function of (seed, step, position) alone."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+Array = jax.Array | np.ndarray  # NumPy's on the host
 
 
 class Plan(NamedTuple):
@@ -12,9 +15,9 @@ class Plan(NamedTuple):
     `bits[s, b]`, uint32, is what else is drawn for that position; None where nothing is.
     """
 
-    index: jax.Array
-    view: jax.Array
-    bits: jax.Array | None = None
+    index: Array  # type: ignore[assignment]  # it hides tuple.index
+    view: Array
+    bits: Array | None = None
 
 
 def steps_per_epoch(num_examples: int, batch_size: int) -> int:
@@ -22,7 +25,15 @@ def steps_per_epoch(num_examples: int, batch_size: int) -> int:
     return -(-num_examples // batch_size)
 
 
-def epoch_plan(seed, epoch, *, num_examples: int, batch_size: int, num_views: int, bits: bool = False) -> Plan:
+def epoch_plan(
+    seed: jax.Array | int,
+    epoch: jax.Array | int,
+    *,
+    num_examples: int,
+    batch_size: int,
+    num_views: int,
+    bits: bool = False,
+) -> Plan:
     """The batches of one epoch, `[S, B]` with S = ceil(N / B).
 
     The epoch's permutation comes first, and is filled up from the beginning of the next epoch's. It depends on
@@ -42,7 +53,7 @@ def epoch_plan(seed, epoch, *, num_examples: int, batch_size: int, num_views: in
     shape = (steps_per_epoch(num_examples, batch_size), batch_size)
     order_key, view_key = jax.random.split(jax.random.key(seed))
 
-    def permutation(epoch):
+    def permutation(epoch: jax.Array | int) -> jax.Array:
         return jax.random.permutation(jax.random.fold_in(order_key, epoch), num_examples)
 
     # A batch larger than the set takes from as many of the following permutations as it needs.
@@ -53,7 +64,15 @@ def epoch_plan(seed, epoch, *, num_examples: int, batch_size: int, num_views: in
     return Plan(order.astype(jnp.int32).reshape(shape), view, drawn)
 
 
-def stream(seed, first_step, *, num_steps: int, num_examples: int, batch_size: int, **of_view) -> Plan:
+def stream(
+    seed: jax.Array | int,
+    first_step: jax.Array | int,
+    *,
+    num_steps: int,
+    num_examples: int,
+    batch_size: int,
+    **of_view: Any,
+) -> Plan:
     """Batches of the endless stream of epochs, `[num_steps, B]`, from a step on.
 
     Args:

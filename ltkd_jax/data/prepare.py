@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import inspect
 import io
 import logging
 import os
@@ -18,7 +19,8 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from ltkd_jax.data import archives, download, folders, records, write
 from ltkd_jax.data.write import PrepareError
@@ -43,6 +45,7 @@ _NO_ADDRESS = {
     "imagenet2012": "the images from https://image-net.org (an account is needed), unpacked",
     "folder": "your folder of images",
 }
+Content = archives.Content | folders.Files
 DATASETS = ("cifar100", "cifar10", "fashion_mnist", *_NO_ADDRESS)
 
 
@@ -52,7 +55,7 @@ class Recipe:
 
     name: str
     files: tuple[download.File, ...]
-    read: Callable[[pathlib.Path], archives.Content | folders.Files]
+    read: Callable[[pathlib.Path], Content]
 
 
 def recipe(name: str) -> Recipe:
@@ -67,7 +70,7 @@ def recipe(name: str) -> Recipe:
         return Recipe(name, (), folders.tiny_imagenet)
     stock = tfds.builder_cls(name)
     if name == "imagenet2012":
-        package = pathlib.Path(sys.modules[stock.__module__].__file__).parent
+        package = pathlib.Path(inspect.getfile(stock)).parent
         classes, validation = ((package / f"{part}labels.txt").read_text().split() for part in ("", "validation_"))
         read = functools.partial(folders.imagenet, class_names=tuple(classes), validation_labels=validation)
         return Recipe(name, (), read)
@@ -94,7 +97,12 @@ def own_recipe(name: str, *, test_per_class: int = 0) -> Recipe:
 
 
 def prepare(
-    how: Recipe, data_dir: pathlib.Path, source=None, *, skip_damaged: bool = False, show_progress: bool = False
+    how: Recipe,
+    data_dir: pathlib.Path,
+    source: str | os.PathLike[str] | None = None,
+    *,
+    skip_damaged: bool = False,
+    show_progress: bool = False,
 ) -> pathlib.Path:
     """Writes the TFDS directory of a data set and returns its path; nothing half-written is left at that path.
 
@@ -121,7 +129,9 @@ def prepare(
     return _write(how.name, content, data_dir, skip_damaged, show_progress)
 
 
-def _write(name, content, data_dir: pathlib.Path, skip_damaged: bool, show_progress: bool) -> pathlib.Path:
+def _write(
+    name: str, content: Content, data_dir: pathlib.Path, skip_damaged: bool, show_progress: bool
+) -> pathlib.Path:
     """Writes under a temporary name on the same file system, and renames."""
     import tensorflow_datasets as tfds
 
@@ -148,14 +158,14 @@ def _write(name, content, data_dir: pathlib.Path, skip_damaged: bool, show_progr
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _builder_class(name: str, content):
+def _builder_class(name: str, content: Content) -> Any:
     """The stock builder, but for where its examples come from (TFDS's read files through TensorFlow), or our own."""
     import tensorflow_datasets as tfds
 
     known = name in tfds.list_builders(with_community_datasets=False)
     stock = tfds.builder_cls(name) if known else tfds.core.GeneratorBasedBuilder
 
-    def info(self):
+    def info(self: Any) -> Any:
         shape = (64, 64, 3) if name == "tiny_imagenet" else (None, None, 3)
         features = {
             "id": tfds.features.Text(),
@@ -164,12 +174,14 @@ def _builder_class(name: str, content):
         }
         return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
-    def split_generators(self, dl_manager):
+    def split_generators(self: Any, dl_manager: Any) -> dict[str, Any]:
+        assert isinstance(content, archives.Content)  # files are written by `write`
         for label, names in content.class_names.items():
             self.info.features[label].names = names
         return {split: self._generate_examples(split) for split in content.splits}
 
-    def generate_examples(self, split):
+    def generate_examples(self: Any, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
+        assert isinstance(content, archives.Content)
         return _array_examples(content, split, self.info.features)
 
     body = {
@@ -184,19 +196,21 @@ def _builder_class(name: str, content):
         return type(stock.__name__ if known else "Builder", (stock,), body)
 
 
-def _array_examples(content: archives.Content, split, features):
+def _array_examples(
+    content: archives.Content, split: str, features: Mapping[str, Any]
+) -> Iterator[tuple[int, dict[str, Any]]]:
     from PIL import Image
 
     images, labels = content.splits[split]
     for index, image in enumerate(images):
-        example = {label: int(values[index]) for label, values in labels.items()}
+        example: dict[str, Any] = {label: int(values[index]) for label, values in labels.items()}
         if "id" in features:
             example["id"] = f"{split}_{index:05d}"
         example["image"] = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
         yield index, example
 
 
-def _parse(argv) -> argparse.Namespace:
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m ltkd_jax.data.prepare",
         description=__doc__,
@@ -222,7 +236,7 @@ def _parse(argv) -> argparse.Namespace:
     return args
 
 
-def main(argv=None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code, 2 with a message on the standard error if it can't be done."""
     args = _parse(argv)
     logging.basicConfig(format="%(message)s")
@@ -251,7 +265,7 @@ def main(argv=None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{name} is prepared: {path}")
-    for split, info in records.find_builder(name, data_dir).info.splits.items():
+    for split, info in records.open_builder(name, data_dir).info.splits.items():
         print(f"  {split}: {info.num_examples:,} images")
     return 0
 

@@ -13,11 +13,17 @@ import pathlib
 import re
 import struct
 import zipfile
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ltkd_jax.data import resize
 
+if TYPE_CHECKING:
+    from PIL import Image
+
+Builder = Any  # of TFDS, which has no type hints
 _BLOCK = 256  # records that are read at once
 
 # A PNG up to its first data chunk: signature, then the header chunk.
@@ -84,11 +90,11 @@ class Records:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     @functools.cached_property
-    def _source(self):
+    def _source(self) -> Any:
         from array_record.python.array_record_data_source import ArrayRecordDataSource
 
         return ArrayRecordDataSource(list(self.files))
@@ -129,19 +135,19 @@ class Records:
         with self._naming(index):
             return resize.random_crop(self._open(self._source[int(self.numbers[index])]), self.shape[0], rng)
 
-    def _whole(self, index, record):
+    def _whole(self, index: int, record: bytes) -> np.ndarray:
         with self._naming(index):
             if self.fit == "stored":
                 return decode(_encoded(record), self.shape[-1]).reshape(self.shape)
             return resize.center(self._open(record), self.shape[0], margin=self.fit == "margin")
 
-    def _open(self, record):
+    def _open(self, record: bytes) -> "Image.Image":
         from PIL import Image
 
         return resize.in_mode(Image.open(io.BytesIO(_encoded(record))), self.shape[-1])
 
     @contextlib.contextmanager
-    def _naming(self, index):
+    def _naming(self, index: int) -> Iterator[None]:
         try:
             yield
         except Exception as error:  # decoders and readers raise whatever they meet
@@ -150,7 +156,7 @@ class Records:
             raise DamagedRecord(f"image {key!r} in {where} does not decode ({reason}): prepare it again") from error
 
 
-def read(builder, split: str, size: int = 0, *, margin: bool = False) -> Records:
+def read(builder: Builder, split: str, size: int = 0, *, margin: bool = False) -> Records:
     """The images of a split, sorted by key.
 
     Args:
@@ -173,11 +179,11 @@ def read(builder, split: str, size: int = 0, *, margin: bool = False) -> Records
     return Records(_files(builder, split), order, labels[order], keys[order], shape, fit)
 
 
-def _files(builder, split):
+def _files(builder: Builder, split: str) -> tuple[str, ...]:
     return tuple(sorted(str(path) for path in builder.info.splits[split].filepaths))
 
 
-def index(builder, split: str) -> tuple[np.ndarray, np.ndarray]:
+def index(builder: Builder, split: str) -> tuple[np.ndarray, np.ndarray]:
     """Labels int32 `[N]` and keys str `[N]` in the order of the records.
 
     Where images differ in size, and so may be too large to read them all at every start, this is kept beside the
@@ -197,7 +203,7 @@ def index(builder, split: str) -> tuple[np.ndarray, np.ndarray]:
     return labels, keys
 
 
-def keep_index(builder, split: str, files, labels: np.ndarray, keys: np.ndarray) -> None:
+def keep_index(builder: Builder, split: str, files: Sequence[str], labels: np.ndarray, keys: np.ndarray) -> None:
     """Keeps what `index` gives, where images differ in size."""
     if None not in builder.info.features["image"].shape:
         return
@@ -211,11 +217,11 @@ def keep_index(builder, split: str, files, labels: np.ndarray, keys: np.ndarray)
         temporary.unlink(missing_ok=True)  # a directory that is read only is read again
 
 
-def _index_path(builder, split):
+def _index_path(builder: Builder, split: str) -> pathlib.Path:
     return pathlib.Path(builder.data_path) / f"index-{split}.npz"
 
 
-def _scan(files, channels):
+def _scan(files: Sequence[str], channels: int) -> tuple[np.ndarray, np.ndarray]:
     """Labels and keys of all records. Where they have no id, keys are made of the pixels.
 
     Records are parsed here and not by TFDS, whose generic decoding takes three times as long; threads
@@ -230,7 +236,7 @@ def _scan(files, channels):
         raise DamagedRecord(f"{files[0]} or a file beside it is damaged ({error}): prepare it again") from error
 
 
-def _gather(source, channels):
+def _gather(source: Any, channels: int) -> tuple[np.ndarray, np.ndarray]:
     labels, keys, digests = np.empty(len(source), np.int32), [], []
     for start in range(0, len(source), _BLOCK):
         rows = range(start, min(start + _BLOCK, len(source)))
@@ -246,7 +252,7 @@ def _gather(source, channels):
     return labels, content_keys(np.array(digests), labels) if digests else np.array(keys)
 
 
-def _parse(record: bytes):
+def _parse(record: bytes) -> Any:
     from tensorflow_datasets.proto import tf_example_pb2
 
     return tf_example_pb2.Example.FromString(record).features.feature
@@ -286,7 +292,7 @@ def decode(data: bytes, channels: int) -> np.ndarray:
     return np.asarray(resize.in_mode(Image.open(io.BytesIO(data)), channels))
 
 
-def open_builder(name: str, data_dir: str | None = None):
+def open_builder(name: str, data_dir: str | os.PathLike[str] | None = None) -> Builder:
     """The TFDS builder of a data set that is prepared in `data_dir`.
 
     Raises:
@@ -302,13 +308,13 @@ def open_builder(name: str, data_dir: str | None = None):
     return builder
 
 
-def fingerprint(name: str, data_dir: str | None = None) -> str | None:
+def fingerprint(name: str, data_dir: str | os.PathLike[str] | None = None) -> str | None:
     """A hash of all records of a data set that was prepared from image files; None where there is none."""
     found = sorted((resolve_data_dir(data_dir) / name).glob(f"*/{FINGERPRINT}")) if re.fullmatch(r"\w+", name) else []
     return found[-1].read_text().strip() if found else None
 
 
-def find_builder(name: str, data_dir: str | None = None):
+def find_builder(name: str, data_dir: str | os.PathLike[str] | None = None) -> Builder | None:
     """As `open_builder`, but None if the data set is not there."""
     root = resolve_data_dir(data_dir)
     # TFDS itself takes a second to import: look first.
@@ -337,6 +343,6 @@ def find_builder(name: str, data_dir: str | None = None):
     return builder
 
 
-def resolve_data_dir(data_dir: str | os.PathLike | None) -> pathlib.Path:
+def resolve_data_dir(data_dir: str | os.PathLike[str] | None) -> pathlib.Path:
     """TFDS's directory: as given, or TFDS's own default."""
     return pathlib.Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser().absolute()

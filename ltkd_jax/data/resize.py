@@ -1,6 +1,11 @@
 """Images of differing sizes brought to one: as they are evaluated, and at random as they are trained on."""
 
+from typing import TYPE_CHECKING
+
 import numpy as np
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 _AREA = (0.08, 1.0)  # of a random crop, as a share of the image
 _RATIO = (3 / 4, 4 / 3)  # of its sides
@@ -8,7 +13,7 @@ _TRIES = 10
 _MARGIN = 0.875  # share of the shorter side that an evaluation with a margin sees: 224 of 256
 
 
-def in_mode(image, channels: int):
+def in_mode(image: "Image.Image", channels: int) -> "Image.Image":
     """A Pillow image in grey for one channel, else in colour: grey, palette and CMYK images come as RGB.
 
     Raises:
@@ -25,7 +30,7 @@ def in_mode(image, channels: int):
     return image if image.mode == mode else image.convert(mode)
 
 
-def center(image, size: int, *, margin: bool) -> np.ndarray:
+def center(image: "Image.Image", size: int, *, margin: bool) -> np.ndarray:
     """The square in the middle, uint8 `[size, size, C]`.
 
     Args:
@@ -43,7 +48,7 @@ def center(image, size: int, *, margin: bool) -> np.ndarray:
     return _resized(image, (left, top, left + side, top + side), size)
 
 
-def random_crop(image, size: int, rng: np.random.Generator) -> np.ndarray:
+def random_crop(image: "Image.Image", size: int, rng: np.random.Generator) -> np.ndarray:
     """A random part, resized, and mirrored in half of the cases; uint8 `[size, size, C]`.
 
     Its area is uniform in 8 to 100 % of the image, the logarithm of its sides' ratio uniform between 3/4 and 4/3; where
@@ -63,7 +68,7 @@ def random_crop(image, size: int, rng: np.random.Generator) -> np.ndarray:
     return crop[:, ::-1] if rng.random() < 0.5 else crop
 
 
-def _draw_box(width: int, height: int, rng):
+def _draw_box(width: int, height: int, rng: np.random.Generator) -> tuple[float, float, float, float]:
     for _ in range(_TRIES):
         area = width * height * rng.uniform(*_AREA)
         ratio = np.exp(rng.uniform(*np.log(_RATIO)))
@@ -77,8 +82,9 @@ def _draw_box(width: int, height: int, rng):
     return left, top, left + w, top + h
 
 
-def _resized(image, box, size):
+def _resized(image: "Image.Image", box: tuple[float, float, float, float], size: int) -> np.ndarray:
     from PIL import Image
 
-    pixels = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=tuple(map(float, box))))
+    left, top, right, bottom = map(float, box)
+    pixels = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, right, bottom)))
     return pixels if pixels.ndim == 3 else pixels[..., None]

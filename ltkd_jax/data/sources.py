@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import os
 
 import numpy as np
 
@@ -49,7 +50,7 @@ _SPECS = {
 NAMES = tuple(_SPECS)
 
 
-def load(name: str, data_dir: str | None = None, *, size: int = 0, margin: bool = False) -> Source:
+def load(name: str, data_dir: str | os.PathLike[str] | None = None, *, size: int = 0, margin: bool = False) -> Source:
     """A data set: digits (comes with scikit-learn), one that `prepare` knows, or a prepared folder of one's own.
 
     Args:
@@ -69,21 +70,22 @@ def load(name: str, data_dir: str | None = None, *, size: int = 0, margin: bool 
     if name == "digits":
         if size:
             raise ValueError(f"digits are 8 pixels wide, and are not brought to data.image_size={size}: set it to 0")
-        train, test, class_names = _load_digits()
-        return _checked(name, train, test, class_names, _SPECS[name])
+        return _checked(name, *_load_digits(), _SPECS[name])
     builder = _open(name, data_dir)
     spec = _SPECS.get(name) or _own(builder, size)
     train, test = (records.read(builder, split, size, margin=margin) for split in ("train", spec.test))
     return _checked(name, train, test, tuple(builder.info.features["label"].names), spec)
 
 
-def _checked(name, train, test, class_names, spec):
+def _checked(
+    name: str, train: Images | Records, test: Images | Records, class_names: tuple[str, ...], spec: _Spec
+) -> Source:
     for images in (train, test):
         longtail.check_labels(images.labels, len(class_names))
     return Source(name, train, test, len(class_names), class_names, spec.mean, spec.std, spec.views)
 
 
-def _open(name, data_dir):
+def _open(name: str, data_dir: str | os.PathLike[str] | None) -> records.Builder:
     if name in _SPECS:
         return records.open_builder(name, data_dir)
     builder = records.find_builder(name, data_dir)
@@ -98,7 +100,7 @@ def _open(name, data_dir):
     return builder
 
 
-def _own(builder, size):
+def _own(builder: records.Builder, size: int) -> _Spec:
     """Of a data set that is not in the table: ImageNet's statistics, crops in proportion to CIFAR's 4 of 32 pixels."""
     features = builder.info.features
     if not {"image", "label"} <= set(features) or features["image"].shape[-1] != 3:

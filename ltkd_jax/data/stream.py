@@ -10,11 +10,11 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ltkd_jax.data.plan import steps_per_epoch
+from ltkd_jax.data.plan import Array, steps_per_epoch
 from ltkd_jax.data.records import Records
 
 _THREADS = min(16, os.cpu_count() or 4)  # as many batches are read side by side, and wait, decoded
@@ -24,9 +24,9 @@ _AHEAD = 2  # batches that each worker keeps ready
 class Streamed(NamedTuple):
     """A batch of training views, each a random resized crop; leaves `[B, …]`."""
 
-    images: np.ndarray  # uint8 [B, H, W, C]
-    labels: np.ndarray  # int32 [B]
-    bits: np.ndarray  # uint32 [B], for what is drawn on the device
+    images: Array  # uint8 [B, H, W, C]
+    labels: Array  # int32 [B]
+    bits: Array  # uint32 [B], for what is drawn on the device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +49,9 @@ class Order:
     seed: int
     num_examples: int
     batch_size: int
+    _shuffled: Any = dataclasses.field(init=False, repr=False, compare=False)  # of Grain
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         import grain
 
         order = grain.MapDataset.range(self.num_examples).seed(self.seed).shuffle().repeat()
@@ -80,7 +81,7 @@ class _Views:
         position = step * self.order.batch_size + self.places[place]
         index, rng = self.order.index(position), self.order.rng(position)
         image = self.records.crop(index, rng)
-        return Streamed(image, self.records.labels[index], rng.integers(2**32, dtype=np.uint32))
+        return Streamed(image, self.records.labels[index], np.asarray(rng.integers(2**32, dtype=np.uint32)))
 
 
 @contextlib.contextmanager
@@ -137,7 +138,7 @@ def batches(
 
 
 @contextlib.contextmanager
-def _ignored_by_children(*numbers):
+def _ignored_by_children(*numbers: signal.Signals) -> Iterator[None]:
     """Processes that start meanwhile do not hear these signals: sent to the group, they are for the program."""
     if threading.current_thread() is not threading.main_thread():
         yield  # a signal's handler can be set in the main thread alone
@@ -150,7 +151,7 @@ def _ignored_by_children(*numbers):
             signal.signal(number, handler)
 
 
-def _parse_flags():
+def _parse_flags() -> None:
     """Grain's workers read absl's flags, which a program that has none of its own never parses."""
     from absl import flags
 

@@ -12,6 +12,8 @@ import itertools
 import logging
 import os
 import pathlib
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -20,6 +22,7 @@ from ltkd_jax.data import folders, records, resize
 
 _CHECKED_AT_ONCE = 256
 _SHARD = 256 << 20  # bytes
+_Shape = tuple[int | None, int | None, int]  # height, width and channels; None where images differ
 _log = logging.getLogger(__name__)
 
 
@@ -27,7 +30,9 @@ class PrepareError(ValueError):
     """The data directory is in the way, or an image is damaged; the message says what to do."""
 
 
-def write(builder, files: folders.Files, *, skip_damaged: bool = False, show_progress: bool = False) -> None:
+def write(
+    builder: records.Builder, files: folders.Files, *, skip_damaged: bool = False, show_progress: bool = False
+) -> None:
     """Writes all splits and the metadata into `builder.data_path`, and a fingerprint of all records beside them.
 
     Args:
@@ -69,11 +74,13 @@ def write(builder, files: folders.Files, *, skip_damaged: bool = False, show_pro
 class _Shards:
     """The files of a split, a new one when one is full; named at the end, when it is known how many there are."""
 
-    def __init__(self, out, split):
-        self._out, self._split, self._writer = out, split, None
-        self.lengths, self.num_bytes, self._room = [], 0, 0
+    def __init__(self, out: pathlib.Path, split: str) -> None:
+        self._out, self._split = out, split
+        self._writer: Any = None
+        self.lengths: list[int] = []
+        self.num_bytes, self._room = 0, 0
 
-    def write(self, record):
+    def write(self, record: bytes) -> None:
         from array_record.python import array_record_module
 
         if self._room <= 0:
@@ -88,7 +95,7 @@ class _Shards:
         self.num_bytes += len(record)
         self._room -= len(record)
 
-    def close(self, template):
+    def close(self, template: Any) -> tuple[str, ...]:
         self._writer.close()
         paths = []
         for index in range(len(self.lengths)):
@@ -96,11 +103,13 @@ class _Shards:
             os.rename(self._path(index), paths[-1])
         return tuple(paths)
 
-    def _path(self, index):
+    def _path(self, index: int) -> pathlib.Path:
         return self._out / f"{self._split}.{index}.unfinished"
 
 
-def _readable(files: folders.Files, split, shape, skip_damaged, show_progress):
+def _readable(
+    files: folders.Files, split: str, shape: _Shape, skip_damaged: bool, show_progress: bool
+) -> Iterator[tuple[folders.Entry, bytes]]:
     """(entry, bytes) of a split's files, in the order of a hash of their ids."""
     entries = sorted(files.splits[split], key=lambda entry: hashlib.blake2b(entry.id.encode()).digest())
     for entry, following in itertools.pairwise(entries):
@@ -113,7 +122,7 @@ def _readable(files: folders.Files, split, shape, skip_damaged, show_progress):
         for block in blocks:
             for entry, (data, error) in zip(block, pool.map(functools.partial(_check, shape=shape), block)):
                 bar.update()
-                if error is None:
+                if data is not None:
                     kept[entry.label] += 1
                     yield entry, data
                     continue
@@ -128,7 +137,7 @@ def _readable(files: folders.Files, split, shape, skip_damaged, show_progress):
         _log.warning("%d of %d %s images were left out", damaged, len(entries), split)
 
 
-def _check(entry: folders.Entry, shape):
+def _check(entry: folders.Entry, shape: _Shape) -> tuple[bytes, None] | tuple[None, str]:
     """(bytes of a JPEG or PNG, None), or (None, what is wrong with the file)."""
     from PIL import Image, UnidentifiedImageError
 

@@ -4,14 +4,23 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy.typing as npt
+from jax.typing import ArrayLike
 
 from ltkd_jax.groups import check_counts
 from ltkd_jax.losses import _common, grouped
+from ltkd_jax.losses._common import Scalar
 
 _MIN_TEACHER_LOSS = 1e-7  # the divisor of WSL's ratio, for a teacher that is certain and right
 
 
-def kd(student_logits, teacher_logits, *, temperature=4.0, where=None) -> jax.Array:
+def kd(
+    student_logits: ArrayLike,
+    teacher_logits: ArrayLike,
+    *,
+    temperature: Scalar = 4.0,
+    where: ArrayLike | None = None,
+) -> jax.Array:
     """Knowledge distillation: τ² KL(softmax(z^T/τ) ‖ softmax(z^S/τ)).
 
     Source: Hinton et al., "Distilling the Knowledge in a Neural Network", 2015.
@@ -33,7 +42,16 @@ def kd(student_logits, teacher_logits, *, temperature=4.0, where=None) -> jax.Ar
     return temperature**2 * _common.kl(log_p, log_q, where)
 
 
-def dkd(student_logits, teacher_logits, labels, *, alpha=1.0, beta=8.0, temperature=4.0, where=None) -> jax.Array:
+def dkd(
+    student_logits: ArrayLike,
+    teacher_logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    alpha: Scalar = 1.0,
+    beta: Scalar = 8.0,
+    temperature: Scalar = 4.0,
+    where: ArrayLike | None = None,
+) -> jax.Array:
     """Decoupled distillation: τ² (α TCKD + β NCKD).
 
     TCKD is the KL of the binary (target, rest) distributions, NCKD the KL over the classes that are not the
@@ -64,7 +82,14 @@ def dkd(student_logits, teacher_logits, labels, *, alpha=1.0, beta=8.0, temperat
     return jnp.where((target & exists).any(axis=-1), loss, jnp.nan)
 
 
-def dive(student_logits, teacher_logits, *, power=0.5, temperature=4.0, where=None) -> jax.Array:
+def dive(
+    student_logits: ArrayLike,
+    teacher_logits: ArrayLike,
+    *,
+    power: Scalar = 0.5,
+    temperature: Scalar = 4.0,
+    where: ArrayLike | None = None,
+) -> jax.Array:
     """The soft part of DiVE: τ² KL(q ‖ p^S), with q the teacher's p^T raised to a power and renormalised.
 
     Source: He et al., "Distilling Virtual Examples for Long-tailed Recognition", ICCV 2021. DiVE is
@@ -88,7 +113,14 @@ def dive(student_logits, teacher_logits, *, power=0.5, temperature=4.0, where=No
     return temperature**2 * _common.kl(log_q, _common.log_softmax(student, where), where)
 
 
-def bkd(student_logits, teacher_logits, class_weights, *, temperature=4.0, where=None) -> jax.Array:
+def bkd(
+    student_logits: ArrayLike,
+    teacher_logits: ArrayLike,
+    class_weights: npt.ArrayLike,
+    *,
+    temperature: Scalar = 4.0,
+    where: ArrayLike | None = None,
+) -> jax.Array:
     """The soft part of balanced knowledge distillation: τ² KL(q ‖ p^S), with q_c ∝ w_c p^T_c.
 
     Source: Zhang et al., "Balanced Knowledge Distillation for Long-tailed Learning", 2021. BKD is CE + a · this.
@@ -112,7 +144,7 @@ def bkd(student_logits, teacher_logits, class_weights, *, temperature=4.0, where
     return temperature**2 * _common.kl(log_q, _common.log_softmax(student, where), where)
 
 
-def effective_number_weights(class_counts, *, beta=0.9999) -> jax.Array:
+def effective_number_weights(class_counts: npt.ArrayLike, *, beta: float = 0.9999) -> jax.Array:
     """Class weights by effective number of samples: w_c ∝ (1−b) / (1−b^{n_c}), scaled to sum to C.
 
     Source: Cui et al., "Class-Balanced Loss Based on Effective Number of Samples", CVPR 2019, as BKD uses it.
@@ -135,7 +167,7 @@ def effective_number_weights(class_counts, *, beta=0.9999) -> jax.Array:
     return weights * (len(counts) / weights.sum())
 
 
-def _sure_cross_entropy(logits, labels, where):
+def _sure_cross_entropy(logits: ArrayLike, labels: ArrayLike, where: ArrayLike | None) -> jax.Array:
     """Cross-entropy as log(1 + Σ_{j≠y} exp(z_j − z_y)): right to rounding also where it is 1e-6, as a ratio needs.
 
     −log softmax(z)_y is then a difference of numbers rounded at 1e-7. For values; it carries no gradient.
@@ -147,7 +179,14 @@ def _sure_cross_entropy(logits, labels, where):
     return jnp.where((target & exists).any(axis=-1), loss, jnp.nan)
 
 
-def wsl(student_logits, teacher_logits, labels, *, temperature=4.0, where=None) -> jax.Array:
+def wsl(
+    student_logits: ArrayLike,
+    teacher_logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    temperature: Scalar = 4.0,
+    where: ArrayLike | None = None,
+) -> jax.Array:
     """The soft part of weighted soft labels: τ² (1 − exp(−h^S/h^T)) · (−Σ p^T log p^S).
 
     h^S and h^T are the cross-entropies of student and teacher at temperature 1; the factor carries no gradient,

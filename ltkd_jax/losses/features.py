@@ -1,15 +1,20 @@
 """A loss of intermediate features."""
 
+import functools
+import operator
+from collections.abc import Sequence
+
 import chex
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from ltkd_jax.losses._common import as_float
 
 _GRIDS = (4, 2, 1)  # sides of the coarser levels
 
 
-def hierarchical_context(student_features, teacher_features) -> jax.Array:
+def hierarchical_context(student_features: Sequence[ArrayLike], teacher_features: Sequence[ArrayLike]) -> jax.Array:
     """ReviewKD's hierarchical context loss, the sum over the features of L(s, t), `[B]`.
 
     L is a weighted mean over levels: the squared difference, averaged over height, width and channels, with weight 1;
@@ -33,10 +38,10 @@ def hierarchical_context(student_features, teacher_features) -> jax.Array:
     """
     if not len(student_features) == len(teacher_features) > 0:
         raise ValueError(f"{len(student_features)} features of the student, {len(teacher_features)} of the teacher")
-    return sum(_context(s, t) for s, t in zip(student_features, teacher_features))
+    return functools.reduce(operator.add, map(_context, student_features, teacher_features))
 
 
-def _context(student, teacher):
+def _context(student: ArrayLike, teacher: ArrayLike) -> jax.Array:
     student, teacher = as_float(student), jax.lax.stop_gradient(as_float(teacher))
     chex.assert_equal_shape((student, teacher))
     chex.assert_rank(student, 4)
@@ -50,12 +55,12 @@ def _context(student, teacher):
     return loss / total
 
 
-def _cells(x, side):
+def _cells(x: jax.Array, side: int) -> jax.Array:
     """Means over a grid of side × side cells, which overlap where the side does not divide the features'."""
     rows, columns = (_cell_edges(size, side) for size in x.shape[1:3])
     means = [jnp.stack([x[:, a:b, c:d].mean(axis=(1, 2)) for c, d in columns], axis=1) for a, b in rows]
     return jnp.stack(means, axis=1)
 
 
-def _cell_edges(size, side):
+def _cell_edges(size: int, side: int) -> list[tuple[int, int]]:
     return [(i * size // side, -(-(i + 1) * size // side)) for i in range(side)]

@@ -10,14 +10,18 @@ Source: "Biased Teacher, Balanced Student" (arXiv 2506.18496). The split is an i
 corrections is known second-hand, and the formula of the rebalancing is inferred: no official code is public.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
+from ltkd_jax.groups import ClassGroups
 from ltkd_jax.losses import _common
+from ltkd_jax.losses._common import AxisName, Scalar
 
 
 class GroupKL(NamedTuple):
@@ -41,12 +45,12 @@ class _Split(NamedTuple):
     teacher_log_mass: jax.Array
     intra: jax.Array
 
-    def inter(self, teacher_log_mass, exists):
+    def inter(self, teacher_log_mass: jax.Array, exists: jax.Array) -> jax.Array:
         """KL of the student's group masses from the given ones."""
         return _common.kl(teacher_log_mass, self.student_log_mass, exists)
 
 
-def _split(student, teacher, member, temperature) -> _Split:
+def _split(student: jax.Array, teacher: jax.Array, member: jax.Array, temperature: Scalar) -> _Split:
     """The split of logits for `member`: see `_sum_by_group`.
 
     Within a group, with u = (z^S − max z^S) / τ and v likewise of the teacher, so that no group underflows,
@@ -68,7 +72,7 @@ def _split(student, teacher, member, temperature) -> _Split:
     )
 
 
-def _below_top(logits, member, temperature):
+def _below_top(logits: jax.Array, member: jax.Array, temperature: Scalar) -> tuple[jax.Array, jax.Array]:
     """Logits less their group's largest, `[..., C]`, and that less the largest of all, `[..., G]`; both over τ.
 
     Differences come first: they are small, so a large offset, of a group or of all, costs no precision.
@@ -82,7 +86,7 @@ def _below_top(logits, member, temperature):
 # Between classes and groups, for finite numbers. `member` is bool `[..., G, C]`: true where class c exists and is in
 # group g. Masked reductions over [..., G, C] are fused with what makes their operand, so nothing of that size is
 # written; but not by XLA on CPU, where one matrix for all examples, or a loop over groups, is many times faster.
-def _sum_by_group(x, member):
+def _sum_by_group(x: jax.Array, member: jax.Array) -> jax.Array:
     """`[..., C]` to `[..., G]`."""
     return _on_platform(
         member,
@@ -92,7 +96,7 @@ def _sum_by_group(x, member):
     )
 
 
-def _spread_to_classes(x, member):
+def _spread_to_classes(x: jax.Array, member: jax.Array) -> jax.Array:
     """`[..., G]` to `[..., C]`; 0 for a class of no group."""
     return _on_platform(
         member,
@@ -102,10 +106,10 @@ def _spread_to_classes(x, member):
     )
 
 
-def _max_by_group(x, member):
+def _max_by_group(x: jax.Array, member: jax.Array) -> jax.Array:
     """`[..., C]` to `[..., G]`; -inf for a group without classes."""
 
-    def one_by_one(x, matrix):
+    def one_by_one(x: jax.Array, matrix: jax.Array) -> jax.Array:
         rows = matrix.reshape(len(matrix), *(1,) * (x.ndim - 1), -1)
         return jnp.moveaxis(jax.lax.map(lambda row: jnp.max(jnp.where(row > 0, x, -jnp.inf), axis=-1), rows), 0, -1)
 
@@ -117,21 +121,27 @@ def _max_by_group(x, member):
     )
 
 
-def _on_platform(member, x, *, cpu, default):
+def _on_platform(
+    member: jax.Array,
+    x: jax.Array,
+    *,
+    cpu: Callable[[jax.Array, jax.Array], jax.Array],
+    default: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
     if any(size != 1 for size in member.shape[:-2]):  # groups differ by example: no one matrix
         return default(x)
     matrix = member.reshape(member.shape[-2:]).astype(x.dtype)
     return jax.lax.platform_dependent(x, cpu=lambda x: cpu(x, matrix), default=default)
 
 
-def membership_kl(student, teacher, member, temperature) -> GroupKL:
+def membership_kl(student: jax.Array, teacher: jax.Array, member: jax.Array, temperature: Scalar) -> GroupKL:
     """`group_kl` for `member`, see `_sum_by_group`; logits as `_common.pair` gives them."""
     split, exists = _split(student, teacher, member, temperature), member.any(axis=-1)
     inter = split.inter(split.teacher_log_mass, exists)
     return GroupKL(inter, split.intra, jnp.where(exists, split.teacher_log_mass, -jnp.inf))
 
 
-def _membership(groups, logits, where):
+def _membership(groups: ClassGroups, logits: jax.Array, where: ArrayLike | None) -> jax.Array:
     """Bool `[..., G, C]`: class c exists and belongs to group g. Leading axes are 1 where all classes exist."""
     assignment = groups.assignment
     chex.assert_shape(
@@ -143,13 +153,26 @@ def _membership(groups, logits, where):
     return of_group if where is None else of_group & _common.class_mask(where, logits)[..., None, :]
 
 
-def _inputs(student_logits, teacher_logits, groups, temperature, where):
+def _inputs(
+    student_logits: ArrayLike,
+    teacher_logits: ArrayLike,
+    groups: ClassGroups,
+    temperature: Scalar,
+    where: ArrayLike | None,
+) -> tuple[jax.Array, jax.Array, jax.Array, Scalar]:
     """What `_split` and `membership_kl` take."""
     student, teacher = _common.pair(student_logits, teacher_logits, temperature, where)
     return student, teacher, _membership(groups, student, where), temperature
 
 
-def group_kl(student_logits, teacher_logits, groups, *, temperature=1.0, where=None) -> GroupKL:
+def group_kl(
+    student_logits: ArrayLike,
+    teacher_logits: ArrayLike,
+    groups: ClassGroups,
+    *,
+    temperature: Scalar = 1.0,
+    where: ArrayLike | None = None,
+) -> GroupKL:
     """The distillation KL split between and within groups of classes.
 
         inter = Σ_G p_G^T log(p_G^T / p_G^S),  intra_G = KL(p̃^T_{·|G} ‖ p̃^S_{·|G})
@@ -176,7 +199,13 @@ def group_kl(student_logits, teacher_logits, groups, *, temperature=1.0, where=N
     return membership_kl(*_inputs(student_logits, teacher_logits, groups, temperature, where))
 
 
-def rebalance(teacher_log_mass, *, axis_name=None, where=None, example_mask=None) -> jax.Array:
+def rebalance(
+    teacher_log_mass: ArrayLike,
+    *,
+    axis_name: AxisName = None,
+    where: ArrayLike | None = None,
+    example_mask: ArrayLike | None = None,
+) -> jax.Array:
     """The teacher's group masses, scaled so that every group has the same sum over the batch.
 
         s_G = Σ_b p_G(b);  c_G = (Σ_G' s_G' / G) / s_G;  p̂_G(b) = c_G p_G(b) / Σ_G' c_G' p_G'(b)
@@ -216,30 +245,45 @@ def rebalance(teacher_log_mass, *, axis_name=None, where=None, example_mask=None
     return jnp.where(exists, _common.log_softmax(scaled, exists), -jnp.inf)
 
 
-def _example_mask(example_mask, batched):
+def _example_mask(example_mask: ArrayLike, batched: jax.Array) -> jax.Array:
     mask = jnp.asarray(example_mask, bool)
     chex.assert_shape(mask, batched.shape[:1], custom_message="example_mask must be [B]")
     return mask
 
 
-def _masked(loss, example_mask):
+def _masked(loss: jax.Array, example_mask: ArrayLike | None) -> jax.Array:
     return loss if example_mask is None else jnp.where(_example_mask(example_mask, loss), loss, 0)
 
 
-def _batch_split(student_logits, teacher_logits, groups, temperature, where):
+def _batch_split(
+    student_logits: ArrayLike,
+    teacher_logits: ArrayLike,
+    groups: ClassGroups,
+    temperature: Scalar,
+    where: ArrayLike | None,
+) -> tuple[_Split, jax.Array]:
     """The split of logits `[B, C]`, and which groups exist."""
     student, teacher, member, temperature = _inputs(student_logits, teacher_logits, groups, temperature, where)
     chex.assert_rank(student, 2, custom_message="batch statistics need logits [B, C]")
     return _split(student, teacher, member, temperature), member.any(axis=-1)
 
 
-def _rebalanced_inter(split, exists, axis_name, example_mask):
+def _rebalanced_inter(
+    split: _Split, exists: jax.Array, axis_name: AxisName, example_mask: ArrayLike | None
+) -> jax.Array:
     target = rebalance(split.teacher_log_mass, axis_name=axis_name, where=exists, example_mask=example_mask)
     return split.inter(jnp.where(exists, target, 0), exists)
 
 
 def rebalanced_inter_group(
-    student_logits, teacher_logits, groups, *, temperature=4.0, axis_name=None, where=None, example_mask=None
+    student_logits: ArrayLike,
+    teacher_logits: ArrayLike,
+    groups: ClassGroups,
+    *,
+    temperature: Scalar = 4.0,
+    axis_name: AxisName = None,
+    where: ArrayLike | None = None,
+    example_mask: ArrayLike | None = None,
 ) -> jax.Array:
     """KL between the teacher's rebalanced group masses and the student's: τ² Σ_G p̂_G^T log(p̂_G^T / p_G^S).
 
@@ -267,7 +311,14 @@ def rebalanced_inter_group(
     return temperature**2 * _masked(_rebalanced_inter(*split, axis_name, example_mask), example_mask)
 
 
-def uniform_intra_group(student_logits, teacher_logits, groups, *, temperature=4.0, where=None) -> jax.Array:
+def uniform_intra_group(
+    student_logits: ArrayLike,
+    teacher_logits: ArrayLike,
+    groups: ClassGroups,
+    *,
+    temperature: Scalar = 4.0,
+    where: ArrayLike | None = None,
+) -> jax.Array:
     """KL within the groups, every group with the same weight: τ² Σ_G KL(p̃^T_{·|G} ‖ p̃^S_{·|G}).
 
     Source: LTKD (arXiv 2506.18496), the uniform intra-group loss (known second-hand).
@@ -292,16 +343,16 @@ def uniform_intra_group(student_logits, teacher_logits, groups, *, temperature=4
 
 
 def ltkd(
-    student_logits,
-    teacher_logits,
-    groups,
+    student_logits: ArrayLike,
+    teacher_logits: ArrayLike,
+    groups: ClassGroups,
     *,
-    alpha=1.0,
-    beta=1.0,
-    temperature=4.0,
-    axis_name=None,
-    where=None,
-    example_mask=None,
+    alpha: Scalar = 1.0,
+    beta: Scalar = 1.0,
+    temperature: Scalar = 4.0,
+    axis_name: AxisName = None,
+    where: ArrayLike | None = None,
+    example_mask: ArrayLike | None = None,
 ) -> jax.Array:
     """LTKD's distillation loss: τ² (α · rebalanced inter-group + β · Σ_G intra_G). Add the hard loss yourself.
 

@@ -2,11 +2,14 @@
 
 import jax
 import jax.numpy as jnp
+import numpy.typing as npt
+from jax.typing import ArrayLike
 
 from ltkd_jax.losses import _common
+from ltkd_jax.losses._common import Scalar
 
 
-def cross_entropy(student_logits, labels, *, where=None) -> jax.Array:
+def cross_entropy(student_logits: ArrayLike, labels: ArrayLike, *, where: ArrayLike | None = None) -> jax.Array:
     """Cross-entropy with integer labels: −log softmax(z)_y.
 
     Args:
@@ -26,7 +29,14 @@ def cross_entropy(student_logits, labels, *, where=None) -> jax.Array:
     return _common.cross_entropy(logits, labels, where)
 
 
-def logit_adjusted(student_logits, labels, class_counts, *, strength=1.0, where=None) -> jax.Array:
+def logit_adjusted(
+    student_logits: ArrayLike,
+    labels: ArrayLike,
+    class_counts: npt.ArrayLike,
+    *,
+    strength: Scalar = 1.0,
+    where: ArrayLike | None = None,
+) -> jax.Array:
     """Cross-entropy of logits shifted by the log class prior: CE(y, z + t·log π).
 
     π_c = n_c / Σ n. Source: Menon et al., "Long-tail learning via logit adjustment", ICLR 2021.
@@ -53,7 +63,13 @@ def logit_adjusted(student_logits, labels, class_counts, *, strength=1.0, where=
     return _common.cross_entropy(_common.from_top(logits, where) + prior, labels, where)
 
 
-def balanced_softmax(student_logits, labels, class_counts, *, where=None) -> jax.Array:
+def balanced_softmax(
+    student_logits: ArrayLike,
+    labels: ArrayLike,
+    class_counts: npt.ArrayLike,
+    *,
+    where: ArrayLike | None = None,
+) -> jax.Array:
     """Balanced softmax: CE(y, z + log n), the softmax of a student trained as if classes were balanced.
 
     Source: Ren et al., "Balanced Meta-Softmax for Long-Tailed Visual Recognition", NeurIPS 2020. It is

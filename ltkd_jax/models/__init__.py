@@ -7,6 +7,8 @@ RepDistiller), and `ltkd_jax.models.convert` reads that zoo's checkpoints; those
 
 import difflib
 import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +26,7 @@ _resnet18 = functools.partial(resnet.ResNet, (2, 2, 2, 2))
 _resnet34 = functools.partial(resnet.ResNet, (3, 4, 6, 3))
 _resnet50 = functools.partial(resnet.ResNet, (3, 4, 6, 3), bottleneck=True)
 
-REGISTRY = {
+REGISTRY: dict[str, Callable[..., nn.Module]] = {
     **{f"resnet{depth}": functools.partial(resnet.CifarResNet, depth) for depth in (8, 14, 20, 32, 44, 56, 110)},
     **{f"resnet{depth}x4": functools.partial(resnet.CifarResNet, depth, resnet.WIDE) for depth in (8, 32)},
     **{f"wrn_{depth}_{k}": functools.partial(WideResNet, depth, k) for depth in (16, 40) for k in (1, 2)},
@@ -47,7 +49,17 @@ _PRECISIONS = {
 }
 PRECISIONS = tuple(_PRECISIONS)
 
-__all__ = ["PRECISIONS", "REGISTRY", "WeightNet", "apply_with_features", "create", "resnet"]
+__all__ = ["PRECISIONS", "REGISTRY", "Model", "WeightNet", "apply_with_features", "create", "resnet"]
+
+
+class Model(Protocol):
+    """What training asks of a network: a Linen module as `create` makes it has it, and so has `review.Reviewed`."""
+
+    def init(self, key: jax.Array, images: jax.Array, /, *, train: bool) -> Any:
+        """Variables, by the name of their collection."""
+
+    def apply(self, variables: Any, images: jax.Array, /, *, train: bool, mutable: Sequence[str] = ()) -> Any:
+        """Logits `[B, C]`; with `mutable` also a dict of the collections named there, updated."""
 
 
 def create(name: str, num_classes: int, *, precision: str = "float32", axis_name: str | None = None) -> nn.Module:
@@ -80,7 +92,9 @@ def create(name: str, num_classes: int, *, precision: str = "float32", axis_name
     return REGISTRY[name](num_classes=num_classes, dtype=dtype, precision=matmul_precision, axis_name=axis_name)
 
 
-def apply_with_features(model: nn.Module, variables, images: jax.Array, *, train: bool, mutable: tuple[str, ...] = ()):
+def apply_with_features(
+    model: Model, variables: Mapping[str, Any], images: jax.Array, *, train: bool, mutable: tuple[str, ...] = ()
+) -> tuple[jax.Array, dict[str, jax.Array], dict[str, Any]]:
     """`model.apply`, and the intermediate features that a model of `create` hands out; without it none is kept.
 
     Args:

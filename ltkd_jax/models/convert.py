@@ -11,6 +11,8 @@ import os
 import pathlib
 import re
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,7 @@ import numpy as np
 from flax import serialization, traverse_util
 
 from ltkd_jax import models
+from ltkd_jax.models.wide_resnet import WideResNet
 
 # Patterns of our layers, and the zoo's modules. Blocks count from 1 here and from 0 there.
 _MODULES = {
@@ -30,7 +33,7 @@ _MODULES = {
         r"stage(\d+)_block(\d+)_norm3": "layer{}.{}.downsample.1",
         r"classifier": "fc",
     },
-    models.WideResNet: {
+    WideResNet: {
         r"stem": "conv1",
         r"last_norm": "bn1",
         r"stage(\d+)_block(\d+)_conv([12])": "block{}.layer.{}.conv{}",
@@ -46,7 +49,7 @@ _AXES = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}
 SUPPORTED = tuple(name for name in models.REGISTRY if type(models.create(name, 1)) in _MODULES)
 
 
-def from_torch(name: str, state_dict: dict[str, np.ndarray], num_classes: int) -> dict:
+def from_torch(name: str, state_dict: dict[str, np.ndarray], num_classes: int) -> dict[str, Any]:
     """Our variables of a model, with the weights of a state dict.
 
     Args:
@@ -81,7 +84,7 @@ def from_torch(name: str, state_dict: dict[str, np.ndarray], num_classes: int) -
     return traverse_util.unflatten_dict(converted, sep="/")
 
 
-def read(path) -> dict[str, np.ndarray]:
+def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """The state dict in a file that `torch.save` wrote: itself, or under "model" or "state_dict" of a checkpoint.
 
     Raises:
@@ -111,7 +114,9 @@ def read(path) -> dict[str, np.ndarray]:
     return {key.removeprefix("module."): tensor.to(torch.float32).numpy() for key, tensor in content.items()}
 
 
-def load(path, name: str, num_classes: int, *, image_shape: tuple[int, ...] = (32, 32, 3)) -> dict:
+def load(
+    path: str | os.PathLike[str], name: str, num_classes: int, *, image_shape: tuple[int, ...] = (32, 32, 3)
+) -> dict[str, Any]:
     """The variables in a file that this module wrote, checked against a model.
 
     Args:
@@ -136,7 +141,7 @@ def load(path, name: str, num_classes: int, *, image_shape: tuple[int, ...] = (3
     return variables
 
 
-def main(argv=None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code, 2 with a message on the standard error if it can't be done."""
     parser = argparse.ArgumentParser("ltkd_jax.models.convert", description="Weights from PyTorch to Flax.")
     parser.add_argument("model", help=f"one of {', '.join(SUPPORTED)}")
@@ -154,14 +159,14 @@ def main(argv=None) -> int:
     return 0
 
 
-def _shapes(name, num_classes, image_shape=(32, 32, 3)):
+def _shapes(name: str, num_classes: int, image_shape: tuple[int, ...] = (32, 32, 3)) -> dict[str, tuple[int, ...]]:
     """The shapes of a model's variables by their paths."""
     model = models.create(name, num_classes)
     variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, *image_shape)), train=False))
     return {path: leaf.shape for path, leaf in traverse_util.flatten_dict(variables, sep="/").items()}
 
 
-def _torch_key(modules, layer, leaf):
+def _torch_key(modules: dict[str, str], layer: str, leaf: str) -> str:
     for pattern, module in modules.items():
         if match := re.fullmatch(pattern, layer):
             stage, block, *index = match.groups() or (None, 1)
@@ -169,7 +174,7 @@ def _torch_key(modules, layer, leaf):
     raise AssertionError(f"no name in the zoo for {layer}")
 
 
-def _write(path, content):
+def _write(path: str | os.PathLike[str], content: bytes) -> None:
     """Whole or not at all."""
     path = pathlib.Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -38,7 +38,7 @@ class MobileNetV2(Network):
                 self.keep(f"stage{STAGES[group]}", x)
         return nn.relu(self.conv_norm(x, train, 1280, 1, name="last"))
 
-    def _block(self, x, train, expansion, width, stride, name):
+    def _block(self, x: jax.Array, train: bool, expansion: int, width: int, stride: int, name: str) -> jax.Array:
         inner = expansion * x.shape[-1]
         y = nn.relu(self.conv_norm(x, train, inner, 1, name=name, index=1))
         y = nn.relu(self.conv_norm(y, train, inner, 3, stride, groups=inner, name=name, index=2))

@@ -1,10 +1,13 @@
 """What the networks share: layers, and of the image classifiers all but the way from images to a feature map."""
 
-from typing import Any, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.typing import PrecisionLike
+from jax.nn.initializers import Initializer
+from jax.typing import DTypeLike
 
 from ltkd_jax.models.linear import linear, uniform_by_fan_in
 
@@ -14,9 +17,9 @@ kaiming_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 class Initialisers(NamedTuple):
     """Of convolutions' kernels and of the classifier's kernel and bias; a bias of None is uniform in ±1/√fan_in."""
 
-    conv: Any = kaiming_fan_out
-    kernel: Any = uniform_by_fan_in
-    bias: Any = None
+    conv: Initializer = kaiming_fan_out
+    kernel: Initializer = uniform_by_fan_in
+    bias: Initializer | None = None
 
 
 class Layers(nn.Module, kw_only=True):
@@ -28,13 +31,15 @@ class Layers(nn.Module, kw_only=True):
       axis_name: device axis of batch norm's statistics.
     """
 
-    dtype: Any = None
-    precision: Any = None
+    dtype: DTypeLike | None = None
+    precision: PrecisionLike = None
     axis_name: str | None = None
 
-    initialisers = Initialisers()
+    initialisers: ClassVar[Initialisers] = Initialisers()
 
-    def conv(self, x, width, size, stride=1, *, groups=1, bias=False, name):
+    def conv(
+        self, x: jax.Array, width: int, size: int, stride: int = 1, *, groups: int = 1, bias: bool = False, name: str
+    ) -> jax.Array:
         """A square convolution, padded so that stride 1 keeps the image's size."""
         # Explicit padding: "SAME" would pad a strided convolution on one side only.
         layer = nn.Conv(
@@ -51,7 +56,7 @@ class Layers(nn.Module, kw_only=True):
         )
         return layer(x)
 
-    def norm(self, x, train, name):
+    def norm(self, x: jax.Array, train: bool, name: str) -> jax.Array:
         """Batch norm, with PyTorch's momentum and epsilon."""
         layer = nn.BatchNorm(
             use_running_average=not train,
@@ -64,7 +69,19 @@ class Layers(nn.Module, kw_only=True):
         )
         return layer(x)
 
-    def conv_norm(self, x, train, width, size, stride=1, *, groups=1, bias=False, name, index=None):
+    def conv_norm(
+        self,
+        x: jax.Array,
+        train: bool,
+        width: int,
+        size: int,
+        stride: int = 1,
+        *,
+        groups: int = 1,
+        bias: bool = False,
+        name: str,
+        index: int | None = None,
+    ) -> jax.Array:
         """A convolution and its batch norm, `name` and `name_norm`; in a block `name_conv1`, `name_norm1` and so on."""
         conv, norm = (name, f"{name}_norm") if index is None else (f"{name}_conv{index}", f"{name}_norm{index}")
         return self.norm(self.conv(x, width, size, stride, groups=groups, bias=bias, name=conv), train, norm)
@@ -86,7 +103,7 @@ class Network(Layers, kw_only=True):
 
     num_classes: int = 100
 
-    smallest = 1  # pixels of an image's side from which there is a feature map
+    smallest: ClassVar[int] = 1  # pixels of an image's side from which there is a feature map
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:

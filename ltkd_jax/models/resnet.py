@@ -1,5 +1,7 @@
 """The ResNets: those for CIFAR with three stages, and those of ImageNet with four."""
 
+from collections.abc import Callable, Sequence
+
 import jax
 from flax import linen as nn
 
@@ -8,15 +10,24 @@ from ltkd_jax.models.network import Network
 NARROW = (16, 16, 32, 64)  # channels of the stem and of the three stages
 WIDE = (32, 64, 128, 256)
 
+_Convs = tuple[tuple[int, int, int], ...]  # of a block: width, size, stride of each
+
 
 class _Residual(Network):
     """Stages of blocks relu(x + branch(x)), with a projection of x where the branch changes its shape."""
 
-    def _stages(self, x, train, widths, blocks, branch):
+    def _stages(
+        self,
+        x: jax.Array,
+        train: bool,
+        widths: Sequence[int],
+        blocks: Sequence[int],
+        branch: Callable[[int, int], _Convs],
+    ) -> jax.Array:
         """The last feature map of a stem's, both `[B, h, w, c]`.
 
         `x` is carried before its ReLU, because the features to keep are. `branch(width, stride)` gives the
-        convolutions of a block, as (width, size, stride).
+        convolutions of a block.
         """
         for stage, (width, number) in enumerate(zip(widths, blocks), start=1):
             for block in range(1, number + 1):
@@ -25,7 +36,7 @@ class _Residual(Network):
             self.keep(f"stage{stage}", x)
         return nn.relu(x)
 
-    def _block(self, x, train, convs, name):
+    def _block(self, x: jax.Array, train: bool, convs: _Convs, name: str) -> jax.Array:
         y = self.conv_norm(x, train, *convs[0], name=name, index=1)
         for index, conv in enumerate(convs[1:], start=2):
             y = self.conv_norm(nn.relu(y), train, *conv, name=name, index=index)
@@ -35,11 +46,11 @@ class _Residual(Network):
         return x + y
 
 
-def _basic(width, stride):
+def _basic(width: int, stride: int) -> _Convs:
     return (width, 3, stride), (width, 3, 1)
 
 
-def _bottleneck(width, stride):
+def _bottleneck(width: int, stride: int) -> _Convs:
     return (width, 1, 1), (width, 3, stride), (4 * width, 1, 1)
 
 

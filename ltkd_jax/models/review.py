@@ -1,6 +1,8 @@
 """ReviewKD's fusion: the student's features, merged from the deepest to the shallowest, in the teacher's shapes."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,13 +54,13 @@ class Fusion(Layers):
             fused.append(self.conv_norm(deeper, train, channels, 3, name=f"level{level + 1}", index=2))
         return tuple(reversed(fused))
 
-    def _attend(self, x, y, name):
+    def _attend(self, x: jax.Array, y: jax.Array, name: str) -> jax.Array:
         weights = nn.sigmoid(linear(jnp.concatenate([x, y], axis=-1), 2, precision=self.precision, name=name))
         own, other = jnp.split(weights.astype(x.dtype), 2, axis=-1)
         return x * own + y * other
 
 
-def _nearest(x, size):
+def _nearest(x: jax.Array, size: int) -> jax.Array:
     """`[B, size, size, c]` by the nearest pixel, as PyTorch chooses it."""
     index = jnp.arange(size) * x.shape[1] // size
     return x if size == x.shape[1] else x[:, index][:, :, index]
@@ -78,14 +80,16 @@ class Reviewed:
     student: nn.Module
     fusion: Fusion
 
-    def init(self, key: jax.Array, images: jax.Array, *, train: bool) -> dict:
+    def init(self, key: jax.Array, images: jax.Array, *, train: bool) -> dict[str, Any]:
         """Variables of both; the student's are those that it gets alone."""
         student = self.student.init(key, images, train=train)
         _, features, _ = models.apply_with_features(self.student, student, images, train=False)
         fusion = self.fusion.init(jax.random.fold_in(key, 1), maps(features), train=train)
         return {kind: {"student": student[kind], "fusion": fusion[kind]} for kind in student}
 
-    def apply(self, variables: dict, images: jax.Array, *, train: bool, mutable=()):
+    def apply(
+        self, variables: Mapping[str, Any], images: jax.Array, *, train: bool, mutable: Sequence[str] = ()
+    ) -> Any:
         """The student's logits; with `mutable` also its updated collections, beside the fusion's as they were."""
         student = _part(variables, "student")
         if not mutable:
@@ -93,7 +97,9 @@ class Reviewed:
         logits, updates = self.student.apply(student, images, train=train, mutable=mutable)
         return logits, {kind: {**variables[kind], "student": new} for kind, new in updates.items()}
 
-    def apply_with_features(self, variables: dict, images: jax.Array):
+    def apply_with_features(
+        self, variables: Mapping[str, Any], images: jax.Array
+    ) -> tuple[jax.Array, tuple[jax.Array, ...], dict[str, Any]]:
         """In training mode: the student's logits, its fused features, and both's updated batch statistics."""
         mutable = ("batch_stats",)
         logits, features, student = models.apply_with_features(
@@ -103,7 +109,7 @@ class Reviewed:
         return logits, fused, {"batch_stats": {"student": student["batch_stats"], "fusion": fusion["batch_stats"]}}
 
 
-def _part(variables, name):
+def _part(variables: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {kind: tree[name] for kind, tree in variables.items()}
 
 
@@ -131,10 +137,10 @@ def reviewed(student: nn.Module, teacher: nn.Module, image_shape: tuple[int, int
     return Reviewed(student, Fusion(targets=of_teacher, **own))
 
 
-def _shapes(model, image_shape):
+def _shapes(model: nn.Module, image_shape: tuple[int, int, int]) -> tuple[tuple[int, int], ...]:
     """(size, channels) of each feature."""
 
-    def features(images):
+    def features(images: jax.Array) -> tuple[jax.Array, ...]:
         variables = model.init(jax.random.key(0), images, train=False)
         return maps(models.apply_with_features(model, variables, images, train=False)[1])
 

@@ -50,7 +50,7 @@ class ShuffleNetV1(Network):
             self.keep(f"stage{stage}", x)
         return nn.relu(x)
 
-    def _block(self, x, train, width, stride, groups, name):
+    def _block(self, x: jax.Array, train: bool, width: int, stride: int, groups: int, name: str) -> jax.Array:
         """The block before its last ReLU. One that halves the image appends the pooled input to the branch."""
         if stride == 2:
             width -= x.shape[-1]
@@ -94,7 +94,7 @@ class ShuffleNetV2(Network):
             self.keep(f"stage{stage}", before)
         return nn.relu(self.conv_norm(x, train, self.widths[-1], 1, name="last"))
 
-    def _halve(self, x, train, width, name):
+    def _halve(self, x: jax.Array, train: bool, width: int, name: str) -> jax.Array:
         """Both branches see all channels and halve the image; before their ReLU."""
         channels = x.shape[-1]
         left = self.conv_norm(x, train, channels, 3, 2, groups=channels, name=name, index=1)
@@ -104,7 +104,7 @@ class ShuffleNetV2(Network):
         right = self.conv_norm(right, train, width, 1, name=name, index=5)
         return jnp.concatenate([left, right], axis=-1)
 
-    def _block(self, x, train, name):
+    def _block(self, x: jax.Array, train: bool, name: str) -> jax.Array:
         # The first half comes out of a ReLU, so that the one to come leaves it as it is.
         same, y = jnp.split(x, 2, axis=-1)
         width = y.shape[-1]

@@ -37,7 +37,7 @@ class WideResNet(Network):
             self.keep(f"stage{stage}", x)
         return nn.relu(self.norm(x, train, "last_norm"))
 
-    def _block(self, x, train, width, stride, name):
+    def _block(self, x: jax.Array, train: bool, width: int, stride: int, name: str) -> jax.Array:
         active = nn.relu(self.norm(x, train, f"{name}_norm1"))
         y = self.conv(active, width, 3, stride, name=f"{name}_conv1")
         y = self.conv(nn.relu(self.norm(y, train, f"{name}_norm2")), width, 3, name=f"{name}_conv2")

@@ -2,18 +2,19 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from ltkd_jax import bilevel
+from ltkd_jax.bilevel import PyTree
 from ltkd_jax.data import plan as plans
 from ltkd_jax.data.plan import Plan
 from ltkd_jax.data.stream import Streamed
 from ltkd_jax.groups import ClassGroups
-from ltkd_jax.models import WeightNet
+from ltkd_jax.models import Model, WeightNet
 from ltkd_jax.objectives import Objective, Predictions
 from ltkd_jax.training.state import LearnedSums, TrainState
 from ltkd_jax.training.steps import Batch, TrainData, advance, forward, sum_over_devices
@@ -64,16 +65,16 @@ class Weighting:
     every: int
     groups: ClassGroups
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if len(self.scales) != self.net.num_terms:
             raise ValueError(f"scales={self.scales}: give one for each of the {self.net.num_terms} terms")
 
-    def weights(self, params, features: jax.Array) -> jax.Array:
+    def weights(self, params: PyTree, features: jax.Array) -> jax.Array:
         """Weights `[B, T]` of features `[B, F]`."""
         scales = jnp.asarray(self.scales, features.dtype)
-        return scales[None, :] * self.net.apply({"params": params}, features)
+        return scales[None, :] * cast(jax.Array, self.net.apply({"params": params}, features))
 
-    def add_to(self, state: TrainState, seed) -> TrainState:
+    def add_to(self, state: TrainState, seed: jax.Array | int) -> TrainState:
         """The state with a fresh weight net in it; the seed may be traced."""
         key = jax.random.fold_in(jax.random.key(seed), 1)  # key(seed) itself is the student's
         params = self.net.init(key, jnp.zeros((1, self.num_features)))["params"]
@@ -89,7 +90,15 @@ class Weighting:
 
 
 def rows(
-    seed, epoch, *, ahead: int, num_train: int, num_meta: int, batch_size: int, num_views: int, bits: bool = False
+    seed: jax.Array | int,
+    epoch: jax.Array | int,
+    *,
+    ahead: int,
+    num_train: int,
+    num_meta: int,
+    batch_size: int,
+    num_views: int,
+    bits: bool = False,
 ) -> BilevelRows:
     """The rows of one epoch, `[S, B, K]` of the training stream and `[S, B]` of the balanced set's own.
 
@@ -109,14 +118,27 @@ def rows(
     return BilevelRows(jax.tree.map(lambda x: jnp.moveaxis(x[window], 1, 2), train), meta)
 
 
-def fetch(data: BilevelData, rows: BilevelRows, *, fetch_fn, fetch_meta_fn) -> BilevelBatch:
+def fetch(
+    data: BilevelData,
+    rows: BilevelRows,
+    *,
+    fetch_fn: Callable[[TrainData, Plan | Streamed], Batch],
+    fetch_meta_fn: Callable[[TrainData, Plan | Streamed], Batch],
+) -> BilevelBatch:
     """The batches of one step, `rows.train` `[B, K, …]` and `rows.meta` `[B, …]`, each by its own `steps.fetch`."""
     num_ahead = jax.tree.leaves(rows.train)[0].shape[1]
     ahead = [fetch_fn(data.train, jax.tree.map(lambda x, j=j: x[:, j], rows.train)) for j in range(num_ahead)]
     return BilevelBatch(jax.tree.map(lambda *parts: jnp.stack(parts), *ahead), fetch_meta_fn(data.meta, rows.meta))
 
 
-def problem(batch_stats, *, model, objective: Objective, weighting: Weighting, axis_name=None) -> bilevel.Problem:
+def problem(
+    batch_stats: PyTree,
+    *,
+    model: Model,
+    objective: Objective,
+    weighting: Weighting,
+    axis_name: str | None = None,
+) -> bilevel.Problem:
     """Student, terms and weight net as the callables of `ltkd_jax.bilevel`; batch norm in training mode throughout.
 
     Args:
@@ -125,11 +147,11 @@ def problem(batch_stats, *, model, objective: Objective, weighting: Weighting, a
     """
     predict = forward(model, batch_stats, axis_name)
 
-    def terms_fn(params, batch):
+    def terms_fn(params: PyTree, batch: Batch) -> tuple[jax.Array, bilevel.Aux]:
         seen = predict(params, batch)
         return objective(seen[0]), bilevel.Aux(weighting.features(seen[0]), seen)
 
-    def outer_fn(params, batch):
+    def outer_fn(params: PyTree, batch: Batch) -> jax.Array:
         predictions, _ = predict(params, batch)
         return weighting.outer_loss(predictions).mean()
 
@@ -140,7 +162,7 @@ def bilevel_step(
     state: TrainState,
     batch: BilevelBatch,
     *,
-    model,
+    model: Model,
     objective: Objective,
     weighting: Weighting,
     optimizer: optax.GradientTransformation,
@@ -177,10 +199,10 @@ def bilevel_step(
     return after._replace(meta=taken.meta, sums=after.sums._replace(learned=learned))
 
 
-def _add(sums: LearnedSums, group, taken: bilevel.Step, axis_name) -> LearnedSums:
+def _add(sums: LearnedSums, group: jax.Array, taken: bilevel.Step, axis_name: str | None) -> LearnedSums:
     features = taken.aux.features
 
-    def by_group(values):
+    def by_group(values: jax.Array) -> jax.Array:
         return jnp.zeros((len(sums.examples), *values.shape[1:]), values.dtype).at[group].add(values)
 
     of_batch = LearnedSums(

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import os
 import pathlib
 import shutil
 from typing import Any
@@ -26,7 +27,7 @@ class Checkpoints:
       keep: how many to keep; at least 2 leave one to fall back on.
     """
 
-    def __init__(self, directory, *, keep: int = 2):
+    def __init__(self, directory: str | os.PathLike[str], *, keep: int = 2) -> None:
         self._dir = pathlib.Path(directory).resolve()
         if self._dir.exists() and not self._dir.is_dir():
             raise NotADirectoryError(f"{self._dir} is a file where the folder of the checkpoints belongs: move it away")
@@ -40,7 +41,7 @@ class Checkpoints:
         handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
         self._saver = ocp.Checkpointer(handler, multiprocessing_options=alone)
 
-    def save(self, step: int, tree: Any, extra: dict) -> None:
+    def save(self, step: int, tree: Any, extra: dict[str, Any]) -> None:
         """Saves a pytree of arrays, and `extra`, a dict for JSON, under a step. Returns when it is whole.
 
         Raises:
@@ -64,7 +65,7 @@ class Checkpoints:
         for old in self.steps()[self._keep :]:
             self._forget(old)
 
-    def restore(self, like: Any) -> tuple[int, Any, dict] | None:
+    def restore(self, like: Any) -> tuple[int, Any, dict[str, Any]] | None:
         """The newest whole checkpoint as (step, tree, extra); None if there is none.
 
         Args:
@@ -92,7 +93,7 @@ class Checkpoints:
         found = (p.name.removeprefix("step_") for p in self._dir.glob("step_*") if p.is_dir())
         return sorted((int(name) for name in found if name.isdecimal()), reverse=True)
 
-    def _read(self, path, like):
+    def _read(self, path: pathlib.Path, like: Any) -> Any:
         try:
             restored = self._saver.restore(
                 path / "state",
@@ -110,11 +111,11 @@ class Checkpoints:
                 )
         return restored
 
-    def _is_whole(self, step):
+    def _is_whole(self, step: int) -> bool:
         path, checksum = self._path(step), self._checksum_path(step)
         return path.is_dir() and checksum.is_file() and checksum.read_bytes() == _checksum(path).encode()
 
-    def _forget(self, step):
+    def _forget(self, step: int) -> None:
         # The checksum goes first, so that a half-removed checkpoint is never taken for a whole one.
         for path in (self._checksum_path(step), self._path(step)):
             if path.is_dir():
@@ -122,10 +123,10 @@ class Checkpoints:
             else:
                 path.unlink(missing_ok=True)
 
-    def _path(self, step):
+    def _path(self, step: int) -> pathlib.Path:
         return self._dir / f"step_{step}"
 
-    def _checksum_path(self, step):
+    def _checksum_path(self, step: int) -> pathlib.Path:
         return self._dir / f"step_{step}.sha256"
 
 

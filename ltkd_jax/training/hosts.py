@@ -8,15 +8,17 @@ import collections
 import itertools
 import pickle
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
+_T = TypeVar("_T")
+
 # One process may wait for days for what another makes. One that died ends all of them much sooner, by its heartbeat.
 _WAIT_MS = 7 * 24 * 3600 * 1000
 _calls = itertools.count()
-_forgotten = collections.deque()
+_forgotten: collections.deque[str] = collections.deque()
 
 
 def start(where: str) -> None:
@@ -40,8 +42,8 @@ def start(where: str) -> None:
             ) from error
     else:
         try:
-            address, index, count = where.split(",")
-            index, count = int(index), int(count)
+            address, *numbers = where.split(",")
+            index, count = map(int, numbers)
             known = ":" in address and 0 <= index < count
         except ValueError:
             known = False
@@ -56,7 +58,7 @@ def is_first() -> bool:
     return _state().process_id == 0
 
 
-def first(fn: Callable[[], Any]) -> Any:
+def first(fn: Callable[[], _T]) -> _T:
     """What `fn()` gives in the first process, where alone it is called; its error is raised in every process.
 
     Large arrays of the result travel over the devices.
@@ -68,7 +70,9 @@ def first(fn: Callable[[], Any]) -> Any:
     if client is None:
         return fn()
     key = f"ltkd_jax/first/{next(_calls)}"
-    result, error, buffers = None, None, []
+    result: Any = None
+    error: Exception | None = None
+    buffers: list[Any] = []
     if is_first():
         result, error = _attempt(fn)
         content = pickle.dumps(result, protocol=5, buffer_callback=buffers.append)
@@ -88,7 +92,7 @@ def first(fn: Callable[[], Any]) -> Any:
     return result if is_first() else pickle.loads(content, buffers=buffers)
 
 
-def each(fn: Callable[[], Any]) -> Any:
+def each(fn: Callable[[], _T]) -> _T:
     """What `fn()` gives in this process; an error of any process is raised in every one.
 
     >>> each(lambda: 3)
@@ -104,7 +108,7 @@ def each(fn: Callable[[], Any]) -> Any:
     return result
 
 
-def gather(value: Any) -> list:
+def gather(value: _T) -> list[_T]:
     """The values of all processes, in their order; called by all of them.
 
     >>> gather("here")
@@ -123,14 +127,14 @@ def gather(value: Any) -> list:
     return [pickle.loads(content) for _, content in sorted(client.key_value_dir_get_bytes(key))]
 
 
-def _attempt(fn):
+def _attempt(fn: Callable[[], Any]) -> tuple[Any, Exception | None]:
     try:
         return fn(), None
     except Exception as error:
         return None, error
 
 
-def _portable(error):
+def _portable(error: Exception) -> Exception:
     """The error, or its words where it does not travel."""
     try:
         return pickle.loads(pickle.dumps(error))
@@ -138,13 +142,13 @@ def _portable(error):
         return RuntimeError(f"{type(error).__name__}: {error}")
 
 
-def _broadcast(array):
+def _broadcast(array: np.ndarray) -> np.ndarray:
     from jax.experimental import multihost_utils
 
     return np.asarray(multihost_utils.broadcast_one_to_all(array))
 
 
-def _state():
+def _state() -> Any:
     """This process among the others, if there are any: its `client` is None where there are none.
 
     jax has no public name for the client; and `jax.process_index` would start the devices, of which there may be none.

@@ -4,10 +4,15 @@ Both are equal to a single device up to rounding, batch norm and group rebalanci
 gives and gets what its own devices hold.
 """
 
+from collections.abc import Callable, Sequence
+
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import ArrayLike
+
+from ltkd_jax.bilevel import PyTree
 
 MODES = ("jit", "pmap")
 _AXIS = "devices"
@@ -32,7 +37,7 @@ class Parallel:
     8.0
     """
 
-    def __init__(self, mode: str = "jit", devices=None):
+    def __init__(self, mode: str = "jit", devices: Sequence[jax.Device] | None = None) -> None:
         if mode not in MODES:
             raise ValueError(f"parallel={mode!r} must be one of {', '.join(MODES)}")
         self.mode = mode
@@ -60,26 +65,30 @@ class Parallel:
         first = self.devices.index(self._local[0])
         return np.arange(first * each, (first + len(self._local)) * each)
 
-    def replicate(self, tree):
-        """The tree, the same in every process, on every device: as it is under "jit", with an axis for this process's
-        devices in front under "pmap"."""
+    def replicate(self, tree: PyTree) -> PyTree:
+        """The tree, the same in every process, on every device.
+
+        It stays as it is under "jit", and gets an axis for this process's devices in front under "pmap".
+        """
         if self.mode == "jit":
             return self._place(tree, P())
         stacked = jax.tree.map(lambda x: np.broadcast_to(np.asarray(x), (len(self._local), *np.shape(x))), tree)
         return self._place(stacked, P(_AXIS))
 
-    def first(self, tree):
+    def first(self, tree: PyTree) -> PyTree:
         """A replicated tree as one copy."""
         return tree if self.mode == "jit" else jax.tree.map(lambda x: x[0], tree)
 
-    def shard(self, tree, batch_axis: int):
+    def shard(self, tree: PyTree, batch_axis: int) -> PyTree:
         """Leaves split over the devices along `batch_axis`, of which each process gives its own `places`."""
         if self.mode == "pmap":
             stacked = jax.tree.map(lambda x: self._split(np.asarray(x), batch_axis), tree)
             return self._place(stacked, P(_AXIS))
         return self._place(tree, self._spec(batch_axis), batch_axis)
 
-    def compile(self, fn, *, batch_axis: int, donate: tuple[int, ...] = ()):
+    def compile(
+        self, fn: Callable[..., PyTree], *, batch_axis: int, donate: tuple[int, ...] = ()
+    ) -> Callable[..., PyTree]:
         """`fn(*replicated, batch)`, compiled: its last argument is sharded, its result replicated.
 
         Args:
@@ -91,17 +100,17 @@ class Parallel:
             return jax.pmap(fn, axis_name=_AXIS, devices=self.devices, donate_argnums=donate)
         replicated, batched = NamedSharding(self._mesh, P()), NamedSharding(self._mesh, self._spec(batch_axis))
 
-        def constrained(*args):
+        def constrained(*args: PyTree) -> PyTree:
             *rest, batch = args
             return fn(*rest, jax.lax.with_sharding_constraint(batch, batched))
 
         return jax.jit(constrained, out_shardings=replicated, donate_argnums=donate)
 
-    def _place(self, tree, spec, spread_axis=None):
+    def _place(self, tree: PyTree, spec: P, spread_axis: int | None = None) -> PyTree:
         """Arrays of the mesh; along `spread_axis` the leaves are this process's part of them."""
         sharding = NamedSharding(self._mesh, spec)
 
-        def place(x):
+        def place(x: ArrayLike) -> jax.Array:
             x = np.asarray(x)
             shape = list(x.shape)
             if spread_axis is not None:
@@ -110,9 +119,9 @@ class Parallel:
 
         return jax.tree.map(place, tree)
 
-    def _spec(self, batch_axis):
+    def _spec(self, batch_axis: int) -> P:
         return P(*([None] * batch_axis), _AXIS)
 
-    def _split(self, x, batch_axis):
+    def _split(self, x: np.ndarray, batch_axis: int) -> np.ndarray:
         shape = x.shape[:batch_axis] + (len(self._local), -1) + x.shape[batch_axis + 1 :]
         return np.moveaxis(x.reshape(shape), batch_axis, 0)

@@ -6,6 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ltkd_jax.bilevel import PyTree
+from ltkd_jax.models import Model
+
 
 class EpochSums(NamedTuple):
     """What is logged at an epoch's end, summed on the device so that no step waits for the host.
@@ -49,14 +52,14 @@ class TrainState(NamedTuple):
     """A pytree of arrays. Nothing random is in it: batches are a function of the seed and `step`."""
 
     step: jax.Array
-    params: Any
-    batch_stats: Any
-    opt_state: Any
+    params: PyTree
+    batch_stats: PyTree
+    opt_state: PyTree
     sums: EpochSums
     meta: Any = ()  # `bilevel.MetaState` where the weights are learned
 
     @property
-    def variables(self) -> dict:
+    def variables(self) -> dict[str, PyTree]:
         """What `model.apply` takes."""
         return {"params": self.params, "batch_stats": self.batch_stats}
 
@@ -78,7 +81,13 @@ def cleared(sums: EpochSums) -> EpochSums:
     return jax.tree.map(jnp.zeros_like, sums)._replace(bad_step=-jnp.ones_like(sums.bad_step))
 
 
-def create(model, optimizer: optax.GradientTransformation, num_terms: int, image_shape, seed) -> TrainState:
+def create(
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    num_terms: int,
+    image_shape: tuple[int, ...],
+    seed: jax.Array | int,
+) -> TrainState:
     """A fresh state.
 
     Args:
@@ -99,7 +108,7 @@ def create(model, optimizer: optax.GradientTransformation, num_terms: int, image
     )
 
 
-def sgd(learning_rate: optax.ScalarOrSchedule, *, momentum: float, weight_decay: float):
+def sgd(learning_rate: optax.ScalarOrSchedule, *, momentum: float, weight_decay: float) -> optax.GradientTransformation:
     """SGD as PyTorch has it: L2 on every parameter, added to the gradient before the momentum."""
     return optax.chain(
         optax.add_decayed_weights(weight_decay),
@@ -107,12 +116,12 @@ def sgd(learning_rate: optax.ScalarOrSchedule, *, momentum: float, weight_decay:
     )
 
 
-def adam(learning_rate: optax.ScalarOrSchedule, *, weight_decay: float):
+def adam(learning_rate: optax.ScalarOrSchedule, *, weight_decay: float) -> optax.GradientTransformation:
     """Adam as PyTorch has it: L2 on every parameter, added to the gradient before the moments."""
     return optax.chain(optax.add_decayed_weights(weight_decay), optax.adam(learning_rate))
 
 
-def step_schedule(base: float, *, total_steps: int, milestones: tuple[float, ...], decay: float):
+def step_schedule(base: float, *, total_steps: int, milestones: tuple[float, ...], decay: float) -> optax.Schedule:
     """A learning rate that is multiplied by `decay` at each milestone, given as a fraction of all steps.
 
     >>> schedule = step_schedule(0.1, total_steps=100, milestones=(0.5,), decay=0.1)
@@ -120,7 +129,7 @@ def step_schedule(base: float, *, total_steps: int, milestones: tuple[float, ...
     [0.1, 0.01]
     """
     # optax would merge equal boundaries into one; scaling by each keeps a run of few steps right.
-    scales = {}
+    scales: dict[int, float] = {}
     for milestone in milestones:
         boundary = round(milestone * total_steps)
         scales[boundary] = scales.get(boundary, 1.0) * decay

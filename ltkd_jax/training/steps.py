@@ -2,13 +2,14 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from ltkd_jax import metrics, models
+from ltkd_jax.bilevel import PyTree
 from ltkd_jax.data import augment
 from ltkd_jax.data.plan import Plan
 from ltkd_jax.data.stream import Streamed
@@ -37,7 +38,8 @@ class Batch(NamedTuple):
     images: jax.Array  # float [B, H, W, channels]
     labels: jax.Array  # int32 [B]
     teacher_logits: jax.Array | None  # [B, C]
-    teacher_features: Any = None  # of a method that distils them: float [B, H, W, channels] each
+    # of a method that distils them: float [B, H, W, channels] each
+    teacher_features: tuple[jax.Array, ...] | None = None
     mix: Mix | None = None  # what each image is mixed with
 
 
@@ -53,7 +55,7 @@ class Taught(NamedTuple):
     """What a teacher says of a batch."""
 
     logits: jax.Array | None = None  # [B, C]
-    features: Any = None  # float [B, H, W, channels] each
+    features: tuple[jax.Array, ...] | None = None  # float [B, H, W, channels] each
 
 
 class Paired(NamedTuple):
@@ -64,28 +66,31 @@ class Paired(NamedTuple):
 
 
 Preprocess = Callable[[jax.Array], jax.Array]  # uint8 images -> float images
-TeacherFn = Callable[[Any, Plan, jax.Array], Taught]  # (data.teacher, rows, images) -> what it says of them
+TeacherFn = Callable[[Any, Any, jax.Array], Taught]  # (data.teacher, its Plan or Streamed, images) -> what it says
+
+Forward = Callable[[PyTree, Batch], tuple[Predictions, PyTree]]  # (params, batch) -> predictions, batch statistics
+_T = TypeVar("_T")
 
 
-def no_teacher(teacher, rows, images) -> Taught:
+def no_teacher(teacher: Any, rows: Plan | Streamed, images: jax.Array) -> Taught:
     """The `TeacherFn` of a method without a teacher."""
     return Taught()
 
 
-def table_teacher(teacher, rows, images) -> Taught:
+def table_teacher(teacher: jax.Array, rows: Plan, images: jax.Array) -> Taught:
     """The `TeacherFn` that looks logits up in the teacher's table, `[N, views, C]`; a single view stands for all."""
     return Taught(teacher[rows.index, rows.view if teacher.shape[1] > 1 else 0])
 
 
-def network_teacher(model) -> TeacherFn:
+def network_teacher(model: models.Model) -> TeacherFn:
     """The `TeacherFn` that runs the teacher, in evaluation mode, on the batch's images."""
     return lambda teacher, rows, images: Taught(model.apply(teacher, images, train=False))
 
 
-def feature_teacher(model) -> TeacherFn:
+def feature_teacher(model: models.Model) -> TeacherFn:
     """As `network_teacher`, with the teacher's features, from the first stage to the pooled vector."""
 
-    def teach(teacher, rows, images):
+    def teach(teacher: PyTree, rows: Plan | Streamed, images: jax.Array) -> Taught:
         logits, features, _ = models.apply_with_features(model, teacher, images, train=False)
         return Taught(logits, review.maps(features))
 
@@ -101,8 +106,9 @@ def fetch(
     teacher_fn: TeacherFn,
     extra: augment.Extra = augment.NOTHING,
 ) -> Batch:
-    """The batch of `rows`, leaves `[B, …]`: gather, crop and flip where it is not streamed, the rest of augmentation,
-    normalise, and what the teacher says of the result.
+    """The batch of `rows`, leaves `[B, …]`: augmented and normalised images, and what the teacher says of them.
+
+    What is not streamed is gathered, cropped and flipped first.
 
     Args:
       data: the training set.
@@ -117,6 +123,7 @@ def fetch(
         images, mix = preprocess(images), None
     else:
         (images, labels), (others, other_labels) = (_images(data, part, views, extra) for part in rows)
+        assert rows.rows.bits is not None  # Mixup has them drawn
         share = augment.mixup_share(rows.rows.bits, extra.mixup)
         images = augment.mix(preprocess(images), preprocess(others), share)
         rows, mix = rows.rows, Mix(other_labels, share)
@@ -124,27 +131,31 @@ def fetch(
     return Batch(images, labels, taught.logits, taught.features, mix)
 
 
-def _images(data, rows, views, extra):
+def _images(
+    data: TrainData, rows: Plan | Streamed, views: augment.Views, extra: augment.Extra
+) -> tuple[jax.Array, jax.Array]:
     if isinstance(rows, Streamed):
-        images, labels = rows.images, rows.labels
+        images, labels = jnp.asarray(rows.images), jnp.asarray(rows.labels)
     else:
+        assert data.images is not None and data.labels is not None  # they are None for streams alone
         images, labels = augment.apply(data.images[rows.index], rows.view, views), data.labels[rows.index]
     return augment.apply_extra(images, rows.bits, extra), labels
 
 
-def forward(model, batch_stats, axis_name: str | None):
+def forward(model: models.Model, batch_stats: PyTree, axis_name: str | None) -> Forward:
     """The student in training mode: `(params, batch) -> (Predictions, new batch statistics)`.
 
     Features are asked for only where the batch has the teacher's to compare them with; the model is then a
     `models.review.Reviewed`.
     """
 
-    def predict(params, batch: Batch):
+    def predict(params: PyTree, batch: Batch) -> tuple[Predictions, PyTree]:
         variables = {"params": params, "batch_stats": batch_stats}
         if batch.teacher_features is None:
             features = None
             logits, updates = model.apply(variables, batch.images, train=True, mutable=["batch_stats"])
         else:
+            assert isinstance(model, review.Reviewed)
             logits, features, updates = model.apply_with_features(variables, batch.images)
         predictions = Predictions(
             logits, batch.teacher_logits, batch.labels, axis_name, features, batch.teacher_features, batch.mix
@@ -158,7 +169,7 @@ def train_step(
     state: TrainState,
     batch: Batch,
     *,
-    model,
+    model: models.Model,
     objective: Objective,
     optimizer: optax.GradientTransformation,
     axis_name: str | None = None,
@@ -175,7 +186,7 @@ def train_step(
     weights = objective.weights(state.step)[None, :]
     predict = forward(model, state.batch_stats, axis_name)
 
-    def loss_fn(params):
+    def loss_fn(params: PyTree) -> tuple[jax.Array, tuple[jax.Array, tuple[Predictions, PyTree]]]:
         seen = predict(params, batch)
         terms = objective(seen[0])
         # The local mean: a collective's value must not be returned to `grad`. Gradients are averaged below.
@@ -186,7 +197,16 @@ def train_step(
     return advance(state, gradient, terms, weights, seen, optimizer=optimizer, axis_name=axis_name)
 
 
-def advance(state: TrainState, gradient, terms, weights, seen, *, optimizer, axis_name) -> TrainState:
+def advance(
+    state: TrainState,
+    gradient: PyTree,
+    terms: jax.Array,
+    weights: jax.Array,
+    seen: tuple[Predictions, PyTree],
+    *,
+    optimizer: optax.GradientTransformation,
+    axis_name: str | None,
+) -> TrainState:
     """The state after the optimizer's step along an averaged gradient, with the step in its sums.
 
     Args:
@@ -212,17 +232,17 @@ def advance(state: TrainState, gradient, terms, weights, seen, *, optimizer, axi
     )
 
 
-def mean_over_devices(tree, axis_name: str | None):
+def mean_over_devices(tree: _T, axis_name: str | None) -> _T:
     """The mean over a named device axis; under `jit` values are global already."""
     return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
 
 
-def sum_over_devices(tree, axis_name: str | None):
+def sum_over_devices(tree: _T, axis_name: str | None) -> _T:
     """The sum over a named device axis; under `jit` values are global already."""
     return tree if axis_name is None else jax.lax.psum(tree, axis_name)
 
 
-def _add(sums: EpochSums, terms, loss, correct, step) -> EpochSums:
+def _add(sums: EpochSums, terms: jax.Array, loss: jax.Array, correct: jax.Array, step: jax.Array) -> EpochSums:
     first_bad = (sums.bad_step < 0) & ~jnp.isfinite(loss)
     return sums._replace(
         terms=sums.terms + terms,
@@ -234,7 +254,15 @@ def _add(sums: EpochSums, terms, loss, correct, step) -> EpochSums:
     )
 
 
-def train_chunk(state: TrainState, data, rows, *, steps_per_epoch: int, fetch_fn, step_fn):
+def train_chunk(
+    state: TrainState,
+    data: PyTree,
+    rows: PyTree,
+    *,
+    steps_per_epoch: int,
+    fetch_fn: Callable[[PyTree, PyTree], PyTree],
+    step_fn: Callable[[TrainState, PyTree], TrainState],
+) -> TrainState:
     """Steps over `rows`, leaves `[S, …]`, as one computation; an epoch's first step clears the sums.
 
     A single row is not put in a loop: XLA's convolutions inside one are several times slower on CPU.
@@ -247,7 +275,7 @@ def train_chunk(state: TrainState, data, rows, *, steps_per_epoch: int, fetch_fn
       step_fn: `(state, batch) -> state`.
     """
 
-    def body(state, row):
+    def body(state: TrainState, row: PyTree) -> tuple[TrainState, None]:
         at_start = state.step % steps_per_epoch == 0
         sums = jax.tree.map(functools.partial(jnp.where, at_start), cleared(state.sums), state.sums)
         return step_fn(state._replace(sums=sums), fetch_fn(data, row)), None
@@ -257,7 +285,14 @@ def train_chunk(state: TrainState, data, rows, *, steps_per_epoch: int, fetch_fn
     return jax.lax.scan(body, state, rows)[0]
 
 
-def eval_step(variables, batch: EvalBatch, *, model, preprocess: Preprocess, axis_name: str | None = None):
+def eval_step(
+    variables: PyTree,
+    batch: EvalBatch,
+    *,
+    model: models.Model,
+    preprocess: Preprocess,
+    axis_name: str | None = None,
+) -> metrics.EvalSums:
     """`metrics.EvalSums` of one padded batch, over all devices."""
     logits = model.apply(variables, preprocess(batch.images), train=False)
     return sum_over_devices(metrics.eval_sums(logits, batch.labels, batch.mask), axis_name)

@@ -61,9 +61,9 @@ def build(
     """
     num_examples, num_views, num_classes = out.shape
     flat, total = out.reshape(-1, num_classes), num_examples * num_views
-    pending = collections.deque()
+    pending: collections.deque[tuple[int, jax.Array]] = collections.deque()
 
-    def write():
+    def write() -> None:
         first, logits = pending.popleft()
         stop = min(first + batch_size, total)
         flat[first:stop] = np.asarray(logits)[: stop - first]
