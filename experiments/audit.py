@@ -15,7 +15,6 @@ is about the group and how much about the class within it; calibration by group;
 import argparse
 import dataclasses
 import json
-import os
 import pathlib
 import sys
 
@@ -48,7 +47,8 @@ def read(path, *, data_dir: str = "", subset: str = "") -> Model:
     """A model from an .npz file of logits, or from a folder that training left; see `restored.restore`."""
     from experiments.audits import logits
 
-    if os.path.isdir(path):
+    path = pathlib.Path(path)
+    if path.is_dir():
         return _from_folder(path, data_dir, subset)
     archive = logits.Archive(path)
     test, train = archive.examples(), None
@@ -63,7 +63,7 @@ def read(path, *, data_dir: str = "", subset: str = "") -> Model:
     for key, value in (("class_counts", counts), ("class_names", names)):
         if value is not None and value.shape != (test.num_classes,):
             raise AuditError(f"{path}: {key} is {list(value.shape)}, the logits are of {test.num_classes} classes")
-    return Model(pathlib.Path(path).stem, str(path), test, train, counts, names)
+    return Model(path.stem, str(path), test, train, counts, names)
 
 
 def _from_folder(path, data_dir, subset):

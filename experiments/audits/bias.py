@@ -136,7 +136,8 @@ def measure(
     Raises:
       LogitsError: as `Logits.blocks`.
     """
-    size = min(max(BLOCK // logits.num_classes, 1), len(logits))
+    # A power of two, or the most: sets of about the same size share a compilation.
+    size = min(max(BLOCK // logits.num_classes, 1), 1 << (len(logits) - 1).bit_length())
     sums, start = Sums(logits.num_classes, groups, temperatures), 0
     others = other.blocks(size) if other else None
     for block in logits.blocks(size):

@@ -8,30 +8,31 @@ from experiments import page, plots, tables
 from experiments.audits import told
 
 SMALL = 10  # examples in a bin, below which its accuracy says little
-_SHARES, _WRONG_GROUP, _WRONG_CLASS = 7, 6, 4  # colours
+_SHARES, _INTER, _INTRA = 7, 6, 4  # colours
 
 
 # Figures.
 
 
 @plots.styled
-def loss_bars(title, groups, names):
-    """Draws each group's loss as a bar of two parts."""
+def split_bars(title, parts, label):
+    """Draws {name: (inter, intra)} as bars of two parts; `label` says what they measure."""
+    names, rows, ends = list(parts), range(len(parts)), [sum(pair) for pair in parts.values()]
     longest = max(len(name) for name in names)
-    fig = plots.figure(height=64 + 36 * len(names), left=min(110, 14 + 6 * longest), right=38)
-    ax, rows = fig.subplots(), range(len(names))
-    inter, intra = ([groups[name].get(key) or 0 for name in names] for key in ("inter", "intra"))
-    ax.barh(rows, inter, height=0.56, color=plots.colour(_WRONG_GROUP))
-    ax.barh(rows, intra, height=0.56, left=inter, color=plots.colour(_WRONG_CLASS))
-    for row, (a, b) in enumerate(zip(inter, intra)):
-        ax.annotate(f"{a + b:.2f}", (a + b, row), (5, 0), textcoords="offset points", va="center")
-    ax.set(xlim=(0, max(max(np.add(inter, intra)), 1e-3) * 1.08), ylim=(len(names) - 0.4, -0.6), title=title)
+    fig = plots.figure(height=64 + 36 * len(names), left=min(110, 14 + 6 * longest), right=44)
+    ax = fig.subplots()
+    inter, intra = zip(*parts.values())
+    ax.barh(rows, inter, height=0.56, color=plots.colour(_INTER))
+    ax.barh(rows, intra, height=0.56, left=inter, color=plots.colour(_INTRA))
+    for row, end in enumerate(ends):
+        ax.annotate(f"{end:.3g}", (end, row), (5, 0), textcoords="offset points", va="center")
+    ax.set(xlim=(0, max(*ends, 1e-3) * 1.05), ylim=(len(names) - 0.4, -0.6), title=title, xlabel=label)
     ax.set_yticks(rows, names)
-    ax.set_xlabel("cross-entropy, nats")
+    ax.locator_params(axis="x", nbins=5)
     ax.grid(axis="x")
     ax.grid(visible=False, axis="y")
-    parts = (f"{name} {a:.2f} + {b:.2f}" for name, a, b in zip(names, inter, intra))
-    return fig, f"{title}, loss about the group and about the class in it: {', '.join(parts)}"
+    told = ", ".join(f"{name} {a:.3g} + {b:.3g}" for name, (a, b) in parts.items())
+    return fig, f"{title}, {label}, between groups and within: {told}"
 
 
 @plots.styled
@@ -106,46 +107,62 @@ def _small(text):
 
 
 def _mass(found):
-    panels = []
+    parts = []
     for shown in found["inputs"]:
+        panels = []
         for model in shown["models"]:
             for temperature, mass in model["mass"].items():
-                several = f"{model['name']}, " if len(shown["models"]) > 1 else ""
-                drawn = plots.group_mass(f"{several}τ = {temperature}", mass, shown["share"], found["training"])
-                panels.append(f"<div><p class='small'>{html.escape(shown['title'])}</p>{drawn}</div>")
+                title = f"{_of(model, shown)}τ = {temperature}"
+                panels.append(plots.group_mass(title, mass, shown["share"], found["training"]))
+        parts.append(f'<h4>{html.escape(shown["title"])}</h4><figure class="panels">{"".join(panels)}</figure>')
     text = (
         "Bars: the mean probability that the model gives to each group. "
         f'<span style="color: {plots.css(6)}">❙</span> the true share of that input’s examples, which an unbiased '
         f'model would match. <span style="color: {plots.css(7)}">◇</span> the share of the training images. τ = 1 is '
         "the model as it is; at the other temperature it would teach a student."
     )
-    figure = f'<figure class="panels">{"".join(panels)}</figure>'
-    return f"<h2>Group mass</h2>{_small(text)}{figure}{tables.as_html(told.mass_table(found))}"
+    return f"<h2>Group mass</h2>{_small(text)}{''.join(parts)}{tables.as_html(told.mass_table(found))}"
+
+
+def _of(model, shown):
+    return f"{model['name']}, " if len(shown["models"]) > 1 else ""
 
 
 def _loss(found):
-    names = [*found["groups"]["names"], "all"]
-    models = found["inputs"][0]["models"]
-    bars = "".join(loss_bars(model["name"], model["groups"], names) for model in models)
-    styles = {"about the group": (_WRONG_GROUP, plots.SOLID), "about the class within it": (_WRONG_CLASS, plots.SOLID)}
+    shown, names = found["inputs"][0], [*found["groups"]["names"], "all"]
+    panels = []
+    for model in shown["models"]:
+        known = {name: model["groups"][name] for name in names if model["groups"][name]["examples"]}
+        parts = {name: (group["inter"], group["intra"]) for name, group in known.items()}
+        panels.append(split_bars(model["name"], parts, "cross-entropy, nats"))
     text = (
         "The loss of an example of class y in group G splits exactly: −log p(y) = −log p(G) − log p(y | G). The first "
         "part is what the wrong group costs (inter), the second the wrong class within it (intra). Means over the "
-        f"examples of each group, on {html.escape(found['inputs'][0]['title'])}."
+        f"examples of each group, on {html.escape(shown['title'])}."
     )
-    figure = f'{plots.key(styles, styles)}<figure class="panels">{bars}</figure>'
+    figure = f'{_key("about the group", "about the class within it")}<figure class="panels">{"".join(panels)}</figure>'
     table = tables.as_html(told.loss_table(found))
     return f"<h2>Wrong group, or wrong class within it</h2>{_small(text)}{figure}{table}"
 
 
+def _key(inter, intra):
+    return plots.key([inter, intra], {inter: (_INTER, plots.SOLID), intra: (_INTRA, plots.SOLID)})
+
+
 def _divergence(found):
-    if not found["inputs"][0].get("divergence"):
+    panels = []
+    for temperature, by_group in (found["inputs"][0].get("divergence") or {}).items():
+        parts = {name: (v["inter"], sum(v["intra"].values())) for name, v in by_group.items() if v}
+        panels.append(split_bars(f"τ = {temperature}", parts, "KL, nats"))
+    if not panels:
         return ""
     text = (
         f"{html.escape(told.between(found))}. KL = inter + Σ intra, exactly; it is the loss by which the first would "
         "teach the second, without the factor τ²."
     )
-    return f"<h2>Between the two models</h2>{_small(text)}{tables.as_html(told.divergence_table(found))}"
+    figure = f'{_key("between the groups", "within them")}<figure class="panels">{"".join(panels)}</figure>'
+    table = tables.as_html(told.divergence_table(found))
+    return f"<h2>Between the two models</h2>{_small(text)}{figure}{table}"
 
 
 def _calibration(found):
@@ -153,9 +170,8 @@ def _calibration(found):
     for model in found["inputs"][0]["models"]:
         for name in found["groups"]["names"]:
             group = model["groups"][name]
-            several = f"{model['name']}, " if len(found["inputs"][0]["models"]) > 1 else ""
             if group["examples"]:
-                panels.append(reliability(f"{several}{name}", group["bins"]))
+                panels.append(reliability(f"{_of(model, found['inputs'][0])}{name}", group["bins"]))
     text = (
         "Dots: the accuracy of the predictions of one confidence, with a 95 % interval; below the diagonal the model "
         f"is over-confident. Hollow: fewer than {SMALL} examples, which say little. Bars: how the examples are spread. "

@@ -1,6 +1,7 @@
 """A trained network, from the folder that its training left: a teacher's, or a run's work directory."""
 
 import dataclasses
+import functools
 import pathlib
 
 import jax
@@ -33,19 +34,18 @@ class Restored:
     model: object
     variables: dict
 
+    @functools.cached_property
+    def _apply(self):
+        return jax.jit(lambda variables, images: self.model.apply(variables, self.data.preprocess(images), train=False))
+
     def logits(self, images: Images | Records, label: str) -> Logits:
         """Its logits of a set of images, in memory; with a bar of that label where it takes long."""
-        size = min(self.config.eval_batch, len(images))
-
-        @jax.jit
-        def apply(variables, images):
-            return self.model.apply(variables, self.data.preprocess(images), train=False)
-
-        variables, found = jax.device_put(self.variables), []
+        size = min(self.config.eval_batch, max(len(self.data.train), len(self.data.test)))  # one shape for all sets
         rows = np.arange(-(-len(images) // size) * size).reshape(-1, size)
+        variables, found = jax.device_put(self.variables), []
         with tqdm.tqdm(total=len(images), desc=label, unit="image", delay=3, dynamic_ncols=True) as bar:
             for batch in _in_order(images, np.minimum(rows, len(images) - 1)):
-                found.append(np.asarray(apply(variables, batch)))
+                found.append(np.asarray(self._apply(variables, batch)))
                 bar.update(min(size, len(images) - bar.n))
         return in_memory(np.concatenate(found)[: len(images)], images.labels, f"{self.name}, {label}")
 

@@ -39,7 +39,7 @@ def _mass_said(found, shown, model):
     mass = model["mass"][plain]
     off = sorted(mass, key=lambda name: mass[name] - fair[name])
     least, most = off[0], off[-1]
-    if mass[most] - fair[most] < FAIR:
+    if max(mass[most] - fair[most], fair[least] - mass[least]) < FAIR:
         return f"On {shown['title']} {model['name']} gives every group its share of mass, to within {FAIR}."
     said = (
         f"On {shown['title']} {model['name']} gives {most} classes {mass[most]:.2f} of its mass where {fair[most]:.2f} "
@@ -56,8 +56,11 @@ def _class_said(found, model):
     if not order or due(model["classes"], order[0]) > 1 - FAIR:
         return ""
     worst, classes = order[0], model["classes"]
-    said = f"Class {_name(found, worst)} gives away most: it gets {due(classes, worst):.2f} of the mass that is its due"
-    return f"{said}, and its examples give {classes['to_mass'][worst]:.2f} to {_name(found, classes['to'][worst])}."
+    to, part = _name(found, classes["to"][worst]), classes["to_mass"][worst]
+    return (
+        f"Class {_name(found, worst)} gives away most: it gets {due(classes, worst):.2f} of the mass that is its due, "
+        f"and its own examples give {part:.2f} to class {to}."
+    )
 
 
 def _against_said(found, shown):
@@ -179,8 +182,8 @@ def class_table(found, most: int | None = None) -> tables.Table:
                 f"{classes['predicted'][c] / classes['share'][c]:.2f}",
                 f"{due(classes, c):.2f}",
                 f"{classes['own'][c]:.2f}",
-                f"{_name(found, classes['to'][c])} {classes['to_mass'][c]:.2f}",
-                f"{names[to]} {to_groups[to]:.2f}",
+                tables.Cell(f"→ {_name(found, classes['to'][c])}", f"{classes['to_mass'][c]:.2f}"),
+                tables.Cell(names[to], f"{to_groups[to]:.2f}"),
             ]
         )
     header = ["class", "group", "trained on", "examples", "right %", "predicted ÷ due", "mass ÷ due", "own mass",
