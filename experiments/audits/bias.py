@@ -206,7 +206,7 @@ def divergence(sums: Sums) -> dict:
 def _parts(names, parts, count):
     if not count:
         return None
-    mean = parts / count
+    mean = np.maximum(parts / count, 0)  # a KL is; rounding need not be
     return {"kl": float(mean.sum()), "inter": float(mean[0]), "intra": _named(names, mean[1:])}
 
 
@@ -222,7 +222,7 @@ def _group(sums, members, bins):
     count = sums.count[members].sum()
     if not count:
         return {"examples": 0}
-    inter, intra = sums.loss[members].sum(axis=0) / count
+    inter, intra = np.maximum(sums.loss[members].sum(axis=0) / count, 0)
     return {
         "examples": int(count),
         "accuracy": float(100 * sums.hits[members].sum() / count),

@@ -15,7 +15,7 @@ _SHARES, _INTER, _INTRA = 7, 6, 4  # colours
 
 
 @plots.styled
-def split_bars(title, parts, label):
+def split_bars(title, parts, label, longest_bar):
     """Draws {name: (inter, intra)} as bars of two parts; `label` says what they measure."""
     names, rows, ends = list(parts), range(len(parts)), [sum(pair) for pair in parts.values()]
     longest = max(len(name) for name in names)
@@ -25,8 +25,10 @@ def split_bars(title, parts, label):
     ax.barh(rows, inter, height=0.56, color=plots.colour(_INTER))
     ax.barh(rows, intra, height=0.56, left=inter, color=plots.colour(_INTRA))
     for row, end in enumerate(ends):
-        ax.annotate(f"{end:.3g}", (end, row), (5, 0), textcoords="offset points", va="center")
-    ax.set(xlim=(0, max(*ends, 1e-3) * 1.05), ylim=(len(names) - 0.4, -0.6), title=title, xlabel=label)
+        ax.annotate(
+            f"{end:.{2 if longest_bar >= 1 else 3}f}", (end, row), (5, 0), textcoords="offset points", va="center"
+        )
+    ax.set(xlim=(0, max(longest_bar, 1e-3) * 1.05), ylim=(len(names) - 0.4, -0.6), title=title, xlabel=label)
     ax.set_yticks(rows, names)
     ax.locator_params(axis="x", nbins=5)
     ax.grid(axis="x")
@@ -129,12 +131,12 @@ def _of(model, shown):
 
 
 def _loss(found):
-    shown, names = found["inputs"][0], [*found["groups"]["names"], "all"]
-    panels = []
-    for model in shown["models"]:
-        known = {name: model["groups"][name] for name in names if model["groups"][name]["examples"]}
-        parts = {name: (group["inter"], group["intra"]) for name, group in known.items()}
-        panels.append(split_bars(model["name"], parts, "cross-entropy, nats"))
+    shown, panels = found["inputs"][0], []
+    known = [{name: v for name, v in model["groups"].items() if v["examples"]} for model in shown["models"]]
+    largest = max(group["loss"] for groups in known for group in groups.values())  # one scale for both models
+    for model, groups in zip(shown["models"], known):
+        parts = {name: (group["inter"], group["intra"]) for name, group in groups.items()}
+        panels.append(split_bars(model["name"], parts, "cross-entropy, nats", largest))
     text = (
         "The loss of an example of class y in group G splits exactly: −log p(y) = −log p(G) − log p(y | G). The first "
         "part is what the wrong group costs (inter), the second the wrong class within it (intra). Means over the "
@@ -153,7 +155,7 @@ def _divergence(found):
     panels = []
     for temperature, by_group in (found["inputs"][0].get("divergence") or {}).items():
         parts = {name: (v["inter"], sum(v["intra"].values())) for name, v in by_group.items() if v}
-        panels.append(split_bars(f"τ = {temperature}", parts, "KL, nats"))
+        panels.append(split_bars(f"τ = {temperature}", parts, "KL, nats", max(map(sum, parts.values()))))
     if not panels:
         return ""
     text = (

@@ -23,15 +23,19 @@ def headline(found) -> str:
     if tail["examples"]:
         if tail["loss"] > 1e-6:
             said.append(
-                f"{100 * tail['inter'] / tail['loss']:.0f} % of the loss on {last} classes is about the group, the "
+                f"{100 * tail['inter'] / tail['loss']:.0f} % of the loss on {_these(last)} is about the group, the "
                 "rest about the class within it."
             )
         said.append(
-            f"On {last} classes it is {tail['confidence']:.0f} % confident on average, and right in "
+            f"On {_these(last)} it is {tail['confidence']:.0f} % confident on average, and right in "
             f"{tail['accuracy']:.0f} %."
         )
     said += [_class_said(found, first), *_against_said(found, shown)]
     return " ".join(filter(None, said))
+
+
+def _these(name):
+    return f"classes of {name}" if name.startswith("group ") else f"{name} classes"
 
 
 def _mass_said(found, shown, model):
@@ -42,8 +46,8 @@ def _mass_said(found, shown, model):
     if max(mass[most] - fair[most], fair[least] - mass[least]) < FAIR:
         return f"On {shown['title']} {model['name']} gives every group its share of mass, to within {FAIR}."
     said = (
-        f"On {shown['title']} {model['name']} gives {most} classes {mass[most]:.2f} of its mass where {fair[most]:.2f} "
-        f"is fair, and {least} classes {mass[least]:.2f} where {fair[least]:.2f} is"
+        f"On {shown['title']} {model['name']} gives {_these(most)} {mass[most]:.2f} of its mass where {fair[most]:.2f} "
+        f"is fair, and {_these(least)} {mass[least]:.2f} where {fair[least]:.2f} is"
     )
     if soft:
         taught = model["mass"][soft[0]]
@@ -75,9 +79,9 @@ def _against_said(found, shown):
 
 def notes(found) -> str:
     """What was audited, and where the groups come from."""
-    sizes = [f"{name} {found['groups']['assignment'].count(g)}" for g, name in enumerate(found["groups"]["names"])]
+    sizes = [f"{name} ({found['groups']['assignment'].count(g)})" for g, name in enumerate(found["groups"]["names"])]
     told = [f"{shown['title'].capitalize()}: {shown['is']}." for shown in found["inputs"]]
-    told.append(f"Groups by training images of each class, {found['counts_from']}: {', '.join(sizes)} classes.")
+    told.append(f"Groups of classes by training images of each, {found['counts_from']}: {', '.join(sizes)}.")
     return " ".join(told)
 
 
@@ -116,13 +120,14 @@ def _cells(values, names, *, quiet=False):
 
 def _group_table(found, header, columns) -> tables.Table:
     """A row for each model and group of the first input, and for all; "–" where there is no example."""
-    rows = []
-    for model in found["inputs"][0]["models"]:
-        for name in [*found["groups"]["names"], "all"]:
-            group = model["groups"][name]
+    models, rows = found["inputs"][0]["models"], []
+    several = len(models) > 1
+    for model in models:
+        for name, group in model["groups"].items():
             known = columns(group) if group["examples"] else ["–"] * len(header)
-            rows.append([model["name"], name, f"{group['examples']:,}", *known])
-    return tables.Table(["model", "true class in", "examples", *header], rows, left=2)
+            rows.append([*([model["name"]] if several else []), name, f"{group['examples']:,}", *known])
+    whose = ["model", "true class in"] if several else ["true class in"]
+    return tables.Table([*whose, "examples", *header], rows, left=len(whose))
 
 
 def loss_table(found) -> tables.Table:
