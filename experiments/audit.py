@@ -13,161 +13,29 @@ is about the group and how much about the class within it; calibration by group;
 """
 
 import argparse
-import dataclasses
 import json
 import pathlib
 import sys
 
 import numpy as np
+import tqdm
 
-from ltkd_jax.groups import DEFAULT_FRACTIONS, ClassGroups, check_counts
-
-
-@dataclasses.dataclass(frozen=True)
-class Model:
-    """A model to audit: logits of its test and, perhaps, of its training input, and what is known of its classes."""
-
-    name: str
-    source: str
-    test: object
-    train: object = None
-    class_counts: object = None
-    class_names: object = None
-    fractions: tuple = DEFAULT_FRACTIONS
-
-
-class AuditError(ValueError):
-    """What cannot be audited; the message names it and the remedy."""
-
-
-# What is given.
-
-
-def read(path, *, data_dir: str = "", subset: str = "") -> Model:
-    """A model from an .npz file of logits, or from a folder that training left; see `restored.restore`."""
-    from experiments.audits import logits
-
-    path = pathlib.Path(path)
-    if path.is_dir():
-        return _from_folder(path, data_dir, subset)
-    archive = logits.Archive(path)
-    test, train = archive.examples(), None
-    if any(logits.TRAIN + kind in archive.keys for kind in logits.KINDS):
-        train = archive.examples(logits.TRAIN)
-        if train.num_classes != test.num_classes:
-            raise AuditError(
-                f"{path}: the training input has {train.num_classes} classes, the other {test.num_classes}: give both "
-                "from the same model"
-            )
-    counts, names = (archive.array(k) if k in archive.keys else None for k in ("class_counts", "class_names"))
-    for key, value in (("class_counts", counts), ("class_names", names)):
-        if value is not None and value.shape != (test.num_classes,):
-            raise AuditError(f"{path}: {key} is {list(value.shape)}, the logits are of {test.num_classes} classes")
-    return Model(path.stem, str(path), test, train, counts, names)
-
-
-def _from_folder(path, data_dir, subset):
-    from experiments.audits import restored
-
-    found = restored.restore(path, data_dir=data_dir, subset=subset)
-    test, train = (found.logits(getattr(found.data, part), f"{part} images") for part in ("test", "train"))
-    names, fractions = found.data.source.class_names, tuple(found.config.groups.fractions)
-    return Model(found.name, str(path), test, train, found.data.class_counts, names, fractions)
-
-
-def class_counts(model: Model, counts_file: str | None, imbalance: str | None):
-    """The training images of each class, and in words where that is known from.
-
-    In this order: the file of counts, the imbalance, the model's own, the labels of its training input; and the labels
-    of its test input if these are long-tailed themselves.
-
-    Raises:
-      AuditError: none of them is known, or one is wrong.
-    """
-    number = model.test.num_classes
-    if counts_file:
-        found, told = _read_counts(counts_file), f"as {counts_file} has them"
-    elif imbalance:
-        found, told = (
-            _exponential(imbalance, number),
-            f"exponential with imbalance {imbalance}, in the order of classes",
-        )
-    elif model.class_counts is not None:
-        found, told = model.class_counts, f"as {model.source} has them"
-    elif model.train is not None:
-        found, told = np.bincount(model.train.labels, minlength=number), "counted in its training input"
-    else:
-        found, told = _of_labels(model), "which are not known: the examples of this input in their place"
-    try:
-        found = check_counts(found)
-    except ValueError as error:
-        raise AuditError(f"training images of each class, {told}: {error}") from None
-    if len(found) != number:
-        raise AuditError(f"training images of {len(found)} classes, {told}; the logits are of {number}")
-    return found, told
-
-
-def _of_labels(model):
-    present = np.bincount(model.test.labels, minlength=model.test.num_classes)
-    if not present.all() or present.max() < 2 * present.min():
-        raise AuditError(
-            f"{model.source} does not say how often each class was trained on: give --counts=FILE or --imbalance=100 "
-            "(exponential, as CIFAR-100-LT), or add class_counts to the file"
-        )
-    return present
-
-
-def _read_counts(path):
-    try:
-        if path.endswith(".npy"):
-            return np.load(path, allow_pickle=False)
-        text = pathlib.Path(path).read_text()
-        if not path.endswith(".json"):
-            return [float(word) for word in text.replace(",", " ").split()]
-        found = json.loads(text)
-        return found["class_counts"] if isinstance(found, dict) else found
-    except (OSError, ValueError, KeyError) as error:
-        raise AuditError(
-            f"--counts={path} can't be read ({error}): give a .npy of numbers, a .json list or object with "
-            "class_counts, or a text of numbers, one for each class in their order"
-        ) from None
-
-
-def _exponential(text, num_classes):
-    from ltkd_jax.data import longtail
-
-    try:
-        imbalance, _, n_max = text.partition(",")
-        return longtail.counts(int(n_max or 500), float(imbalance), num_classes)
-    except ValueError as error:
-        raise AuditError(f"--imbalance={text}: {error}; give GAMMA or GAMMA,N_MAX, such as 100 or 50,5000") from None
-
-
-def _fractions(text):
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}: give fractions of the classes, such as 0.33,0.34,0.33") from None
-
-
-def _temperature(text):
-    try:
-        if 0 < float(text) < float("inf"):
-            return float(text)
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"{text!r} must be a positive number")
-
+from experiments import setup
+from experiments.audits import bias, given, logits, page, told
+from ltkd_jax import files
+from ltkd_jax.groups import ClassGroups
 
 # The audit.
 
 
-def audit(model: Model, against: Model | None, counts, counts_from: str, groups, temperature: float) -> dict:
+def audit(
+    model: given.Model, against: given.Model | None, counts, counts_from: str, groups, temperature: float
+) -> dict:
     """What an audit finds, for JSON; see `bias.summarize`.
 
     Raises:
       LogitsError: as `Logits.blocks`.
-      AuditError: a second model of other examples.
+      given.AuditError: a second model of other examples.
     """
     names = _different([m.name for m in (model, against) if m])
     assignment = np.asarray(groups.assignment)
@@ -211,10 +79,6 @@ def _is(examples):
 
 
 def _audited(mine, theirs, names, groups, temperatures):
-    import tqdm
-
-    from experiments.audits import bias
-
     if theirs is not None:
         _check_same(mine, theirs)
     both, found = [mine] if theirs is None else [mine, theirs], []
@@ -229,20 +93,36 @@ def _audited(mine, theirs, names, groups, temperatures):
 
 def _check_same(mine, theirs):
     if (len(mine), mine.num_classes) != (len(theirs), theirs.num_classes):
-        raise AuditError(
+        raise given.AuditError(
             f"{theirs.where} has {len(theirs)} examples of {theirs.num_classes} classes, {mine.where} {len(mine)} of "
             f"{mine.num_classes}: --against must be a second model's logits of the same examples"
         )
     different = np.flatnonzero(mine.labels != theirs.labels)
     if different.size:
         row = different[0]
-        raise AuditError(
+        raise given.AuditError(
             f"row {row} has label {theirs.labels[row]} in {theirs.where} and {mine.labels[row]} in {mine.where} "
             f"({different.size} rows differ): --against must hold the same examples in the same order"
         )
 
 
 # The command.
+
+
+def _fractions(text):
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: give fractions of the classes, such as 0.33,0.34,0.33") from None
+
+
+def _temperature(text):
+    try:
+        if 0 < float(text) < float("inf"):
+            return float(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} must be a positive number")
 
 
 def _parser():
@@ -272,22 +152,19 @@ def main(argv=None):
         parser.error("--save writes the logits of a --checkpoint")
     if options.counts and options.imbalance:
         parser.error("give either --counts or --imbalance")
-    from experiments import setup  # after the options: --help stays quick
-    from experiments.audits import logits, page, told
-    from ltkd_jax import files
-
     setup.once()
     try:
+        out = _writable("--out", options.out, ".html")
+        save = _writable("--save", options.save, ".npz") if options.save else None
         where = dict(data_dir=options.data_dir, subset=options.subset)
-        model = read(options.checkpoint or options.logits, **where)
-        against = read(options.against, **where) if options.against else None
-        counts, known_from = class_counts(model, options.counts, options.imbalance)
+        model = given.read(options.checkpoint or options.logits, **where)
+        against = given.read(options.against, **where) if options.against else None
+        counts, known_from = given.class_counts(model, options.counts, options.imbalance)
         groups = _groups(counts, options.groups or model.fractions)
-        if options.save:
+        if save:
             named = dict(class_counts=model.class_counts, class_names=model.class_names)
-            logits.save(options.save, model.test, model.train, **named)
+            logits.save(save, model.test, model.train, **named)
         found = audit(model, against, counts, known_from, groups, options.temperature)
-        out = pathlib.Path(options.out)
         page.write(found, out)
         files.write_text(out.with_suffix(".json"), json.dumps(found, allow_nan=False))
     except (ValueError, OSError) as error:
@@ -295,11 +172,19 @@ def main(argv=None):
     print(f"{told.console(found)}\n\n{out}   {out.with_suffix('.json')}")
 
 
+def _writable(option, path, suffix):
+    """A path to write to, checked before the work."""
+    path = pathlib.Path(path)
+    if path.suffix != suffix or not path.parent.is_dir():
+        raise given.AuditError(f"{option}={path} must be a file in a folder that is there, its name ending in {suffix}")
+    return path
+
+
 def _groups(counts, fractions):
     try:
         return ClassGroups.from_counts(counts, fractions=fractions)
     except ValueError as error:
-        raise AuditError(f"--groups={','.join(f'{f:g}' for f in fractions)}: {error}") from None
+        raise given.AuditError(f"--groups={','.join(f'{f:g}' for f in fractions)}: {error}") from None
 
 
 if __name__ == "__main__":

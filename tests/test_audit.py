@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from small import config_of, prepare_insects, run, streamed, tiny
 
-from experiments import audit, build, checks
-from experiments.audits import bias, logits, restored, told
+from experiments import audit, build, checks, setup
+from experiments.audits import bias, given, logits, page, restored, told
 from ltkd_jax import metrics, objectives
 from ltkd_jax.groups import ClassGroups
 from ltkd_jax.training.checkpoint import Checkpoints
@@ -60,8 +60,9 @@ def truth(z, labels, other=None, temperature=4.0):
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """Several blocks, of which the last is filled up."""
+    """Several blocks, of which the last is filled up; and what every command does first, the tests have done."""
     monkeypatch.setattr(bias, "BLOCK", 32 * C)
+    monkeypatch.setattr(setup, "once", lambda: None)
 
 
 def measured(z, labels, other=None):
@@ -180,7 +181,7 @@ def test_the_size_of_blocks_changes_nothing(monkeypatch):
 
 
 def audited(z, labels, counts, **known):
-    model = audit.Model("it", "it.npz", logits.in_memory(z, labels), **known)
+    model = given.Model("it", "it.npz", logits.in_memory(z, labels), **known)
     groups = ClassGroups.from_counts(counts)
     return audit.audit(model, None, np.asarray(counts, float), "given", groups, 4.0)
 
@@ -255,16 +256,21 @@ def test_files_of_every_kind_say_the_same(way, tmp_path):
     np.testing.assert_allclose(numbers(found), want, rtol=1e-5, atol=1e-6)
 
 
-def test_no_probability_is_the_smallest_there_is(tmp_path):
-    p = np.array([[1, 0, 0]], np.float16)
+@pytest.mark.parametrize("dtype, least", [(np.float16, -24), (np.float32, -149), (np.float64, -1074)])
+def test_no_probability_is_the_smallest_there_is(dtype, least, tmp_path):
+    p = np.array([[1, 0, 0]], dtype)
     with np.errstate(divide="ignore"):
-        paths = [
-            write(tmp_path / "p.npz", probabilities=p, labels=[1]),
-            write(tmp_path / "l.npz", log_probabilities=np.log(p), labels=[1]),
-        ]
-    for path in paths:
+        keys = {"probabilities": p, "log_probabilities": np.log(p)}
+    for key, values in keys.items():
+        path = write(tmp_path / "x.npz", **{key: values}, labels=[1])
         (block,) = logits.Archive(path).examples().blocks(8)
-        np.testing.assert_allclose(block, [[0, *[np.log(2.0**-24)] * 2]], rtol=1e-6)
+        np.testing.assert_allclose(block, [[0, least * np.log(2), least * np.log(2)]], rtol=1e-6)
+
+
+def test_none_is_not_more_than_little(tmp_path):
+    path = write(tmp_path / "x.npz", log_probabilities=np.array([[0, -200, -np.inf]], np.float32), labels=[1])
+    (block,) = logits.Archive(path).examples().blocks(8)
+    assert block.tolist() == [[0, -200, -200]]
 
 
 def test_rows_are_read_in_blocks_and_bad_ones_counted(tmp_path):
@@ -374,25 +380,25 @@ def test_a_group_without_example_is_a_dash(tmp_path, capsys):
 
 def test_counts_come_from_where_it_is_said(tmp_path):
     z, labels = draw(classes=6)
-    model = audit.Model("it", "it.npz", logits.in_memory(z, labels))
-    known = audit.Model("it", "it.npz", model.test, class_counts=np.array(COUNTS))
+    model = given.Model("it", "it.npz", logits.in_memory(z, labels))
+    known = given.Model("it", "it.npz", model.test, class_counts=np.array(COUNTS))
     for name, text in {
         "a.json": json.dumps({"class_counts": COUNTS}),
         "b.json": json.dumps(COUNTS),
         "c.txt": "50 40\n30,20 10 5",
     }.items():
         (tmp_path / name).write_text(text)
-        counts, told_ = audit.class_counts(known, str(tmp_path / name), None)
+        counts, told_ = given.class_counts(known, str(tmp_path / name), None)
         assert counts.tolist() == COUNTS and name in told_
     np.save(tmp_path / "d.npy", COUNTS)
-    assert audit.class_counts(model, str(tmp_path / "d.npy"), None)[0].tolist() == COUNTS
-    assert audit.class_counts(known, None, None)[0].tolist() == COUNTS
-    assert audit.class_counts(known, None, "4,8")[0].tolist() == [8, 6, 4, 3, 2, 2]
-    tail = audit.Model("it", "it.npz", logits.in_memory(np.zeros((21, 6)), np.repeat(np.arange(6), range(1, 7))))
-    counts, told_ = audit.class_counts(tail, None, None)
+    assert given.class_counts(model, str(tmp_path / "d.npy"), None)[0].tolist() == COUNTS
+    assert given.class_counts(known, None, None)[0].tolist() == COUNTS
+    assert given.class_counts(known, None, "4,8")[0].tolist() == [8, 6, 4, 3, 2, 2]
+    tail = given.Model("it", "it.npz", logits.in_memory(np.zeros((21, 6)), np.repeat(np.arange(6), range(1, 7))))
+    counts, told_ = given.class_counts(tail, None, None)
     assert counts.tolist() == [1, 2, 3, 4, 5, 6] and "in their place" in told_
-    with pytest.raises(audit.AuditError, match="does not say how often each class was trained on: give --counts"):
-        audit.class_counts(model, None, None)
+    with pytest.raises(given.AuditError, match="does not say how often each class was trained on: give --counts"):
+        given.class_counts(model, None, None)
 
 
 def bad_files(folder):
@@ -441,7 +447,8 @@ ERRORS = [
     ("--logits=good.npz --imbalance=x", "give GAMMA or GAMMA,N_MAX, such as 100 or 50,5000"),
     ("--logits=good.npz --groups=0.5,0.6", "--groups=0.5,0.6: fractions=[0.5, 0.6] must be positive and sum to 1"),
     ("--logits=good.npz --groups=0.9,0.05,0.05", "groups ['tail'] would be empty"),
-    ("--logits=good.npz --out=no/such/a.html", "No such file or directory"),
+    ("--logits=good.npz --out=no/such/a.html", "--out=no/such/a.html must be a file in a folder that is there"),
+    ("--logits=good.npz --out=a.json", "its name ending in .html"),
     ("--checkpoint=.", "has no config.json: give the work directory of a finished run, or a finished teacher's folder"),
 ]  # fmt: skip
 
@@ -494,7 +501,7 @@ def untrained(tmp_path_factory):
 
 def test_the_logits_of_a_folder_are_its_networks(untrained, tmp_path, monkeypatch, capsys):
     folder, made = untrained
-    monkeypatch.setattr(bias, "BLOCK", 2**22)
+    monkeypatch.setattr(page, "write", lambda found, path: None)  # others draw it
     saved, out = tmp_path / "teacher.npz", tmp_path / "a.html"
     audit.main([f"--checkpoint={folder / 'teacher'}", f"--against={folder / 'run'}", f"--save={saved}", f"--out={out}"])
     found = json.loads((tmp_path / "a.json").read_text())
@@ -511,8 +518,8 @@ def test_the_logits_of_a_folder_are_its_networks(untrained, tmp_path, monkeypatc
             loss = -np.log(p[np.arange(len(p)), images.labels]).mean()
             assert model["groups"]["all"]["loss"] == pytest.approx(loss, rel=1e-4)
     # What was saved says the same, without the network.
-    model = audit.read(saved)
-    counts, known_from = audit.class_counts(model, None, None)
+    model = given.read(saved)
+    counts, known_from = given.class_counts(model, None, None)
     again = audit.audit(model, None, counts, known_from, ClassGroups.from_counts(counts), 4.0)
     for key in ("class_counts", "class_names", "groups", "training"):
         assert again[key] == found[key]
@@ -589,7 +596,7 @@ def test_every_config_is_made_again_of_its_identity(name, argument):
 def test_networks_of_other_methods_are_restored(argument, tmp_path):
     more = {"data.meta_per_class": 8} if argument == "bikd" else {}
     results = run(tiny(tmp_path, argument, **more), tmp_path / "run")
-    model = audit.read(tmp_path / "run")
+    model = given.read(tmp_path / "run")
     predicted = np.concatenate(list(model.test.rows(64))).argmax(axis=1)
     assert 100 * (predicted == model.test.labels).mean() == pytest.approx(results["test"]["all"])
 
@@ -598,9 +605,9 @@ def test_networks_of_other_methods_are_restored(argument, tmp_path):
 def test_a_network_of_a_stream_of_ones_own_images_is_restored(tmp_path):
     where = prepare_insects(tmp_path)
     results = run(streamed(where, tmp_path, "kd"), tmp_path / "run")
-    model = audit.read(tmp_path / "run", data_dir=str(where))
+    model = given.read(tmp_path / "run", data_dir=str(where))
     predicted = np.concatenate(list(model.test.rows(64))).argmax(axis=1)
     assert 100 * (predicted == model.test.labels).mean() == pytest.approx(results["test"]["all"])
     assert list(model.class_names) == ["ant", "bee", "cat", "dog"]
     with pytest.raises(checks.ConfigError, match="insects"):
-        audit.read(tmp_path / "run", data_dir=str(tmp_path))
+        given.read(tmp_path / "run", data_dir=str(tmp_path))

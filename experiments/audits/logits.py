@@ -55,7 +55,7 @@ class Logits:
         """Logits less the largest of their row, float32 `[size or fewer, C]`; no softmax sees the difference.
 
         The difference is taken in the precision of the file. A probability of 0 counts as the smallest positive number
-        of its type.
+        of its type, or of its row.
 
         Raises:
           LogitsError: rows that are not finite, or no probabilities; after all rows were seen, so that it counts them.
@@ -92,16 +92,18 @@ def in_memory(values, labels, where="logits") -> Logits:
 def _below_top(block, kind):
     """A block's logits from their row's largest on, and the numbers of the rows that are wrong."""
     values = block.astype(np.promote_types(block.dtype, np.float32))
-    zero = np.log(np.finfo(block.dtype).smallest_subnormal.astype(np.float64))
     with np.errstate(all="ignore"):
-        if kind == "probabilities":
-            right = (values.min(axis=1) >= 0) & (np.abs(values.sum(axis=1) - 1) <= _NO_SUM)
-            values = np.maximum(np.log(values), zero)
-        elif kind == "log_probabilities":
-            right = np.abs(np.exp(values).sum(axis=1) - 1) <= _NO_SUM
-            values = np.maximum(values, zero)
-        else:
+        if kind == "logits":
             right = np.isfinite(values.min(axis=1)) & np.isfinite(values.max(axis=1))
+        else:
+            p, values = (values, np.log(values)) if kind == "probabilities" else (np.exp(values), values)
+            right = (p.min(axis=1) >= 0) & (np.abs(p.sum(axis=1) - 1) <= _NO_SUM)
+            none = np.log(np.finfo(block.dtype).smallest_subnormal.astype(np.float64))
+            known = values > -np.inf
+            least = values.min(
+                axis=1, keepdims=True, where=known, initial=none
+            )  # no class falls below one that has none
+            values = np.where(known, values, least)
         below = np.maximum(values - values.max(axis=1, keepdims=True), _LOWEST)
     return below.astype(np.float32), np.flatnonzero(~right)
 
@@ -121,9 +123,8 @@ def _checked(labels, shape, dtype, where, labels_key, key, rows) -> Logits:
     if num_classes < 2 or not number:
         raise LogitsError(f"{where}: {key} has {number} rows of {num_classes} classes; give at least 1 row, 2 classes")
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
-        remedy = (
-            "np.argmax(labels, axis=1)" if labels.ndim == 2 and labels.shape[1] > 1 else "labels.astype(int).ravel()"
-        )
+        one_hot = labels.ndim == 2 and labels.shape[1] > 1
+        remedy = "np.argmax(labels, axis=1)" if one_hot else "labels.astype(int).ravel()"
         raise LogitsError(
             f"{where}: {labels_key} is {labels.dtype}{list(labels.shape)}; give integers [N], such as {remedy}"
         )

@@ -44,10 +44,10 @@ def _mass_said(found, shown, model):
     off = sorted(mass, key=lambda name: mass[name] - fair[name])
     least, most = off[0], off[-1]
     if max(mass[most] - fair[most], fair[least] - mass[least]) < FAIR:
-        return f"On {shown['title']} {model['name']} gives every group its share of mass, to within {FAIR}."
+        return f"On {shown['title']}, {model['name']} gives every group its share of mass, to within {FAIR}."
     said = (
-        f"On {shown['title']} {model['name']} gives {_these(most)} {mass[most]:.2f} of its mass where {fair[most]:.2f} "
-        f"is fair, and {_these(least)} {mass[least]:.2f} where {fair[least]:.2f} is"
+        f"On {shown['title']}, {model['name']} gives {_these(most)} {mass[most]:.2f} of its mass where "
+        f"{fair[most]:.2f} is fair, and {_these(least)} {mass[least]:.2f} where {fair[least]:.2f} is"
     )
     if soft:
         taught = model["mass"][soft[0]]
