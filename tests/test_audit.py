@@ -335,6 +335,7 @@ def test_from_two_keys_to_a_page(tmp_path, capsys):
         "Loss in nats",
         "KL from resnet<50> to student",
         "Calibration by group",
+        "Confusion between groups",
         "The 15 classes",
     ):
         assert title in printed
@@ -376,6 +377,8 @@ def test_a_group_without_example_is_a_dash(tmp_path, capsys):
     audit.main(["--logits", path, "--out", str(tmp_path / "a.html")])
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.split()[:2] == ["tail", "0"]]
     assert [row[2:] for row in rows] == [["–"] * 4, ["–"] * 5]  # of loss and calibration
+    shown = Page((tmp_path / "a.html").read_text())
+    assert set(SECTIONS) < set(shown.headings) and "predictions of x" in shown.text
 
 
 def test_counts_come_from_where_it_is_said(tmp_path):

@@ -139,7 +139,7 @@ def measure(
     # A power of two, or the most: sets of about the same size share a compilation.
     size = min(max(BLOCK // logits.num_classes, 1), 1 << (len(logits) - 1).bit_length())
     sums, start = Sums(logits.num_classes, groups, temperatures), 0
-    others = other.blocks(size) if other else None
+    others = None if other is None else other.blocks(size)
     for block in logits.blocks(size):
         labels = logits.labels[start : start + len(block)]
         # The last block is filled up: one shape is compiled.
@@ -167,8 +167,7 @@ def summarize(sums: Sums) -> dict:
     Returns:
       "groups": a dict for each group of the true label, and for "all"; "mass": by temperature and group, and
       "mass_by_group", the same for the examples of each group; "share": of the examples; "between": percent of each
-      group's examples by group of the prediction; "classes": lists by class; "divergence": by temperature and group.
-      What has no example is None.
+      group's examples by group of the prediction; "classes": lists by class. What has no example is None.
     """
     names, total = sums.groups.names, sums.count.sum()
     belongs = _membership(np.asarray(sums.groups.assignment), sums.groups)

@@ -24,17 +24,16 @@ def split_bars(title, parts, label, longest_bar):
     inter, intra = zip(*parts.values())
     ax.barh(rows, inter, height=0.56, color=plots.colour(_INTER))
     ax.barh(rows, intra, height=0.56, left=inter, color=plots.colour(_INTRA))
+    digits = 2 if longest_bar >= 1 else 3
     for row, end in enumerate(ends):
-        ax.annotate(
-            f"{end:.{2 if longest_bar >= 1 else 3}f}", (end, row), (5, 0), textcoords="offset points", va="center"
-        )
+        ax.annotate(f"{end:.{digits}f}", (end, row), (5, 0), textcoords="offset points", va="center")
     ax.set(xlim=(0, max(longest_bar, 1e-3) * 1.05), ylim=(len(names) - 0.4, -0.6), title=title, xlabel=label)
     ax.set_yticks(rows, names)
     ax.locator_params(axis="x", nbins=5)
     ax.grid(axis="x")
     ax.grid(visible=False, axis="y")
-    told = ", ".join(f"{name} {a:.3g} + {b:.3g}" for name, (a, b) in parts.items())
-    return fig, f"{title}, {label}, between groups and within: {told}"
+    drawn = ", ".join(f"{name} {a:.3g} + {b:.3g}" for name, (a, b) in parts.items())
+    return fig, f"{title}, {label}, between groups and within: {drawn}"
 
 
 @plots.styled
@@ -93,14 +92,8 @@ def write(found, path) -> None:
     title = f"Bias audit: {found['name']}"
     body = [f"<h1>{html.escape(title)}</h1>", f'<p class="small">{html.escape(told.notes(found))}</p>']
     body += [f'<p class="lead">{html.escape(told.headline(found))}</p>']
-    body += [
-        _mass(found),
-        _loss(found),
-        _divergence(found),
-        _calibration(found),
-        _classes(found),
-        _between_groups(found),
-    ]
+    sections = (_mass, _loss, _divergence, _calibration, _classes, _between_groups)
+    body += [section(found) for section in sections]
     page.write(path, title, body)
 
 
@@ -214,15 +207,13 @@ def _classes(found):
 
 
 def _between_groups(found):
-    names, maps = found["groups"]["names"], []
-    heat_map = getattr(plots, "heat_map", None) or plots._heat_map
-    for model in found["inputs"][0]["models"]:
-        plain = found["temperatures"][0]
-        for what, rows in (("predictions", model["between"]), ("mass", model["mass_by_group"][plain])):
-            known = [(name, row) for name, row in zip(names, rows) if row is not None]
-            scale = 100 if what == "mass" else 1
-            matrix = [[scale * value for value in row] for row in rows if row is not None]
-            if len(known) == len(names):
-                maps.append(heat_map(f"{what} of {model['name']}", matrix, names))
+    heat_map = getattr(plots, "heat_map", None) or plots._heat_map  # by either of its names
+    names, models = found["groups"]["names"], found["inputs"][0]["models"]
+    matrices = {what: matrix for model in models for what, matrix in told.confusions(found, model).items()}
+    if all(all(matrix) for matrix in matrices.values()):
+        maps = "".join(heat_map(what, matrix, names) for what, matrix in matrices.items())
+        shown = f'<div class="maps">{maps}</div>'
+    else:  # a group has no example
+        shown = tables.as_html(told.confusion_table(found))
     text = "Rows: the group of the true class. Columns: where its predictions, and its mass, go; percent of the row."
-    return f'<h2>Confusion between groups</h2>{_small(text)}<div class="maps">{"".join(maps)}</div>'
+    return f"<h2>Confusion between groups</h2>{_small(text)}{shown}"

@@ -165,6 +165,25 @@ def divergence_table(found) -> tables.Table:
     return tables.Table(header, rows, left=2)
 
 
+def confusion_table(found) -> tables.Table:
+    """Where the predictions and the mass of each group's examples go, in percent."""
+    names, rows = found["groups"]["names"], []
+    for model in found["inputs"][0]["models"]:
+        for what, matrix in confusions(found, model).items():
+            for name, row in zip(names, matrix):
+                rows.append([what, name, *([f"{value:.1f}" for value in row] if row else ["–"] * len(names))])
+    return tables.Table(["percent of", "true class in", *names], rows, left=2)
+
+
+def confusions(found, model) -> dict:
+    """{what: percent of each group's, by group}; None for a group without an example."""
+    mass = model["mass_by_group"][found["temperatures"][0]]
+    return {
+        f"predictions of {model['name']}": model["between"],
+        f"mass of {model['name']}": [row and [100 * value for value in row] for row in mass],
+    }
+
+
 def class_table(found, most: int | None = None) -> tables.Table:
     """The first model's classes, those first that give away the most of their due."""
     classes, names = found["inputs"][0]["models"][0]["classes"], found["groups"]["names"]
@@ -203,11 +222,9 @@ def console(found) -> str:
     if found["inputs"][0].get("divergence"):
         parts += ["", between(found), tables.as_text(divergence_table(found))]
     parts += ["", f"Calibration by group ({BY_CHANCE})", tables.as_text(calibration_table(found))]
-    parts += [
-        "",
-        f"The {min(WORST, len(found['class_names']))} classes that give away most",
-        tables.as_text(class_table(found, WORST)),
-    ]
+    parts += ["", "Confusion between groups", tables.as_text(confusion_table(found))]
+    worst = class_table(found, WORST)
+    parts += ["", f"The {len(worst.rows)} classes that give away most", tables.as_text(worst)]
     return "\n".join(parts)
 
 
