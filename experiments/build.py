@@ -26,6 +26,7 @@ class Program:
       total_steps, steps_per_epoch: of the whole run.
       objective, schedule: the loss terms and the learning rate, functions of the step.
       weighting: how the terms' weights are learned; None where they are static.
+      model: as it is evaluated, without a device axis.
       init: `seed -> TrainState` on the default device.
       evaluate: `(variables, images) -> metrics.EvalSums` of a set, variables replicated.
     """
@@ -52,7 +53,7 @@ class Program:
 
         optimizer = states.sgd(self.schedule, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
         axis_name = self.parallel.axis_name
-        model, local = (self._model(config, role, name) for name in (axis_name, None))
+        model, self.model = (self._model(config, role, name) for name in (axis_name, None))
         step = dict(model=model, objective=self.objective, optimizer=optimizer, axis_name=axis_name)
         if self.weighting is None:
             fetch_fn = self._fetch(teacher_fn, self._extra)
@@ -67,8 +68,8 @@ class Program:
             step_fn = functools.partial(
                 bilevel_steps.bilevel_step, weighting=self.weighting, schedule=self.schedule, unroll=on_cpu, **step
             )
-        self.init = jax.jit(lambda seed: self._init(local, optimizer, seed))
-        self.evaluate = Evaluator(local, data, self.parallel, config.eval_batch).evaluate
+        self.init = jax.jit(lambda seed: self._init(self.model, optimizer, seed))
+        self.evaluate = Evaluator(self.model, data, self.parallel, config.eval_batch).evaluate
         self._compiled = functools.cache(functools.partial(self._compile, fetch_fn, step_fn))
 
     def _model(self, config, role, axis_name):

@@ -1,14 +1,17 @@
 """Evaluation as sums: masked counts on the device that add up over batches and devices, then one summary."""
 
-from typing import Any, NamedTuple
+import math
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from ltkd_jax.groups import ClassGroups
 
 NUM_BINS = 15  # of the expected calibration error
+AnArray = TypeVar("AnArray", jax.Array, np.ndarray)
 
 
 class EvalSums(NamedTuple):
@@ -43,13 +46,64 @@ def eval_sums(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> EvalSums
     prediction = jnp.argmax(logits, axis=-1)
     confidence = jnp.max(probabilities, axis=-1)
     hit = weight * (prediction == labels)
-    bin_index = jnp.clip((confidence * NUM_BINS).astype(jnp.int32), 0, NUM_BINS - 1)
     by_bin = jnp.stack([weight, weight * confidence, hit], axis=-1)
     return EvalSums(
         confusion=jnp.zeros((num_classes, num_classes)).at[labels, prediction].add(weight),
-        bins=jnp.zeros((NUM_BINS, 3)).at[bin_index].add(by_bin).T,
+        bins=jnp.zeros((NUM_BINS, 3)).at[bin_of(confidence)].add(by_bin).T,
         mass=jnp.sum(probabilities * weight[:, None], axis=0),
     )
+
+
+def bin_of(confidence: AnArray) -> AnArray:
+    """The bin of each confidence, int; all are of the same width, and 1 falls into the last."""
+    return (confidence * NUM_BINS).astype(np.int32).clip(0, NUM_BINS - 1)
+
+
+def calibration_error(bins: ArrayLike) -> np.ndarray:
+    """The expected calibration error in percent: Σ_b |confidence_b − hits_b| / N, of sums as `EvalSums.bins`.
+
+    Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
+
+    Args:
+      bins: `[..., 3, NUM_BINS]`.
+
+    Returns:
+      `[...]`; 0 where there is no example.
+
+    >>> float(calibration_error([[2.0, 2.0], [0.5, 1.75], [1.0, 2.0]]))  # |0.5 − 1| + |1.75 − 2| of 4
+    18.75
+    """
+    count, confidence, hits = np.moveaxis(np.asarray(bins, np.float64), -2, 0)
+    return 100 * np.abs(confidence - hits).sum(axis=-1) / np.maximum(count.sum(axis=-1), 1)
+
+
+def calibration_error_by_chance(bins: ArrayLike) -> np.ndarray:
+    """The calibration error in percent that a perfectly calibrated model is expected to show on so few examples.
+
+    Of n examples with confidence p, hits are binomial, and their mean distance from n·p is, with k = ⌊np⌋ + 1,
+    2k (1−p) C(n, k) p^k (1−p)^(n−k). Source: De Moivre 1730, in Diaconis and Zabell, "Closed form summation for
+    classical distributions", 1991. All of a bin are taken at their mean confidence, which is a little too much.
+
+    Args:
+      bins: `[..., 3, NUM_BINS]`, as `EvalSums.bins`.
+
+    Returns:
+      `[...]`; 0 where there is no example.
+
+    >>> float(calibration_error_by_chance([[1.0], [0.5], [1.0]]))  # one example is right or wrong: 0.5 off
+    50.0
+    """
+    count, confidence, _ = np.moveaxis(np.asarray(bins, np.float64), -2, 0)
+    p = confidence / np.maximum(count, 1)
+    inside = (p > 0) & (p < 1)
+    n, p = np.where(inside, count, 1.0), np.where(inside, p, 0.5)
+    k = np.minimum(np.floor(n * p) + 1, n)  # n·p may be rounded up to n
+    choose = _log_factorial(n) - _log_factorial(k) - _log_factorial(n - k)
+    distance = 2 * k * (1 - p) * np.exp(choose + k * np.log(p) + (n - k) * np.log1p(-p))
+    return 100 * np.where(inside, distance, 0).sum(axis=-1) / np.maximum(count.sum(axis=-1), 1)
+
+
+_log_factorial = np.vectorize(lambda n: math.lgamma(n + 1), otypes=[np.float64])
 
 
 def summarize(sums: EvalSums, groups: ClassGroups, shots: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -67,14 +121,13 @@ def summarize(sums: EvalSums, groups: ClassGroups, shots: dict[str, np.ndarray])
     confusion = np.asarray(sums.confusion, np.float64)
     assignment = np.asarray(groups.assignment)
     members = {name: assignment == g for g, name in enumerate(groups.names)}
-    count, confidence, hits = np.asarray(sums.bins, np.float64)
     between = np.array([[confusion[np.ix_(a, b)].sum() for b in members.values()] for a in members.values()])
     return {
         "all": _accuracy(confusion, slice(None)),
         "per_class": [_accuracy(confusion, np.array([c])) for c in range(len(confusion))],
         "groups": {name: _accuracy(confusion, mask) for name, mask in members.items()},
         "shots": {name: _accuracy(confusion, mask) for name, mask in shots.items()},
-        "ece": 100 * float(np.abs(confidence - hits).sum() / max(count.sum(), 1)),
+        "ece": float(calibration_error(sums.bins)),
         "confusion": (100 * between / np.maximum(between.sum(axis=1, keepdims=True), 1)).tolist(),
     }
 

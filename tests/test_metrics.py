@@ -1,5 +1,7 @@
 """Evaluation sums against NumPy, masked and spread over batches and devices."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,3 +75,38 @@ def test_a_class_without_examples_is_none():
     summary = metrics.summarize(sums, GROUPS, SHOTS)
     assert summary["per_class"] == [100.0, 100.0, None, None, None, None]
     assert summary["groups"]["tail"] is None
+
+
+def bins_of(confidence, hit):
+    which = metrics.bin_of(confidence)
+    return np.stack([np.bincount(which, w, metrics.NUM_BINS) for w in (np.ones(len(hit)), confidence, hit)])
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 40, 1000])
+@pytest.mark.parametrize("p", [1e-9, 0.03, 0.5, 0.97, 1 - 1e-9])
+def test_what_chance_makes_of_calibration_is_the_mean_over_all_outcomes(n, p):
+    hits = np.arange(n + 1)
+    choose = np.array([float(math.comb(n, k)) if n < 1000 else np.nan for k in hits])
+    if n == 1000:
+        choose = np.exp(metrics._log_factorial(n) - metrics._log_factorial(hits) - metrics._log_factorial(n - hits))
+    chance = choose * p**hits * (1 - p) ** (n - hits)
+    outcomes = [100 * abs(n * p - k) / n for k in hits]
+    found = metrics.calibration_error_by_chance(bins_of(np.full(n, p), np.zeros(n)))
+    assert found == pytest.approx(float(chance @ outcomes), rel=1e-6, abs=1e-9)
+
+
+def test_calibrated_predictions_err_as_much_as_chance_makes_them():
+    rng = np.random.default_rng(0)
+    confidence = rng.uniform(0.1, 1, size=300)
+    by_chance = metrics.calibration_error_by_chance(bins_of(confidence, confidence))
+    drawn = [metrics.calibration_error(bins_of(confidence, rng.random(300) < confidence)) for _ in range(400)]
+    assert by_chance == pytest.approx(np.mean(drawn), rel=0.05)
+
+
+def test_no_example_has_no_calibration_error():
+    nothing = np.zeros((2, 3, metrics.NUM_BINS))
+    assert (
+        metrics.calibration_error(nothing).tolist() == metrics.calibration_error_by_chance(nothing).tolist() == [0, 0]
+    )
+    certain = bins_of(np.ones(5), np.ones(5))
+    assert metrics.calibration_error(certain) == metrics.calibration_error_by_chance(certain) == 0

@@ -1,0 +1,1 @@
+"""What `python -m experiments.audit` is made of."""
