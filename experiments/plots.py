@@ -334,7 +334,7 @@ def _bias_section(setting):
     )
 
 
-def _heat_map(label, matrix, names):
+def heat_map(label, matrix, names):
     """Writes a matrix in percent as a table whose cells are the darker, the larger they are."""
     head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in names)
     rows = []
@@ -352,7 +352,7 @@ def _confusion_section(setting):
     for method in _with_teacher(setting):
         matrix = _mean_of(method, "confusion")
         if matrix is not None and matrix.shape == (len(names), len(names)):
-            maps.append(_heat_map(method.label, matrix, names))
+            maps.append(heat_map(method.label, matrix, names))
     if not maps:
         return ""
     return (
