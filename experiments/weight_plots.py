@@ -64,7 +64,7 @@ def _map(term, learned, values, names):
     shades = [(plots.colour(7), float(np.clip(0.62 * middle, 0.02, 0.9))) for middle in middles]
     ax.contourf(x, y, values.T, levels=levels, colors=shades)
     drawn = ax.contour(x, y, values.T, levels=levels[1:-1], colors=plots.QUIET, linewidths=0.7)
-    ax.clabel(drawn, fmt="%g", fontsize=9, colors=plots.INK)
+    ax.clabel(drawn, fmt="%g", fontsize=10, colors=plots.INK)
     for g, name in enumerate(names):
         point = [learned["features"][feature].get(name) for feature in (x_name, y_name)]
         if None not in point:
@@ -72,4 +72,4 @@ def _map(term, learned, values, names):
                     markeredgecolor=plots.INK, markeredgewidth=0.8)  # fmt: skip
     title = f"weight of {term}, {values.min():.2f} to {values.max():.2f}"
     ax.set(title=title, xlabel=x_name.replace("_", " "), ylabel=y_name.replace("_", " "))
-    return fig, f"{title}, over {x_name} and {y_name} of an example"
+    return fig, f"weight of {term} over {x_name} and {y_name}: {values.min():.2f} to {values.max():.2f}"

@@ -528,7 +528,10 @@ def learned(seed=0, **extra):
 def test_learned_weights_are_drawn(tmp_path):
     report.write_page([learned(0), learned(1)], tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
-    for label in ("weight of ce over the epochs: head, medium, tail", "weight of kd, 0.10 to 0.90, over student_ce"):
+    for label in (
+        "weight of ce over the epochs: head, medium, tail",
+        "weight of kd over student_ce and teacher_ce: 0.10 to 0.90",
+    ):
         assert label in page
     assert page.count("Learned weights") == 1 and ">bikd<" in page
     assert "1,000 balanced ones beside them" in tables.gather([learned()])[0].note()
