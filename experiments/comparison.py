@@ -95,8 +95,7 @@ def _limits(points):
 
 @plots.styled
 def _scatter(title, points, found, limits, groups):
-    fig = plots.figure(height=270, left=44)
-    ax = fig.subplots()
+    fig, ax = plots.panel(f"{title}: {groups[1]}, %" if title else f"{groups[1]}, %", height=270, left=44)
     ax.grid(axis="x")
     told, drawn = {}, []
     for label, both in points.items():
@@ -109,7 +108,6 @@ def _scatter(title, points, found, limits, groups):
         numbers = "".join(f"\n{group} {_told(values)}" for group, values in zip(groups, both))
         told[label] = (x, y, f"{label}, {seeds}{numbers}")
     ax.set(xlim=limits[0], ylim=limits[1], xlabel=f"{groups[0]}, %")
-    ax.set_title(f"{title}: {groups[1]}, %" if title else f"{groups[1]}, %")
     _label_points(ax, {label: (x, y) for label, (x, y, _) in told.items()}, np.array(drawn))
     described = f"Tail against head{f', {title}' if title else ''}: {', '.join(points)}"
     return fig, described, plots.spots(ax, *zip(*told.values())), {label: found[label] for label in points}, True
@@ -175,8 +173,7 @@ def _imbalance_panels(members, found):
 
 @plots.styled
 def _over_imbalance(told, series, found, common):
-    fig = plots.figure(height=250)
-    ax = fig.subplots()
+    fig, ax = plots.panel(f"accuracy on {told}, %", height=250)
     ax.set_xscale("log")
     places = sorted({imbalance for values in series.values() for imbalance in values})
     met = []
@@ -188,7 +185,7 @@ def _over_imbalance(told, series, found, common):
         ax.errorbar(x, y, errors, color=plots.colour(index), linestyle=dashes, elinewidth=1.1, marker="o", markersize=4)
         words = (f"{label}, imbalance {imbalance:g}\n{told} {_told(v)}" for imbalance, v in zip(x, measured))
         met += zip(x, y, words)
-    ax.set(xlim=(places[0] / 1.25, places[-1] * 1.25), title=f"accuracy on {told}, %", xlabel="imbalance (log scale)")
+    ax.set(xlim=(places[0] / 1.25, places[-1] * 1.25), xlabel="imbalance (log scale)")
     ax.set_ylim(bottom=min(0.0, ax.get_ylim()[0]))
     ax.set_xticks(places, [f"{imbalance:g}" for imbalance in places])
     ax.minorticks_off()

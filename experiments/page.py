@@ -36,7 +36,8 @@ table { border-collapse: collapse; font-size: .86rem; white-space: nowrap;
 .scroll > table { min-width: 100%; }
 th, td { padding: .36rem 0 .36rem .75rem; text-align: right; font-weight: 400; }
 th:first-child, td:first-child { padding-left: 0; }
-thead th { color: var(--quiet); border-bottom: 1px solid var(--ink); vertical-align: bottom; }
+thead th { color: var(--quiet); border-bottom: 1px solid var(--ink); vertical-align: bottom; white-space: normal; }
+.label { display: inline-block; width: max-content; max-width: 17rem; white-space: normal; overflow-wrap: anywhere; }
 tbody tr + tr > * { border-top: 1px solid var(--grid); }
 tbody tr:last-child > * { border-bottom: 1px solid var(--ink); }
 .words { text-align: left; }
@@ -53,7 +54,7 @@ figure svg { display: block; width: 100%; height: auto; }
 .hovers > :hover { fill: var(--ink); fill-opacity: .09; }
 .dots > :hover { fill: var(--ink); fill-opacity: 1; }
 .key { display: flex; flex-wrap: wrap; gap: .1rem 1.3rem; font-size: .84rem; margin: .6rem 0; max-width: none; }
-.key span { display: inline-flex; align-items: center; gap: .5rem; }
+.key span { display: inline-flex; align-items: center; gap: .5rem; min-width: 0; overflow-wrap: anywhere; }
 .key svg { width: 30px; height: 10px; flex: none; }
 .maps { display: flex; flex-wrap: wrap; gap: 1.2rem 2rem; }
 .maps figure { margin: 0; max-width: 100%; }
@@ -64,7 +65,8 @@ figure svg { display: block; width: 100%; height: auto; }
 details { margin: .7rem 0; }
 summary { cursor: pointer; font-size: .88rem; }
 pre { overflow-x: auto; font: .78rem/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
-@media (max-width: 44rem) { .wide { display: none; } .narrow { display: block; } body { padding: 1.5rem 1rem 3rem; }
+@media (max-width: 44rem) { .wide { display: none; } .narrow { display: block; }
+  .label { max-width: 8rem; } body { padding: 1.5rem 1rem 3rem; }
   h1 { font-size: 1.55rem; } .lead { font-size: 1.1rem; } }
 @media print { body { max-width: none; padding: 0; } figure, tr { break-inside: avoid; } }
 """
@@ -99,8 +101,8 @@ def write(path, title, body, beside=None):
     folder = path.with_name(f"{path.stem}_files")
     _write_files(folder, files)
     if files:
-        what = ", ".join(["every figure as an SVG file", *(beside or {})])
-        body += f'\n<p class="small foot">Beside this page, in {html.escape(folder.name)}/: {html.escape(what)}.</p>'
+        what = html.escape(", ".join(["each figure as an SVG file", *(beside or {})]))
+        body += f'\n<p class="small">Written beside this page, into {html.escape(folder.name)}/: {what}.</p>'
     text = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'

@@ -13,6 +13,7 @@ import html
 import io
 import math
 import re
+import textwrap
 
 import matplotlib
 import numpy as np
@@ -105,6 +106,17 @@ def figure(width=PANEL, height=190, *, left=34, right=12):
     return fig
 
 
+def panel(title, *, height=190, left=34, right=12):
+    """Returns the figure and the axes of a panel, which grows by what a long title needs."""
+    lines = textwrap.wrap(title, int((PANEL - left) / 7.4))
+    more = 15 * max(0, len(lines) - 1)
+    fig = figure(height=height + more, left=left, right=right)
+    fig.subplots_adjust(top=1 - (25 + more) / (height + more))
+    ax = fig.subplots()
+    ax.set_title("\n".join(lines))
+    return fig, ax
+
+
 def areas(ax, xs, ys, texts):
     """Returns rectangles of a figure, each of which tells its text where a pointer rests on it.
 
@@ -153,7 +165,7 @@ def svg(fig, described, hovers=(), shown=None, marks=False):
     prefix = f"f{hashlib.md5(text.encode()).hexdigest()[:8]}"
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.S)
-    text = re.sub(r"<[^>]*>", lambda tag: _lean(tag[0], prefix), text).strip()
+    text = re.sub(r">\s+<", "><", re.sub(r"<[^>]*>", lambda tag: _lean(tag[0], prefix), text)).strip()
     opening = f'<svg role="img" aria-label="{html.escape(described)}"'
     text = re.sub(r'<svg( xmlns:xlink="[^"]*") width="[^"]*" height="[^"]*"', lambda m: opening + m[1], text, count=1)
     added = f'<g class="hovers" fill="none" pointer-events="all">{"".join(hovers)}</g>' if hovers else ""
@@ -163,7 +175,7 @@ def svg(fig, described, hovers=(), shown=None, marks=False):
 def _file_key(fig, shown, marks):
     """The key in a figure's file, below the figure; `on_page` takes it away."""
     width, height = fig.get_size_inches() * 72
-    x, y, parts = 8, height + 14, []
+    x, y, right, parts = 8, height + 14, width, []
     for label, style in shown.items():
         length = 54 + 6.4 * len(label)
         if x > 8 and x + length > width:
@@ -171,11 +183,12 @@ def _file_key(fig, shown, marks):
         text = f'<text x="{x + 38}" y="{y + 4:g}" style="fill: var(--ink)">{html.escape(label)}</text>'
         parts.append(f'<g transform="translate({x:g} {y - 5:g})">{_sample(style, marks)}</g>{text}')
         x += length
-    return f'<g class="key" data-bottom="{y + 14:g}" font-size="11">{"".join(parts)}</g>'
+        right = max(right, x)
+    return f'<g class="key" data-right="{right:g}" data-bottom="{y + 14:g}" font-size="11">{"".join(parts)}</g>'
 
 
 FIGURE = re.compile(r'<svg role="img" aria-label="([^"]*)".*?</svg>', re.S)
-_FILE_KEY = re.compile(r'<g class="key" data-bottom="([\d.]+)".*(?=</svg>)', re.S)
+_FILE_KEY = re.compile(r'<g class="key" data-right="([\d.]+)" data-bottom="([\d.]+)".*(?=</svg>)', re.S)
 
 
 def on_page(figure):
@@ -187,7 +200,7 @@ def in_file(figure):
     """Returns a figure's SVG element as a file of its own: in the light colours, with a size, fonts and its key."""
     found = _FILE_KEY.search(figure)
     width, height = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', figure).groups()
-    height = found[1] if found else height
+    width, height = found.groups() if found else (width, height)
     size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
     fonts = "Helvetica, Arial, Liberation Sans, DejaVu Sans, sans-serif"
     figure = re.sub(r'viewBox="[^"]*"', f'{size} font-family="{fonts}"', figure, count=1)
@@ -223,8 +236,7 @@ def styled(draw):
 def group_mass(title, mass, fair, training):
     """Draws the mass per group as bars, the true shares as ticks, those of the training images as diamonds."""
     longest = max(len(name) for name in mass)
-    fig = figure(height=64 + 36 * len(mass), left=min(110, 14 + 6 * longest), right=38)
-    ax = fig.subplots()
+    fig, ax = panel(title, height=64 + 36 * len(mass), left=min(110, 14 + 7 * longest), right=40)
     names, rows = list(mass), range(len(mass))
     ax.barh(rows, [mass[name] for name in names], height=0.56, color=QUIET, alpha=0.45)
     hollow = {"markersize": 7, "markeredgecolor": colour(7), "markerfacecolor": "none", "markeredgewidth": 1.8}
@@ -234,7 +246,7 @@ def group_mass(title, mass, fair, training):
     ax.plot(fair_at, rows, "|", color=colour(6), markersize=19, markeredgewidth=2.4, clip_on=False)
     for row, name in enumerate(names):
         ax.text(1.17, row, f"{mass[name]:.2f}", ha="right", va="center")
-    ax.set(xlim=(0, 1), ylim=(len(names) - 0.4, -0.6), title=title, yticks=rows, yticklabels=names)
+    ax.set(xlim=(0, 1), ylim=(len(names) - 0.4, -0.6), yticks=rows, yticklabels=names)
     ticks = (0, 0.25, 0.5, 0.75, 1)
     ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     ax.grid(axis="x")
@@ -249,14 +261,13 @@ def group_mass(title, mass, fair, training):
 @styled
 def lines(title, series, found, *, log=False):
     """Draws {label: (x, y)} over the epochs."""
-    fig = figure()
-    ax = fig.subplots()
+    fig, ax = panel(title)
     for label, (x, y) in series.items():
         index, dashes = found[label]
         thin = max(1, len(x) // 120)
         marker = {"marker": "o", "markersize": 4} if len(x) < 3 else {}
         ax.plot(x[::thin], y[::thin], color=colour(index), linestyle=dashes, linewidth=1.6, **marker)
-    ax.set(title=title, xlabel="epoch")
+    ax.set_xlabel("epoch")
     if log and all(np.min(y) > 0 for _, y in series.values()):
         ax.set_yscale("log")
         plain_log(ax)

@@ -122,11 +122,10 @@ def by_class(curves, found, counts, assignment, groups, told, *, width=plots.DES
 @plots.styled
 def one_by_class(label, values, style, counts, assignment, groups, told):
     """Draws one method's accuracy of every class as dots, with the smoothed curve through them."""
-    fig = plots.figure()
-    ax = fig.subplots()
+    fig, ax = plots.panel(label)
     x, shade = np.arange(len(values)), plots.colour(style[0])
     ax.plot(x, smooth(values), color=shade, linestyle=style[1])
-    ax.set(ylim=(0, 115), xlim=(-1, len(values)), title=label, yticks=range(0, 101, 25))
+    ax.set(ylim=(0, 115), xlim=(-1, len(values)), yticks=range(0, 101, 25))
     ticks = np.unique(np.linspace(0, len(counts) - 1, 5).round().astype(int))
     ax.set_xticks(ticks, [f"{counts[i]:g}" for i in ticks])
     ax.set_xlabel("training images of the class")
