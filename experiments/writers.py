@@ -193,11 +193,9 @@ def _html_cell(cell, i, kind, noted):
     text = f"<b>{text}</b>" if cell.bold else f'<span class="quiet">{text}</span>' if cell.quiet else text
     # Every cell of a column with notes gets one, so that the decimal points stay under each other.
     note = f' <span class="note">{html.escape(cell.note)}</span>' if noted else ""
-    return (
-        f'<th scope="row"{kind}><span class="label">{text}</span>{note}</th>'
-        if i == 0
-        else f"<td{kind}>{text}{note}</td>"
-    )
+    if i == 0:
+        return f'<th scope="row"{kind}><span class="label">{text}</span>{note}</th>'
+    return f"<td{kind}>{text}{note}</td>"
 
 
 # A document of several.
