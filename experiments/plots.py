@@ -2,7 +2,8 @@
 
 Panels are small, so that a page can lay them side by side on a desk and under each other on a phone at the same
 size of letters. Matplotlib draws them with colours that stand for CSS variables (`STYLE_SHEET`), which are put in
-afterwards: the page's light and dark colours reach into the figures, and text stays text.
+afterwards: the page's light and dark colours reach into the figures, and text stays text. What a place of a figure
+means, with its numbers, is told by the browser on hovering: an invisible area with a `<title>`, no script.
 """
 
 import collections
@@ -12,12 +13,11 @@ import html
 import io
 import math
 import re
+import textwrap
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-
-from experiments import tables
 
 # Told apart by people with protanopia and deuteranopia too (CIELAB distance of any two at least 15), and at least
 # 3 : 1 against the page. Where a colour serves two methods, the dashes tell them apart.
@@ -31,29 +31,30 @@ STYLES = {
     "ltkd": (6, SOLID), "ltkd_bs": (3, SOLID), "bikd": (7, SOLID), "bikd over ltkd": (7, DASHED),
     "bikd over ltkd_bs": (7, MIXED),
 }  # fmt: skip
-MANY = 30  # classes, from which on curves are smoothed
+MARKS = {SOLID: "o", DASHED: "s", DOTTED: "^", MIXED: "D"}  # where a method is a point, in place of its dashes
 PANEL, DESK, PHONE = 300, 950, 350  # widths in CSS pixels
 INK, QUIET, GRID, FIRST = "#010101", "#020202", "#030303", 0x10
 _RC = {
-    "svg.fonttype": "none", "svg.hashsalt": "report", "text.parse_math": False, "font.size": 11, "axes.titlesize": 12,
+    "svg.fonttype": "none", "svg.hashsalt": "report", "text.parse_math": False, "font.size": 11, "axes.titlesize": 12.5,
     "axes.titlelocation": "left", "axes.edgecolor": QUIET, "axes.labelcolor": INK, "text.color": INK,
     "axes.titlecolor": INK, "xtick.color": QUIET, "ytick.color": QUIET, "xtick.labelcolor": INK,
     "ytick.labelcolor": INK, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
     "axes.grid.axis": "y", "grid.color": GRID,
-    "grid.linewidth": 0.8, "axes.axisbelow": True, "axes.linewidth": 0.8, "xtick.labelsize": 10, "ytick.labelsize": 10,
-    "axes.labelsize": 10.5, "lines.linewidth": 1.8, "xtick.major.size": 3, "ytick.major.size": 0,
+    "grid.linewidth": 0.8, "axes.axisbelow": True, "axes.linewidth": 0.8, "xtick.labelsize": 11, "ytick.labelsize": 11,
+    "axes.labelsize": 11, "lines.linewidth": 1.8, "xtick.major.size": 3, "ytick.major.size": 0,
 }  # fmt: skip
 
 
-def _variables(colours, ink, quiet, grid, page):
-    named = " ".join(f"--c{i}: {colour};" for i, colour in enumerate(colours))
-    return f"--ink: {ink}; --quiet: {quiet}; --grid: {grid}; --page: {page}; {named}"
+def _variables(colours, **others):
+    return others | {f"c{i}": colour for i, colour in enumerate(colours)}
 
 
-STYLE_SHEET = f"""
-:root {{ color-scheme: light dark; {_variables(LIGHT, "#1d1d1b", "#63625e", "#e3e0d9", "#fdfcfa")} }}
-@media (prefers-color-scheme: dark) {{ :root {{ {_variables(DARK, "#e6e4df", "#a3a19b", "#35363a", "#17181a")} }} }}
-"""
+_LIGHT = _variables(LIGHT, ink="#1d1d1b", quiet="#63625e", grid="#e3e0d9", page="#fdfcfa")
+_DARK = _variables(DARK, ink="#e6e4df", quiet="#a3a19b", grid="#35363a", page="#17181a")
+STYLE_SHEET = """
+:root {{ color-scheme: light dark; {} }}
+@media (prefers-color-scheme: dark) {{ :root {{ {} }} }}
+""".format(*(" ".join(f"--{name}: {v};" for name, v in variables.items()) for variables in (_LIGHT, _DARK)))
 
 
 def styles(methods):
@@ -72,15 +73,22 @@ def colour(index):
     return INK if index is None else f"#0100{FIRST + index:02x}"
 
 
-def key(labels, found):
-    """Returns the key to a figure's lines as HTML."""
-    entries = []
-    for label in labels:
-        index, dashes = found[label]
-        dashed = "" if dashes == SOLID else f' stroke-dasharray="{" ".join(f"{2 * d:g}" for d in dashes[1])}"'
-        line = f'<line x1="0" y1="5" x2="30" y2="5" stroke-width="3"{dashed} style="stroke: {css(index)}"/>'
-        entries.append(f'<span><svg viewBox="0 0 30 10" aria-hidden="true">{line}</svg>{html.escape(label)}</span>')
-    return f'<p class="key">{"".join(entries)}</p>'
+def key(labels, found, *, marks=False):
+    """Returns the key to a figure's lines, or to its marks, as HTML."""
+    box = 'viewBox="9 -1 12 12" style="width: 12px"' if marks else 'viewBox="0 0 30 10"'
+    samples = [f'<svg {box} aria-hidden="true">{_sample(found[label], marks)}</svg>' for label in labels]
+    entries = "".join(f"<span>{sample}{html.escape(label)}</span>" for sample, label in zip(samples, labels))
+    return f'<p class="key">{entries}</p>'
+
+
+def _sample(style, marks):
+    """Draws a method's line, or its mark, in a box of 30 by 10."""
+    index, dashes = style
+    if marks:
+        shape = {"o": "M10 5a5 5 0 1 0 10 0a5 5 0 1 0-10 0z", "s": "M10.5.5h9v9h-9z", "^": "M15 0l5.5 10h-11z"}
+        return f'<path d="{shape.get(MARKS[dashes], "M15-.5l5.5 5.5l-5.5 5.5l-5.5-5.5z")}" style="fill: {css(index)}"/>'
+    dashed = "" if dashes == SOLID else f' stroke-dasharray="{" ".join(f"{2 * d:g}" for d in dashes[1])}"'
+    return f'<path d="M0 5h30" stroke-width="3"{dashed} style="stroke: {css(index)}"/>'
 
 
 def css(index):
@@ -93,13 +101,63 @@ def css(index):
 
 def figure(width=PANEL, height=190, *, left=34, right=12):
     """Returns an empty figure, in CSS pixels; the margins are fixed, so that panels align."""
-    fig = Figure(figsize=(width / 72, height / 72))
-    fig.subplots_adjust(left / width, 38 / height, 1 - right / width, 1 - 24 / height, hspace=0.3)
+    fig = Figure(figsize=(width / 72, height / 72), dpi=72)
+    fig.subplots_adjust(left / width, 40 / height, 1 - right / width, 1 - 25 / height, hspace=0.3)
     return fig
 
 
-def svg(fig, described):
-    """Writes a figure as an SVG element for an HTML page; `described` is for those who do not see it."""
+def panel(title, *, height=190, left=34, right=12):
+    """Returns the figure and the axes of a panel, which grows by what a long title needs."""
+    lines = textwrap.wrap(title, int((PANEL - left) / 7.4))
+    more = 15 * max(0, len(lines) - 1)
+    fig = figure(height=height + more, left=left, right=right)
+    fig.subplots_adjust(top=1 - (25 + more) / (height + more))
+    ax = fig.subplots()
+    ax.set_title("\n".join(lines))
+    return fig, ax
+
+
+def areas(ax, xs, ys, texts):
+    """Returns rectangles of a figure, each of which tells its text where a pointer rests on it.
+
+    `xs` and `ys` are pairs of coordinates, or None for the axes' whole extent; the limits of the axes must be final.
+    """
+    xs, ys = (np.broadcast_to(v, (len(texts), 2)) for v in (xs or ax.get_xlim(), ys or ax.get_ylim()))
+    corners = np.sort([_place(ax, xs[:, i], ys[:, i]) for i in range(2)], axis=0).transpose(1, 0, 2)
+    paths = (f'd="M{x:.1f} {y:.1f}H{right:.1f}V{bottom:.1f}H{x:.1f}z"' for (x, y), (right, bottom) in corners)
+    return [f"<path {path}><title>{html.escape(text)}</title></path>" for path, text in zip(paths, texts)]
+
+
+def spots(ax, xs, ys, texts, radius=9):
+    """Returns discs about points, each of which tells its text where a pointer rests on it."""
+    discs = (f'cx="{x:.1f}" cy="{y:.1f}" r="{radius}"' for x, y in _place(ax, xs, ys))
+    return [f"<circle {disc}><title>{html.escape(text)}</title></circle>" for disc, text in zip(discs, texts)]
+
+
+def dots(ax, xs, ys, texts, index):
+    """Returns small dots in a method's colour which tell their texts; they can be met a little beside them too."""
+    discs = "".join(spots(ax, xs, ys, texts, radius=1.8))
+    look = f'style="fill: {css(index)}; fill-opacity: 0.6" stroke="#000" stroke-opacity="0" stroke-width="5"'
+    return [f'<g class="dots" {look}>{discs}</g>']
+
+
+def _place(ax, xs, ys):
+    """Where points of the data are in the SVG, in CSS pixels from the upper left."""
+    ax.get_xlim(), ax.get_ylim()  # what Matplotlib has put off
+    x, y = ax.transData.transform(np.stack([xs, ys], axis=-1)).T
+    return np.stack([x, ax.figure.bbox.height - y], axis=-1)
+
+
+def svg(fig, described, hovers=(), shown=None, marks=False):
+    """Writes a figure as an SVG element for an HTML page.
+
+    Args:
+      fig: a figure of `figure`.
+      described: for those who do not see it; what stands before its first colon names the figure's file.
+      hovers: what `areas`, `spots` and `dots` returned.
+      shown: {label: style} of its lines, for the key in its file; on the page a key may serve several figures.
+      marks: whether these are marks rather than lines.
+    """
     buffer = io.StringIO()
     fig.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
@@ -107,9 +165,47 @@ def svg(fig, described):
     prefix = f"f{hashlib.md5(text.encode()).hexdigest()[:8]}"
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.S)
-    text = re.sub(r"<[^>]*>", lambda tag: _lean(tag[0], prefix), text).strip()
+    text = re.sub(r">\s+<", "><", re.sub(r"<[^>]*>", lambda tag: _lean(tag[0], prefix), text)).strip()
     opening = f'<svg role="img" aria-label="{html.escape(described)}"'
-    return re.sub(r'<svg( xmlns:xlink="[^"]*") width="[^"]*" height="[^"]*"', lambda m: opening + m[1], text, count=1)
+    text = re.sub(r'<svg( xmlns:xlink="[^"]*") width="[^"]*" height="[^"]*"', lambda m: opening + m[1], text, count=1)
+    added = f'<g class="hovers" fill="none" pointer-events="all">{"".join(hovers)}</g>' if hovers else ""
+    return text.removesuffix("</svg>") + added + (_file_key(fig, shown, marks) if shown else "") + "</svg>"
+
+
+def _file_key(fig, shown, marks):
+    """The key in a figure's file, below the figure; `on_page` takes it away."""
+    width, height = fig.get_size_inches() * 72
+    x, y, right, parts = 8, height + 14, width, []
+    for label, style in shown.items():
+        length = 54 + 6.4 * len(label)
+        if x > 8 and x + length > width:
+            x, y = 8, y + 18
+        text = f'<text x="{x + 38}" y="{y + 4:g}" style="fill: var(--ink)">{html.escape(label)}</text>'
+        parts.append(f'<g transform="translate({x:g} {y - 5:g})">{_sample(style, marks)}</g>{text}')
+        x += length
+        right = max(right, x)
+    return f'<g class="key" data-right="{right:g}" data-bottom="{y + 14:g}" font-size="11">{"".join(parts)}</g>'
+
+
+FIGURE = re.compile(r'<svg role="img" aria-label="([^"]*)".*?</svg>', re.S)
+_FILE_KEY = re.compile(r'<g class="key" data-right="([\d.]+)" data-bottom="([\d.]+)".*(?=</svg>)', re.S)
+
+
+def on_page(figure):
+    """Returns a figure's SVG element as a page shows it, which has the key elsewhere."""
+    return _FILE_KEY.sub("", figure)
+
+
+def in_file(figure):
+    """Returns a figure's SVG element as a file of its own: in the light colours, with a size, fonts and its key."""
+    found = _FILE_KEY.search(figure)
+    width, height = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', figure).groups()
+    width, height = found.groups() if found else (width, height)
+    size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
+    fonts = "Helvetica, Arial, Liberation Sans, DejaVu Sans, sans-serif"
+    figure = re.sub(r'viewBox="[^"]*"', f'{size} font-family="{fonts}"', figure, count=1)
+    figure = re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f]", "?", figure)  # XML has no place for them
+    return '<?xml version="1.0" encoding="UTF-8"?>\n' + re.sub(r"var\(--(\w+)\)", lambda m: _LIGHT[m[1]], figure)
 
 
 def _lean(tag, prefix):
@@ -123,7 +219,7 @@ def _lean(tag, prefix):
 
 
 def styled(draw):
-    """Turns a function that returns (figure, description) into one that returns SVG in the report's style."""
+    """Turns a function that returns what `svg` takes into one that returns SVG in the report's style."""
 
     @functools.wraps(draw)
     def drawn(*args, **kwargs):
@@ -133,88 +229,14 @@ def styled(draw):
     return drawn
 
 
-# Accuracy by class.
-
-
-def smooth(values):
-    """Averages over neighbouring classes, by a Gaussian, where there are too many to read."""
-    values = np.asarray(values, float)
-    if len(values) < MANY:
-        return values
-    distance = np.subtract.outer(np.arange(len(values)), np.arange(len(values)))
-    weights = np.exp(-0.5 * (distance / (0.03 * len(values))) ** 2)
-    return weights @ values / weights.sum(1)
-
-
-def _mark_groups(ax, assignment, names):
-    """Draws the borders of the groups, and their names above; the classes are sorted by count."""
-    starts = [int(np.argmax(assignment == g)) for g in range(len(names))] if len(names) else []
-    for g, start in enumerate(starts):
-        if start:
-            ax.axvline(start - 0.5, color=QUIET, linewidth=0.8, linestyle=DOTTED)
-        middle = (start + np.flatnonzero(assignment == g)[-1]) / 2
-        if len(names) <= 6:
-            above = ax.get_xaxis_transform()
-            ax.text(middle, 1.0, names[g], transform=above, ha="center", va="top", fontsize=9.5, color=QUIET)
-
-
-def _plain_log(ax):
-    """Labels a logarithmic axis with plain numbers; Matplotlib's own labels are formulas."""
-    low, high = ax.get_ylim()
-    steps = (1,) if high / low > 100 else (1, 2, 5)
-    ticks = [s * 10.0**e for e in range(-8, 9) for s in steps if low <= s * 10.0**e <= high]
-    ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-    ax.minorticks_off()
-
-
-@styled
-def by_class(curves, found, counts, assignment, names, *, width=DESK):
-    """Draws the (smoothed) accuracy of every method by class, sorted by count, over the counts themselves."""
-    fig = figure(width, 350)
-    ax, strip = fig.subplots(2, 1, sharex=True, height_ratios=(4.2, 1))
-    for label, values in curves.items():
-        index, dashes = found[label]
-        dotted = {"marker": "o", "markersize": 4} if len(values) < MANY else {}
-        ax.plot(smooth(values), color=colour(index), linestyle=dashes, **dotted)
-    ax.set_ylim(0, 112)
-    ax.set_yticks(range(0, 101, 20))
-    ax.set_title("test accuracy, %")
-    _mark_groups(ax, assignment, names)
-    strip.fill_between(np.arange(len(counts)), counts, 0.8, step="mid", color=QUIET, alpha=0.45, linewidth=0)
-    strip.set_yscale("log")
-    strip.set_title("training images (log scale)", fontsize=10.5)
-    strip.set_xlabel("class, the most frequent first")
-    strip.set_xlim(-0.5, len(counts) - 0.5)
-    _plain_log(strip)
-    what = "Smoothed test accuracy" if len(counts) >= MANY else "Test accuracy"
-    return fig, f"{what} of each class, sorted by training images: {', '.join(curves)}"
-
-
-@styled
-def one_by_class(label, values, style, counts, assignment, names):
-    """Draws one method's accuracy of every class as dots, with the smoothed curve through them."""
-    fig = figure()
-    ax = fig.subplots()
-    x = np.arange(len(values))
-    ax.plot(x, values, "o", color=colour(style[0]), markersize=3.4, markeredgewidth=0, alpha=0.55)
-    ax.plot(x, smooth(values), color=colour(style[0]), linestyle=style[1])
-    ax.set(ylim=(0, 115), xlim=(-1, len(values)), title=label, yticks=range(0, 101, 25))
-    ticks = np.unique(np.linspace(0, len(counts) - 1, 5).round().astype(int))
-    ax.set_xticks(ticks, [f"{counts[i]:g}" for i in ticks])
-    ax.set_xlabel("training images of the class")
-    _mark_groups(ax, assignment, names)
-    return fig, f"Test accuracy of each class for {label}, against the class's number of training images"
-
-
-# The teacher's bias.
+# Figures that several pages show.
 
 
 @styled
 def group_mass(title, mass, fair, training):
-    """Draws the teacher's mass per group as bars, the fair shares as ticks, the training images' as diamonds."""
+    """Draws the mass per group as bars, the true shares as ticks, those of the training images as diamonds."""
     longest = max(len(name) for name in mass)
-    fig = figure(height=64 + 36 * len(mass), left=min(110, 14 + 6 * longest), right=38)
-    ax = fig.subplots()
+    fig, ax = panel(title, height=64 + 36 * len(mass), left=min(110, 14 + 7 * longest), right=40)
     names, rows = list(mass), range(len(mass))
     ax.barh(rows, [mass[name] for name in names], height=0.56, color=QUIET, alpha=0.45)
     hollow = {"markersize": 7, "markeredgecolor": colour(7), "markerfacecolor": "none", "markeredgewidth": 1.8}
@@ -224,141 +246,63 @@ def group_mass(title, mass, fair, training):
     ax.plot(fair_at, rows, "|", color=colour(6), markersize=19, markeredgewidth=2.4, clip_on=False)
     for row, name in enumerate(names):
         ax.text(1.17, row, f"{mass[name]:.2f}", ha="right", va="center")
-    ax.set(xlim=(0, 1), ylim=(len(names) - 0.4, -0.6), title=title, yticks=rows, yticklabels=names)
+    ax.set(xlim=(0, 1), ylim=(len(names) - 0.4, -0.6), yticks=rows, yticklabels=names)
     ticks = (0, 0.25, 0.5, 0.75, 1)
     ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     ax.grid(axis="x")
     ax.grid(visible=False, axis="y")
-    return fig, f"{title}: " + ", ".join(f"{name} {mass[name]:.2f}" for name in names)
-
-
-# Training.
+    told = [
+        f"{n}: mass {mass[n]:.3f}, true share {fair[n]:.3f}, of the training images {training[n]:.3f}" for n in names
+    ]
+    hovers = areas(ax, None, [(row - 0.4, row + 0.4) for row in rows], told)
+    return fig, f"Mass by group, {title}: " + ", ".join(f"{name} {mass[name]:.2f}" for name in names), hovers
 
 
 @styled
 def lines(title, series, found, *, log=False):
     """Draws {label: (x, y)} over the epochs."""
-    fig = figure()
-    ax = fig.subplots()
+    fig, ax = panel(title)
     for label, (x, y) in series.items():
         index, dashes = found[label]
         thin = max(1, len(x) // 120)
         marker = {"marker": "o", "markersize": 4} if len(x) < 3 else {}
         ax.plot(x[::thin], y[::thin], color=colour(index), linestyle=dashes, linewidth=1.6, **marker)
-    ax.set(title=title, xlabel="epoch")
+    ax.set_xlabel("epoch")
     if log and all(np.min(y) > 0 for _, y in series.values()):
         ax.set_yscale("log")
-        _plain_log(ax)
+        plain_log(ax)
     else:
         ax.set_ylim(bottom=min(0.0, *(float(np.min(y)) for _, y in series.values())))
-    return fig, f"{title} over the epochs: {', '.join(series)}"
+    return fig, f"{title} over the epochs: {', '.join(series)}", (), {label: found[label] for label in series}
 
 
-# A setting's figures, as parts of a page.
+def plain_log(ax):
+    """Labels a logarithmic axis with plain numbers; Matplotlib's own labels are formulas."""
+    low, high = ax.get_ylim()
+    steps = (1,) if high / low > 100 else (1, 2, 5)
+    ticks = [s * 10.0**e for e in range(-8, 9) for s in steps if low <= s * 10.0**e <= high]
+    ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    ax.minorticks_off()
 
 
-def figures(setting):
-    """Returns the page's sections that hold figures; a section without data is empty."""
-    found = styles(setting.methods)
-    return [
-        _class_section(setting, found),
-        _bias_section(setting),
-        _confusion_section(setting),
-        _training_section(setting, found),
-    ]
-
-
-def _mean_of(method, key):
-    """Averages an array of the test results over a method's runs; None where no run has it."""
-    found = [run["test"][key] for run in method.runs.values() if run["test"].get(key)]
-    same = found and len({np.shape(array) for array in found}) == 1
-    return np.mean(np.array(found, float), axis=0) if same else None
-
-
-def _with_teacher(setting):
-    return [*setting.methods, *filter(None, [setting.teacher_method()])]
-
-
-def _class_section(setting, found):
-    run = next((run for run in setting.runs if run.get("class_counts")), {})
-    counts = np.asarray(run.get("class_counts") or [], float)
-    assignment = np.asarray(run.get("group_assignment") or [], int)
-    order = np.argsort(-counts, kind="stable")
-    names = setting.group_names() if len(assignment) == len(counts) else []
-    curves = {method.label: _mean_of(method, "per_class") for method in _with_teacher(setting)}
-    curves = {label: v[order] for label, v in curves.items() if v is not None and len(v) == len(counts)}
-    if not curves:
-        return ""
-    shared = counts[order], assignment[order] if names else assignment, names
-    both = [by_class(curves, found, *shared, width=width) for width in (DESK, PHONE)]
-    dots, what = "", "Means over student seeds."
-    if len(counts) >= MANY:
-        drawn = "".join(one_by_class(label, v, found[label], *shared) for label, v in curves.items())
-        dots = f'<figure class="panels">{drawn}</figure>'
-        what = f"Curves are averages over neighbouring classes; dots are classes. {what}"
-    return (
-        f"<h3>Accuracy by class frequency</h3>{key(curves, found)}"
-        f'<figure><div class="wide">{both[0]}</div><div class="narrow">{both[1]}</div></figure>'
-        f'<p class="small">{what}</p>{dots}'
-    )
-
-
-def _shares(run, names):
-    """Returns each group's share of a run's training images and of its classes, {} where that is not recorded."""
-    assignment, counts = run.get("group_assignment") or [], run.get("class_counts") or []
-    if not counts or len(assignment) != len(counts):
-        return {}, {}
-    belongs = [[g == assigned for assigned in assignment] for g in range(len(names))]
-    images = {name: float(np.dot(mask, counts) / sum(counts)) for name, mask in zip(names, belongs)}
-    return images, {name: float(np.mean(mask)) for name, mask in zip(names, belongs)}
-
-
-def _bias_section(setting):
-    names = setting.group_names()
-    run = next((run for run in setting.runs if run.get("group_assignment")), {})
-    training, classes = _shares(run, names)
-    panels = []
-    for teacher in setting.teachers().values():
-        for kind, fair in (("long_tailed", training), ("balanced", classes)):
-            mass = (teacher.get("group_mass") or {}).get(kind) or {}
-            if fair and set(names) <= mass.keys():
-                title = f"{kind.replace('_', '-')} input"
-                panels.append(group_mass(title, {name: mass[name] for name in names}, fair, training))
-    if not panels:
-        return ""
-    return (
-        '<h3>The teacher’s bias</h3><p class="small">Bars: the teacher’s mean probability mass on each group. '
-        f'<span style="color: {css(6)}">❙</span> the true share of that input’s images, which an unbiased teacher '
-        f'would match. <span style="color: {css(7)}">◇</span> the share of the training images.</p>'
-        f'<figure class="panels">{"".join(panels)}</figure>'
-    )
-
-
-def _heat_map(label, matrix, names):
+def heat_map(label, matrix, names):
     """Writes a matrix in percent as a table whose cells are the darker, the larger they are."""
     head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in names)
     rows = []
     for name, row in zip(names, matrix):
         shade = [f"background: color-mix(in srgb, var(--c7) {0.62 * v:.0f}%, transparent)" for v in row]
-        cells = "".join(f'<td style="{style}">{v:.1f}</td>' for style, v in zip(shade, row))
+        told = [f"{label}: {v:.1f} % of {name} taken for {other}" for other, v in zip(names, row)]
+        cells = "".join(
+            f'<td style="{style}" title="{html.escape(words)}">{v:.1f}</td>'
+            for style, words, v in zip(shade, told, row)
+        )
         rows.append(f'<tr><th scope="row">{html.escape(name)}</th>{cells}</tr>')
     caption = f"<figcaption>{html.escape(label)}</figcaption>"
     body = f"<table><thead><tr><td></td>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
     return f'<figure class="scroll">{caption}{body}</figure>'
 
 
-def _confusion_section(setting):
-    names, maps = setting.group_names(), []
-    for method in _with_teacher(setting):
-        matrix = _mean_of(method, "confusion")
-        if matrix is not None and matrix.shape == (len(names), len(names)):
-            maps.append(_heat_map(method.label, matrix, names))
-    if not maps:
-        return ""
-    return (
-        '<h3>Confusion between groups</h3><p class="small">Rows: the group of the true class. Columns: the group '
-        f'of the predicted class, in percent of the row.</p><div class="maps">{"".join(maps)}</div>'
-    )
+# What was logged.
 
 
 def curve(method, pick):
@@ -374,33 +318,5 @@ def curve(method, pick):
 
 
 def logged(curves):
+    """Leaves out what was not logged."""
     return {label: curve for label, curve in curves.items() if len(curve[0])}
-
-
-def _terms_panel(method, style):
-    """Draws the loss terms of one method, each with its own dashes and a key below."""
-    entries = [entry for run in method.runs.values() for entry in run.get("metrics") or []]
-    names = sorted({name for entry in entries for name in entry.get("terms") or {}})
-    series = logged({n: curve(method, lambda e, n=n: (e.get("terms") or {}).get(n)) for n in names})
-    if not series:
-        return ""
-    dashes = {name: (style[0], DASHES[i % len(DASHES)]) for i, name in enumerate(series)}
-    return f"<div>{lines(f'loss terms, {method.label}', series, dashes, log=True)}{key(series, dashes)}</div>"
-
-
-def _training_section(setting, found):
-    shown = {"all classes": "all", "head": "groups.head", setting.tail().split(".")[-1]: setting.tail()}
-    picks = {
-        f"test accuracy, {title}, %": lambda e, column=column: tables.value(e.get("test"), column)
-        for title, column in shown.items()
-    }
-    picks["training accuracy, %"] = lambda e: e.get("train_accuracy")
-    panels = []
-    for title, pick in picks.items():
-        series = logged({method.label: curve(method, pick) for method in setting.methods})
-        panels += [lines(title, series, found)] if series else []
-    panels += [_terms_panel(method, found[method.label]) for method in setting.methods]
-    if not any(panels):
-        return ""
-    shared = key([method.label for method in setting.methods], found)
-    return f'<h3>Training</h3>{shared}<figure class="panels">{"".join(panels)}</figure>'

@@ -1,10 +1,12 @@
-"""Turns work directories and result files into a page, a console table, or the results page of the repository.
+"""Turns work directories and result files into a page, tables for a paper, or the results page of the repository.
 
-    python -m experiments.report PATH… [--out report.html] [--title TITLE]
+    python -m experiments.report PATH… [--out report.html] [--title TITLE] [--table text|markdown|latex]
+    python -m experiments.report PATH… --table latex > tables.tex
     python -m experiments.report --results results/ [--queue experiments/queues/*.json]
 
-PATH is a work directory, a result JSON, or a folder of either. The page is one file that needs no network. The second
-form writes README.md into the results folder: the papers' numbers (published.json) beside ours.
+PATH is a work directory, a result JSON, or a folder of either. The page is one file that needs no network; beside it,
+in report_files/, stand its figures as SVG files and its tables as Markdown and LaTeX. --table says how the tables are
+printed. The last form writes README.md into the results folder: the papers' numbers (published.json) beside ours.
 """
 
 import argparse
@@ -13,7 +15,7 @@ import json
 import pathlib
 import sys
 
-from experiments import page, plots, tables, weight_plots
+from experiments import comparison, page, setting_plots, tables, weight_plots, writers
 
 
 class ReportError(ValueError):
@@ -100,19 +102,34 @@ def _runs_in(path):
 
 
 def write_page(runs, out_path, title=None):
-    """Writes one self-contained HTML page about the runs, be it one or many."""
+    """Writes one self-contained HTML page about the runs, be it one or many.
+
+    Beside it, in `report_files` for `report.html`: every figure as an SVG file, tables.md and tables.tex.
+    """
     settings = tables.gather(runs)
     unfinished = [run for run in runs if not run.get("finished", True)]
-    title = title or _title(settings)
+    title, titles = title or _title(settings), tables.titles(settings)
+    anchors = _anchors(titles)
     body = [f"<h1>{html.escape(title)}</h1>", f'<p class="small">{_size(settings, unfinished)}</p>']
     if len(settings) > 1:
-        entries = (f'<li><a href="#s{i}">{html.escape(s.title)}</a></li>' for i, s in enumerate(settings))
-        body.append(f"<nav><ul>{''.join(entries)}</ul></nav>")
-    body += [_section(setting, f"s{i}") for i, setting in enumerate(settings)]
+        entries = [("settings", "All settings side by side"), *zip(anchors, titles)]
+        entries = "".join(f'<li><a href="#{to}">{html.escape(words)}</a></li>' for to, words in entries)
+        body.append(f"<nav><ul>{entries}</ul></nav>")
+    body.append(comparison.section(settings))
+    body += [_section(setting, *named, alone=len(settings) == 1) for setting, *named in zip(settings, titles, anchors)]
     body += [_unfinished(unfinished)] if unfinished else []
     if any("ltkd" in method.name for setting in settings for method in setting.methods):
         body.append(f'<p class="small">{tables.RECONSTRUCTED}</p>')
-    page.write(out_path, title, body)
+    beside = {f"tables.{ending}": tables.console(runs, form) for form, ending in (("markdown", "md"), ("latex", "tex"))}
+    page.write(out_path, title, body, beside)
+
+
+def _anchors(titles):
+    """Returns a distinct name for each section."""
+    found = []
+    for name in map(page.anchor, titles):
+        found.append(name if name not in found else f"{name}-{len(found)}")
+    return found
 
 
 def _title(settings):
@@ -134,9 +151,9 @@ def _unfinished(runs):
     return f"<h2>Unfinished runs</h2>{tables.as_html(tables.Table(['run', 'progress'], rows, left=2))}"
 
 
-def _section(setting, anchor):
+def _section(setting, title, anchor, *, alone):
     parts = [
-        f'<section id="{anchor}"><h2>{html.escape(setting.title)}</h2>',
+        f'<section id="{anchor}"><h2>{html.escape(title)}</h2>',
         f'<p class="lead">{html.escape(tables.headline(setting))}</p>',
         tables.as_html(tables.accuracy_table(setting)),
         f'<p class="small">{html.escape(setting.note())}. {tables.COLUMNS}</p>',
@@ -145,7 +162,8 @@ def _section(setting, anchor):
     if compared:
         parts.append(f'<h3>What can be told apart</h3><p class="small">{tables.RULE}</p>')
         parts += [f'<p class="key">On {html.escape(t)}:</p>{tables.as_html(table)}' for t, table in compared]
-    parts += [*plots.figures(setting), weight_plots.section(setting), _how(setting)]
+    parts += [comparison.tail_against_head([setting])] if alone else []  # else it stands beside those of the others
+    parts += [*setting_plots.sections(setting), weight_plots.section(setting), _how(setting)]
     return "\n".join(parts) + "</section>"
 
 
@@ -202,12 +220,15 @@ def _told(run):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m experiments.report", description=__doc__.splitlines()[0])
-    parser.add_argument("paths", nargs="*", help="work directories, result JSONs, or folders of them")
-    parser.add_argument("--out", default="report.html")
-    parser.add_argument("--title")
-    parser.add_argument("--results", help="write README.md into this folder of result JSONs instead")
-    parser.add_argument("--queue", nargs="*", default=[], help="queues: what is not yet run is listed as such")
+    parser = argparse.ArgumentParser(prog="python -m experiments.report", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("paths", nargs="*", metavar="PATH", help="work directories, result JSONs, or folders of them")
+    parser.add_argument("--out", default="report.html", metavar="FILE", help="the page (default: report.html)")
+    parser.add_argument("--title", help="of the page (default: the methods and the data)")
+    parser.add_argument("--table", default="text", choices=writers.FORMS, help="what is printed (default: text)")
+    parser.add_argument("--results", metavar="FOLDER", help="write README.md into this folder of result JSONs instead")
+    parser.add_argument("--queue", nargs="*", default=[], metavar="FILE",
+                        help="queues, for --results: what is not yet run is listed as such")  # fmt: skip
     args = parser.parse_args(argv)
     if bool(args.paths) == bool(args.results):
         parser.error("give either PATHs or --results")
@@ -223,7 +244,8 @@ def main(argv=None):
         write_page(runs, args.out, args.title)
     except ValueError as error:  # a file that cannot be reported on, or a queue that cannot be read
         sys.exit(f"error: {error}")
-    print(f"{tables.console(runs)}\n\n{args.out}")
+    print(tables.console(runs, args.table))
+    print(f"\n{args.out}", file=sys.stderr)  # so that the tables can be sent into a file
 
 
 if __name__ == "__main__":

@@ -144,6 +144,7 @@ def _distil(config, workdir, stop, command, on_record):
         },
         "train_images": len(data.train),
         "class_counts": data.class_counts.tolist(),
+        "class_names": list(data.source.class_names),
         "group_assignment": np.asarray(data.groups.assignment).tolist(),
         "epochs": round(program.total_steps / program.steps_per_epoch, 4),
         **summaries,

@@ -2,14 +2,21 @@
 
 A run is the dictionary that `report.load` returns. Runs that share everything but the seeds of the teacher and the
 student are one `Method`; methods that may be compared with each other are one `Setting`. Every table of a report is a
-`Table`, written by `as_text`, `as_markdown` or `as_html`, so that a number looks the same wherever it stands.
+`Table` (experiments/writers.py), so that a number looks the same wherever it stands.
 """
 
+import collections
 import dataclasses
-import html
 import math
 import re
 import statistics
+
+from experiments.writers import Block, Cell, Table, document
+from experiments.writers import as_html as as_html
+from experiments.writers import as_latex as as_latex
+from experiments.writers import as_markdown as as_markdown
+from experiments.writers import as_text as as_text
+from experiments.writers import escape_markdown as escape_markdown
 
 ORDER = "ce balanced_softmax logit_adjusted kd dkd reviewkd wsl dive bkd ltkd ltkd_bs bikd".split()
 BETTER, WORSE, UNCLEAR = "better", "worse", "not distinguishable"
@@ -22,6 +29,10 @@ COLUMNS = (
     "Head, medium and tail are groups by rank; many, mid and few are the classes with more than 100, 20 to 100 and "
     "fewer than 20 training images. ECE: expected calibration error, lower is better. Bold: better than every other "
     "method."
+)
+BETWEEN = (
+    "In percent, mean ± standard deviation over student seeds. Bold: better than every other method of that setting. "
+    "The tail: the group of classes with the fewest training images"
 )
 RECONSTRUCTED = "LTKD is reconstructed from descriptions; there is no official code."
 # Parts of a config that do not change what is learned: two runs that differ in these only are the same method.
@@ -105,8 +116,18 @@ class Setting:
     @property
     def title(self):
         """The setting in one line, without what `note` says."""
-        pair = f"{self.teacher} → {self.student}" if self.teacher else self.student
-        return f"{self.data}, imbalance {self.imbalance:g}, {pair}"
+        return ", ".join(list(self.parts().values())[:3])
+
+    def parts(self):
+        """What the setting is, in the words of a title."""
+        return {
+            "data": self.data,
+            "imbalance": f"imbalance {self.imbalance:g}",
+            "models": f"{self.teacher} → {self.student}" if self.teacher else self.student,
+            "epochs": f"{self.epochs:g} epochs",
+            "split": f"split seed {self.split}",
+            "images": f"{self.images:,} training images",
+        }
 
     @property
     def runs(self):
@@ -188,7 +209,12 @@ def gather(runs):
             settings[host] += settings[key]
         if hosts:
             del settings[key]
-    return [Setting(*key, methods=_methods(settings[key])) for key in sorted(settings)]
+    # What tells the rows of a name apart in one setting is told in all of them: the same row has the same label.
+    differing = collections.defaultdict(set)
+    for same in settings.values():
+        for name, variants in _named(same).items():
+            differing[name] |= _differing(variants)
+    return [Setting(*key, methods=_methods(settings[key], differing)) for key in sorted(settings)]
 
 
 def _setting_key(run):
@@ -214,11 +240,15 @@ def logits_source(run):
     return names.get(run.get("teacher_logits"))
 
 
-def _methods(runs):
+def _named(runs):
     named = {}
     for run in runs:
         named.setdefault(method_name(run["config"]), []).append(run)
-    found = [method for name, same in named.items() for method in _variants(name, same)]
+    return named
+
+
+def _methods(runs, differing):
+    found = [method for name, same in _named(runs).items() for method in _variants(name, same, differing[name])]
     return sorted(found, key=lambda method: (method_rank(method.name), natural(method.label)))
 
 
@@ -227,15 +257,17 @@ def natural(label):
     return tuple(float(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+(?:\.\d+)?)", label)))
 
 
-def _variants(name, runs):
-    """Splits the runs of one name where their configs differ in more than seeds; the label says in what."""
+def _differing(runs):
+    """The keys in which the configs of a method's runs differ, beside seeds; what a config leaves out is off in it."""
     configs = [_essential(run["config"]) for run in runs]
-    # What a config leaves out is off in it.
-    known = set.union(*(set(config) for config in configs))
-    differing = sorted(key for key in known if len({config.get(key) for config in configs}) > 1)
-    found = {}
-    for run, config in zip(runs, configs):
-        seeds = run["seeds"].get("teacher") or 0, run["seeds"].get("student") or 0
+    return {key for key in set().union(*configs) if len({config.get(key) for config in configs}) > 1}
+
+
+def _variants(name, runs, differing):
+    """Splits the runs of one name where their configs differ in more than seeds; the label says in what."""
+    differing, found = sorted(differing), {}
+    for run in runs:
+        config, seeds = _essential(run["config"]), (run["seeds"].get("teacher") or 0, run["seeds"].get("student") or 0)
         found.setdefault(tuple(config.get(key) for key in differing), {}).setdefault(seeds, run)
     for values, by_seeds in found.items():
         told = ", ".join(
@@ -257,6 +289,32 @@ def _plain(text):
 def method_rank(name):
     """Returns the place of a method in every table: the known ones as listed above, then by name."""
     return (ORDER.index(name), "") if name in ORDER else (len(ORDER), name)
+
+
+def apart(settings):
+    """Returns what tells each setting from the others: data, imbalance, models, and more only where those do not."""
+    parts = [setting.parts() for setting in settings]
+    told = [[] for _ in settings]
+    for key in parts[0]:
+        unclear = len(set(map(tuple, told))) < len(told)
+        if len({found[key] for found in parts}) > 1 and (key in ("data", "imbalance", "models") or unclear):
+            told = [[*words, found[key]] for words, found in zip(told, parts)]
+    return [", ".join(words) for words in told]
+
+
+def common(settings):
+    """Returns the data, imbalance and models that all settings have in common, in words."""
+    parts = [list(setting.parts().values())[:3] for setting in settings]
+    return ", ".join(first for first, *others in zip(*parts) if {first} == {first, *others})
+
+
+def titles(settings):
+    """Returns a title for each setting; those that are the same but in length, split or images say so."""
+    same = collections.defaultdict(list)
+    for setting in settings:
+        same[setting.title].append(setting)
+    own = {id(s): words for alike in same.values() for s, words in zip(alike, apart(alike))}
+    return [", ".join(filter(None, (setting.title, own[id(setting)]))) for setting in settings]
 
 
 # What is said about a setting.
@@ -307,30 +365,20 @@ def _listed(words):
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
+ACROSS = {"all classes": lambda setting: "all", "the tail": Setting.tail}  # what settings are set side by side in
+
+
+def overview(settings):
+    """Says how often which method is the most accurate, over all classes and on the tail."""
+    said = []
+    for told, column_of in ACROSS.items():
+        best = collections.Counter(best.label for s in settings if (best := s.best(column_of(s))))
+        names = [f"{label} in {n}" for label, n in best.most_common()]
+        said += [f"on {told}: {_listed(names)} of {sum(best.values())} settings"] if names else []
+    return f"Highest mean accuracy {'; '.join(said)}." if said else ""
+
+
 # Tables.
-
-
-@dataclasses.dataclass(frozen=True)
-class Cell:
-    """A table's cell: a text, what follows it in a quieter voice, and how it is marked."""
-
-    text: str
-    note: str = ""
-    bold: bool = False
-    quiet: bool = False
-
-
-@dataclasses.dataclass
-class Table:
-    """A header and rows of cells (or plain strings); the first `left` columns are words, the others numbers."""
-
-    header: list
-    rows: list
-    left: int = 1
-
-    def cells(self):
-        """Returns the rows with every entry a `Cell`."""
-        return [[cell if isinstance(cell, Cell) else Cell(str(cell)) for cell in row] for row in self.rows]
 
 
 def number(values, *, bold=False):
@@ -357,6 +405,30 @@ def accuracy_table(setting):
         cells = [number(method.values(column).values(), bold=clear[column] is method) for _, column in shown]
         rows.append([Cell(method.label, quiet=method.name == "teacher"), *cells, str(len(method.runs))])
     return Table(["method", *(title for title, _ in shown), "n"], rows)
+
+
+def over_settings(settings):
+    """Returns (title, table) pairs with a row per method and a column per setting; empty for a single setting."""
+    if len(settings) < 2:
+        return []
+    labels = {method.label: method for setting in settings for method in setting.methods}
+    labels = sorted(labels, key=lambda label: (method_rank(labels[label].name), natural(label)))
+    found = []
+    for told, column_of in ACROSS.items():
+        shown = [_cells(setting, column_of(setting)) for setting in settings]
+        names = ["teacher"] * any("teacher" in cells for cells in shown) + labels
+        missing = Cell("–", quiet=True)
+        rows = [[Cell(name, quiet=name == "teacher"), *(c.get(name, missing) for c in shown)] for name in names]
+        title = ": ".join(filter(None, (f"Accuracy on {told}", common(settings))))
+        found.append((title, Table(["method", *apart(settings)], rows)))
+    return found
+
+
+def _cells(setting, column):
+    """The cells of a column, by the label of the method; the clear best is bold."""
+    clear = setting.clear_best(column)
+    methods = filter(None, [setting.teacher_method(), *setting.methods])
+    return {m.label: number(m.values(column).values(), bold=m is clear) for m in methods}
 
 
 def comparison_table(setting, column):
@@ -391,73 +463,21 @@ def comparisons(setting):
     return [(title, comparison_table(setting, column)) for title, column in shown if setting.best(column)]
 
 
-# The one writer.
+# A document.
 
 
-def as_text(table):
-    """Writes a table for a terminal, in aligned columns."""
-    columns = []
-    for i, (title, *cells) in enumerate(zip(table.header, *table.cells())):
-        side = "<" if i < table.left else ">"
-        note = max((len(cell.note) + 1 for cell in cells if cell.note), default=0)
-        lines = [title + " " * note, *(cell.text + f" {cell.note}".ljust(note)[:note] for cell in cells)]
-        lines = [_printable(line) for line in lines]
-        width = max(map(len, lines))
-        columns.append([f"{line:{side}{width}}" for line in [lines[0], "─" * width, *lines[1:]]])
-    return "\n".join("  ".join(line).rstrip() for line in zip(*columns))
-
-
-def _printable(text):
-    return "".join(c if c.isprintable() else "?" for c in str(text))
-
-
-def as_markdown(table):
-    """Writes a table as Markdown."""
-    lines = [[escape_markdown(title) for title in table.header]]
-    lines.append(["---" if i < table.left else "---:" for i in range(len(table.header))])
-    for row in table.cells():
-        texts = [escape_markdown(f"{cell.text} {cell.note}") for cell in row]
-        lines.append([f"**{text}**" if cell.bold else text for cell, text in zip(row, texts)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def escape_markdown(text):
-    """Escapes what would end a cell or begin HTML."""
-    return " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
-
-
-def as_html(table):
-    """Writes a table as HTML, in a box in which it scrolls when it is wider than the page."""
-    kinds = [' class="words"' if i < table.left else "" for i in range(len(table.header))]
-    noted = [any(row[i].note for row in table.cells()) for i in range(len(table.header))]
-    head = [f'<th scope="col"{kind}>{html.escape(title)}</th>' for kind, title in zip(kinds, table.header)]
-    body = []
-    for row in table.cells():
-        cells = [_html_cell(cell, i, kinds[i], noted[i]) for i, cell in enumerate(row)]
-        body.append(f"<tr>{''.join(cells)}</tr>")
-    head, body = "".join(head), "\n".join(body)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def _html_cell(cell, i, kind, noted):
-    text = html.escape(cell.text.replace(" ± ", "\u00a0±\u00a0"))
-    text = f"<b>{text}</b>" if cell.bold else f'<span class="quiet">{text}</span>' if cell.quiet else text
-    # Every cell of a column with notes gets one, so that the decimal points stay under each other.
-    note = f' <span class="note">{html.escape(cell.note)}</span>' if noted else ""
-    return f'<th scope="row"{kind}>{text}{note}</th>' if i == 0 else f"<td{kind}>{text}{note}</td>"
-
-
-def console(runs):
-    """Writes every setting of the runs for a terminal: headline, table, comparisons; then what is unfinished."""
-    parts = []
-    for setting in gather(runs):
-        said = [_printable(line) for line in (setting.title, headline(setting), f"({setting.note()})")]
-        parts += [*said[:2], "", as_text(accuracy_table(setting)), said[2], ""]
-        for title, table in comparisons(setting):
-            parts += [f"Paired, {_printable(title)}:", as_text(table), ""]
+def console(runs, form="text"):
+    """Writes the tables of the runs in one of `writers.FORMS`: settings side by side, then each, then what is left."""
+    settings, blocks = gather(runs), []
+    for part, (title, table) in enumerate(over_settings(settings)):
+        words = "" if part else overview(settings)
+        blocks.append(Block(table, title, words, "" if part else BETWEEN))
+    for setting, title in zip(settings, titles(settings)):
+        blocks.append(Block(accuracy_table(setting), title, headline(setting), setting.note()))
+        blocks += [Block(table, "", f"Paired, {told}:") for told, table in comparisons(setting)]
     unfinished = [run for run in runs if not run.get("finished", True)]
-    parts += [f"unfinished: {_printable(run['source'])} ({progress(run)})" for run in unfinished]
-    return "\n".join(parts or ["no runs"]).rstrip()
+    blocks += [Block(None, "", f"unfinished: {run['source']} ({progress(run)})") for run in unfinished]
+    return document(blocks, form) if blocks else "no runs"
 
 
 def progress(run):

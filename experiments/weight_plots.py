@@ -56,20 +56,19 @@ def _logged_weight(entry, term, name):
 def _map(term, learned, values, names):
     """Draws a term's weight over the two features: the darker, the larger it is, lines of equal weight labelled."""
     (x_name, x), (y_name, y) = zip(learned["features"], learned["axes"])
-    fig = plots.figure(height=250)
-    ax = fig.subplots()
+    title = f"weight of {term}, {values.min():.2f} to {values.max():.2f}"
+    fig, ax = plots.panel(title, height=250, left=48)
     ax.grid(visible=False)
     levels = MaxNLocator(6).tick_values(values.min(), values.max())
     middles = (levels[:-1] + levels[1:]) / 2
     shades = [(plots.colour(7), float(np.clip(0.62 * middle, 0.02, 0.9))) for middle in middles]
     ax.contourf(x, y, values.T, levels=levels, colors=shades)
     drawn = ax.contour(x, y, values.T, levels=levels[1:-1], colors=plots.QUIET, linewidths=0.7)
-    ax.clabel(drawn, fmt="%g", fontsize=9, colors=plots.INK)
+    ax.clabel(drawn, fmt="%g", fontsize=11, colors=plots.INK)
     for g, name in enumerate(names):
         point = [learned["features"][feature].get(name) for feature in (x_name, y_name)]
         if None not in point:
             ax.plot(*point, _MARKS[g % 5], color=plots.colour(_COLOURS[g % 3]), markersize=6, clip_on=False,
                     markeredgecolor=plots.INK, markeredgewidth=0.8)  # fmt: skip
-    title = f"weight of {term}, {values.min():.2f} to {values.max():.2f}"
-    ax.set(title=title, xlabel=x_name.replace("_", " "), ylabel=y_name.replace("_", " "))
-    return fig, f"{title}, over {x_name} and {y_name} of an example"
+    ax.set(xlabel=x_name.replace("_", " "), ylabel=y_name.replace("_", " "))
+    return fig, f"weight of {term} over {x_name} and {y_name}: {values.min():.2f} to {values.max():.2f}"

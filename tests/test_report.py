@@ -47,18 +47,23 @@ def measured(levels, classes, rng, *, shots=True):
     }
 
 
-def fabricate(method="ltkd", seed=0, *, classes=10, teacher=True, shots=True, epochs=240, **extra):
+def fabricate(method="ltkd", seed=0, *, classes=10, imbalance=100, teacher=True, shots=True, epochs=240, **extra):
     """A finished run's results, with the same shape as those of a real one."""
     rng = random.Random(f"{method}{seed}{classes}")
     n_max = 500 if classes > 10 else 5000
-    counts = [int(n_max * 0.01 ** (c / (classes - 1))) for c in range(classes)]
+    counts = [int(n_max * imbalance ** (-c / (classes - 1))) for c in range(classes)]
     hyper = {"name": method, "temperature": 4.0, "alpha": 1.0}
     balanced = {"head": 0.65, "medium": 0.29, "tail": 0.06}
     return {
         "config_hash": f"{method}-{classes}-{seed}",
         "config": {
             "method": hyper,
-            "data": {"name": f"cifar{classes}", "imbalance": 100.0, "n_max": n_max, "validation_per_class": 0},
+            "data": {
+                "name": f"cifar{classes}",
+                "imbalance": float(imbalance),
+                "n_max": n_max,
+                "validation_per_class": 0,
+            },
             "teacher": {"model": "resnet32x4", "cache": "runs/teachers"},
             "student": {"model": "resnet8x4"},
             "train": {"epochs": epochs, "batch_size": 64, "learning_rate": 0.05},
@@ -349,7 +354,9 @@ def test_page_holds_every_number_and_figure(tmp_path, classes, seeds, teacher, s
     titles = ["Accuracy by class frequency", "Confusion between groups", "Training", "How it was run"]
     assert all(title in page.text for title in titles)
     assert ("The teacher’s bias" in page.text) == teacher
-    drawn = 2 + (2 + teacher) * (classes == 100) + 2 * teacher + 4 + 2  # curves, dots, bias, training, terms
+    drawn = (
+        1 + 2 + (2 + teacher) * (classes == 100) + 2 * teacher + 4 + 2
+    )  # scatter, curves, dots, bias, training, terms
     assert len(page.labels) == drawn and all(page.labels)
     assert ("±" in page.text.split("How it was run")[0].replace(tables.RULE, "")) == (seeds > 1)
     assert "LTKD is reconstructed" in page.text and "abc1234" in page.text and "1 h 12 min" in page.text
@@ -360,10 +367,13 @@ def test_page_is_the_same_twice_light_and_self_contained(tmp_path):
     runs = [fabricate(method, seed, classes=100) for method in STRENGTH for seed in range(3)]
     runs = [run | {"source": "x", "finished": True, "metrics": metrics_of(run)} for run in runs]
     pages = []
-    for name in ("a.html", "b.html"):
-        report.write_page(runs, tmp_path / name, title="A comparison")
-        pages.append((tmp_path / name).read_text(encoding="utf-8"))
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        report.write_page(runs, tmp_path / name / "report.html", title="A comparison")
+        pages.append((tmp_path / name / "report.html").read_text(encoding="utf-8"))
     assert pages[0] == pages[1]
+    files = [{path.name: path.read_bytes() for path in (tmp_path / name / "report_files").iterdir()} for name in "ab"]
+    assert files[0] == files[1] and len(files[0]) > 10
     assert len(pages[0].encode()) < 1_000_000
     assert "A comparison" in Page(pages[0]).text
     without_namespaces = pages[0].replace("http://www.w3.org/", "")
@@ -528,7 +538,10 @@ def learned(seed=0, **extra):
 def test_learned_weights_are_drawn(tmp_path):
     report.write_page([learned(0), learned(1)], tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
-    for label in ("weight of ce over the epochs: head, medium, tail", "weight of kd, 0.10 to 0.90, over student_ce"):
+    for label in (
+        "weight of ce over the epochs: head, medium, tail",
+        "weight of kd over student_ce and teacher_ce: 0.10 to 0.90",
+    ):
         assert label in page
     assert page.count("Learned weights") == 1 and ">bikd<" in page
     assert "1,000 balanced ones beside them" in tables.gather([learned()])[0].note()
