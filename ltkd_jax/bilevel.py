@@ -14,6 +14,8 @@ Source: Nguyen, Phan and Ta, "Balancing Knowledge Distillation for Imbalance Lea
 arXiv 2605.17839, for K = 1; the K-step form is this library's.
 """
 
+from __future__ import annotations  # so that help() shows ArrayLike, not all that it stands for
+
 import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -1,5 +1,7 @@
 """Class counts -> groups of classes: head / medium / tail by rank, and many / medium / few by count."""
 
+from __future__ import annotations  # so that help() shows ArrayLike, not all that it stands for
+
 import dataclasses
 import itertools
 
@@ -41,7 +43,7 @@ class ClassGroups:
         *,
         fractions: npt.ArrayLike = DEFAULT_FRACTIONS,
         names: list[str] | tuple[str, ...] | None = None,
-    ) -> "ClassGroups":
+    ) -> ClassGroups:
         """Groups of classes by rank: sorted by training count, descending, ties by class index.
 
         Group g ends at rank `round(C · (fractions[0] + … + fractions[g]))`. Source: LTKD (arXiv 2506.18496),
@@ -71,7 +73,7 @@ class ClassGroups:
     @classmethod
     def from_assignment(
         cls, assignment: npt.ArrayLike, *, names: list[str] | tuple[str, ...] | None = None
-    ) -> "ClassGroups":
+    ) -> ClassGroups:
         """Groups as given: `assignment[c]`, an integer in `[0, G)`, is the group of class c.
 
         Raises:
@@ -92,7 +94,7 @@ class ClassGroups:
     @classmethod
     def _checked(
         cls, assignment: np.ndarray, num_groups: int, names: list[str] | tuple[str, ...] | None
-    ) -> "ClassGroups":
+    ) -> ClassGroups:
         if names is None:
             names = ("head", "medium", "tail") if num_groups == 3 else [f"group {g}" for g in range(num_groups)]
         listed = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)

@@ -1,5 +1,7 @@
 """Evaluation as sums: masked counts on the device that add up over batches and devices, then one summary."""
 
+from __future__ import annotations  # so that help() shows ArrayLike, not all that it stands for
+
 import math
 from typing import Any, NamedTuple, TypeVar
 

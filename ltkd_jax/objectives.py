@@ -4,6 +4,8 @@ To add one: write a function that returns its terms, and decorate it with `@_met
 `config.method.name`, and its keyword arguments are the hyperparameters that a config may set.
 """
 
+from __future__ import annotations  # so that help() shows ArrayLike, not all that it stands for
+
 import dataclasses
 import difflib
 import functools

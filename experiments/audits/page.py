@@ -77,7 +77,7 @@ def due_by_class(ratios, counts, assignment, names, *, width=plots.DESK):
     ax.set(xlim=(-1, len(x)), ylim=(min(0.5, np.nanmin(ratios) * 0.8), max(2, np.nanmax(ratios) * 1.6)))
     plots._plain_log(ax)
     ax.set_title("mass ÷ due (log scale)")
-    ticks = np.unique(np.linspace(0, len(x) - 1, 6 if width == plots.DESK else 4).round().astype(int))
+    ticks = np.unique(np.linspace(0, len(x) - 1, 10 if width == plots.DESK else 5).round().astype(int))
     ax.set_xticks(ticks, [f"{counts[i]:,g}" for i in ticks])
     ax.set_xlabel("training images of the class")
     plots._mark_groups(ax, assignment, names)
@@ -174,7 +174,7 @@ def _calibration(found):
     )
     rest = (
         "Over: mean confidence less accuracy, in points. ECE: expected calibration error in 15 bins of the same width, "
-        f"in points; {told.BY_CHANCE}, and about so much of it is no fault of the model."
+        f"in points; {told.BY_CHANCE}, so an ECE of about that is no sign of a fault."
     )
     figure = f'<figure class="panels">{"".join(panels)}</figure>'
     table = tables.as_html(told.calibration_table(found))

@@ -1,5 +1,7 @@
 """What the losses share: input checks, and softmax in log space over the classes that exist."""
 
+from __future__ import annotations  # so that help() shows ArrayLike, not all that it stands for
+
 import chex
 import jax
 import jax.numpy as jnp

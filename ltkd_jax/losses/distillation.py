@@ -1,5 +1,7 @@
 """Distillation losses that both papers compare with. Each is the soft part alone; add the hard loss yourself."""
 
+from __future__ import annotations  # so that help() shows ArrayLike, not all that it stands for
+
 import math
 
 import jax

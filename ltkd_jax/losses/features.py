@@ -1,5 +1,7 @@
 """A loss of intermediate features."""
 
+from __future__ import annotations  # so that help() shows ArrayLike, not all that it stands for
+
 import functools
 import operator
 from collections.abc import Sequence

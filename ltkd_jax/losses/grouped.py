@@ -10,6 +10,8 @@ Source: "Biased Teacher, Balanced Student" (arXiv 2506.18496). The split is an i
 corrections is known second-hand, and the formula of the rebalancing is inferred: no official code is public.
 """
 
+from __future__ import annotations  # so that help() shows ArrayLike, not all that it stands for
+
 from collections.abc import Callable
 from typing import NamedTuple
 

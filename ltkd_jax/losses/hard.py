@@ -1,5 +1,7 @@
 """Losses from labels alone: cross-entropy, and its two adjustments for long-tailed class counts."""
 
+from __future__ import annotations  # so that help() shows ArrayLike, not all that it stands for
+
 import jax
 import jax.numpy as jnp
 import numpy.typing as npt
