@@ -41,7 +41,7 @@ thead th { color: var(--quiet); border-bottom: 1px solid var(--ink); vertical-al
 tbody tr + tr > * { border-top: 1px solid var(--grid); }
 tbody tr:last-child > * { border-bottom: 1px solid var(--ink); }
 .words { text-align: left; }
-td.words { white-space: normal; min-width: 9rem; }
+td.words { white-space: normal; min-width: 7.5rem; }
 td.words .note { white-space: nowrap; }
 td:not(.words) .note { display: inline-block; min-width: 3.4em; text-align: left; }
 .note { font-size: .86em; }

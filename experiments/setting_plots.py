@@ -100,7 +100,8 @@ def by_class(curves, found, counts, assignment, groups, told, *, width=plots.DES
     ax.set_yticks(range(0, 101, 20))
     ax.set_title("test accuracy, %")
     _mark_groups(ax, assignment, groups)
-    strip.fill_between(np.arange(len(counts)), counts, 0.8, step="mid", color=plots.QUIET, alpha=0.45, linewidth=0)
+    edges = np.arange(len(counts) + 1) - 0.5
+    strip.stairs(counts, edges, baseline=0.8, fill=True, color=plots.QUIET, alpha=0.45, linewidth=0)
     strip.set_yscale("log")
     strip.set_title("training images (log scale)", fontsize=11)
     strip.set_xlabel("class, the most frequent first")
@@ -151,12 +152,13 @@ def _bias_section(setting):
     names = setting.group_names()
     run = next((run for run in setting.runs if run.get("group_assignment")), {})
     training, classes = _shares(run, names)
-    panels = []
-    for teacher in setting.teachers().values():
+    panels, teachers = [], list(setting.teachers().values())
+    for number, teacher in enumerate(teachers, 1):
+        which = f", teacher {number}" if len(teachers) > 1 else ""
         for kind, fair in (("long_tailed", training), ("balanced", classes)):
             mass = (teacher.get("group_mass") or {}).get(kind) or {}
             if fair and set(names) <= mass.keys():
-                title = f"{kind.replace('_', '-')} input"
+                title = f"{kind.replace('_', '-')} input{which}"
                 panels.append(plots.group_mass(title, {name: mass[name] for name in names}, fair, training))
     if not panels:
         return ""
