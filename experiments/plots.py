@@ -32,6 +32,7 @@ STYLES = {
     "bikd over ltkd_bs": (7, MIXED),
 }  # fmt: skip
 MARKS = {SOLID: "o", DASHED: "s", DOTTED: "^", MIXED: "D"}  # where a method is a point, in place of its dashes
+MANY = 30  # classes, from which on single ones are hard to tell
 PANEL, DESK, PHONE = 300, 950, 350  # widths in CSS pixels
 INK, QUIET, GRID, FIRST = "#010101", "#020202", "#030303", 0x10
 _RC = {
@@ -274,6 +275,18 @@ def lines(title, series, found, *, log=False):
     else:
         ax.set_ylim(bottom=min(0.0, *(float(np.min(y)) for _, y in series.values())))
     return fig, f"{title} over the epochs: {', '.join(series)}", (), {label: found[label] for label in series}
+
+
+def mark_groups(ax, assignment, names):
+    """Draws the borders of the groups, and their names above; the classes are sorted by count."""
+    starts = [int(np.argmax(assignment == g)) for g in range(len(names))] if len(names) else []
+    for g, start in enumerate(starts):
+        if start:
+            ax.axvline(start - 0.5, color=QUIET, linewidth=0.8, linestyle=DOTTED)
+        middle = (start + np.flatnonzero(assignment == g)[-1]) / 2
+        if len(names) <= 6:
+            above = ax.get_xaxis_transform()
+            ax.text(middle, 1.0, names[g], transform=above, ha="center", va="top", fontsize=11, color=QUIET)
 
 
 def plain_log(ax):

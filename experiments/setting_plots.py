@@ -4,8 +4,6 @@ import numpy as np
 
 from experiments import plots, tables
 
-MANY = 30  # classes, from which on curves are smoothed
-
 
 def sections(setting):
     """Returns the page's sections that hold figures; a section without data is empty."""
@@ -35,7 +33,7 @@ def _with_teacher(setting):
 def smooth(values):
     """Averages over neighbouring classes, by a Gaussian, where there are too many to read."""
     values = np.asarray(values, float)
-    if len(values) < MANY:
+    if len(values) < plots.MANY:
         return values
     distance = np.subtract.outer(np.arange(len(values)), np.arange(len(values)))
     weights = np.exp(-0.5 * (distance / (0.03 * len(values))) ** 2)
@@ -64,7 +62,7 @@ def _class_section(setting, found):
     shared = counts[order], assignment[order] if groups else assignment, groups, told
     both = [by_class(curves, found, *shared, width=width) for width in (plots.DESK, plots.PHONE)]
     dots, what = "", "Means over student seeds."
-    if len(counts) >= MANY:
+    if len(counts) >= plots.MANY:
         drawn = "".join(one_by_class(label, v, found[label], *shared) for label, v in curves.items())
         dots = f'<figure class="panels">{drawn}</figure>'
         what = f"Curves are averages over neighbouring classes; dots are classes. {what}"
@@ -75,18 +73,6 @@ def _class_section(setting, found):
     )
 
 
-def _mark_groups(ax, assignment, names):
-    """Draws the borders of the groups, and their names above; the classes are sorted by count."""
-    starts = [int(np.argmax(assignment == g)) for g in range(len(names))] if len(names) else []
-    for g, start in enumerate(starts):
-        if start:
-            ax.axvline(start - 0.5, color=plots.QUIET, linewidth=0.8, linestyle=plots.DOTTED)
-        middle = (start + np.flatnonzero(assignment == g)[-1]) / 2
-        if len(names) <= 6:
-            above = ax.get_xaxis_transform()
-            ax.text(middle, 1.0, names[g], transform=above, ha="center", va="top", fontsize=11, color=plots.QUIET)
-
-
 @plots.styled
 def by_class(curves, found, counts, assignment, groups, told, *, width=plots.DESK):
     """Draws the (smoothed) accuracy of every method by class, sorted by count, over the counts themselves."""
@@ -94,12 +80,12 @@ def by_class(curves, found, counts, assignment, groups, told, *, width=plots.DES
     ax, strip = fig.subplots(2, 1, sharex=True, height_ratios=(4.2, 1))
     for label, values in curves.items():
         index, dashes = found[label]
-        dotted = {"marker": "o", "markersize": 4} if len(values) < MANY else {}
+        dotted = {"marker": "o", "markersize": 4} if len(values) < plots.MANY else {}
         ax.plot(smooth(values), color=plots.colour(index), linestyle=dashes, **dotted)
     ax.set_ylim(0, 112)
     ax.set_yticks(range(0, 101, 20))
     ax.set_title("test accuracy, %")
-    _mark_groups(ax, assignment, groups)
+    plots.mark_groups(ax, assignment, groups)
     edges = np.arange(len(counts) + 1) - 0.5
     strip.stairs(counts, edges, baseline=0.8, fill=True, color=plots.QUIET, alpha=0.45, linewidth=0)
     strip.set_yscale("log")
@@ -114,7 +100,7 @@ def by_class(curves, found, counts, assignment, groups, told, *, width=plots.DES
     # What is narrower than half a pixel cannot be pointed at.
     columns = [(c - 0.5, c + 0.5) for c in range(len(lines))]
     hovers = plots.areas(ax, columns, None, lines) if len(lines) < 2 * width else ()
-    smoothed = " smoothed," if len(counts) >= MANY else ""
+    smoothed = " smoothed," if len(counts) >= plots.MANY else ""
     name = f"Test accuracy by class{'' if width == plots.DESK else ', narrow'}"
     described = f"{name}:{smoothed} the classes sorted by training images, {', '.join(curves)}"
     return fig, described, hovers, {label: found[label] for label in curves}
@@ -130,7 +116,7 @@ def one_by_class(label, values, style, counts, assignment, groups, told):
     ticks = np.unique(np.linspace(0, len(counts) - 1, 5).round().astype(int))
     ax.set_xticks(ticks, [f"{counts[i]:g}" for i in ticks])
     ax.set_xlabel("training images of the class")
-    _mark_groups(ax, assignment, groups)
+    plots.mark_groups(ax, assignment, groups)
     dots = plots.dots(ax, x, values, [f"{label}  {values[c]:.1f} %\n{told[c]}" for c in x], style[0])
     return fig, f"Test accuracy by class, {label}: dots are classes, sorted by training images", dots
 

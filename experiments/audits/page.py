@@ -63,11 +63,12 @@ def reliability(title, bins):
 
 
 @plots.styled
-def due_by_class(ratios, counts, assignment, names, *, width=plots.DESK):
+def due_by_class(ratios, counts, assignment, names, told_of, *, width=plots.DESK):
     """Draws the mass that each class gets over what is its due, the classes sorted by training images."""
     fig = plots.figure(width, 300)
     ax = fig.subplots()
-    x, ratios = np.arange(len(ratios)), np.maximum(ratios, 1e-4)
+    x, told_of = np.arange(len(ratios)), [f"{words}\nmass ÷ due {ratio:.2f}" for words, ratio in zip(told_of, ratios)]
+    ratios = np.maximum(ratios, 1e-4)
     ax.axhline(1, color=plots.QUIET, linewidth=1, linestyle=plots.DASHED)
     large = len(ratios) < plots.MANY
     ax.vlines(x, np.minimum(ratios, 1), np.maximum(ratios, 1), color=plots.colour(_SHARES), alpha=0.35,
@@ -75,13 +76,16 @@ def due_by_class(ratios, counts, assignment, names, *, width=plots.DESK):
     ax.plot(x, ratios, "o", color=plots.colour(_SHARES), markersize=6 if large else 3.2, markeredgewidth=0)
     ax.set_yscale("log")
     ax.set(xlim=(-1, len(x)), ylim=(min(0.5, np.nanmin(ratios) * 0.8), max(2, np.nanmax(ratios) * 1.6)))
-    plots._plain_log(ax)
+    plots.plain_log(ax)
     ax.set_title("mass ÷ due (log scale)")
     ticks = np.unique(np.linspace(0, len(x) - 1, 10 if width == plots.DESK else 5).round().astype(int))
     ax.set_xticks(ticks, [f"{counts[i]:,g}" for i in ticks])
     ax.set_xlabel("training images of the class")
-    plots._mark_groups(ax, assignment, names)
-    return fig, "Mass that each class gets over its share of the examples, the classes sorted by training images"
+    plots.mark_groups(ax, assignment, names)
+    # What is narrower than half a pixel cannot be pointed at.
+    hovers = plots.areas(ax, [(c - 0.5, c + 0.5) for c in x], None, told_of) if len(x) < 2 * width else ()
+    name = f"Mass over due by class{'' if width == plots.DESK else ', narrow'}"
+    return fig, f"{name}: what each gets over its share of the examples, sorted by training images", hovers
 
 
 # The page.
@@ -187,8 +191,9 @@ def _classes(found):
     order = np.argsort(-counts, kind="stable")
     order = order[np.argsort(assignment[order], kind="stable")]
     ratios = np.array([told.due(classes, c) if classes["examples"][c] else np.nan for c in order])
+    told_of = [f"{found['class_names'][c]}, {counts[c]:,g} training images" for c in order]
     drawn = [
-        due_by_class(ratios, counts[order], assignment[order], found["groups"]["names"], width=width)
+        due_by_class(ratios, counts[order], assignment[order], found["groups"]["names"], told_of, width=width)
         for width in (plots.DESK, plots.PHONE)
     ]
     text = (
@@ -207,11 +212,10 @@ def _classes(found):
 
 
 def _between_groups(found):
-    heat_map = getattr(plots, "heat_map", None) or plots._heat_map  # by either of its names
     names, models = found["groups"]["names"], found["inputs"][0]["models"]
     matrices = {what: matrix for model in models for what, matrix in told.confusions(found, model).items()}
     if all(all(matrix) for matrix in matrices.values()):
-        maps = "".join(heat_map(what, matrix, names) for what, matrix in matrices.items())
+        maps = "".join(plots.heat_map(what, matrix, names) for what, matrix in matrices.items())
         shown = f'<div class="maps">{maps}</div>'
     else:  # a group has no example
         shown = tables.as_html(told.confusion_table(found))
