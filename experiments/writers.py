@@ -84,7 +84,8 @@ def as_markdown(table):
 
 def escape_markdown(text):
     """Escapes what would end a cell or begin HTML."""
-    return " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
+    text = " ".join(str(text).split()).replace("\\", "\\\\")
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
 
 
 def _markdown_block(block):
