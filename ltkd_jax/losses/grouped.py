@@ -268,7 +268,9 @@ def rebalanced_inter_group(
 
 
 def uniform_intra_group(student_logits, teacher_logits, groups, *, temperature=4.0, where=None) -> jax.Array:
-    """KL within the groups, every group with the same weight: τ² Σ_G KL(p̃^T_{·|G} ‖ p̃^S_{·|G}).
+    """KL within the groups, every group with the same weight.
+
+        τ² Σ_G KL(p̃^T_{·|G} ‖ p̃^S_{·|G})
 
     Source: LTKD (arXiv 2506.18496), the uniform intra-group loss (known second-hand).
 
