@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow lint docs clean
 
 demo: .venv/train.stamp  ## digits-LT: one teacher, four methods, three seeds; prints a table, writes a page
 	$(BIN)/python -m experiments.reproduce experiments/queues/demo.json --results=runs/demo/results
@@ -17,8 +17,12 @@ lint: .venv/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+docs: .venv/docs.stamp  ## the documentation, in docs/_build: every page's code is run; a warning is an error
+	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build/html
+	@echo "$(CURDIR)/docs/_build/html/index.html"
+
 clean:
-	rm -rf .venv .jax_cache build *.egg-info
+	rm -rf .venv .jax_cache build docs/_build *.egg-info
 
 .venv/%.stamp: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
