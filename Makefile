@@ -18,7 +18,7 @@ lint: .venv/test.stamp
 	$(BIN)/ruff format --check .
 
 docs: .venv/docs.stamp  ## the documentation, in docs/_build: every page's code is run; a warning is an error
-	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build/html
+	$(BIN)/sphinx-build -q -j auto -W --keep-going -b html docs docs/_build/html
 	@echo "$(CURDIR)/docs/_build/html/index.html"
 
 clean:

@@ -1,6 +1,8 @@
 """The site: Sphinx with MyST Markdown; every page with code cells is a notebook that is run when the site is built."""
 
 import hashlib
+import importlib.util
+import logging
 import os
 import pathlib
 import sys
@@ -21,7 +23,6 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "sphinx.ext.mathjax",
-    "sphinx-mathjax-offline",  # its files in the site: a page needs no network
     "sphinx_copybutton",
     "sphinx_design",
 ]
@@ -52,7 +53,10 @@ os.environ["MATPLOTLIBRC"] = str(ROOT / "docs" / "matplotlibrc")
 os.environ["IPYTHONDIR"] = str(BUILD / "ipython")
 profile = BUILD / "ipython" / "profile_default"
 profile.mkdir(parents=True, exist_ok=True)
-(profile / "ipython_kernel_config.py").write_text('get_config().InlineBackend.figure_formats = {"svg"}\n')
+(profile / "ipython_kernel_config.py").write_text(
+    'c = get_config()\nc.InlineBackend.figure_formats = {"svg"}\nc.IPKernelApp.log_level = 40\n'
+)
+logging.getLogger("traitlets").setLevel(logging.WARNING)  # or each page is told twice
 
 # The reference. Single backticks of a docstring are code, and a link where they name something.
 
@@ -66,7 +70,9 @@ python_maximum_signature_line_length = 100
 # The look.
 
 html_theme = "furo"
-html_static_path = ["_static"]
+# MathJax lies in the site, so that a page needs no network. As an extension the package would forbid `-j`.
+html_static_path = ["_static", str(pathlib.Path(importlib.util.find_spec("sphinx-mathjax-offline").origin).parent / "static")]
+mathjax_path = "mathjax/tex-chtml.js"
 html_css_files = ["custom.css"]
 html_show_sphinx = False
 html_copy_source = False
@@ -98,3 +104,4 @@ def setup(app):
     app.add_config_value("library", _library(), "env")
     app.connect("autodoc-process-docstring", _formulas, priority=400)  # before napoleon
     app.connect("autodoc-skip-member", _skip_fields)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
