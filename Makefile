@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow lint dist clean
+.PHONY: demo test test-slow lint dist docs clean
 
 demo: .venv/train.stamp  ## digits-LT: one teacher, four methods, three seeds; prints a table, writes a page
 	$(BIN)/python -m experiments.reproduce experiments/queues/demo.json --results=runs/demo/results
@@ -21,8 +21,12 @@ lint: .venv/test.stamp  ## style and types
 dist: .venv/test.stamp  ## the source distribution and the wheel, in dist
 	$(BIN)/python -m build --no-isolation
 
+docs: .venv/docs.stamp  ## the documentation, in docs/_build: every page's code is run; a warning is an error
+	$(BIN)/sphinx-build -q -j auto -W --keep-going -b html docs docs/_build/html
+	@echo "$(CURDIR)/docs/_build/html/index.html"
+
 clean:
-	rm -rf .venv .jax_cache .mypy_cache build dist *.egg-info
+	rm -rf .venv .jax_cache .mypy_cache build dist docs/_build *.egg-info
 
 .venv/%.stamp: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

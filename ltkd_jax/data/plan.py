@@ -78,7 +78,8 @@ def stream(
     Args:
       seed, first_step: int scalars, may be traced.
       num_steps: how many.
-      num_examples, batch_size, **of_view: as `epoch_plan`.
+      num_examples, batch_size: as `epoch_plan`.
+      **of_view: likewise.
 
     >>> plan = stream(0, 1, num_steps=2, num_examples=5, batch_size=3, num_views=9)
     >>> epochs = [epoch_plan(0, epoch, num_examples=5, batch_size=3, num_views=9) for epoch in (0, 1)]

@@ -321,7 +321,9 @@ def uniform_intra_group(
     temperature: Scalar = 4.0,
     where: ArrayLike | None = None,
 ) -> jax.Array:
-    """KL within the groups, every group with the same weight: τ² Σ_G KL(p̃^T_{·|G} ‖ p̃^S_{·|G}).
+    """KL within the groups, every group with the same weight.
+
+        τ² Σ_G KL(p̃^T_{·|G} ‖ p̃^S_{·|G})
 
     Source: LTKD (arXiv 2506.18496), the uniform intra-group loss (known second-hand).
 

@@ -69,7 +69,7 @@ class Checkpoints:
         """The newest whole checkpoint as (step, tree, extra); None if there is none.
 
         Args:
-          like: a pytree of arrays or `ShapeDtypeStruct`s that the checkpoint must match.
+          like: a pytree of arrays, or of `jax.ShapeDtypeStruct`, that the checkpoint must match.
 
         Raises:
           ValueError: the checkpoint is whole, but of another structure or of other shapes.

@@ -1,0 +1,255 @@
+"""The documentation: what its pages name is there, what they say to type works, and the site builds."""
+
+import html.parser
+import importlib
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+
+import pytest
+from small import ROOT
+
+import ltkd_jax
+from configs import common
+from experiments import entries
+
+DOCS = ROOT / "docs"
+PAGES = sorted(path for path in DOCS.rglob("*.md") if "_build" not in path.parts)
+READ = sorted({*PAGES, ROOT / "README.md"})
+BLOCK = re.compile(r"^(`{3,})(\{[\w-]+\})? ?(\w*)\n(.*?)^\1$", re.MULTILINE | re.DOTALL)
+OF_ONE_PAGE = {"kd_adjusted", "experiments/queues/mine.json"}  # what docs/add_a_method.md adds
+AWAITED = {"experiments.audit"}
+ROOMS = ("losses", "groups", "bilevel", "objectives", "metrics")
+
+each_page = pytest.mark.parametrize("page", READ, ids=lambda path: str(path.relative_to(ROOT)))
+
+
+def blocks(page, *kinds):
+    """The code of a page's blocks of these kinds: "code-cell", "python", "bash", …; options are left out."""
+    for _, role, language, body in BLOCK.findall(page.read_text()):
+        if {role.strip("{}"), language} & set(kinds):
+            lines = body.splitlines(keepends=True)
+            yield "".join(line for line in lines if not re.match(r":[\w-]+:", line))
+
+
+def commands(page):
+    """Everything on a page that is typed into a shell, a line each."""
+    cells = (cell for cell in blocks(page, "code-cell") if cell.startswith("%%bash"))
+    text = "\n".join([*blocks(page, "bash"), *cells, *re.findall(r"`([^`\n]+)`", page.read_text())])
+    return text.replace("\\\n", " ")
+
+
+@each_page
+def test_python_parses(page):
+    for code in blocks(page, "code-cell", "python"):
+        if not code.startswith("%%"):
+            compile(code, str(page), "exec")
+
+
+@each_page
+def test_commands_name_what_is_there(page):
+    typed = commands(page)
+    for module in {*re.findall(r"python -m ([\w.]+)", typed)} - AWAITED:
+        assert importlib.util.find_spec(module), f"{page}: python -m {module}"
+    for path, argument in re.findall(r"--config=(configs/\w+\.py)(?::([^\s`]+))?", typed):
+        if not any(new in argument for new in OF_ONE_PAGE):
+            entries.load_config(f"{path}:{argument}" if argument else path)
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for target in re.findall(r"(?:^|`)make ([\w-]+)", typed, re.MULTILINE):
+        assert target in targets, f"{page}: make {target}"
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for extra in re.findall(r'pip install (?:-e )?"\.\[(\w+)\]"', typed):
+        assert extra in extras, f"{page}: .[{extra}]"
+
+
+@each_page
+def test_keys_and_paths_are_there(page):
+    text = page.read_text()
+    config = common.base("digits", teacher="resnet8", student="resnet8", imbalance=1.0)
+    config.weighting.update(common.bilevel())
+    known = {*config.to_dict(), "method.strength"}
+    for parent in ("data", "augment", "groups", "method", "weighting", "student", "teacher", "train"):
+        known |= {f"{parent}.{key}" for key in config[parent]}
+    known |= {f"teacher.train.{key}" for key in config.teacher.train}
+    named = re.findall(r"--config\.([\w.]*\w)", text)
+    named += re.findall(r"`((?:data|augment|weighting|teacher|train)\.[\w.]*\w)[`=]", text)
+    for key in named:
+        assert key in known or key == "KEY", f"{page}: no key {key}"
+    for path in re.findall(r"\b((?:configs|experiments|tests|ltkd_jax|results)/[\w./*]*[\w*])", text):
+        if path not in OF_ONE_PAGE and not re.match(r"experiments/\w+$", path):
+            assert list(ROOT.glob(path)), f"{page}: no {path}"
+
+
+def test_the_first_example_is_the_readmes():
+    """Which tests/test_structure.py runs."""
+    (code,) = blocks(DOCS / "index.md", "python")
+    assert code.strip() == next(blocks(ROOT / "README.md", "python")).strip()
+
+
+# A method of one's own.
+
+
+@pytest.fixture(scope="module")
+def with_a_method(tmp_path_factory):
+    """A copy of the checkout with what docs/add_a_method.md says applied."""
+    if not shutil.which("git"):
+        pytest.skip("git applies the page's diffs")
+    copy = tmp_path_factory.mktemp("checkout") / "copy"
+    ignored = shutil.ignore_patterns(".*", "runs", "_build", "build", "__pycache__", "*.egg-info")
+    shutil.copytree(ROOT, copy, ignore=ignored)
+    for diff in blocks(DOCS / "add_a_method.md", "diff"):
+        outside = {**os.environ, "GIT_CEILING_DIRECTORIES": str(copy.parent)}
+        done = subprocess.run(["git", "apply"], input=diff, cwd=copy, env=outside, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    (queue,) = blocks(DOCS / "add_a_method.md", "json")
+    (copy / "experiments/queues/mine.json").write_text(queue)
+    return copy
+
+
+def run_in(copy, *words):
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(copy),
+        "LTKD_CACHE": os.environ.get("LTKD_CACHE", str(ROOT / ".jax_cache")),
+    }
+    done = subprocess.run([sys.executable, *words], cwd=copy, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+def test_the_pages_method_is_in_the_table(with_a_method):
+    """Its hyperparameters and its queue, as a fresh process sees them."""
+    code = "from ltkd_jax import objectives as o; print(o.hyperparameters('kd_adjusted', learned_weights=True))"
+    assert run_in(with_a_method, "-c", code).strip() == "{'strength': 1.0, 'temperature': 4.0}"
+    listed = run_in(with_a_method, "-m", "experiments.reproduce", "experiments/queues/mine.json", "--list")
+    assert listed.count("kd_adjusted") == 6 and listed.count('{"method.strength": 0.5}') == 3
+
+
+@pytest.mark.slow
+def test_the_pages_method_trains_and_passes_its_tests(with_a_method):
+    """Through the program, with static and with learned weights."""
+    tested = run_in(with_a_method, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_objectives.py")
+    assert "failed" not in tested and "passed" in tested
+    for argument in ("kd_adjusted,smoke", "bikd,terms=kd_adjusted,smoke"):
+        workdir = with_a_method / "runs" / argument.replace(",", "-")
+        run_in(
+            with_a_method, "-m", "experiments.main", f"--config=configs/digits_lt.py:{argument}", f"--workdir={workdir}"
+        )
+        results = json.loads((workdir / "results.json").read_text())
+        assert results["config"]["method"]["name"] == "kd_adjusted" and results["test"]["all"] > 0
+
+
+# The site.
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory):
+    """The built site; a warning is an error, and every cell has run."""
+    for needed in (
+        "sphinx",
+        "myst_nb",
+        "furo",
+        "sphinx_design",
+        "sphinx_copybutton",
+        "equinox",
+        "sphinx-mathjax-offline",
+    ):
+        if importlib.util.find_spec(needed) is None:
+            pytest.skip(f"the site needs {needed}: pip install -e '.[docs]'")
+    out = tmp_path_factory.mktemp("site")
+    environment = {**os.environ, "LTKD_DOCS_BUILD": str(out / "build")}
+    words = [
+        "-m",
+        "sphinx",
+        "-q",
+        "-W",
+        "--keep-going",
+        "-j",
+        "auto",
+        "-d",
+        out / "doctrees",
+        "-b",
+        "html",
+        DOCS,
+        out / "html",
+    ]
+    done = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return out / "html"
+
+
+class Reader(html.parser.HTMLParser):
+    """What a page refers to, the anchors it has, and the classes of its parts."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.refers, self.anchors, self.classes, self.loads = [], set(), [], []
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag, attributes):
+        found = dict(attributes)
+        self.anchors.add(found.get("id"))
+        self.classes += (found.get("class") or "").split()
+        self.refers += [found["href"]] if tag == "a" and found.get("href") else []
+        self.loads += [found[key] for key in ("src", "href", "srcset") if tag != "a" and found.get(key)]
+
+
+@pytest.mark.slow
+def test_every_page_with_cells_ran(site):
+    for page in PAGES:
+        cells = [cell for cell in blocks(page, "code-cell")]
+        if cells:
+            built = site / page.relative_to(DOCS).with_suffix(".html")
+            classes = Reader(built).classes
+            assert classes.count("cell_output") >= 1 and not {"traceback", "stderr"} & set(classes), built
+            figures = sum("plt.subplots(" in cell for cell in cells)
+            assert len(re.findall(r'<img [^>]*\.svg"', built.read_text())) == figures, built
+
+
+@pytest.mark.slow
+def test_the_site_needs_no_network(site):
+    for page in site.rglob("*.html"):
+        far = [load for load in Reader(page).loads if re.match(r"(https?:)?//", load)]
+        assert not far, f"{page} loads {far}"
+    for sheet in site.rglob("*.css"):
+        assert not re.search(r"(@import|url\()\s*['\"]?(https?:)?//", sheet.read_text()), sheet
+
+
+@pytest.mark.slow
+def test_every_link_inside_leads_somewhere(site):
+    pages = {page.resolve(): Reader(page) for page in site.rglob("*.html")}
+    assert len(pages) > 40
+    for path, page in pages.items():
+        for link in page.refers:
+            target, _, anchor = link.partition("#")
+            if re.match(r"\w+:", link):
+                continue
+            where = (path.parent / target).resolve() if target else path
+            assert where.exists(), f"{path}: {link}"
+            if anchor and where in pages:
+                assert anchor in pages[where].anchors, f"{path}: {link}"
+
+
+@pytest.mark.slow
+def test_every_public_name_is_in_the_reference(site):
+    from sphinx.util.inventory import InventoryFile
+
+    with open(site / "objects.inv", "rb") as file:
+        inventory = InventoryFile.load(file, "", os.path.join)
+    listed = {name for domain, names in inventory.items() if domain.startswith("py:") for name in names}
+    for room in ROOMS:
+        module = getattr(ltkd_jax, room)
+        own = [
+            n
+            for n, x in vars(module).items()
+            if n[0] != "_" and getattr(x, "__module__", module.__name__) == module.__name__
+        ]
+        for name in getattr(module, "__all__", own):
+            imported = not hasattr(module, "__all__") and name in sys.modules
+            assert imported or f"{module.__name__}.{name}" in listed, f"docs/api/{room}.md lacks {name}"
