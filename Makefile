@@ -10,7 +10,7 @@ demo: .venv/train.stamp  ## digits-LT: one teacher, four methods, three seeds; p
 test: .venv/test.stamp  ## the fast suite, under ten minutes on two cores
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test-slow: .venv/test.stamp  ## what takes minutes: kills and resumes, real data, whole runs
+test-slow: .venv/test.stamp .venv/docs.stamp  ## what takes minutes: kills and resumes, real data, whole runs, the site
 	$(BIN)/python -m pytest -m slow
 
 lint: .venv/test.stamp  ## style and types
