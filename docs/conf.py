@@ -63,7 +63,8 @@ logging.getLogger("traitlets").setLevel(logging.WARNING)  # or each page is told
 default_role = "py:obj"
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
-napoleon_use_ivar = True
+napoleon_custom_sections = [("Attributes", "params_style")]
+add_module_names = False
 napoleon_use_rtype = False
 python_maximum_signature_line_length = 100
 
@@ -71,10 +72,8 @@ python_maximum_signature_line_length = 100
 
 html_theme = "furo"
 # MathJax lies in the site, so that a page needs no network. As an extension the package would forbid `-j`.
-html_static_path = [
-    "_static",
-    str(pathlib.Path(importlib.util.find_spec("sphinx-mathjax-offline").origin).parent / "static"),
-]
+mathjax = pathlib.Path(importlib.util.find_spec("sphinx-mathjax-offline").origin).parent
+html_static_path = ["_static", str(mathjax / "static")]
 mathjax_path = "mathjax/tex-chtml.js"
 html_css_files = ["custom.css"]
 html_show_sphinx = False
@@ -99,10 +98,8 @@ def _skip_fields(app, what, name, obj, skip, options):
 
 def _library():
     """A hash of the code that the pages run: where it changes, all of them are run again."""
-    code = (
-        p.read_bytes() for room in ("ltkd_jax", "experiments", "configs") for p in sorted((ROOT / room).rglob("*.py"))
-    )
-    return hashlib.sha256(b"".join(code)).hexdigest()
+    files = (path for room in ("ltkd_jax", "experiments", "configs") for path in sorted((ROOT / room).rglob("*.py")))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
 def setup(app):
