@@ -62,7 +62,9 @@ def bin_of(confidence: AnArray) -> AnArray:
 
 
 def calibration_error(bins: ArrayLike) -> np.ndarray:
-    """The expected calibration error in percent: Σ_b |confidence_b − hits_b| / N, of sums as `EvalSums.bins`.
+    """The expected calibration error in percent, of sums as `EvalSums.bins`.
+
+        100 / N · Σ_b |confidence_b − hits_b|
 
     Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
 
