@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from ltkd_jax.groups import ClassGroups
 
 NUM_BINS = 15  # of the expected calibration error
-AnArray = TypeVar("AnArray", jax.Array, np.ndarray)
+_Array = TypeVar("_Array", jax.Array, np.ndarray)
 
 
 class EvalSums(NamedTuple):
@@ -56,7 +56,7 @@ def eval_sums(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> EvalSums
     )
 
 
-def bin_of(confidence: AnArray) -> AnArray:
+def bin_of(confidence: _Array) -> _Array:
     """The bin of each confidence, int; all are of the same width, and 1 falls into the last."""
     return (confidence * NUM_BINS).astype(np.int32).clip(0, NUM_BINS - 1)
 
