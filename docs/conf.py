@@ -63,6 +63,7 @@ logging.getLogger("traitlets").setLevel(logging.WARNING)  # or each page is told
 default_role = "py:obj"
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
+autodoc_typehints = "none"  # docstrings tell shapes, which say more than ArrayLike does
 napoleon_custom_sections = [("Attributes", "params_style")]
 add_module_names = False
 napoleon_use_rtype = False
@@ -83,12 +84,18 @@ copybutton_exclude = ".linenos, .gp, .go"
 suppress_warnings = ["toc.excluded"]
 
 
-def _formulas(app, what, name, obj, options, lines):
-    """An indented paragraph of a docstring is a formula: shown as it is typed."""
-    for i in reversed(range(2, len(lines))):
-        last = next((line for line in reversed(lines[:i]) if line.strip()), "")
-        if lines[i].startswith("    ") and not lines[i - 1].strip() and last and not last.startswith(" "):
-            lines[i:i] = [".. code-block:: text", ""]
+def _markup(app, what, name, obj, options, lines):
+    """A docstring is plain text: an indented paragraph is a formula, shown as it is typed, and a bar is a bar."""
+    found, last, formula, example = [], "", False, False
+    for line in lines:
+        if line.strip():
+            begins = line.startswith("    ") and last and not last.startswith(" ") and not found[-1].strip()
+            found += [".. code-block:: text", ""] if begins else []
+            formula = bool(begins) or (formula and line.startswith("    "))
+            last = line
+        example = line.lstrip().startswith(">>>") or (example and bool(line.strip()))
+        found.append(line if formula or example else line.replace("|", r"\|"))
+    lines[:] = found
 
 
 def _skip_fields(app, what, name, obj, skip, options):
@@ -104,6 +111,6 @@ def _library():
 
 def setup(app):
     app.add_config_value("library", _library(), "env")
-    app.connect("autodoc-process-docstring", _formulas, priority=400)  # before napoleon
+    app.connect("autodoc-process-docstring", _markup, priority=400)  # before napoleon
     app.connect("autodoc-skip-member", _skip_fields)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
