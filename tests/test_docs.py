@@ -3,7 +3,6 @@
 import ast
 import html.parser
 import importlib.util
-import inspect
 import json
 import os
 import re
@@ -11,6 +10,8 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import types
+import typing
 
 import pytest
 from small import ROOT
@@ -209,7 +210,8 @@ def test_every_link_inside_leads_somewhere(site):
 
 def public(module):
     """Names in `__all__`, or those that the module defines itself: what is imported says of which module it is."""
-    own = {name: x for name, x in vars(module).items() if name[0] != "_" and not inspect.ismodule(x)}
+    hints = types.ModuleType, typing.TypeVar
+    own = {name: x for name, x in vars(module).items() if name[0] != "_" and not isinstance(x, hints)}
     own = [name for name, x in own.items() if getattr(x, "__module__", module.__name__) == module.__name__]
     return getattr(module, "__all__", own)
 
