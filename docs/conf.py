@@ -27,8 +27,6 @@ extensions = [
     "sphinx_design",
 ]
 exclude_patterns = ["_build"]
-if not (ROOT / "CHANGELOG.md").exists():
-    exclude_patterns.append("changelog.md")
 
 # Pages.
 
