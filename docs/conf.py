@@ -79,7 +79,6 @@ html_show_sphinx = False
 html_copy_source = False
 html_theme_options = {"navigation_with_keys": True}
 copybutton_exclude = ".linenos, .gp, .go"
-suppress_warnings = ["toc.excluded"]
 
 
 def _markup(app, what, name, obj, options, lines):

@@ -25,7 +25,6 @@ PAGES = sorted(path for path in DOCS.rglob("*.md") if "_build" not in path.parts
 READ = sorted({*PAGES, ROOT / "README.md"})
 BLOCK = re.compile(r"^(`{3,})(\{[\w-]+\})? ?(\w*)\n(.*?)^\1$", re.MULTILINE | re.DOTALL)
 OF_ONE_PAGE = {"kd_adjusted", "experiments/queues/mine.json"}  # what docs/add_a_method.md adds
-AWAITED = {"experiments.audit"}  # named on a page before it is there
 TOOLS = "sphinx myst_nb furo sphinx_design sphinx_copybutton sphinx-mathjax-offline equinox".split()
 ROOMS = ("losses", "groups", "bilevel", "objectives", "metrics")
 

@@ -53,6 +53,7 @@ def test_a_file_teaches_as_the_teacher_that_it_was_made_of(known, tmp_path, kind
     )
 
 
+@pytest.mark.slow
 def test_logits_without_views_are_those_of_every_view(known, tmp_path):
     folder, _, arrays = known
     config = tiny(tmp_path, "kd", **{"teacher.checkpoint": str(tmp_path / "one.npz"), "train.epochs": 1.0})
