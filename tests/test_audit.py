@@ -497,7 +497,8 @@ def untrained(tmp_path_factory):
         state = program.init(seed)
         Checkpoints(folder / name / "checkpoints").save(program.total_steps, state, {})
         (folder / name / "config.json").write_text(json.dumps(identity))
-        (folder / name / "results.json").write_text("{}")
+        results = {"hash": "0", "model": "resnet8", "step": program.total_steps}
+        (folder / name / "results.json").write_text(json.dumps(results))
         made[name] = program, state.variables
     return folder, made
 

@@ -137,6 +137,34 @@ def test_the_pages_method_trains_and_passes_its_tests(with_a_method):
         assert results["config"]["method"]["name"] == "kd_adjusted" and results["test"]["all"] > 0
 
 
+# A tracker of one's own.
+
+TRACKER = """
+import contextlib, json, types
+
+def init(**about):
+    tracker = types.SimpleNamespace(summary={}, log=lambda record, step: print("LOGGED", json.dumps([step, record])))
+    return contextlib.nullcontext(tracker)
+"""
+
+
+@pytest.mark.slow
+def test_the_pages_hook_hears_every_record(tmp_path):
+    """docs/logging.md's script as it stands, in a smoke run, with a tracker that prints."""
+    (tmp_path / "wandb.py").write_text(TRACKER)
+    script = next(code for code in blocks(DOCS / "logging.md", "python") if "import wandb" in code)
+    assert "digits_lt.py:ltkd" in script and len(script.splitlines()) <= 10
+    (tmp_path / "my_script.py").write_text(script.replace("digits_lt.py:ltkd", "digits_lt.py:ltkd,smoke"))
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "my_script.py"]
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    heard = [json.loads(line.removeprefix("LOGGED ")) for line in done.stdout.splitlines() if line.startswith("LOGGED")]
+    written = (tmp_path / "runs" / "tracked" / "metrics.jsonl").read_text().splitlines()
+    assert [record for _, record in heard] == [json.loads(line) for line in written] and heard[-1][0] == 20
+
+
 # The site.
 
 

@@ -8,6 +8,7 @@ from flax import serialization
 from small import run, tiny
 
 from experiments import checks, datasets, runs, teachers, train
+from experiments.audits import restored
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +47,9 @@ def test_a_file_teaches_as_the_teacher_that_it_was_made_of(known, tmp_path, kind
     else:  # of all training images, where the network is evaluated on as many as the test set has
         assert sum(found["teacher"]["group_mass"]["long_tailed"].values()) == pytest.approx(1.0)
     assert runs.default_workdir(config).endswith("-own-resnet8-s0")
+    folders = [tmp_path / "run", *(path.parent for path in (tmp_path / "teachers").glob("*/results.json"))]
+    restored_names = [restored.restore(folder).name for folder in folders]
+    assert restored_names == ["kd resnet8", "teacher resnet8"][: 2 if kind == "msgpack" else 1]
     assert (
         found["config"]["teacher"]
         .get("variables", found["config"]["teacher"]["model"])

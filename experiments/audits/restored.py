@@ -88,10 +88,11 @@ def restore(folder, *, data_dir: str = "", subset: str = "") -> Restored:
         found = Checkpoints(folder / "checkpoints").restore(jax.eval_shape(program.init, 0))
     except (KeyError, TypeError, ValueError) as error:
         raise checks.ConfigError(f"{folder} cannot be restored: {error}") from error
-    if found is None or found[0] != program.total_steps:
+    last = checks.teacher_results(folder)["step"] if role == "teacher" else program.total_steps
+    if found is None or found[0] != last:
         at = f"step {found[0]}" if found else "none"
         raise checks.ConfigError(
-            f"the last whole checkpoint in {folder} is of {at}, and training ends at step {program.total_steps}: "
+            f"the last whole checkpoint in {folder} is of {at}, and training ends at step {last}: "
             "finish it by the command that began it"
         )
     name = f"teacher {config.teacher.model}"
@@ -106,13 +107,14 @@ def _student_program(config):
 
 def _config(recorded, data_dir, subset):
     """The config of which this is the identity, see `checks.identity` and `checks.teacher_identity`."""
-    tree = checks.without(recorded, ("data.content", "teacher.checkpoint", "method", "weighting"))
-    data, teacher, method = tree["data"], tree["teacher"]["model"], dict(recorded.get("method") or {"name": "ce"})
+    tree = checks.without(recorded, ("data.content", "method", "weighting", *_given(recorded)))
+    data, method = tree["data"], dict(recorded.get("method") or {"name": "ce"})
     if data.get("subset", "").startswith("list "):
         if not subset:
             raise ValueError(f"its training images are those of a {data['subset']}: give that file by --subset")
         data["subset"] = subset
-    student = tree.get("student", {"model": teacher})["model"]
+    models = [tree[role]["model"] for role in ("teacher", "student") if tree.get(role)]
+    teacher, student = models[0], models[-1]  # of a teacher's folder, and where there are logits alone, there is one
     config = common.base(data["name"], teacher=teacher, student=student, imbalance=1.0)
     common.set_method(config, method.pop("name"), weighting=recorded.get("weighting"), **method)
     values = {key: tuple(v) if isinstance(v, list) else v for key, v in tables.flatten(tree).items()}
@@ -120,8 +122,16 @@ def _config(recorded, data_dir, subset):
     return config
 
 
+def _given(recorded, *more):
+    """Keys that say of a teacher's file or folder, which need not be there; of logits they are all."""
+    teacher = recorded["teacher"]
+    if teacher["model"].startswith("logits "):
+        return ("teacher.model", *(f"teacher.{key}" for key in more))
+    return ("teacher.checkpoint", *(f"teacher.{key}" for key in ("variables", *more) if "variables" in teacher))
+
+
 def _compare(recorded, mine):
-    there, here = (tables.flatten(checks.without(tree, ("teacher.checkpoint",))) for tree in (recorded, mine))
+    there, here = (tables.flatten(checks.without(tree, _given(recorded, "train"))) for tree in (recorded, mine))
     changed = [key for key in sorted({**there, **here}) if there.get(key) != here.get(key)]
     if changed:
         key = changed[0]
