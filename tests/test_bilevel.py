@@ -119,7 +119,7 @@ def by_the_formula(problem, params, meta_params, batches, outer_batch, rate, *, 
     "net, method",
     [
         ("mlp", "kd"),
-        ("mlp", "ltkd"),
+        pytest.param("mlp", "ltkd", marks=slow),
         ("batch norm", "ltkd"),
         pytest.param("resnet8", "kd", marks=slow),
         pytest.param("resnet8", "ltkd", marks=slow),
@@ -174,7 +174,7 @@ def test_the_fast_path_in_float32_at_full_width():
     assert difference(gradient, expected) < 1e-5
 
 
-@pytest.mark.parametrize("ahead", [2, 3, pytest.param(5, marks=slow)])
+@pytest.mark.parametrize("ahead", [pytest.param(2, marks=slow), 3, pytest.param(5, marks=slow)])
 def test_the_lookahead_against_finite_differences(ahead):
     """Any K; scanned with rematerialisation and written out are the same."""
     with jax.enable_x64(True):

@@ -112,7 +112,7 @@ def arguments_of(config, kind):
     [
         ("ce", "none"),
         ("ltkd", "table"),
-        ("dkd,policy=none,cutout=2,mixup=0.2", "network"),
+        pytest.param("dkd,policy=none,cutout=2,mixup=0.2", "network", marks=pytest.mark.slow),
         ("reviewkd", "features"),
         ("bikd,terms=ltkd,outer=mix", "table"),
         pytest.param("bikd,lookahead=3", "network", marks=pytest.mark.slow),

@@ -303,7 +303,7 @@ def test_a_state_that_is_not_finite_stops_the_run_before_anything_is_lost(done, 
     assert sorted((tmp_path / "run" / "checkpoints").rglob("*")) == saved
 
 
-@pytest.mark.parametrize("damage", ["flip a byte", "truncate", "an empty step"])
+@pytest.mark.parametrize("damage", ["flip a byte", pytest.param("truncate", marks=pytest.mark.slow), "an empty step"])
 def test_from_a_damaged_checkpoint_the_run_goes_on_from_the_one_before(done, tmp_path, damage, caplog):
     """And ends with the same bits."""
     config, folder, _ = done

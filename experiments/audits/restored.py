@@ -117,6 +117,7 @@ def _config(recorded, data_dir, subset):
     teacher, student = models[0], models[-1]  # of a teacher's folder, and where there are logits alone, there is one
     config = common.base(data["name"], teacher=teacher, student=student, imbalance=1.0)
     common.set_method(config, method.pop("name"), weighting=recorded.get("weighting"), **method)
+    tree = {key: value for key, value in tree.items() if value}  # of logits nothing is left of the teacher
     values = {key: tuple(v) if isinstance(v, list) else v for key, v in tables.flatten(tree).items()}
     config.lock().update_from_flattened_dict({**values, "data.dir": data_dir, "devices": 1})
     return config
