@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 .PHONY: demo test test-slow lint dist docs clean
 
-demo: .venv/train.stamp  ## digits-LT: one teacher, four methods, three seeds; prints a table, writes a page
+demo: .venv/train.stamp  ## digits-LT: one teacher, five methods, three seeds; prints a table, writes a page
 	$(BIN)/python -m experiments.reproduce experiments/queues/demo.json --results=runs/demo/results
 
 test: .venv/test.stamp  ## the fast suite, under ten minutes on two cores

@@ -191,6 +191,10 @@ def apply_argument(
     methods = [word for word in words if word != "smoke"] or ["ltkd"]
     if len(methods) > 1:
         raise ValueError(f"the config's argument names several methods: {', '.join(methods)}; give one")
+    places = [SHORT.get(key.strip(), key.strip()) for key, _ in pairs]
+    twice = next((pairs[i][0] for i, place in enumerate(places) if place in places[:i]), None)
+    if twice:
+        raise ValueError(f"the config's argument gives {twice.strip()!r} twice; give it once")
     (name,), pairs = methods, {key.strip(): value.strip() for key, value in pairs}
     learned = name == "bikd"
     terms = pairs.pop("terms", "kd") if learned else name

@@ -51,7 +51,7 @@ def audit(
     return {
         "name": " → ".join(names),
         "sources": [m.source for m in (model, against) if m],
-        "class_names": [str(name) for name in class_names],
+        "class_names": [name.decode() if isinstance(name, bytes) else str(name) for name in class_names],
         "class_counts": [float(count) for count in counts],
         "counts_from": counts_from,
         "groups": {"names": list(groups.names), "assignment": assignment.tolist()},
@@ -118,11 +118,11 @@ def _fractions(text):
 
 def _temperature(text):
     try:
-        if 0 < float(text) < float("inf"):
+        if 1e-3 <= float(text) <= 1e3:
             return float(text)
     except ValueError:
         pass
-    raise argparse.ArgumentTypeError(f"{text!r} must be a positive number")
+    raise argparse.ArgumentTypeError(f"{text!r} must be a number from 0.001 to 1000")
 
 
 def _parser():
@@ -150,11 +150,12 @@ def main(argv=None):
     options = parser.parse_args(argv)
     if options.save and not options.checkpoint:
         parser.error("--save writes the logits of a --checkpoint")
-    if options.counts and options.imbalance:
+    if options.counts is not None and options.imbalance is not None:
         parser.error("give either --counts or --imbalance")
     setup.once()
     try:
         out = _writable("--out", options.out, ".html")
+        _is_an_audits(out.with_suffix(".json"))
         save = _writable("--save", options.save, ".npz") if options.save else None
         where = dict(data_dir=options.data_dir, subset=options.subset)
         model = given.read(options.checkpoint or options.logits, **where)
@@ -165,8 +166,9 @@ def main(argv=None):
             named = dict(class_counts=model.class_counts, class_names=model.class_names)
             logits.save(save, model.test, model.train, **named)
         found = audit(model, against, counts, known_from, groups, options.temperature)
+        numbers = json.dumps(found, allow_nan=False)
         page.write(found, out)
-        files.write_text(out.with_suffix(".json"), json.dumps(found, allow_nan=False))
+        files.write_text(out.with_suffix(".json"), numbers)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
     print(f"{told.console(found)}\n\n{out}   {out.with_suffix('.json')}")
@@ -178,6 +180,12 @@ def _writable(option, path, suffix):
     if path.suffix != suffix or not path.parent.is_dir():
         raise given.AuditError(f"{option}={path} must be a file in a folder that is there, its name ending in {suffix}")
     return path
+
+
+def _is_an_audits(path):
+    """Whether the numbers may go there: what else is called so, a run's results say, stays."""
+    if path.exists() and "counts_from" not in path.read_text(errors="replace"):
+        raise given.AuditError(f"{path} is there and no audit's: give another --out")
 
 
 def _groups(counts, fractions):

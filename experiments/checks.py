@@ -135,7 +135,7 @@ def _validate_data(config):
         reason = reason or "config.teacher.table='never'"
         raise ConfigError(
             f"config.teacher.checkpoint={config.teacher.checkpoint!r} holds logits of images, which are looked up, and "
-            f"here they cannot be: {reason}"
+            f"here they cannot be: {reason}; give a network, a folder or a .msgpack file"
         )
 
 
@@ -298,7 +298,7 @@ def given_teacher(config) -> str | None:
     """What `teacher.checkpoint` is: a "folder" of a cache, a file of "variables" or of "logits"; None for nothing."""
     kinds = {".msgpack": "variables", ".npz": "logits"}
     path = config.teacher.checkpoint
-    return kinds.get(pathlib.Path(path).suffix, "folder") if path else None
+    return kinds.get(pathlib.Path(path).suffix.lower(), "folder") if path else None
 
 
 def file_hash(path) -> str:

@@ -57,13 +57,17 @@ def load_config(reference: str):
     path, _, argument = reference.partition(":")
     if not pathlib.Path(path).is_file():
         raise checks.ConfigError(f"no config file {path!r}")
-    spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     try:
+        spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
         return module.get_config(argument).lock()
     except ValueError as error:
         raise checks.ConfigError(f"{reference}: {error}") from None
+    except Exception as error:  # a file of the user's raises what it likes
+        raise checks.ConfigError(
+            f"{path} is no config, a file with get_config(argument): {type(error).__name__}: {error}"
+        ) from error
 
 
 def resolve(entry: Entry, best: dict | None = None, data_dir: str = ""):

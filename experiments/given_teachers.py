@@ -2,16 +2,17 @@
 
 `teacher.checkpoint` names it: FILE.msgpack, as `ltkd_jax.models.convert` writes it, or FILE.npz with `train_logits`
 `[N, C]` or `[N, views, C]` and `train_labels` `[N]` of all training images of the data set, in the order of its keys,
-and, where the report is to show the teacher too, `logits` `[M, C]` and `labels` `[M]` of its test images.
+and, where the report is to show the teacher too, `logits` `[M, C]` and `labels` `[M]` of its test images. Labels tell
+another order of classes; `train_keys` and `keys`, where they are given, any other order.
 """
 
 import dataclasses
 import pathlib
-import zipfile
 
 import numpy as np
 
 from experiments import checks, datasets
+from experiments.audits.logits import DAMAGED
 from ltkd_jax import metrics
 from ltkd_jax.models import convert
 from ltkd_jax.training import hosts
@@ -82,7 +83,7 @@ def _arrays(path):
     try:
         with np.load(path) as file:
             return {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+    except (*DAMAGED, ValueError, TypeError, AttributeError) as error:  # the last two: an array and no archive
         raise checks.ConfigError(
             f"config.teacher.checkpoint={str(path)!r} cannot be read as an npz file ({error}): write it by numpy.savez"
         ) from None
@@ -108,6 +109,9 @@ def _checked(path, arrays, name, labels, images, num_classes, views=None):
             f"{problem} {labels} are not those of the data set, so the logits are not in its order: sort the images "
             "by their keys, of CIFAR the order of the original files"
         )
+    keys = arrays.get(labels.replace("labels", "keys"))
+    if keys is not None and not np.array_equal(keys, images.keys):
+        raise checks.ConfigError(f"{problem} its keys are not those of the data set, sorted: sort the rows by them")
     found = found.astype(np.float32)
     if not np.isfinite(found).all():
         raise checks.ConfigError(f"{problem} {name} holds values that are not finite")

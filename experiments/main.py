@@ -52,7 +52,7 @@ def parse_flags(argv):
     try:
         rest = flags.FLAGS(argv)
         _CONFIG.value.lock()  # a file that could not be loaded only says so when it is used
-    except (flags.Error, OSError) as error:
+    except (flags.Error, OSError, SyntaxError, ImportError) as error:
         last = str(error).strip().splitlines()[-1].strip()
         sys.exit(f"error: {last.removeprefix('ValueError: ')}")
     except (AttributeError, KeyError, TypeError) as error:

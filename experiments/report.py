@@ -70,9 +70,26 @@ def _checked(results, path):
     for key, kind in needed.items():
         if not isinstance(results, dict) or not isinstance(results.get(key), kind):
             raise ReportError(f"{path}: not a result file, it has no {key!r}")
+    config, counts = results["config"], results.get("class_counts")
+    sound = {
+        "config.data": isinstance(config.get("data"), (dict, type(None))),
+        "config.method": isinstance(config.get("method"), (dict, type(None))),
+        "teacher": isinstance(results.get("teacher"), (dict, type(None))),
+        "seeds": all(isinstance(seed, (int, type(None))) for seed in results["seeds"].values()),
+        "class_names": isinstance(results.get("class_names"), (list, type(None))),
+        "class_counts": counts is None or _are_counts(counts),
+    }
+    for key, is_sound in sound.items():
+        if not is_sound:
+            raise ReportError(f"{path}: not a result file, its {key!r} is not what a run writes")
     if tables.value(results["test"], "all") is None:
         raise ReportError(f"{path}: not a result file, it has no test accuracy")
     return results
+
+
+def _are_counts(counts):
+    numbers = isinstance(counts, list) and all(isinstance(n, (int, float)) and n >= 0 for n in counts)
+    return numbers and sum(counts) > 0
 
 
 def is_work_directory(path):
@@ -242,7 +259,7 @@ def main(argv=None):
         if not runs:
             raise ReportError(f"no runs in {', '.join(args.paths)}")
         write_page(runs, args.out, args.title)
-    except ValueError as error:  # a file that cannot be reported on, or a queue that cannot be read
+    except (ValueError, OSError) as error:  # what cannot be reported on, a queue that cannot be read, a place to write
         sys.exit(f"error: {error}")
     print(tables.console(runs, args.table))
     print(f"\n{args.out}", file=sys.stderr)  # so that the tables can be sent into a file

@@ -190,18 +190,25 @@ def _at_once(text):
     return int(text)
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m experiments.reproduce", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("queue", help="a queue file, such as experiments/queues/demo.json")
-    parser.add_argument("--results", default="results", help="folder of result JSONs (default: results)")
-    parser.add_argument("--runs", help="folder of work directories (default: runs/<queue's name>)")
+def options_of_a_queue():
+    """A parser of what may be said of any queue, to be another's parent."""
+    parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--data_dir", default="", help="TFDS directory, for every run")
     parser.add_argument("--minutes", type=float, default=0, help="stop, saved, after so many minutes (default: never)")
     parser.add_argument("--at_once", type=_at_once, default=0, metavar="auto|N",
                         help="runs at a time, each on a device of its own; auto measures whether that is faster than "
                         "one at a time on all of them (default: auto)")  # fmt: skip
     parser.add_argument("--list", action="store_true", help="only say what is missing")
+    return parser
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m experiments.reproduce", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     parents=[options_of_a_queue()])  # fmt: skip
+    parser.add_argument("queue", help="a queue file, such as experiments/queues/demo.json")
+    parser.add_argument("--results", default="results", help="folder of result JSONs (default: results)")
+    parser.add_argument("--runs", help="folder of work directories (default: runs/<queue's name>)")
     options = parser.parse_args(argv)
     deadline = time.monotonic() + 60 * options.minutes if options.minutes else None
     folder = pathlib.Path(options.runs or pathlib.Path("runs") / pathlib.Path(options.queue).stem)

@@ -6,14 +6,14 @@
 A method may be followed by its own key=value. What all runs share stands in the config's argument, as in
 --config=configs/digits_lt.py:epochs=20 or :smoke. The folder (runs/sweep-<config> unless --name is given) gets
 queue.json, results/, a work directory for each run, and the page that compares them. The same command goes on where
-it was; with more methods, settings or seeds it runs what is missing. Other options are those of experiments.reproduce
-(--data_dir, --minutes, --at_once, --list).
+it was; with more methods, settings or seeds it runs what is missing.
 """
 
 import argparse
 import itertools
 import json
 import pathlib
+import re
 import sys
 
 from configs import common
@@ -27,7 +27,7 @@ def split_methods(text: str) -> list[list[str]]:
     """The methods of a list, each with what is set for it alone.
 
     Raises:
-      checks.ConfigError: a value before any method, or a method that is listed twice.
+      checks.ConfigError: no method, or a value before any.
 
     >>> split_methods("kd,ltkd,alpha=2,beta=1")
     [['kd'], ['ltkd', 'alpha=2', 'beta=1']]
@@ -42,10 +42,10 @@ def split_methods(text: str) -> list[list[str]]:
             raise checks.ConfigError(
                 f"--methods={text}: {word!r} follows no method; for all runs, put it into --config"
             )
-    twice = [method for i, method in enumerate(found) if method in found[:i]]
-    if twice or not found:
-        what = f"{','.join(twice[0])!r} is there twice" if twice else "give at least one, such as ce,kd,ltkd"
-        raise checks.ConfigError(f"--methods={text}: {what}")
+    if not found:
+        raise checks.ConfigError(f"--methods={text}: give at least one, such as ce,kd,ltkd")
+    if ["smoke"] in found:
+        raise checks.ConfigError(f"--methods={text}: smoke is for all runs, put it into --config=configs/….py:smoke")
     return found
 
 
@@ -60,62 +60,71 @@ def queue_of(config: str, methods: str, axes: dict[str, str | None], seeds: int,
       about: what the queue says of itself.
 
     Raises:
-      checks.ConfigError: a list that is empty or has a value twice, or a config that cannot be.
+      checks.ConfigError: a config that cannot be, or the same one twice.
     """
     if seeds < 1:
         raise checks.ConfigError(f"--seeds={seeds} must be at least 1, a number of seeds")
     path, _, shared = config.partition(":")
-    values = [[f"{key}={value}" for value in _listed(key, text)] for key, text in axes.items() if text is not None]
-    runs = []
+    values = [[f"{key}={value.strip()}" for value in text.split(",")] for key, text in axes.items() if text is not None]
+    runs, seen = [], {}
     for setting in itertools.product(*values):
-        rest = [*setting, *common.split(shared)]
-        for method in _by_one_recipe(path, split_methods(methods), rest):
-            runs.append({"config": f"{path}:{','.join([*method, *rest])}", "seeds": list(range(seeds))})
+        for reference in _by_one_recipe(path, split_methods(methods), [*setting, *common.split(shared)]):
+            if re.search(r"[:,]\s*seed\s*=", reference):
+                raise checks.ConfigError(f"{reference}: a sweep's seeds are given by --seeds")
+            resolved = checks.config_hash(entries.load_config(reference))
+            if resolved in seen:
+                raise checks.ConfigError(f"{reference} is the same run as {seen[resolved]}: give it once")
+            seen[resolved] = reference
+            runs.append({"config": reference, "seeds": list(range(seeds))})
     return {"about": about, "runs": runs}
 
 
-def _listed(key, text):
-    values = [value.strip() for value in text.split(",")]
-    if "" in values or len(set(values)) < len(values):
-        raise checks.ConfigError(f"--{key}={text} must be a list such as a,b, each value once")
-    return values
-
-
 def _by_one_recipe(path, methods, rest):
-    """The methods, those with learned weights apart by their recipe where theirs needs another teacher or schedule.
+    """A config for each method: all by the recipe of learned weights, if that makes one teacher and schedule of more.
 
-    Methods are compared over the same images, steps and teacher.
+    Methods are to be compared over the same images, steps and teacher.
     """
 
-    def recipe(method):
-        config = entries.load_config(f"{path}:{','.join([*method, *rest])}")
-        return checks.teacher_hash(config), json.dumps(checks.plain(config)["train"])
+    def references(*recipe):
+        added = [[] if method[0] == "bikd" else recipe for method in methods]
+        return [f"{path}:{','.join([*method, *more, *rest])}" for method, more in zip(methods, added)]
 
-    if len({recipe(method) for method in methods}) == 1:
-        return methods
+    def differ(found):
+        configs = [entries.load_config(reference) for reference in found]
+        return len({(checks.teacher_hash(c), json.dumps(checks.plain(c)["train"])) for c in configs}) > 1
+
+    plain = references()
     chosen = any(word.startswith("recipe=") for word in itertools.chain(rest, *methods))
-    return methods if chosen else [[*method, *([] if method[0] == "bikd" else ["recipe=bikd"])] for method in methods]
+    if chosen or all(method[0] != "bikd" for method in methods) or not differ(plain):
+        return plain
+    alike = references("recipe=bikd")
+    return plain if differ(alike) else alike
 
 
 def summary(path) -> str:
     """Says how much a queue file holds."""
     configs = [entries.resolve(entry) for entry in entries.read_queue(path)]
     taught = {checks.teacher_hash(config) for config in configs if build.needs_teacher(config)}
-    return f"{len(configs)} runs, {len(taught)} teacher{'' if len(taught) == 1 else 's'}"
+    counts = ((len(configs), "run"), (len(taught), "teacher"))
+    return ", ".join(f"{number} {word}{'' if number == 1 else 's'}" for number, word in counts)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m experiments.sweep", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+                                     formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     parents=[reproduce.options_of_a_queue()])  # fmt: skip
     parser.add_argument("--config", default="configs/digits_lt.py", help="a config file, with what all runs share")
     parser.add_argument("--methods", required=True, help="such as ce,kd,ltkd,alpha=2,bikd")
     for key, what in (("imbalance", "10,100"), ("teacher", "resnet20,resnet32"), ("student", "resnet8,resnet20")):
         parser.add_argument(f"--{key}", help=f"a list such as {what} (default: the config's)")
     parser.add_argument("--seeds", type=int, default=3, help="how many student seeds, from 0 (default: 3)")
     parser.add_argument("--name", help="of the folder, runs/NAME (default: sweep-<config>)")
-    options, rest = parser.parse_known_args(argv)
-    folder = _FOLDER / (options.name or f"sweep-{pathlib.Path(options.config.partition(':')[0]).stem}")
+    options = parser.parse_args(argv)
+    name = options.name or f"sweep-{pathlib.Path(options.config.partition(':')[0]).stem}"
+    folder = _FOLDER / name
     try:
+        if not re.fullmatch(r"\w[\w .+-]*", name):
+            raise checks.ConfigError(f"--name={name!r} must be the name of one folder")
         axes = {key: getattr(options, key) for key in ("imbalance", "teacher", "student")}
         about = setup.command_line("experiments.sweep", sys.argv[1:] if argv is None else argv)
         queue = queue_of(options.config, options.methods, axes, options.seeds, about)
@@ -126,7 +135,10 @@ def main(argv=None):
             print("All with BiKD's images and schedule (recipe=bikd), so that they can be compared.")
     except (checks.ConfigError, OSError) as error:
         sys.exit(f"error: {error}")
-    reproduce.main([str(folder / "queue.json"), f"--results={folder / 'results'}", f"--runs={folder}", *rest])
+    how = {"results": folder / "results", "runs": folder, "data_dir": options.data_dir, "minutes": options.minutes}
+    how["at_once"] = options.at_once or "auto"
+    words = [f"--{key}={value}" for key, value in how.items()] + ["--list"] * options.list
+    reproduce.main([str(folder / "queue.json"), *words])
 
 
 if __name__ == "__main__":

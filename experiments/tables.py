@@ -230,7 +230,7 @@ def data_setting(data, class_counts=None):
     subset = data.get("subset") or "exponential"
     if subset == "exponential":
         return str(data.get("name")), float(data.get("imbalance") or 1)
-    ratio = max(class_counts) / min(class_counts) if class_counts else 1.0
+    ratio = max(class_counts) / max(min(class_counts), 1) if class_counts else 1.0
     return f"{data.get('name')} ({subset})", round(ratio, 1)
 
 

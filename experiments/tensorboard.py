@@ -8,7 +8,6 @@ It reads metrics.jsonl, which an interrupted and resumed run writes exactly once
 
 import argparse
 import pathlib
-import shutil
 import sys
 
 from experiments import report
@@ -27,7 +26,8 @@ def write(run: dict, folder: pathlib.Path) -> int:
     """Writes a run, as `report.load` returns it; gives back the number of records."""
     from tensorboardX import SummaryWriter
 
-    shutil.rmtree(folder, ignore_errors=True)  # a second call replaces the first one's events
+    for old in folder.glob("events.out.tfevents.*"):  # a second call replaces the first one's
+        old.unlink()
     with SummaryWriter(str(folder)) as writer:
         for record in run["metrics"]:
             for name, value in scalars(record):
@@ -41,7 +41,12 @@ def main(argv=None):
     parser.add_argument("--out", default="runs/tensorboard")
     options = parser.parse_args(argv)
     try:
-        for run in report.find(options.paths):
+        found = report.find(options.paths)
+        names = [run["source"] for run in found]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice:
+            raise report.ReportError(f"several runs are called {twice!r}: give them one at a time, each its own --out")
+        for run in found:
             folder = pathlib.Path(options.out) / run["source"]
             print(f"{folder}: {write(run, folder)} epochs")
     except ModuleNotFoundError:

@@ -503,6 +503,14 @@ def untrained(tmp_path_factory):
     return folder, made
 
 
+def test_a_runs_results_are_not_written_over(tmp_path):
+    np.savez(tmp_path / "x.npz", logits=np.eye(4), labels=np.arange(4), class_counts=np.array([9, 5, 3, 1]))
+    (tmp_path / "results.json").write_text('{"test": {}}')
+    with pytest.raises(SystemExit, match="results.json is there and no audit's"):
+        audit.main([f"--logits={tmp_path / 'x.npz'}", f"--out={tmp_path / 'results.html'}"])
+    assert (tmp_path / "results.json").read_text() == '{"test": {}}'
+
+
 def test_the_logits_of_a_folder_are_its_networks(untrained, tmp_path, monkeypatch, capsys):
     folder, made = untrained
     monkeypatch.setattr(page, "write", lambda found, path: None)  # others draw it

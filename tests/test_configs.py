@@ -187,6 +187,8 @@ def test_the_papers_recipe():
         ("kd,imbalance=many", "imbalance='many' must be of type float"),
         ("kd,seed=1.5", "must be of type int"),
         ("kd,train.batch=3", "unknown key 'train.batch'"),
+        ("kd,temperature=2,temperature=9", "gives 'temperature' twice"),
+        ("kd,epochs=2,train.epochs=9", "gives 'train.epochs' twice"),
     ],
 )
 def test_bad_arguments(argument, message):

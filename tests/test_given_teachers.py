@@ -111,6 +111,7 @@ def test_logits_without_views_are_those_of_every_view(known, tmp_path):
         ({"train_logits": lambda x: x.astype(int)}, "train_logits is int64"),
         ({"train_logits": lambda x: np.where(np.arange(10) == 3, np.nan, x)}, "not finite"),
         ({"train_labels": lambda y: np.roll(y, 1)}, "are not those of the data set"),
+        ({"train_keys": lambda _: np.array(["digits_0001"] * 1097)}, "its keys are not those of the data set"),
         ({"labels": None}, "lacks 'labels'"),
     ],
 )
@@ -133,6 +134,15 @@ def test_files_that_cannot_be_read(tmp_path, name, content):
         path.write_bytes(content)
     with pytest.raises(checks.ConfigError, match="cannot be read|cannot read|is not of"):
         teachers.obtain(tiny(tmp_path, "kd", **{"teacher.checkpoint": str(path)}), train.StopRequest())
+
+
+def test_an_array_is_no_archive(tmp_path):
+    with open(tmp_path / "array.npz", "wb") as file:
+        np.save(file, np.zeros((1097, 10)))
+    with pytest.raises(checks.ConfigError, match="cannot be read as an npz file"):
+        teachers.obtain(
+            tiny(tmp_path, "kd", **{"teacher.checkpoint": str(tmp_path / "array.npz")}), train.StopRequest()
+        )
 
 
 def test_variables_of_another_model(drawn, tmp_path):

@@ -318,6 +318,29 @@ def test_damaged_file_is_named(tmp_path, content, said):
         report.main([str(tmp_path), "--out", str(tmp_path / "page.html")])
 
 
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("class_counts", [0, 0]),
+        ("class_counts", "x"),
+        ("class_names", 5),
+        ("teacher", "x"),
+        ("seeds", {"student": "a"}),
+    ],
+)
+def test_a_result_that_no_run_writes_is_named(tmp_path, key, value):
+    (tmp_path / "odd.json").write_text(json.dumps({**fabricate(), key: value}))
+    with pytest.raises(report.ReportError, match=f"odd.json: not a result file, its '{key}'"):
+        report.load(tmp_path / "odd.json")
+
+
+def test_a_page_that_cannot_be_written_is_told(tmp_path):
+    save(tmp_path / "run", fabricate())
+    for out in ("absent/page.html", "run"):
+        with pytest.raises(SystemExit, match="error: .*"):
+            report.main([str(tmp_path / "run"), "--out", str(tmp_path / out)])
+
+
 def test_damaged_metrics_line_is_named(tmp_path):
     save(tmp_path / "run", fabricate())
     (tmp_path / "run" / "metrics.jsonl").write_text("{}\n{broken\n{}\n")

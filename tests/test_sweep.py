@@ -30,8 +30,11 @@ def test_one_teacher_for_all_methods_of_a_setting(tmp_path):
             same = [config for config in configs if config.data.imbalance == imbalance]
             assert len({checks.teacher_hash(config) for config in same}) == 1 and len(same) == 5
             assert len({json.dumps(checks.plain(config)["train"]) for config in same}) == 1
-    chosen = sweep.queue_of("configs/cifar100lt.py:recipe=base", "kd,bikd,recipe=bikd", {}, 1, "")
-    assert references(chosen) == ["kd,recipe=base", "bikd,recipe=bikd,recipe=base"]
+    chosen = sweep.queue_of("configs/cifar100lt.py", "kd,bikd,recipe=bikd", {}, 1, "")
+    assert references(chosen) == ["kd", "bikd,recipe=bikd"]
+    # What differs by what is asked for stays as it is asked for.
+    for methods in ("kd,kd,train.lr=0.1", "kd,bikd,train.lr=0.3"):
+        assert not any("recipe" in r for r in references(sweep.queue_of("configs/cifar100lt.py", methods, {}, 1, "")))
 
 
 @pytest.mark.parametrize(
@@ -39,10 +42,20 @@ def test_one_teacher_for_all_methods_of_a_setting(tmp_path):
     [
         (["--methods="], "give at least one"),
         (["--methods=alpha=2,kd"], "'alpha=2' follows no method"),
-        (["--methods=kd,ce,kd"], "'kd' is there twice"),
+        (["--methods=kd,ce,kd"], "configs/digits_lt.py:kd is the same run as configs/digits_lt.py:kd"),
+        (["--methods=ltkd,alpha=1,ltkd,alpha=1.0"], "is the same run as"),
+        (["--methods=ce", "--imbalance=10,10.0"], "is the same run as"),
+        (["--methods=bikd,bikd,terms=kd"], "is the same run as"),
+        (["--methods=kd,smoke"], "smoke is for all runs"),
+        (["--methods=kd,seed=5"], "seeds are given by --seeds"),
+        (["--methods=ce", "--config=configs/digits_lt.py:seed=4"], "seeds are given by --seeds"),
+        (["--methods=ce", "--config=configs/digits_lt.py:imbalance=10", "--imbalance=20"], "gives 'imbalance' twice"),
+        (["--methods=kd,student=resnet14", "--student=resnet8"], "gives 'student' twice"),
+        (["--methods=ce", "--config=README.md"], "README.md is no config"),
+        (["--methods=ce", "--name=../up"], "must be the name of one folder"),
         (["--methods=kd,lkd"], "unknown method 'lkd'; did you mean 'ltkd'"),
         (["--methods=kd,alhpa=2"], "unknown key 'alhpa'"),
-        (["--methods=ce", "--imbalance=10,,20"], "--imbalance=10,,20 must be a list"),
+        (["--methods=ce", "--imbalance=10,,20"], "imbalance='' must be of type float"),
         (["--methods=ce", "--imbalance=ten"], "imbalance"),
         (["--methods=ce", "--imbalance=0.5"], "config.data.imbalance=0.5 must be at least 1"),
         (["--methods=ce", "--student=resnet9"], "unknown model 'resnet9'"),

@@ -26,10 +26,13 @@ def test_every_number_is_written_once(tmp_path, capsys):
     run.mkdir()
     (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
     (run / "config.json").write_text("{}")
+    (tmp_path / "out" / "run").mkdir(parents=True)
+    (tmp_path / "out" / "run" / "results.json").write_text("{}")  # whatever lies there stays
     for _ in range(2):
         tensorboard.main([str(run), f"--out={tmp_path / 'out'}"])
     assert "2 epochs" in capsys.readouterr().out
-    (file,) = (tmp_path / "out" / "run").iterdir()
+    assert (tmp_path / "out" / "run" / "results.json").exists()
+    (file,) = (tmp_path / "out" / "run").glob("events*")
     content, found = file.read_bytes(), {}
     while content:
         size = int.from_bytes(content[:8], "little")
@@ -40,3 +43,11 @@ def test_every_number_is_written_once(tmp_path, capsys):
         found["test/groups/tail", 10] == 3.0 and found["terms/ce", 5] == 0.5 and found["loss", 5] == pytest.approx(0.2)
     )
     assert len(found) == 10
+
+
+def test_two_runs_of_one_name_are_refused(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder / "run").mkdir(parents=True)
+        (tmp_path / folder / "run" / "config.json").write_text("{}")
+    with pytest.raises(SystemExit, match="several runs are called 'run'"):
+        tensorboard.main([str(tmp_path / "a"), str(tmp_path / "b"), f"--out={tmp_path / 'out'}"])

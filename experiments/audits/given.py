@@ -69,9 +69,9 @@ def class_counts(model: Model, counts_file: str | None, imbalance: str | None):
       AuditError: none of them is known, or one is wrong.
     """
     number = model.test.num_classes
-    if counts_file:
+    if counts_file is not None:
         found, told = _read_counts(counts_file), f"as {counts_file} has them"
-    elif imbalance:
+    elif imbalance is not None:
         found, told = (
             _exponential(imbalance, number),
             f"exponential with imbalance {imbalance}, in the order of classes",

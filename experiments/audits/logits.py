@@ -23,7 +23,7 @@ KINDS = ("logits", "probabilities", "log_probabilities")
 TRAIN = "train_"
 _LOWEST = -1e30  # below the row's largest: what the losses take, and far beyond what a softmax sees
 _NO_SUM = 0.02  # by which a row of probabilities may miss 1; float16 needs some of it
-_DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError)  # the last: encrypted, or packed otherwise
+DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError)  # the last: encrypted, or packed otherwise
 
 
 class LogitsError(ValueError):
@@ -172,7 +172,7 @@ class Archive:
                 f"{self.path}: {key} is not a plain array ({error}); give numbers, or names as "
                 "np.array(names, dtype=str)"
             ) from None
-        except _DAMAGED as error:
+        except DAMAGED as error:
             raise LogitsError(f"{self.path} is damaged ({error}): write it again") from None
 
     def examples(self, prefix: str = "") -> Logits:
@@ -221,7 +221,7 @@ def _opened(path, key):
             version = np.lib.format.read_magic(file)
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             yield *read(file), file
-    except (ValueError, *_DAMAGED) as error:
+    except (ValueError, *DAMAGED) as error:
         raise LogitsError(f"{path} is damaged ({error}): write it again") from None
 
 
