@@ -113,7 +113,7 @@ def arguments_of(config, kind):
         ("ce", "none"),
         ("ltkd", "table"),
         pytest.param("dkd,policy=none,cutout=2,mixup=0.2", "network", marks=pytest.mark.slow),
-        ("reviewkd", "features"),
+        pytest.param("reviewkd", "features", marks=pytest.mark.slow),
         ("bikd,terms=ltkd,outer=mix", "table"),
         pytest.param("bikd,lookahead=3", "network", marks=pytest.mark.slow),
     ],

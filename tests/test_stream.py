@@ -78,6 +78,7 @@ def test_it_goes_on_anywhere_bit_for_bit(train):
         assert_same(read(train, first, 14 - first), whole[first:])
 
 
+@pytest.mark.slow
 def test_workers_change_nothing(train):
     """Two processes read it, from the middle of an epoch on; none is left behind."""
     whole = read(train, 0, 14)
