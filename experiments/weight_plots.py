@@ -64,7 +64,10 @@ def _map(term, learned, values, names):
     shades = [(plots.colour(7), float(np.clip(0.62 * middle, 0.02, 0.9))) for middle in middles]
     ax.contourf(x, y, values.T, levels=levels, colors=shades)
     drawn = ax.contour(x, y, values.T, levels=levels[1:-1], colors=plots.QUIET, linewidths=0.7)
-    ax.clabel(drawn, fmt="%g", fontsize=11, colors=plots.INK)
+    labels = ax.clabel(drawn, fmt="%g", fontsize=11, colors=plots.INK)
+    for label in labels:  # one that the border cuts would lie on the axis's own numbers
+        inside = ax.transAxes.inverted().transform(ax.transData.transform(label.get_position()))
+        label.set_visible(bool((inside > 0.1).all() and (inside < 0.9).all()))
     for g, name in enumerate(names):
         point = [learned["features"][feature].get(name) for feature in (x_name, y_name)]
         if None not in point:
