@@ -41,7 +41,9 @@ def main(argv=None):
     parser.add_argument("--out", default="runs/tensorboard")
     options = parser.parse_args(argv)
     try:
-        found = report.find(options.paths)
+        found = [run for run in report.find(options.paths) if run["metrics"]]  # a result's JSON alone has none
+        if not found:
+            raise report.ReportError(f"no work directory with a metrics.jsonl in {', '.join(options.paths)}")
         names = [run["source"] for run in found]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice:

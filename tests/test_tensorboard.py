@@ -48,6 +48,11 @@ def test_every_number_is_written_once(tmp_path, capsys):
 def test_two_runs_of_one_name_are_refused(tmp_path):
     for folder in ("a", "b"):
         (tmp_path / folder / "run").mkdir(parents=True)
-        (tmp_path / folder / "run" / "config.json").write_text("{}")
+        (tmp_path / folder / "run" / "metrics.jsonl").write_text(json.dumps(RECORDS[0]) + "\n")
     with pytest.raises(SystemExit, match="several runs are called 'run'"):
         tensorboard.main([str(tmp_path / "a"), str(tmp_path / "b"), f"--out={tmp_path / 'out'}"])
+
+
+def test_what_has_no_metrics_is_told(tmp_path):
+    with pytest.raises(SystemExit, match="no work directory with a metrics.jsonl"):
+        tensorboard.main([str(tmp_path)])
