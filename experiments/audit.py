@@ -155,7 +155,7 @@ def main(argv=None):
     setup.once()
     try:
         out = _writable("--out", options.out, ".html")
-        _is_an_audits(out.with_suffix(".json"))
+        _spare(out.with_suffix(".json"))
         save = _writable("--save", options.save, ".npz") if options.save else None
         where = dict(data_dir=options.data_dir, subset=options.subset)
         model = given.read(options.checkpoint or options.logits, **where)
@@ -182,8 +182,8 @@ def _writable(option, path, suffix):
     return path
 
 
-def _is_an_audits(path):
-    """Whether the numbers may go there: what else is called so, a run's results say, stays."""
+def _spare(path):
+    """Refuses to write over what is no audit, such as a run's results."""
     if path.exists() and "counts_from" not in path.read_text(errors="replace"):
         raise given.AuditError(f"{path} is there and no audit's: give another --out")
 

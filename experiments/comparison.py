@@ -5,7 +5,7 @@ import html
 
 import numpy as np
 
-from experiments import plots, tables
+from experiments import plots, tables, writers
 
 
 def section(settings):
@@ -13,7 +13,7 @@ def section(settings):
     if len(settings) < 2:
         return ""
     shown = "".join(
-        f"<h3>{html.escape(title)}</h3>{tables.as_html(table)}" for title, table in tables.over_settings(settings)
+        f"<h3>{html.escape(title)}</h3>{writers.as_html(table)}" for title, table in tables.over_settings(settings)
     )
     told = tables.overview(settings)
     return "\n".join(

@@ -142,7 +142,7 @@ def run(arguments: list[str], measured: Measured, at_once: int, folder: pathlib.
                     bar.update(total - missing() - bar.n)
                     looked = time.monotonic()
             bar.update(total - missing() - bar.n)
-    return sum(worker.returncode != 0 for worker in workers)
+    return sum(worker.returncode not in (0, 75) for worker in workers)  # 75: stopped, and saved
 
 
 @contextlib.contextmanager

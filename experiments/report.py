@@ -165,20 +165,20 @@ def _size(settings, unfinished):
 
 def _unfinished(runs):
     rows = [[run["source"], tables.progress(run)] for run in runs]
-    return f"<h2>Unfinished runs</h2>{tables.as_html(tables.Table(['run', 'progress'], rows, left=2))}"
+    return f"<h2>Unfinished runs</h2>{writers.as_html(writers.Table(['run', 'progress'], rows, left=2))}"
 
 
 def _section(setting, title, anchor, *, alone):
     parts = [
         f'<section id="{anchor}"><h2>{html.escape(title)}</h2>',
         f'<p class="lead">{html.escape(tables.headline(setting))}</p>',
-        tables.as_html(tables.accuracy_table(setting)),
+        writers.as_html(tables.accuracy_table(setting)),
         f'<p class="small">{html.escape(setting.note())}. {tables.COLUMNS}</p>',
     ]
     compared = tables.comparisons(setting)
     if compared:
         parts.append(f'<h3>What can be told apart</h3><p class="small">{tables.RULE}</p>')
-        parts += [f'<p class="key">On {html.escape(t)}:</p>{tables.as_html(table)}' for t, table in compared]
+        parts += [f'<p class="key">On {html.escape(t)}:</p>{writers.as_html(table)}' for t, table in compared]
     parts += [comparison.tail_against_head([setting])] if alone else []  # else it stands beside those of the others
     parts += [*setting_plots.sections(setting), weight_plots.section(setting), _how(setting)]
     return "\n".join(parts) + "</section>"
@@ -203,7 +203,7 @@ def _how(setting):
         first = html.escape(json.dumps(runs[0]["config"], indent=1, sort_keys=True, ensure_ascii=False))
         configs.append(f"<details><summary>{html.escape(method.label)}</summary><pre>{first}</pre></details>")
     header = ["method", "hardware", "precision", "commit", "config", "seeds", "wall time", "images/s"]
-    table = tables.as_html(tables.Table(header, rows, left=6))
+    table = writers.as_html(writers.Table(header, rows, left=6))
     versions = {name: v for run in setting.runs for name, v in (run.get("versions") or {}).items()}
     listed = "".join(f"; {name} {v}" for name, v in sorted(versions.items()))
     told = html.escape(f"Seeds: split / teacher / student{listed}.{_logits(setting)}")

@@ -8,6 +8,7 @@ A queue is JSON: {"about": …, "set": {…}, "runs": [{"config": "configs/x.py:
 "seeds": [0, 1, 2], "group": …, "best_of": …}]}. A run with "best_of" takes its method's hyperparameters from the run
 of that group with the best balanced validation accuracy, and waits until all of that group are done.
 A result is known by the hash of its resolved config, so a changed default is a run to do again.
+The exit status is 1 where a run failed, and 75 where a signal stopped it before all was done.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from experiments.entries import Entry, command, read_queue, resolve
 from ltkd_jax import files
 
 _WAIT = 5.0  # seconds between looks at what others do
+_STOPPED = 75  # exit status, as of experiments.main
 
 
 class Results:
@@ -228,7 +230,8 @@ def main(argv=None):
     if workdirs := reproduction.workdirs():
         report.write_page([report.load(path) for path in workdirs], folder / "report.html")
         print(f"\n{folder / 'report.html'}")
-    sys.exit(1 if failed else 0)
+    in_time = deadline is None or time.monotonic() < deadline
+    sys.exit(1 if failed else _STOPPED if in_time and reproduction.missing() else 0)
 
 
 if __name__ == "__main__":

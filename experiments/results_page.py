@@ -3,10 +3,10 @@
 import pathlib
 import re
 
-from experiments import report, tables
+from experiments import report, tables, writers
 
 PUBLISHED = pathlib.Path(__file__).with_name("published.json")
-NOT_RUN = tables.Cell("not run yet", quiet=True)
+NOT_RUN = writers.Cell("not run yet", quiet=True)
 
 
 def render_results(runs, published, planned=()):
@@ -81,7 +81,7 @@ def _pair_section(pair, ours, theirs, planned):
     data, imbalance, teacher, student = pair
     data = ours[0].data if ours else theirs.get("data", data)
     title = f"## {data}, imbalance {imbalance:g}, {f'{teacher} → ' if teacher else ''}{student}"
-    parts = [tables.escape_markdown(title)]
+    parts = [writers.escape_markdown(title)]
     parts += [f"Published: {theirs['paper']}. {theirs.get('note', '')}".rstrip()] if theirs else []
     ours = sorted(ours, key=lambda setting: (-setting.epochs, setting.split, setting.images))
     shown = [(setting.epochs, setting) for setting in ours]
@@ -93,7 +93,7 @@ def _pair_section(pair, ours, theirs, planned):
     for i, (epochs, setting) in enumerate(shown):
         published = theirs.get("methods", {}) if i == 0 else {}
         parts += [f"{epochs:g} epochs:"] if setting is None and len(shown) > 1 else []
-        parts.append(tables.as_markdown(_side_by_side(setting, published, missing.pop(epochs, set()))))
+        parts.append(writers.as_markdown(_side_by_side(setting, published, missing.pop(epochs, set()))))
         parts += [*_distances(setting, published), *_below_table(setting)] if setting else []
     return parts
 
@@ -127,7 +127,7 @@ def _side_by_side(setting, theirs, missing):
     for name in missing:
         published = [_published(theirs.get(name, {}).get(column)) for column in paper]
         rows[_row_key(name, name)] = [name, *published, *[NOT_RUN] * len(ours), "0"]
-    return tables.Table(header, [rows[key] for key in sorted(rows)])
+    return writers.Table(header, [rows[key] for key in sorted(rows)])
 
 
 def _row_key(name, label):
@@ -139,9 +139,9 @@ def _published(entry):
 
 
 def _below_table(setting):
-    parts = [f"{setting.note()}.", tables.escape_markdown(tables.headline(setting))]
+    parts = [f"{setting.note()}.", writers.escape_markdown(tables.headline(setting))]
     for title, table in tables.comparisons(setting):
-        parts += [f"Paired, {tables.escape_markdown(title)}:", tables.as_markdown(table)]
+        parts += [f"Paired, {writers.escape_markdown(title)}:", writers.as_markdown(table)]
     rows, commands = [], []
     for method in setting.methods:
         runs = [method.runs[seeds] for seeds in sorted(method.runs)]
@@ -153,9 +153,9 @@ def _below_table(setting):
         rows.append([method.label, *unique, report.duration(seconds)])
         commands += [" ".join((run.get("command") or "# not recorded").split()) for run in runs]
     header = ["method", "hardware", "precision", "commit", "teacher's logits", "wall time of a run"]
-    table = tables.Table(header, rows, left=5)
+    table = writers.Table(header, rows, left=5)
     fence = "`" * (3 + max((len(ticks) for ticks in re.findall("`+", "".join(commands))), default=0))
-    return [*parts, tables.as_markdown(table), f"{fence}sh\n{chr(10).join(commands)}\n{fence}"]
+    return [*parts, writers.as_markdown(table), f"{fence}sh\n{chr(10).join(commands)}\n{fence}"]
 
 
 def _search_section(runs, planned):
@@ -172,7 +172,7 @@ def _search_section(runs, planned):
     header, rows = _variants(runs, planned, "validation")
     rows = [[*row, "chosen" if tuple(row[:2]) in chosen else ""] for row in rows]
     about = "Balanced accuracy on validation images taken from the training set; the test set chose nothing."
-    parts = ["## The search", about, tables.as_markdown(tables.Table([*header, ""], rows, left=2))]
+    parts = ["## The search", about, writers.as_markdown(writers.Table([*header, ""], rows, left=2))]
     widen = [f"- {name}: {'; '.join(found)}" for name, found in edges.items() if found]
     if widen:
         told = "The best value lies on the edge of what was tried, which is to be widened:"
@@ -185,7 +185,7 @@ def _ablation_section(runs, planned):
         return []
     about = "The same methods with a part of them switched off; on the test set, the last epoch, as the tables above."
     header, rows = _variants(runs, planned, "test")
-    return ["## The ablation", about, tables.as_markdown(tables.Table(header, rows, left=2))]
+    return ["## The ablation", about, writers.as_markdown(writers.Table(header, rows, left=2))]
 
 
 def _variants(runs, planned, part):
@@ -241,17 +241,17 @@ def _bias(settings, published):
                 mass = (teacher.get("group_mass") or {}).get(kind) or {}
                 if set(names) <= mass.keys():
                     rows.append([setting.title, title, *(f"{64 * mass[name]:.2f}" for name in names)])
-    table = tables.Table(["teacher of", "input", *names], rows, left=2)
+    table = writers.Table(["teacher of", "input", *names], rows, left=2)
     about = f"{published['about']}. Ours are the mean mass at temperature 1, times 64."
-    return ["## The teacher's bias", about, tables.as_markdown(table)]
+    return ["## The teacher's bias", about, writers.as_markdown(table)]
 
 
 def _anchors(published):
     parts = ["## Numbers of others, for orientation"]
     for anchor in published["anchors"]:
         rows = [[name, str(v)] for name, v in anchor["all"].items()]
-        table = tables.Table(["method", f"top-1 % [{anchor['mark']}]"], rows)
-        parts += [f"{anchor['title']}:", tables.as_markdown(table)]
+        table = writers.Table(["method", f"top-1 % [{anchor['mark']}]"], rows)
+        parts += [f"{anchor['title']}:", writers.as_markdown(table)]
     return parts
 
 

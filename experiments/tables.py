@@ -12,11 +12,6 @@ import re
 import statistics
 
 from experiments.writers import Block, Cell, Table, document
-from experiments.writers import as_html as as_html
-from experiments.writers import as_latex as as_latex
-from experiments.writers import as_markdown as as_markdown
-from experiments.writers import as_text as as_text
-from experiments.writers import escape_markdown as escape_markdown
 
 ORDER = "ce balanced_softmax logit_adjusted kd dkd reviewkd wsl dive bkd ltkd ltkd_bs bikd".split()
 BETTER, WORSE, UNCLEAR = "better", "worse", "not distinguishable"

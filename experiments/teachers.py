@@ -102,7 +102,7 @@ class Teacher:
         note.unlink()
 
 
-def obtain(config, stop) -> Teacher:
+def obtain(config, stop) -> Teacher | given_teachers.GivenLogits:
     """The teacher of a config: `teacher.checkpoint` if given, else from the cache, trained now if need be.
 
     Variables of a file are put into the cache, evaluated once, and then are a teacher like the others.

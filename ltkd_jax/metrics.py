@@ -57,7 +57,7 @@ def eval_sums(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> EvalSums
 
 
 def bin_of(confidence: _Array) -> _Array:
-    """The bin of each confidence, int; all are of the same width, and 1 falls into the last."""
+    """The bin, int32, of each confidence in [0, 1]; all bins are of one width, and 1 falls into the last."""
     return (confidence * NUM_BINS).astype(np.int32).clip(0, NUM_BINS - 1)
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from experiments import benchmark, tables
+from experiments import benchmark, writers
 from experiments.benchmarks import bilevel, loss, profile, timing, train
 from experiments.benchmarks import stream as reading
 from ltkd_jax import groups, losses
@@ -23,7 +23,7 @@ def test_the_arithmetic_of_the_ratios():
     assert bilevel.official(costs) == 220e9
     table = bilevel.table(costs)
     assert table.rows[0] == ["fast, weight net unchanged", "80.00", "0.800", "90.0", "0.900", "2.000", "0.500"]
-    assert table.rows[3][-2:] == ["–", "–"] and "naive" in tables.as_text(table)
+    assert table.rows[3][-2:] == ["–", "–"] and "naive" in writers.as_text(table)
 
 
 def test_help_and_bad_arguments(capsys):

@@ -9,7 +9,7 @@ import sys
 import pytest
 from small import ROOT, TINY
 
-from experiments import checks, entries, fleet, reproduce
+from experiments import checks, entries, fleet, reproduce, train
 
 
 def queue_file(tmp_path, *runs):
@@ -84,6 +84,16 @@ def test_what_another_process_does_is_left_to_it_and_taken_over(tmp_path, capsys
     assert reproduce.reproduce(reproduce.Reproduction(queue, results, tmp_path / "runs"), None) == 0
     assert tries == [0, 1, 2, 1, 2] and done == [1, 2]
     assert results.find(entries.resolve(queue[0])) == {"by": "another", "group": None}
+
+
+@pytest.mark.parametrize("options, status", [([], 75), (["--minutes=1e-9"], 0)])
+def test_a_queue_that_a_signal_stops_says_so_by_its_exit(tmp_path, monkeypatch, options, status):
+    def run(config, workdir, **_):
+        raise train.Stopped("stopped by SIGTERM")
+
+    monkeypatch.setattr(reproduce.runs, "run", run)
+    queue = queue_file(tmp_path, {"config": "configs/digits_lt.py:ce"})
+    assert reproduce_all(queue, tmp_path, *options) == status
 
 
 def test_what_waits_for_a_group_that_failed_is_told(tmp_path, capsys, monkeypatch):

@@ -4,7 +4,7 @@ import html
 
 import numpy as np
 
-from experiments import page, plots, tables
+from experiments import page, plots, writers
 from experiments.audits import told
 
 SMALL = 10  # examples in a bin, below which its accuracy says little
@@ -120,7 +120,7 @@ def _mass(found):
         f'model would match. <span style="color: {plots.css(7)}">◇</span> the share of the training images. τ = 1 is '
         "the model as it is; at the other temperature it would teach a student."
     )
-    return f"<h2>Group mass</h2>{_small(text)}{''.join(parts)}{tables.as_html(told.mass_table(found))}"
+    return f"<h2>Group mass</h2>{_small(text)}{''.join(parts)}{writers.as_html(told.mass_table(found))}"
 
 
 def _of(model, shown):
@@ -140,7 +140,7 @@ def _loss(found):
         f"examples of each group, on {html.escape(shown['title'])}."
     )
     figure = f'{_key("about the group", "about the class within it")}<figure class="panels">{"".join(panels)}</figure>'
-    table = tables.as_html(told.loss_table(found))
+    table = writers.as_html(told.loss_table(found))
     return f"<h2>Wrong group, or wrong class within it</h2>{_small(text)}{figure}{table}"
 
 
@@ -160,7 +160,7 @@ def _divergence(found):
         "teach the second, without the factor τ²."
     )
     figure = f'{_key("between the groups", "within them")}<figure class="panels">{"".join(panels)}</figure>'
-    table = tables.as_html(told.divergence_table(found))
+    table = writers.as_html(told.divergence_table(found))
     return f"<h2>Between the two models</h2>{_small(text)}{figure}{table}"
 
 
@@ -181,7 +181,7 @@ def _calibration(found):
         f"in points; {told.BY_CHANCE}, so an ECE of about that is no sign of a fault."
     )
     figure = f'<figure class="panels">{"".join(panels)}</figure>'
-    table = tables.as_html(told.calibration_table(found))
+    table = writers.as_html(told.calibration_table(found))
     return f"<h2>Calibration by group</h2>{_small(text)}{figure}{table}{_small(rest)}"
 
 
@@ -204,10 +204,10 @@ def _classes(found):
     full = ""
     if len(classes["examples"]) > told.WORST:
         number = len(classes["examples"])
-        full = f"<details><summary>All {number:,} classes</summary>{tables.as_html(told.class_table(found))}</details>"
+        full = f"<details><summary>All {number:,} classes</summary>{writers.as_html(told.class_table(found))}</details>"
     figure = f'<figure><div class="wide">{drawn[0]}</div><div class="narrow">{drawn[1]}</div></figure>'
     name = html.escape(found["inputs"][0]["models"][0]["name"])
-    table = tables.as_html(told.class_table(found, told.WORST))
+    table = writers.as_html(told.class_table(found, told.WORST))
     return f"<h2>Which classes {name} gives away</h2>{_small(text)}{figure}{table}{full}"
 
 
@@ -218,6 +218,6 @@ def _between_groups(found):
         maps = "".join(plots.heat_map(what, matrix, names) for what, matrix in matrices.items())
         shown = f'<div class="maps">{maps}</div>'
     else:  # a group has no example
-        shown = tables.as_html(told.confusion_table(found))
+        shown = writers.as_html(told.confusion_table(found))
     text = "Rows: the group of the true class. Columns: where its predictions, and its mass, go; percent of the row."
     return f"<h2>Confusion between groups</h2>{_small(text)}{shown}"

@@ -5,7 +5,7 @@
 
 import numpy as np
 
-from experiments import tables
+from experiments import writers
 
 WORST = 15  # classes that are shown at once
 FAIR = 0.02  # of the mass: what is nearer than this to the share of the input is called fair
@@ -102,23 +102,25 @@ def _by_loss(classes):
 # Tables.
 
 
-def mass_table(found) -> tables.Table:
+def mass_table(found) -> writers.Table:
     """The mass of each group, beside the shares of the input and of the training images."""
     names, rows = found["groups"]["names"], []
     for shown in found["inputs"]:
-        rows.append([shown["title"], tables.Cell("true share", quiet=True), *_cells(shown["share"], names, quiet=True)])
+        rows.append(
+            [shown["title"], writers.Cell("true share", quiet=True), *_cells(shown["share"], names, quiet=True)]
+        )
         for model in shown["models"]:
             for temperature, mass in model["mass"].items():
                 rows.append([shown["title"], f"{model['name']}, τ = {temperature}", *_cells(mass, names)])
-    rows.append(["training images", tables.Cell("share", quiet=True), *_cells(found["training"], names, quiet=True)])
-    return tables.Table(["input", "mass of", *names], rows, left=2)
+    rows.append(["training images", writers.Cell("share", quiet=True), *_cells(found["training"], names, quiet=True)])
+    return writers.Table(["input", "mass of", *names], rows, left=2)
 
 
 def _cells(values, names, *, quiet=False):
-    return [tables.Cell(f"{values[name]:.3f}", quiet=quiet) for name in names]
+    return [writers.Cell(f"{values[name]:.3f}", quiet=quiet) for name in names]
 
 
-def _group_table(found, header, columns) -> tables.Table:
+def _group_table(found, header, columns) -> writers.Table:
     """A row for each model and group of the first input, and for all; "–" where there is no example."""
     models, rows = found["inputs"][0]["models"], []
     several = len(models) > 1
@@ -127,10 +129,10 @@ def _group_table(found, header, columns) -> tables.Table:
             known = columns(group) if group["examples"] else ["–"] * len(header)
             rows.append([*([model["name"]] if several else []), name, f"{group['examples']:,}", *known])
     whose = ["model", "true class in"] if several else ["true class in"]
-    return tables.Table([*whose, "examples", *header], rows, left=len(whose))
+    return writers.Table([*whose, "examples", *header], rows, left=len(whose))
 
 
-def loss_table(found) -> tables.Table:
+def loss_table(found) -> writers.Table:
     """The cross-entropy of each group's examples, in the part for the wrong group and that for the wrong class."""
 
     def columns(group):
@@ -140,7 +142,7 @@ def loss_table(found) -> tables.Table:
     return _group_table(found, ["loss", "group (inter)", "class in it (intra)", "about the group"], columns)
 
 
-def calibration_table(found) -> tables.Table:
+def calibration_table(found) -> writers.Table:
     """Confidence against accuracy by group, and the calibration error beside what chance alone would give."""
 
     def columns(group):
@@ -151,7 +153,7 @@ def calibration_table(found) -> tables.Table:
     return _group_table(found, ["accuracy %", "confidence %", "over", "ECE", "by chance"], columns)
 
 
-def divergence_table(found) -> tables.Table:
+def divergence_table(found) -> writers.Table:
     """The KL between the two models by group of the true class, in inter and intra parts."""
     names, rows = found["groups"]["names"], []
     for temperature, by_group in found["inputs"][0]["divergence"].items():
@@ -162,17 +164,17 @@ def divergence_table(found) -> tables.Table:
                 cells = [f"{v:.4f}" for v in (parts["kl"], parts["inter"], *(parts["intra"][n] for n in names))]
             rows.append([f"τ = {temperature}", name, *cells])
     header = ["", "true class in", "KL", "inter", *(f"intra {name}" for name in names)]
-    return tables.Table(header, rows, left=2)
+    return writers.Table(header, rows, left=2)
 
 
-def confusion_table(found) -> tables.Table:
+def confusion_table(found) -> writers.Table:
     """Where the predictions and the mass of each group's examples go, in percent."""
     names, rows = found["groups"]["names"], []
     for model in found["inputs"][0]["models"]:
         for what, matrix in confusions(found, model).items():
             for name, row in zip(names, matrix):
                 rows.append([what, name, *([f"{value:.1f}" for value in row] if row else ["–"] * len(names))])
-    return tables.Table(["percent of", "true class in", *names], rows, left=2)
+    return writers.Table(["percent of", "true class in", *names], rows, left=2)
 
 
 def confusions(found, model) -> dict:
@@ -184,7 +186,7 @@ def confusions(found, model) -> dict:
     }
 
 
-def class_table(found, most: int | None = None) -> tables.Table:
+def class_table(found, most: int | None = None) -> writers.Table:
     """The first model's classes, those first that give away the most of their due."""
     classes, names = found["inputs"][0]["models"][0]["classes"], found["groups"]["names"]
     order = _by_loss(classes)
@@ -206,25 +208,25 @@ def class_table(found, most: int | None = None) -> tables.Table:
                 f"{classes['predicted'][c] / classes['share'][c]:.2f}",
                 f"{due(classes, c):.2f}",
                 f"{classes['own'][c]:.2f}",
-                tables.Cell(f"→ {_name(found, classes['to'][c])}", f"{classes['to_mass'][c]:.2f}"),
-                tables.Cell(names[to], f"{to_groups[to]:.2f}"),
+                writers.Cell(f"→ {_name(found, classes['to'][c])}", f"{classes['to_mass'][c]:.2f}"),
+                writers.Cell(names[to], f"{to_groups[to]:.2f}"),
             ]
         )
     header = ["class", "group", "trained on", "examples", "right %", "predicted ÷ due", "mass ÷ due", "own mass",
               "next class", "group with most"]  # fmt: skip
-    return tables.Table(header, rows, left=2)
+    return writers.Table(header, rows, left=2)
 
 
 def console(found) -> str:
     """The audit for a terminal."""
-    parts = [found["name"], headline(found), notes(found), "", "Group mass", tables.as_text(mass_table(found))]
-    parts += ["", "Loss in nats: wrong group, or wrong class within it", tables.as_text(loss_table(found))]
+    parts = [found["name"], headline(found), notes(found), "", "Group mass", writers.as_text(mass_table(found))]
+    parts += ["", "Loss in nats: wrong group, or wrong class within it", writers.as_text(loss_table(found))]
     if found["inputs"][0].get("divergence"):
-        parts += ["", between(found), tables.as_text(divergence_table(found))]
-    parts += ["", f"Calibration by group ({BY_CHANCE})", tables.as_text(calibration_table(found))]
-    parts += ["", "Confusion between groups", tables.as_text(confusion_table(found))]
+        parts += ["", between(found), writers.as_text(divergence_table(found))]
+    parts += ["", f"Calibration by group ({BY_CHANCE})", writers.as_text(calibration_table(found))]
+    parts += ["", "Confusion between groups", writers.as_text(confusion_table(found))]
     worst = class_table(found, WORST)
-    parts += ["", f"The {len(worst.rows)} classes that give away most", tables.as_text(worst)]
+    parts += ["", f"The {len(worst.rows)} classes that give away most", writers.as_text(worst)]
     return "\n".join(parts)
 
 

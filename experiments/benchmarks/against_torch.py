@@ -7,7 +7,7 @@ table's own making, one forward of every view, is not in it. The twin's images a
 
 import time
 
-from experiments import provenance, tables
+from experiments import provenance, writers
 from experiments.benchmarks import loss, torch_twin, train
 
 METHODS = ("kd", "ltkd", "bikd")
@@ -35,7 +35,7 @@ def measure(method, precision, models, *, repeats: int, steps: int) -> dict[str,
     return {"batch": batch_size} | {key: min(found[key] for found in rounds[1:]) for key in rounds[0]}
 
 
-def table(measured: dict) -> tables.Table:
+def table(measured: dict) -> writers.Table:
     """Rows of `{(method, precision): measure(…)}`."""
     rows = []
     for (method, precision), found in measured.items():
@@ -45,7 +45,7 @@ def table(measured: dict) -> tables.Table:
             row += [f"{1e3 * found[kind]:,.1f}", f"{twin / found[kind]:.2f}"]
         rows.append(row)
     names = ["method", "precision", "batch", "PyTorch, ms", "ours, table, ms", "PyTorch / ours"]
-    return tables.Table([*names, "ours, teacher in the step, ms", "PyTorch / ours"], rows)
+    return writers.Table([*names, "ours, teacher in the step, ms", "PyTorch / ours"], rows)
 
 
 def report(*, methods, precisions, teacher: str, student: str, repeats: int, steps: int) -> str:
@@ -60,7 +60,7 @@ def report(*, methods, precisions, teacher: str, student: str, repeats: int, ste
     torch = torch_twin.torch
     lines = [
         f"{teacher} → {student}, a step of training",
-        tables.as_text(table(measured)),
+        writers.as_text(table(measured)),
         f"PyTorch {torch.__version__}, {torch.get_num_threads()} threads; {provenance.short()}",
     ]
     return "\n".join([*lines, "", alone])

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import provenance, tables
+from experiments import provenance, writers
 from experiments.benchmarks import timing
 from ltkd_jax import bilevel, groups, models, objectives
 from ltkd_jax.training import bilevel_steps, steps
@@ -185,7 +185,7 @@ def ours(costs: dict[str, Cost], every: int) -> float:
     return ((every - 1) * same + changed) / every
 
 
-def table(costs: dict[str, Cost]) -> tables.Table:
+def table(costs: dict[str, Cost]) -> writers.Table:
     """The costs, and their ratios to the naive step's."""
     base, rows = costs["naive"], []
     for name, cost in costs.items():
@@ -193,7 +193,7 @@ def table(costs: dict[str, Cost]) -> tables.Table:
         row += [f"{cost.memory / 2**20:.1f}", f"{cost.memory / base.memory:.3f}"]
         row += ["–", "–"] if cost.seconds is None else [f"{cost.seconds:.3f}", f"{cost.seconds / base.seconds:.3f}"]
         rows.append(row)
-    return tables.Table(["step", "GFLOP", "/ naive", "temp MiB", "/ naive", "seconds", "/ naive"], rows)
+    return writers.Table(["step", "GFLOP", "/ naive", "temp MiB", "/ naive", "seconds", "/ naive"], rows)
 
 
 def report(pair: Pair, repeats: int) -> str:
@@ -202,7 +202,7 @@ def report(pair: Pair, repeats: int) -> str:
     costs = measure(variants(iteration), iteration, repeats)
     lines = [
         f"{pair.teacher} → {pair.student}, {pair.method}, batch {pair.batch_size}, {pair.num_classes} classes",
-        tables.as_text(table(costs)),
+        writers.as_text(table(costs)),
         "FLOPs of our step (table, k = 5) / official algorithm (naive, two teacher forwards): "
         f"{ours(costs, 5) / official(costs):.3f}; with k = 1: {ours(costs, 1) / official(costs):.3f}",
         "Temporary memory, K = 5 / K = 2, compiled loop: "

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import provenance, tables
+from experiments import provenance, writers
 from experiments.benchmarks import timing
 from ltkd_jax import groups, losses
 
@@ -45,5 +45,5 @@ def report(repeats: int, twin=None) -> str:
             row + ([f"{1e3 * seconds['twin']:.2f}", f"{seconds['twin'] / seconds['ours']:.2f}"] if twin else [])
         )
     names = ["logits", "ms", "/ floor"] + (["PyTorch, ms", "PyTorch / ours"] if twin else [])
-    lines = ["LTKD's loss, value and gradient, float32", tables.as_text(tables.Table(names, rows))]
+    lines = ["LTKD's loss, value and gradient, float32", writers.as_text(writers.Table(names, rows))]
     return "\n".join([*lines, f"bandwidth of a sum: {bandwidth / 1e9:.1f} GB/s", provenance.short()])

@@ -9,7 +9,7 @@ import tempfile
 
 import jax
 
-from experiments import provenance, tables
+from experiments import provenance, writers
 from experiments.benchmarks import train
 
 _SHOWN = 12
@@ -50,12 +50,12 @@ def operations(trace: dict, named: dict[str, str]) -> collections.Counter:
     return spent
 
 
-def table(spent: collections.Counter) -> tables.Table:
+def table(spent: collections.Counter) -> writers.Table:
     """The sources that take most, and the rest as one."""
     total, shown = sum(spent.values()), spent.most_common(_SHOWN)
     shown.append(("the rest", total - sum(micros for _, micros in shown)))
     rows = [[name, f"{micros / 1e3:,.2f}", f"{100 * micros / total:.1f} %"] for name, micros in shown]
-    return tables.Table(["operation", "ms", "share"], rows)
+    return writers.Table(["operation", "ms", "share"], rows)
 
 
 def report(*, method: str, teacher_from: str, precision: str, teacher: str, student: str, steps: int) -> str:
@@ -69,4 +69,4 @@ def report(*, method: str, teacher_from: str, precision: str, teacher: str, stud
         (path,) = pathlib.Path(folder).rglob("perfetto_trace.json.gz")
         spent = operations(json.loads(gzip.decompress(path.read_bytes())), sources(running.hlo()))
     lines = [f"{teacher} → {student}, {method}, {1e3 * seconds:.1f} ms a step while traced; all that was traced:"]
-    return "\n".join([*lines, tables.as_text(table(spent)), f"{provenance.short()}, precision {precision}"])
+    return "\n".join([*lines, writers.as_text(table(spent)), f"{provenance.short()}, precision {precision}"])

@@ -7,7 +7,7 @@ import time
 import numpy as np
 from PIL import Image
 
-from experiments import provenance, tables
+from experiments import provenance, writers
 from ltkd_jax.data import prepare, records, sources, stream
 
 _CLASSES, _FIRST = 8, 2  # batches before the clock starts: by then workers are up
@@ -66,7 +66,7 @@ def report(*, images: int, size: int, batch_size: int, batches: int, workers, re
     return "\n".join(
         [
             f"{images} JPEGs of 500×375 pixels → {size}×{size}, batch {batch_size}",
-            tables.as_text(tables.Table(["reading", "images/s", "/ plain loop"], rows)),
+            writers.as_text(writers.Table(["reading", "images/s", "/ plain loop"], rows)),
             provenance.short(),
         ]
     )

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
-from experiments import build, entries, provenance, tables
+from experiments import build, entries, provenance, writers
 from experiments.benchmarks import timing
 from experiments.datasets import Dataset
 from ltkd_jax import groups
@@ -143,7 +143,7 @@ def measure(wanted: list[Case], models, *, repeats: int, steps: int) -> dict[Cas
     }
 
 
-def table(measured: dict[Case, Measured], rates: dict[str, float]) -> tables.Table:
+def table(measured: dict[Case, Measured], rates: dict[str, float]) -> writers.Table:
     """The rows; `rates` are FLOPs per second of a matrix product, by precision."""
     names = ["method", "teacher", "precision", "batch", "images/s", "ms a step", "GFLOP a step", "of matmul"]
     rows = []
@@ -153,7 +153,7 @@ def table(measured: dict[Case, Measured], rates: dict[str, float]) -> tables.Tab
         row += [f"{found.batch_size / found.seconds:,.0f}", f"{1e3 * found.seconds:,.2f}"]
         row += [f"{found.flops / 1e9:.1f}", f"{100 * share:.0f} %"]
         rows.append(row + [f"{found.cold:.1f}", f"{found.cached:.1f}", f"{found.memory / 2**20:,.0f}"])
-    return tables.Table([*names, "first step, s", "cached, s", "MiB"], rows)
+    return writers.Table([*names, "first step, s", "cached, s", "MiB"], rows)
 
 
 def report(*, methods, teachers, precisions, teacher: str, student: str, repeats: int, steps: int) -> str:
@@ -161,6 +161,6 @@ def report(*, methods, teachers, precisions, teacher: str, student: str, repeats
     models = (("teacher", teacher), ("student", student))
     rates = {precision: timing.matmul_rate(precision) for precision in precisions}
     measured = measure(cases(methods, teachers, precisions), models, repeats=repeats, steps=steps)
-    lines = [f"{teacher} → {student}, CIFAR-100-LT's number of images", tables.as_text(table(measured, rates))]
+    lines = [f"{teacher} → {student}, CIFAR-100-LT's number of images", writers.as_text(table(measured, rates))]
     lines += [f"a matrix product in {name}: {rate / 1e12:.3f} TFLOP/s" for name, rate in rates.items()]
     return "\n".join([*lines, provenance.short()])
