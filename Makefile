@@ -1,17 +1,25 @@
-# Every target does its own set-up: a virtual environment in .venv, made once and again when pyproject.toml changes.
+# Every target sets up its own virtual environment in .venv, once and again when pyproject.toml changes.
 PYTHON ?= python3
 BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest
+PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
+SHARD ?= 1/1
 
-.PHONY: demo test test-slow lint dist docs clean
+.PHONY: demo test test-unit test-integration test-system lint dist docs clean
 
-demo: .venv/train.stamp  ## digits-LT: one teacher, five methods, three seeds; prints a table, writes a page
+demo: .venv/train.stamp  ## digits-LT: one teacher, five methods, three seeds; prints a table and writes a page
 	$(BIN)/python -m experiments.reproduce experiments/queues/demo.json --results=runs/demo/results
 
-test: .venv/test.stamp  ## the fast suite, under ten minutes on two cores
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+test: test-unit test-integration  ## unit and integration tests: about ten minutes on two cores
 
-test-slow: .venv/test.stamp .venv/docs.stamp  ## what takes minutes: kills and resumes, real data, whole runs, the site
-	$(BIN)/python -m pytest -m slow
+test-unit: .venv/test.stamp  ## unit tests and doctests: under two minutes on two cores
+	$(PYTEST) $(PARALLEL) --doctest-modules tests/unit ltkd_jax
+
+test-integration: .venv/test.stamp  ## programs of small networks: under ten minutes on two cores
+	$(PYTEST) $(PARALLEL) tests/integration
+
+test-system: .venv/test.stamp .venv/docs.stamp  ## whole runs, processes, real data, docs, packaging; SHARD=k/n runs one n-th
+	$(PYTEST) tests/system --shard=$(SHARD)
 
 lint: .venv/test.stamp  ## style and types
 	$(BIN)/ruff check .
@@ -21,7 +29,7 @@ lint: .venv/test.stamp  ## style and types
 dist: .venv/test.stamp  ## the source distribution and the wheel, in dist
 	$(BIN)/python -m build --no-isolation
 
-docs: .venv/docs.stamp  ## the documentation, in docs/_build: every page's code is run; a warning is an error
+docs: .venv/docs.stamp  ## the documentation, in docs/_build; every page's code is run; a warning is an error
 	$(BIN)/sphinx-build -q -j auto -W --keep-going -b html docs docs/_build/html
 	@echo "$(CURDIR)/docs/_build/html/index.html"
 

@@ -9,7 +9,7 @@ import re
 
 import ml_collections
 
-from ltkd_jax import objectives
+from ltkd_jax import methods
 
 # Short names of the argument for places in the config. Any other key is a hyperparameter of the method
 # (`alpha=2`, `temperature=2`) or a full path (`train.epochs=60`).
@@ -145,7 +145,7 @@ def set_method(config, name: str, *, weighting: dict | None = None, **defaults) 
       weighting: from `bilevel`.
       **defaults: hyperparameters of methods, of which this one takes its own.
     """
-    known = objectives.hyperparameters(name, learned_weights=weighting is not None)
+    known = methods.hyperparameters(name, learned_weights=weighting is not None)
     # A warm-up is of static weights; learned ones replace it.
     known = known if weighting else {"warmup_epochs": 0.0, **known}
     values = {key: value for key, value in defaults.items() if key in known}
@@ -188,19 +188,19 @@ def apply_argument(
     parts = split(argument or "")
     words, pairs = [p for p in parts if "=" not in p], [p.split("=", 1) for p in parts if "=" in p]
     smoke = "smoke" in words
-    methods = [word for word in words if word != "smoke"] or ["ltkd"]
-    if len(methods) > 1:
-        raise ValueError(f"the config's argument names several methods: {', '.join(methods)}; give one")
+    given = [word for word in words if word != "smoke"] or ["ltkd"]
+    if len(given) > 1:
+        raise ValueError(f"the config's argument names several methods: {', '.join(given)}; give one")
     places = [SHORT.get(key.strip(), key.strip()) for key, _ in pairs]
     twice = next((pairs[i][0] for i, place in enumerate(places) if place in places[:i]), None)
     if twice:
         raise ValueError(f"the config's argument gives {twice.strip()!r} twice; give it once")
-    (name,), pairs = methods, {key.strip(): value.strip() for key, value in pairs}
+    (name,), pairs = given, {key.strip(): value.strip() for key, value in pairs}
     learned = name == "bikd"
     terms = pairs.pop("terms", "kd") if learned else name
     recipe = pairs.pop("recipe", "bikd" if learned else default_recipe)
-    if terms not in objectives.METHODS:
-        known = [*objectives.METHODS, *(() if learned else ("bikd",))]
+    if terms not in methods.METHODS:
+        known = [*methods.METHODS, *(() if learned else ("bikd",))]
         close = difflib.get_close_matches(terms, known, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else "."
         raise ValueError(f"unknown method {terms!r}{hint} The methods are: {', '.join(known)}")
@@ -229,7 +229,7 @@ def _set(config, key, text):
         node = node[name] if isinstance(node, ml_collections.ConfigDict) and name in node else None
     there = isinstance(node, ml_collections.ConfigDict) and leaf in node
     if not there or isinstance(node[leaf], ml_collections.ConfigDict):
-        if config.weighting.name == "bilevel" and key in objectives.STATIC_WEIGHTS:
+        if config.weighting.name == "bilevel" and key in methods.STATIC_WEIGHTS:
             raise ValueError(f"{key!r} is a static weight, which bikd learns instead; weighting.scales multiplies it")
         short = [key for key, path in SHORT.items() if path.split(".")[-1] in config.weighting or "weight" not in path]
         known = ["recipe", *short, *(k for k in config.method if k != "name")]

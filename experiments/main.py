@@ -15,7 +15,7 @@ import sys
 from absl import app, flags
 from ml_collections import config_flags
 
-_DEFAULT = "configs/digits_lt.py"
+_DEFAULT = "configs/digitslt.py"
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, f"The config file, with its argument after a colon; {_DEFAULT} unless given.", lock_config=True
 )
@@ -26,21 +26,24 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; runs/<what
 
 
 def main(argv):
-    from experiments import checks, report, runs, setup, tables, train  # after the flags: --help stays quick
+    from experiments import report, runtime
+    from experiments.config import checks
+    from experiments.reporting import tables
+    from experiments.trainer import loop, run
     from ltkd_jax.training import hosts
 
-    setup.once(_DISTRIBUTED.value)
+    runtime.once(_DISTRIBUTED.value)
     config = _CONFIG.value
-    workdir = pathlib.Path(_WORKDIR.value or runs.default_workdir(config))
+    workdir = pathlib.Path(_WORKDIR.value or run.default_workdir(config))
     try:
-        results = runs.run(config, workdir, command=setup.command_line("experiments.main", sys.argv[1:]))
+        results = run.run(config, workdir, command=runtime.command_line("experiments.main", sys.argv[1:]))
         if hosts.is_first():
             report.write_page([report.load(workdir)], workdir / "report.html")
             print(tables.console([results]))
             print(f"\n{workdir / 'results.json'}   {workdir / 'report.html'}")
-    except (checks.ConfigError, train.Diverged, report.ReportError, OSError) as error:
+    except (checks.ConfigError, loop.Diverged, report.ReportError, OSError) as error:
         sys.exit(f"error: {error}")
-    except train.Stopped as stopped:
+    except loop.Stopped as stopped:
         print(f"{stopped}. The same command goes on from there.", file=sys.stderr)
         sys.exit(75)
 

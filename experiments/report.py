@@ -15,7 +15,7 @@ import json
 import pathlib
 import sys
 
-from experiments import comparison, page, setting_plots, tables, weight_plots, writers
+from experiments.reporting import comparison, page, setting_figures, tables, weight_figures, writers
 
 
 class ReportError(ValueError):
@@ -180,7 +180,7 @@ def _section(setting, title, anchor, *, alone):
         parts.append(f'<h3>What can be told apart</h3><p class="small">{tables.RULE}</p>')
         parts += [f'<p class="key">On {html.escape(t)}:</p>{writers.as_html(table)}' for t, table in compared]
     parts += [comparison.tail_against_head([setting])] if alone else []  # else it stands beside those of the others
-    parts += [*setting_plots.sections(setting), weight_plots.section(setting), _how(setting)]
+    parts += [*setting_figures.sections(setting), weight_figures.section(setting), _how(setting)]
     return "\n".join(parts) + "</section>"
 
 
@@ -251,7 +251,7 @@ def main(argv=None):
         parser.error("give either PATHs or --results")
     try:
         if args.results:
-            from experiments import results_page  # it stands on this module
+            from experiments.reporting import results_page
 
             print(results_page.write_results(args.results, args.queue))
             return

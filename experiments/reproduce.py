@@ -21,8 +21,12 @@ import time
 import jax
 import tqdm
 
-from experiments import build, checks, fleet, report, runs, setup, tables, train
-from experiments.entries import Entry, command, read_queue, resolve
+from experiments import report, runtime
+from experiments.config import checks
+from experiments.jobs import workers
+from experiments.jobs.queue_entry import Entry, command, read_queue, resolve
+from experiments.reporting import tables
+from experiments.trainer import build, loop, run
 from ltkd_jax import files
 
 _WAIT = 5.0  # seconds between looks at what others do
@@ -44,7 +48,7 @@ class Results:
         files.write_text(self._path(config), json.dumps({**results, "group": group}, indent=1) + "\n")
 
     def _path(self, config):
-        return self._folder / f"{pathlib.Path(runs.default_workdir(config)).name}-{checks.config_hash(config)}.json"
+        return self._folder / f"{pathlib.Path(run.default_workdir(config)).name}-{checks.config_hash(config)}.json"
 
 
 def choose(entries: list[Entry], group: str, results: Results) -> dict | None:
@@ -98,7 +102,7 @@ class Reproduction:
             return False
         if self._results.find(config) is not None:  # another process did it meanwhile
             return True
-        found = runs.run(config, self._workdir(config), command=command(entry, config), deadline=deadline)
+        found = run.run(config, self._workdir(config), command=command(entry, config), deadline=deadline)
         self._results.add(config, found, entry.group)
         return True
 
@@ -109,7 +113,7 @@ class Reproduction:
         return sorted({place for place in places if (place / "results.json").exists()})
 
     def _workdir(self, config):
-        return self._folder / f"{pathlib.Path(runs.default_workdir(config)).name}-{checks.config_hash(config)}"
+        return self._folder / f"{pathlib.Path(run.default_workdir(config)).name}-{checks.config_hash(config)}"
 
 
 def reproduce(reproduction: Reproduction, deadline: float | None) -> int:
@@ -135,10 +139,10 @@ def reproduce(reproduction: Reproduction, deadline: float | None) -> int:
                     left.append(entry)
                     used = True
                     continue
-                except train.Stopped as stopped:
+                except loop.Stopped as stopped:
                     _tell(f"{stopped}; the same command goes on from here")
                     return len(failed)
-                except (checks.ConfigError, train.Diverged, OSError) as error:
+                except (checks.ConfigError, loop.Diverged, OSError) as error:
                     _tell(f"error: {entry.config}, seed {entry.seed}: {error}")
                     failed.append(entry)
                 bar.update()
@@ -157,14 +161,14 @@ def _tell(text):
     tqdm.tqdm.write(text, file=sys.stderr)
 
 
-def _fleet(options) -> fleet.Measured | None:
+def _fleet(options) -> workers.Measured | None:
     """What is to do runs side by side; None for one at a time, in this process.
 
     It comes before anything that computes: this process must not take a device that another is to have.
     """
     if options.at_once == 1 or options.list:
         return None
-    measured = fleet.ask(options.queue, options.data_dir, timed=not options.at_once)
+    measured = workers.ask(options.queue, options.data_dir, timed=not options.at_once)
     if measured.alone is not None:
         _tell(str(measured))
     if options.at_once > measured.slots:
@@ -181,7 +185,7 @@ def _carry_out_all(reproduction, options, measured, deadline, folder):
     same = [options.queue, f"--results={options.results}", f"--runs={folder}", f"--data_dir={options.data_dir}"]
     same.append(f"--minutes={options.minutes}")
     at_once = options.at_once or measured.at_once
-    return fleet.run(same, measured, at_once, folder, lambda: len(reproduction.missing()))
+    return workers.run(same, measured, at_once, folder, lambda: len(reproduction.missing()))
 
 
 def _at_once(text):
@@ -214,7 +218,7 @@ def main(argv=None):
     options = parser.parse_args(argv)
     deadline = time.monotonic() + 60 * options.minutes if options.minutes else None
     folder = pathlib.Path(options.runs or pathlib.Path("runs") / pathlib.Path(options.queue).stem)
-    setup.once()
+    runtime.once()
     try:
         measured = _fleet(options)
         reproduction = Reproduction(read_queue(options.queue), Results(options.results), folder, options.data_dir)

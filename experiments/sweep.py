@@ -1,10 +1,10 @@
 """Compares methods over settings and seeds: writes a queue, and does it as `experiments.reproduce` does.
 
-    python -m experiments.sweep --config=configs/digits_lt.py --methods=ce,kd,ltkd,bikd --imbalance=10,100 --seeds=3
+    python -m experiments.sweep --config=configs/digitslt.py --methods=ce,kd,ltkd,bikd --imbalance=10,100 --seeds=3
     python -m experiments.sweep --methods=kd,ltkd,alpha=0.5,ltkd,alpha=2,bikd,terms=ltkd --student=resnet8,resnet20
 
 A method may be followed by its own key=value. What all runs share stands in the config's argument, as in
---config=configs/digits_lt.py:epochs=20 or :smoke. The folder (runs/sweep-<config> unless --name is given) gets
+--config=configs/digitslt.py:epochs=20 or :smoke. The folder (runs/sweep-<config> unless --name is given) gets
 queue.json, results/, a work directory for each run, and the page that compares them. The same command goes on where
 it was; with more methods, settings or seeds it runs what is missing.
 """
@@ -17,7 +17,10 @@ import re
 import sys
 
 from configs import common
-from experiments import build, checks, entries, reproduce, setup
+from experiments import reproduce, runtime
+from experiments.config import checks
+from experiments.jobs import queue_entry
+from experiments.trainer import build
 from ltkd_jax import files
 
 _FOLDER = pathlib.Path("runs")
@@ -71,7 +74,7 @@ def queue_of(config: str, methods: str, axes: dict[str, str | None], seeds: int,
         for reference in _by_one_recipe(path, split_methods(methods), [*setting, *common.split(shared)]):
             if re.search(r"[:,]\s*seed\s*=", reference):
                 raise checks.ConfigError(f"{reference}: a sweep's seeds are given by --seeds")
-            resolved = checks.config_hash(entries.load_config(reference))
+            resolved = checks.config_hash(queue_entry.load_config(reference))
             if resolved in seen:
                 raise checks.ConfigError(f"{reference} is the same run as {seen[resolved]}: give it once")
             seen[resolved] = reference
@@ -90,7 +93,7 @@ def _by_one_recipe(path, methods, rest):
         return [f"{path}:{','.join([*method, *more, *rest])}" for method, more in zip(methods, added)]
 
     def differ(found):
-        configs = [entries.load_config(reference) for reference in found]
+        configs = [queue_entry.load_config(reference) for reference in found]
         return len({(checks.teacher_hash(c), json.dumps(checks.plain(c)["train"])) for c in configs}) > 1
 
     plain = references()
@@ -103,7 +106,7 @@ def _by_one_recipe(path, methods, rest):
 
 def summary(path) -> str:
     """Says how much a queue file holds."""
-    configs = [entries.resolve(entry) for entry in entries.read_queue(path)]
+    configs = [queue_entry.resolve(entry) for entry in queue_entry.read_queue(path)]
     taught = {checks.teacher_hash(config) for config in configs if build.needs_teacher(config)}
     counts = ((len(configs), "run"), (len(taught), "teacher"))
     return ", ".join(f"{number} {word}{'' if number == 1 else 's'}" for number, word in counts)
@@ -113,7 +116,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m experiments.sweep", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter,
                                      parents=[reproduce.options_of_a_queue()])  # fmt: skip
-    parser.add_argument("--config", default="configs/digits_lt.py", help="a config file, with what all runs share")
+    parser.add_argument("--config", default="configs/digitslt.py", help="a config file, with what all runs share")
     parser.add_argument("--methods", required=True, help="such as ce,kd,ltkd,alpha=2,bikd")
     for key, what in (("imbalance", "10,100"), ("teacher", "resnet20,resnet32"), ("student", "resnet8,resnet20")):
         parser.add_argument(f"--{key}", help=f"a list such as {what} (default: the config's)")
@@ -126,7 +129,7 @@ def main(argv=None):
         if not re.fullmatch(r"\w[\w .+-]*", name):
             raise checks.ConfigError(f"--name={name!r} must be the name of one folder")
         axes = {key: getattr(options, key) for key in ("imbalance", "teacher", "student")}
-        about = setup.command_line("experiments.sweep", sys.argv[1:] if argv is None else argv)
+        about = runtime.command_line("experiments.sweep", sys.argv[1:] if argv is None else argv)
         queue = queue_of(options.config, options.methods, axes, options.seeds, about)
         folder.mkdir(parents=True, exist_ok=True)
         files.write_text(folder / "queue.json", json.dumps(queue, indent=1) + "\n")

@@ -7,10 +7,10 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ltkd_jax import bilevel, data, groups, losses, metrics, models, objectives, training
+    from ltkd_jax import bilevel, data, groups, losses, methods, metrics, models, training
 
 __version__ = "0.1.0"
-__all__ = ["bilevel", "data", "groups", "losses", "metrics", "models", "objectives", "training"]
+__all__ = ["bilevel", "data", "groups", "losses", "methods", "metrics", "models", "training"]
 
 
 def __dir__() -> list[str]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from ltkd_jax.data import autoaugment
-from ltkd_jax.data.plan import Array
+from ltkd_jax.data.sampling import Array
 
 POLICIES = ("none", "autoaugment")
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ltkd_jax.data.plan import Array
+from ltkd_jax.data.sampling import Array
 
 # The 25 sub-policies for CIFAR-10 of AutoAugment's paper (https://arxiv.org/abs/1805.09501, appendix): twice an
 # (operation, probability, magnitude). The official code (tensorflow/models, research/autoaugment, `good_policies`)

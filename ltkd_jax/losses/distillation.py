@@ -10,7 +10,7 @@ import numpy.typing as npt
 from jax.typing import ArrayLike
 
 from ltkd_jax.groups import check_counts
-from ltkd_jax.losses import _common, grouped
+from ltkd_jax.losses import _common, ltkd
 from ltkd_jax.losses._common import Scalar
 
 _MIN_TEACHER_LOSS = 1e-7  # the divisor of WSL's ratio, for a teacher that is certain and right
@@ -79,7 +79,7 @@ def dkd(
     student, teacher = _common.pair(student_logits, teacher_logits, temperature, where)
     target, exists = _common.is_label(labels, student), _common.class_mask(where, student)
     member = jnp.stack([target & exists, ~target & exists], axis=-2)
-    split = grouped.membership_kl(student, teacher, member, temperature)
+    split = ltkd.membership_kl(student, teacher, member, temperature)
     loss = temperature**2 * (alpha * split.inter + beta * split.intra[..., 1])
     return jnp.where((target & exists).any(axis=-1), loss, jnp.nan)
 

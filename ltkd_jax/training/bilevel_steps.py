@@ -10,12 +10,12 @@ import optax
 
 from ltkd_jax import bilevel
 from ltkd_jax.bilevel import PyTree
-from ltkd_jax.data import plan as plans
-from ltkd_jax.data.plan import Plan
-from ltkd_jax.data.stream import Streamed
+from ltkd_jax.data import sampling as plans
+from ltkd_jax.data.sampling import Plan
+from ltkd_jax.data.streaming import Streamed
 from ltkd_jax.groups import ClassGroups
+from ltkd_jax.methods import Objective, Predictions
 from ltkd_jax.models import Model, WeightNet
-from ltkd_jax.objectives import Objective, Predictions
 from ltkd_jax.training.state import LearnedSums, TrainState
 from ltkd_jax.training.steps import Batch, TrainData, advance, forward, sum_over_devices
 
@@ -47,9 +47,9 @@ class Weighting:
 
     Attributes:
       net: gives `[B, T]` from features `[B, F]`.
-      features: `predictions -> [B, F]`, see `objectives.features`.
+      features: `predictions -> [B, F]`, see `methods.features`.
       num_features: F.
-      outer_loss: `predictions -> [B]`, see `objectives.outer_loss`.
+      outer_loss: `predictions -> [B]`, see `methods.outer_loss`.
       scales: T constants by which the net's weights are multiplied.
       optimizer: of the net.
       every: k, iterations between its updates.

@@ -11,10 +11,10 @@ import optax
 from ltkd_jax import metrics, models
 from ltkd_jax.bilevel import PyTree
 from ltkd_jax.data import augment
-from ltkd_jax.data.plan import Plan
-from ltkd_jax.data.stream import Streamed
+from ltkd_jax.data.sampling import Plan
+from ltkd_jax.data.streaming import Streamed
+from ltkd_jax.methods import Mix, Objective, Predictions
 from ltkd_jax.models import review
-from ltkd_jax.objectives import Mix, Objective, Predictions
 from ltkd_jax.training.state import EpochSums, TrainState, cleared
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import jax
 import numpy as np
 
-from ltkd_jax.data.plan import Plan
+from ltkd_jax.data.sampling import Plan
 
 
 def table_bytes(num_examples: int, num_views: int, num_classes: int) -> int:

@@ -1,0 +1,28 @@
+"""Fashion-MNIST-LT at γ = 100: ResNet20 → ResNet8 on 28×28 grey images. Neither paper has it; small enough for a laptop.
+
+    python -m ltkd_jax.data.prepare fashion_mnist --data_dir=DIR             # once; --source=FOLDER without a network
+    python -m experiments.main --config=configs/fashionmnistlt.py:ltkd --config.data.dir=DIR
+    python -m experiments.main --config=configs/fashionmnistlt.py:bikd,imbalance=50 --config.data.dir=DIR
+    python -m experiments.main --config=configs/fashionmnistlt.py:ltkd,smoke --config.data.dir=DIR
+
+METHOD is one of ce, balanced_softmax, logit_adjusted, kd, dkd, reviewkd, dive, bkd, wsl, ltkd, ltkd_bs, bikd; short keys are
+imbalance, teacher, student, epochs, seed, policy, cutout, mixup, and the method's own (alpha, beta, temperature, …; for bikd
+terms, lookahead, every, outer); `smoke` runs 20 steps of small models.
+
+Recipe: LTKD's for CIFAR, with 60 epochs; for bikd BiKD's for ten classes, with 100 images of each class set aside.
+
+Hardware: one GPU, or patience; `smoke` on 2 CPU cores in under a minute. Expected: nothing is published; not yet run here.
+"""
+
+from configs import common
+
+
+def get_config(argument: str = ""):
+    config = common.base("fashion_mnist", teacher="resnet20", student="resnet8", imbalance=100.0)
+    config.train.epochs = config.teacher.train.epochs = 60.0
+    return common.apply_argument(
+        config,
+        argument,
+        bikd=common.bikd_recipe(n_max=5900, meta_per_class=100),
+        weighting=common.bilevel(every=1, outer="mix", hidden=(64,)),
+    )

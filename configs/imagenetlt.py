@@ -1,0 +1,37 @@
+"""ImageNet-LT: ResNet34 → ResNet18 on a stream of 224×224 crops; LTKD's exponential subsample, or a list of your own.
+
+    python -m ltkd_jax.data.prepare imagenet2012 --source=FOLDER --data_dir=DIR      # once; FOLDER/train/WNID, FOLDER/val
+    python -m experiments.main --config=configs/imagenetlt.py:ltkd --config.data.dir=DIR                  # γ = 10
+    python -m experiments.main --config=configs/imagenetlt.py:ltkd,imbalance=20 --config.data.dir=DIR     # 5, 10, 20
+    python -m experiments.main --config=configs/imagenetlt.py:ltkd,subset=ImageNet_LT_train.txt --config.data.dir=DIR
+    python -m experiments.main --config=configs/imagenetlt.py:ltkd,smoke --config.data.dir=DIR
+
+METHOD is one of ce, balanced_softmax, logit_adjusted, kd, dkd, reviewkd, dive, bkd, wsl, ltkd, ltkd_bs, bikd; short keys are
+imbalance, teacher, student, epochs, seed, policy, cutout, mixup, and the method's own (alpha, beta, temperature, …; for bikd
+terms, lookahead, every, outer); `smoke` runs 20 steps of small models.
+
+`subset` is exponential (LTKD's: n_c = 732 · γ^(−c/999), since the smallest class has 732 images; the paper's n_max is not
+known), or the path of a list with a line "relative/path label" for each image, such as the usual ImageNet-LT's
+(115,846 images). The test is ImageNet's validation set. For bikd 10 images of each class are set aside.
+
+Images stay on disk: random resized crops and flips by threads or `data.workers` processes, so there is no teacher's table. Recipe: the
+usual 100 epochs of batch 256, lr 0.1, ×0.1 at 30, 60 and 90, weight decay 1e-4 (the paper's is not known).
+
+Hardware: GPUs. Expected: LTKD reports this data set, but its numbers are not known here; not yet run here.
+"""
+
+from configs import common
+
+
+def get_config(argument: str = ""):
+    config = common.base("imagenet2012", teacher="resnet34_imagenet", student="resnet18_imagenet", imbalance=10.0)
+    config.data.stream, config.data.image_size = True, 224
+    config.train = common.recipe(batch_size=256, epochs=100.0, lr=0.1, weight_decay=1e-4, milestones=(0.3, 0.6, 0.9))
+    config.teacher.train = config.train.copy_and_resolve_references()
+    return common.apply_argument(
+        config,
+        argument,
+        bikd={"data.meta_per_class": 10},
+        weighting=common.bilevel(every=5, outer="hard", hidden=(64, 64)),
+        method_defaults=common.WARMUPS,
+    )

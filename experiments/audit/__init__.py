@@ -1,0 +1,1 @@
+"""The bias audit of a model, from its logits."""

@@ -1,1 +1,0 @@
-"""What `python -m experiments.audit` is made of."""

@@ -1,1 +1,0 @@
-"""What the project is fast for, measured as ratios: `python -m experiments.benchmark` runs these."""

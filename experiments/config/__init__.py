@@ -1,0 +1,1 @@
+"""The config: validation, identity, and the frozen specification of a run."""

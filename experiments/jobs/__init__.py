@@ -1,0 +1,1 @@
+"""Queues of runs and the processes that work on them."""

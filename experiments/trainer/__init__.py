@@ -1,0 +1,1 @@
+"""One run: teacher, student, loop, evaluation."""

@@ -1,0 +1,1 @@
+"""Prepares a data set once: archives or folders to a TFDS directory."""

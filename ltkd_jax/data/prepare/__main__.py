@@ -1,0 +1,93 @@
+"""The command: `python -m ltkd_jax.data.prepare NAME --data_dir=DIR`."""
+
+import argparse
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+
+from ltkd_jax.data import records
+from ltkd_jax.data.prepare import archives, download, recipes
+from ltkd_jax.data.prepare.tfds_writer import PrepareError
+
+_EPILOG = """\
+sources (--source):
+  cifar100, cifar10  the official cifar-100-python.tar.gz or cifar-100-binary.tar.gz (cifar-10-...)
+  fashion_mnist      a folder or a tar archive with the four official *-ubyte.gz files, such as
+                     /usr/share/datasets/fashion-mnist of Debian's package dataset-fashion-mnist
+  tiny_imagenet      the official tiny-imagenet-200.zip, or the folder that it unpacks to
+  imagenet2012       a folder with train/WNID/*.JPEG and val/WNID/*.JPEG (or val/*.JPEG)
+  folder             your own images, a folder or a zip of CLASS/..., or of train/CLASS/... and test/CLASS/...
+  Grey, palette and CMYK images among colour ones are read as colour.
+
+examples:
+  python -m ltkd_jax.data.prepare cifar100 --data_dir ~/tensorflow_datasets
+  python -m ltkd_jax.data.prepare cifar100 --data_dir data --source cifar-100-python.tar.gz
+  python -m ltkd_jax.data.prepare folder --name birds --source ~/birds --test_per_class 20 --data_dir data
+"""
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m ltkd_jax.data.prepare",
+        description=__doc__,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("dataset", choices=recipes.DATASETS)
+    parser.add_argument("--data_dir", help="TFDS's directory (default: $TFDS_DATA_DIR, or ~/tensorflow_datasets)")
+    parser.add_argument("--source", metavar="PATH", help="an archive or folder at hand; without it, fetch one")
+    parser.add_argument("--name", help="of your own data set, for `folder`: what config.data.name is then set to")
+    parser.add_argument(
+        "--test_per_class", type=int, default=0, metavar="N",
+        help="images of each class to hold out for the test; a `folder` without train and test needs it",
+    )  # fmt: skip
+    parser.add_argument(
+        "--skip_damaged", action="store_true", help="leave out images that do not decode, and name them"
+    )
+    args = parser.parse_args(argv)
+    if args.dataset == "folder" and not (args.name and args.source):
+        parser.error("folder needs --name and --source")
+    if args.dataset != "folder" and (args.name or args.test_per_class):
+        parser.error("--name and --test_per_class are for folder only")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code, 2 with a message on the standard error if it can't be done."""
+    args = _parse(argv)
+    logging.basicConfig(format="%(message)s")
+    data_dir, name = records.resolve_data_dir(args.data_dir), args.name or args.dataset
+    try:
+        if args.dataset == "folder":
+            how = recipes.own_recipe(name, test_per_class=args.test_per_class)
+        builder = records.find_builder(name, data_dir)
+        if builder is not None:
+            print(f"{name} is already prepared: {builder.data_path}")
+            if args.source:
+                print("nothing was read; to prepare it anew, remove that folder first")
+            return 0
+        how = how if args.dataset == "folder" else recipes.recipe(name)
+        path = recipes.prepare(how, data_dir, args.source, skip_damaged=args.skip_damaged, show_progress=True)
+    except KeyboardInterrupt:
+        print("interrupted; nothing half-written is left", file=sys.stderr)
+        return 130
+    except (
+        archives.ArchiveError,
+        download.DownloadError,
+        PrepareError,
+        records.DatasetNotPrepared,
+        OSError,
+    ) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{name} is prepared: {path}")
+    for split, info in records.open_builder(name, data_dir).info.splits.items():
+        print(f"  {split}: {info.num_examples:,} images")
+    return 0
+
+
+if __name__ == "__main__":
+    # An exception, unlike the signal, lets temporary files be removed.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    sys.exit(main())

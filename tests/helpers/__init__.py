@@ -1,0 +1,1 @@
+"""What tests share: small networks and runs, independent formulas, pictures, a browser."""

@@ -1,0 +1,425 @@
+"""The bilevel step against naive differentiation, finite differences, a hand-written loop and a known answer."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from helpers.small_net import SmallNet, double
+
+from experiments.benchmark.bilevel_step import naive
+from ltkd_jax import bilevel, groups, losses, methods, models
+from ltkd_jax.training import bilevel_steps, steps
+from ltkd_jax.training import state as states
+
+CLASSES, BATCH = 5, 8
+slow = pytest.mark.slow  # convolutions, which take XLA a minute to compile
+COUNTS = np.array([50, 30, 12, 6, 3])
+GROUPS = groups.ClassGroups.from_counts(COUNTS)
+
+
+class Mlp(nn.Module):
+    """No batch norm; smooth, so that finite differences have no kink to step over."""
+
+    @nn.compact
+    def __call__(self, images, *, train):
+        return nn.Dense(CLASSES)(nn.tanh(nn.Dense(6)(images.reshape(len(images), -1))))
+
+
+def draw(seed, *lead, shape=(4, 4, 1), classes=CLASSES, batch=BATCH):
+    """Random batches of the sizes `lead`, the teacher's logits far from uniform."""
+    rng = np.random.default_rng(seed)
+    return steps.Batch(
+        jnp.asarray(rng.normal(size=(*lead, batch, *shape)), jnp.float32),
+        jnp.asarray(rng.integers(0, classes, (*lead, batch)), jnp.int32),
+        jnp.asarray(2 * rng.normal(size=(*lead, batch, classes)), jnp.float32),
+    )
+
+
+def setting(net, method, *, ahead=1, shape=(4, 4, 1), classes=CLASSES, outer="mix", seed=0):
+    """A problem of this project, its student's and weight net's parameters, batches and a meta batch, in float32."""
+    model = {"mlp": Mlp, "batch norm": SmallNet}.get(net, lambda: models.create(net, classes))()
+    counts = COUNTS if classes == CLASSES else np.arange(classes, 0, -1)
+    by_rank = groups.ClassGroups.from_counts(counts)
+    objective = methods.create(method, counts, by_rank)
+    how = bilevel_steps.Weighting(
+        net=models.WeightNet(len(objective.terms), hidden=(8,)),
+        features=methods.features(objective, ("student_ce", "teacher_ce")),
+        num_features=2,
+        outer_loss=methods.outer_loss(objective, outer),
+        scales=(1.0,) * len(objective.terms),
+        optimizer=optax.adam(1e-2),
+        every=1,
+        groups=by_rank,
+    )
+
+    terms = len(objective.terms)
+    state = jax.jit(lambda: how.add_to(states.create(model, optax.sgd(0.1), terms, shape, seed), seed))()
+    problem = bilevel_steps.problem(state.batch_stats, model=model, objective=objective, weighting=how)
+    # A fresh weight net is nearly constant; a larger one has slopes that a wrong formula gets wrong.
+    meta_params = jax.tree.map(lambda x: 3 * x, state.meta.params)
+    kind = dict(shape=shape, classes=classes)
+    return problem, state.params, meta_params, draw(seed, ahead, **kind), draw(seed + 1000, **kind)
+
+
+def fast(problem, params, meta_params, batches, outer_batch, learning_rate):
+    """The hypergradient of the fast path: what it gathers."""
+    meta = bilevel.init(meta_params, optax.sgd(1.0))
+    taken = bilevel.step(
+        problem, params, meta, batches, outer_batch, learning_rate, optimizer=optax.sgd(1.0), every=9, changes=False
+    )
+    return taken.outer_loss, taken.meta.gradients
+
+
+def difference(got, want):
+    """The relative error of a gradient as a vector."""
+    got, want = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)]) for tree in (got, want))
+    return np.linalg.norm(got - want) / np.linalg.norm(want)
+
+
+def finite_differences(problem, params, meta_params, batches, outer_batch, learning_rate, gradient, step=1e-4):
+    """Relative errors of ⟨gradient, direction⟩ against central differences (fourth order), in three directions."""
+    value = jax.jit(
+        lambda meta: bilevel.lookahead(problem, params, meta, batches, outer_batch, learning_rate, unroll=True)
+    )
+    errors = []
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        direction = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape)), meta_params)  # noqa: B023
+        slope = sum(jnp.vdot(g, d) for g, d in zip(jax.tree.leaves(gradient), jax.tree.leaves(direction)))
+
+        def at(t):
+            return value(jax.tree.map(lambda m, d: m + t * d, meta_params, direction))  # noqa: B023
+
+        central = (8 * (at(step) - at(-step)) - (at(2 * step) - at(-2 * step))) / (12 * step)
+        errors.append(abs(central - slope) / abs(slope))
+    return max(errors)
+
+
+def by_the_formula(problem, params, meta_params, batches, outer_batch, rate, *, outer_at_start=False, share=1.0):
+    """−(η/B) ⟨v, ∇l_it⟩ with the whole Jacobian of the terms written out; the keywords make it wrong."""
+    batch = jax.tree.map(lambda x: x[0], batches)
+    terms, aux = problem.terms_fn(params, batch)
+    jacobian = jax.jacrev(lambda params: problem.terms_fn(params, batch)[0])(params)
+    weights, back = jax.vjp(lambda meta: problem.weight_fn(meta, aux.features), meta_params)
+    gradient = jax.tree.map(lambda j: jnp.tensordot(weights, j, 2) / len(terms), jacobian)
+    virtual = jax.tree.map(lambda p, g: p - rate * g, params, gradient)
+    where = jax.tree.map(functools.partial(jnp.where, outer_at_start), params, virtual)
+    direction = jax.grad(problem.outer_fn)(where, outer_batch)
+    pairs = zip(jax.tree.leaves(jacobian), jax.tree.leaves(direction), strict=True)
+    slopes = sum(jnp.tensordot(j, v, v.ndim) for j, v in pairs)
+    return back(-rate / len(terms) * slopes * share)[0]
+
+
+@pytest.mark.parametrize(
+    "net, method",
+    [
+        ("mlp", "kd"),
+        pytest.param("mlp", "ltkd", marks=slow),
+        ("batch norm", "ltkd"),
+        pytest.param("resnet8", "kd", marks=slow),
+        pytest.param("resnet8", "ltkd", marks=slow),
+    ],
+)
+def test_the_fast_path_is_the_naive_gradient_is_finite_differences(net, method):
+    """In float64: to 1e-10 the first two, to 1e-6 the third; and the same comparison fails for wrong variants."""
+    with jax.enable_x64(True):
+        problem, *arguments = setting(net, method)
+        arguments = double(arguments)
+        rate = 0.3
+        loss, gradient = jax.jit(functools.partial(fast, problem, learning_rate=rate))(*arguments)
+        naive_gradient = jax.jit(functools.partial(bilevel.hypergradient, problem, learning_rate=rate, unroll=True))
+        naive_loss, expected = naive_gradient(*arguments)
+        assert gradient["weights"]["kernel"].dtype == jnp.float64
+        assert difference(gradient, expected) < 1e-10 and abs(loss - naive_loss) < 1e-12
+        # A ReLU net has kinks: small steps, so that none is stepped over.
+        width = 1e-4 if net == "mlp" else 1e-6
+        assert finite_differences(problem, *arguments, rate, expected, width) < 1e-6
+        formula = jax.jit(functools.partial(by_the_formula, problem, rate=rate))
+        for outer_at_start, share, right in ((False, 1.0, True), (True, 1.0, False), (False, 1 + 1e-9, False)):
+            error = difference(formula(*arguments, outer_at_start=outer_at_start, share=share), expected)
+            assert bool(error < 1e-10) == right, (outer_at_start, share, error)
+
+
+def test_features_carry_no_gradient():
+    """Through two virtual steps the features depend on the weights; that path is cut, by definition."""
+    with jax.enable_x64(True):
+        problem, *arguments = setting("mlp", "kd", ahead=2)
+        arguments = double(arguments)
+        cut = jax.jit(functools.partial(bilevel.hypergradient, problem, learning_rate=0.3))(*arguments)[1]
+
+        def leaky(params, meta_params, batches, outer_batch):
+            for j in range(2):
+
+                def loss(params):
+                    terms, aux = problem.terms_fn(params, jax.tree.map(lambda x: x[j], batches))  # noqa: B023
+                    return jnp.mean(jnp.sum(problem.weight_fn(meta_params, aux.features) * terms, axis=-1))
+
+                params = jax.tree.map(lambda p, g: p - 0.3 * g, params, jax.grad(loss)(params))
+            return problem.outer_fn(params, outer_batch)
+
+        assert difference(jax.jit(jax.grad(leaky, argnums=1))(*arguments), cut) > 1e-3
+
+
+@slow
+def test_the_fast_path_in_float32_at_full_width():
+    """ResNet8x4: to 1e-5 of the naive gradient."""
+    problem, *arguments = setting("resnet8x4", "kd", shape=(8, 8, 3), classes=20, outer="hard")
+    _, gradient = jax.jit(functools.partial(fast, problem, learning_rate=0.1))(*arguments)
+    _, expected = jax.jit(functools.partial(bilevel.hypergradient, problem, learning_rate=0.1, unroll=True))(*arguments)
+    assert difference(gradient, expected) < 1e-5
+
+
+@pytest.mark.parametrize("ahead", [pytest.param(2, marks=slow), 3, pytest.param(5, marks=slow)])
+def test_the_lookahead_against_finite_differences(ahead):
+    """Any K; scanned with rematerialisation and written out are the same."""
+    with jax.enable_x64(True):
+        problem, *arguments = setting("mlp", "kd", ahead=ahead)
+        arguments = double(arguments)
+        written, scanned = (
+            jax.jit(functools.partial(bilevel.hypergradient, problem, learning_rate=0.3, unroll=unroll))(*arguments)
+            for unroll in (True, False)
+        )
+        assert difference(scanned[1], written[1]) < 1e-10
+        # Features are anew at each virtual step, and no path for a derivative: held, for the differences.
+        held, given = hold_features(problem, *arguments, 0.3)
+        assert finite_differences(held, *given, 0.3, written[1]) < 1e-6
+
+
+def hold_features(problem, params, meta_params, batches, outer_batch, rate):
+    """The problem whose batches bring the features that a lookahead at these arguments meets, and its arguments."""
+    found, start = [], params
+    for j in range(jax.tree.leaves(batches)[0].shape[0]):
+        batch = jax.tree.map(lambda x, j=j: x[j], batches)
+
+        def loss(params, batch=batch):
+            terms, aux = problem.terms_fn(params, batch)
+            weights = problem.weight_fn(meta_params, jax.lax.stop_gradient(aux.features))
+            return jnp.mean(jnp.sum(weights * terms, axis=-1)), aux.features
+
+        gradient, features = jax.jit(jax.grad(loss, has_aux=True))(params)
+        found.append(features)
+        params = jax.tree.map(lambda p, g: p - rate * g, params, gradient)
+
+    def terms_fn(params, pair):
+        return problem.terms_fn(params, pair[0])[0], bilevel.Aux(pair[1])
+
+    arguments = start, meta_params, (batches, jnp.stack(found)), outer_batch
+    return dataclasses.replace(problem, terms_fn=terms_fn), arguments
+
+
+def test_accumulation_is_the_hand_written_loop():
+    """25 iterations, k = 3, in float64: SGD with momentum, Adam, both with L2 and schedules, written out in NumPy."""
+    every, steps_, decayed = 3, 25, 13
+    rate = states.step_schedule(0.2, total_steps=steps_, milestones=(decayed / steps_,), decay=0.1)
+    meta_rate = states.step_schedule(0.05, total_steps=steps_, milestones=(decayed / steps_,), decay=0.8)
+    with jax.enable_x64(True):
+        problem, params, meta_params, *_ = setting("mlp", "kd")
+        params, meta_params = double((params, meta_params))
+        stream = [double((draw(seed, 1), draw(seed + 1000))) for seed in range(steps_)]
+        student = states.sgd(rate, momentum=0.9, weight_decay=1e-2)
+        net = states.adam(lambda update: meta_rate(update * every + every - 1), weight_decay=1e-2)
+
+        @jax.jit
+        def iteration(step, params, opt_state, meta, batches, outer_batch):
+            taken = bilevel.step(problem, params, meta, batches, outer_batch, rate(step), optimizer=net, every=every)
+            updates, opt_state = student.update(taken.gradient, opt_state, params)
+            return optax.apply_updates(params, updates), opt_state, taken.meta
+
+        state = params, student.init(params), bilevel.init(meta_params, net)
+        for step, batches in enumerate(stream):
+            state = iteration(step, *state, *batches)
+
+        got = by_hand(problem, params, meta_params, stream, every, decayed)
+    # optax keeps its schedules in float32, here and there the same
+    assert difference(state[0], got[0]) < 1e-7 and difference(state[2].params, got[1]) < 1e-7
+    assert int(state[2].count) == steps_ % every
+    assert difference(meta_params, got[1]) > 0.1  # it did move
+
+
+def by_hand(problem, params, meta_params, stream, every, decayed):
+    """The loop of the paper, step by step, with optimizers in NumPy."""
+
+    @jax.jit
+    def hypergradient(params, meta_params, batch, outer_batch, rate):
+        def outer(meta_params):
+            terms, aux = problem.terms_fn(params, batch)
+            weights = problem.weight_fn(meta_params, jax.lax.stop_gradient(aux.features))
+            gradient = jax.grad(lambda p: jnp.mean(jnp.sum(weights * problem.terms_fn(p, batch)[0], axis=-1)))(params)
+            return problem.outer_fn(jax.tree.map(lambda p, g: p - rate * g, params, gradient), outer_batch)
+
+        return jax.grad(outer)(meta_params)
+
+    @jax.jit
+    def gradient_at(params, meta_params, batch):
+        weights = problem.weight_fn(meta_params, problem.terms_fn(params, batch)[1].features)
+        return jax.grad(lambda p: jnp.mean(jnp.sum(weights * problem.terms_fn(p, batch)[0], axis=-1)))(params)
+
+    def leaves(tree):
+        return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+
+    p, structure = leaves(params), jax.tree.structure(params)
+    m, meta_structure = leaves(meta_params), jax.tree.structure(meta_params)
+    momentum, first, second = [0 * x for x in p], [0 * x for x in m], [0 * x for x in m]
+    gathered, updates = [0 * x for x in m], 0
+    for step, (batches, outer_batch) in enumerate(stream):
+        batch = jax.tree.map(lambda x: x[0], batches)
+        rate, meta_rate = (0.2, 0.05) if step < decayed else (0.02, 0.04)
+        tree, meta_tree = structure.unflatten(p), meta_structure.unflatten(m)
+        gathered = [a + g for a, g in zip(gathered, leaves(hypergradient(tree, meta_tree, batch, outer_batch, rate)))]
+        if (step + 1) % every == 0:
+            updates += 1
+            g = [a / every + 1e-2 * x for a, x in zip(gathered, m)]
+            first = [0.9 * a + 0.1 * x for a, x in zip(first, g)]
+            second = [0.999 * a + 0.001 * x**2 for a, x in zip(second, g)]
+            moments = [(a / (1 - 0.9**updates), b / (1 - 0.999**updates)) for a, b in zip(first, second)]
+            m = [x - meta_rate * a / (np.sqrt(b) + 1e-8) for x, (a, b) in zip(m, moments)]
+            gathered = [0 * x for x in m]
+        g = leaves(gradient_at(tree, meta_structure.unflatten(m), batch))
+        momentum = [0.9 * a + x + 1e-2 * y for a, x, y in zip(momentum, g, p)]
+        p = [x - rate * a for x, a in zip(p, momentum)]
+    return structure.unflatten(p), meta_structure.unflatten(m)
+
+
+def test_what_is_known_beforehand_changes_nothing():
+    """`changes` given, or decided on the device; and the step without its savings."""
+    with jax.enable_x64(True):
+        problem, *arguments = setting("mlp", "kd")
+        params, meta_params, *batches = double(arguments)
+        net = optax.adam(0.1)
+        meta = bilevel.init(meta_params, net)
+
+        def run(step_fn, meta, changes):
+            taken = functools.partial(step_fn, problem, optimizer=net, every=2, changes=changes)
+            return jax.jit(taken)(params, meta, *batches, 0.1)
+
+        for changes in (False, True):
+            on_device, known = (run(bilevel.step, meta, given) for given in (None, changes))
+            jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-15), on_device, known)
+            other = run(naive, meta, changes)
+            jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-12), other, known)
+            assert int(known.meta.count) == (0 if changes else 1)
+            meta = known.meta
+
+
+def test_flipped_labels_are_found_out():
+    """Half of the labels of two classes flipped, a clean meta set: over five seeds flipped examples get smaller hard
+    weights than clean ones, and the student is better than with equal weights."""
+    gains = []
+    for seed in range(5):
+        data = flipped_labels(seed)
+        weighed, weights = learn(data, learned=True)
+        equal, _ = learn(data, learned=False)
+        assert weights[data["flipped"]].mean() < 0.2 * weights[~data["flipped"]].mean(), seed
+        gains.append(weighed - equal)
+    assert min(gains) > 0.04 and np.mean(gains) > 0.08, gains
+
+
+def flipped_labels(seed, train=600, test=2000, meta=100, classes=4, dimensions=10):
+    """Gaussian classes; half of the training examples of classes 0 and 1 carry the label of any other class."""
+    rng = np.random.default_rng(seed)
+    means = 3 * np.eye(classes, dimensions)
+
+    def draw(n):
+        y = rng.integers(0, classes, n)
+        return (means[y] + rng.normal(size=(n, dimensions))).astype(np.float32), y
+
+    (x, y), (test_x, test_y), (meta_x, meta_y) = draw(train), draw(test), draw(meta)
+    flipped = (y < 2) & (rng.random(train) < 0.5)
+    observed = np.where(flipped, (y + rng.integers(1, classes, train)) % classes, y)
+    return dict(x=x, y=observed, flipped=flipped,
+                test_x=test_x, test_y=test_y, meta_x=meta_x, meta_y=meta_y)  # fmt: skip
+
+
+def learn(data, *, learned):
+    """Test accuracy of a linear student and its weights of the training examples at the end."""
+    arrays = {key: jnp.asarray(value) for key, value in data.items() if key != "flipped"}
+    accuracy, weights = (np.asarray(x) for x in _learn(arrays, learned=learned))
+    return float(accuracy), weights
+
+
+@functools.partial(jax.jit, static_argnames="learned")
+def _learn(data, *, learned, iterations=400, rate=0.5, classes=4):
+    def cross_entropy(params, batch):
+        logits = jnp.dot(batch[0], params["w"], precision="highest") + params["b"][None, :]
+        return losses.cross_entropy(logits, batch[1])
+
+    def terms_fn(params, batch):
+        hard = cross_entropy(params, batch)
+        return hard[:, None], bilevel.Aux(hard[:, None])
+
+    net = models.WeightNet(1, hidden=(16,))
+    problem = bilevel.Problem(
+        terms_fn,
+        outer_fn=lambda params, batch: cross_entropy(params, batch).mean(),
+        weight_fn=lambda meta, features: net.apply({"params": meta}, features),
+    )
+    optimizer = optax.adam(1e-2)
+    everything, outer_batch, test = ((data[f"{part}x"], data[f"{part}y"]) for part in ("", "meta_", "test_"))
+
+    def descend(carry, index):
+        params, meta = carry
+        batch = jax.tree.map(lambda a: a[index], everything)
+        if learned:
+            ahead = jax.tree.map(lambda a: a[None], batch)
+            taken = bilevel.step(problem, params, meta, ahead, outer_batch, rate, optimizer=optimizer)
+            meta, gradient = taken.meta, taken.gradient
+        else:
+            gradient = jax.grad(lambda p: cross_entropy(p, batch).mean())(params)
+        return (jax.tree.map(lambda p, g: p - rate * g, params, gradient), meta), None
+
+    params = {"w": jnp.zeros((data["x"].shape[1], classes)), "b": jnp.zeros(classes)}
+    meta = bilevel.init(net.init(jax.random.key(0), jnp.zeros((1, 1)))["params"], optimizer)
+    order = jax.random.randint(jax.random.key(1), (iterations, 100), 0, len(data["x"]))
+    (params, meta), _ = jax.lax.scan(descend, (params, meta), order)
+    predicted = (test[0] @ params["w"] + params["b"][None, :]).argmax(-1)
+    weights = problem.weight_fn(meta.params, terms_fn(params, everything)[1].features)
+    return (predicted == test[1]).mean(), weights[:, 0]
+
+
+def two_terms(params, batch):
+    return jnp.stack([params * batch, params**2 * batch], axis=-1), bilevel.Aux(batch[..., None])
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(every=0), "every=0"),
+        (dict(every=2.5), "every=2.5"),
+        (dict(batches=jnp.ones(4)), "batches are stacked"),  # one batch, not [K, …]
+        (dict(batches=1.0), "leading axes none"),
+        (dict(terms_fn=lambda params, batch: (params * batch, bilevel.Aux(batch[:, None]))), r"terms of shape \(4,\)"),
+        (dict(terms_fn=lambda params, batch: (params * batch[:, None], batch)), "an Aux"),
+        (dict(batches=jnp.zeros((0, 4))), "K >= 1"),
+        (dict(batches=(jnp.zeros((2, 4)), jnp.zeros((3, 4)))), "leading axes 2, 3"),
+        (dict(outputs=3), r"shape \(4, 3\) for terms of shape \(4, 2\).*each of the 2 terms"),
+        (dict(outputs=3, batches=jnp.ones((2, 4))), "each of the 2 terms"),
+    ],
+)
+def test_bad_input(change, message):
+    change = dict(change)  # the parameter itself stays as it is
+    outputs, batches = change.pop("outputs", 2), change.pop("batches", jnp.ones((1, 4)))
+    problem = bilevel.Problem(
+        change.pop("terms_fn", two_terms),
+        outer_fn=lambda params, batch: params,
+        weight_fn=lambda meta, features: jnp.tile(meta * features, (1, outputs)),
+    )
+    optimizer = optax.sgd(0.1)
+    with pytest.raises(ValueError, match=message):
+        bilevel.step(problem, jnp.float32(1), bilevel.init(jnp.float32(1), optimizer), batches, None, 0.1,
+                     optimizer=optimizer, **change)  # fmt: skip
+
+
+@pytest.mark.parametrize("ahead", [1, 2])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_a_learning_rate_that_is_an_array_widens_nothing(ahead, dtype):
+    problem = bilevel.Problem(two_terms, lambda params, batch: params**2, lambda meta, features: meta[None] * features)
+    optimizer = optax.sgd(0.1)
+    meta = bilevel.init(jnp.ones(2), optimizer)
+    rate = np.float32(0.1)
+    taken = bilevel.step(problem, dtype(1), meta, jnp.ones((ahead, 4)), None, rate, optimizer=optimizer)
+    assert taken.gradient.dtype == dtype and np.isfinite(taken.meta.params).all()
