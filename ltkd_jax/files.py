@@ -1,28 +1,80 @@
-"""Files that are either whole or not there, and locks between processes."""
+"""Files that are either complete or absent, their checksums, and locks between processes."""
 
 import contextlib
 import fcntl
+import hashlib
+import json
 import os
 import pathlib
 from collections.abc import Iterator
+from typing import Any
+
+PathLike = str | os.PathLike[str]
 
 
-def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Writes a text file under a temporary name on the same file system, then renames it."""
+@contextlib.contextmanager
+def atomic_write(path: PathLike) -> Iterator[pathlib.Path]:
+    """Yields a temporary path that replaces `path` when the block ends; an exception leaves `path` as it was.
+
+    The temporary file lies in the same folder, so that the replacement is one rename on one file system.
+
+    >>> import tempfile
+    >>> target = pathlib.Path(tempfile.mkdtemp()) / "a.txt"
+    >>> with atomic_write(target) as temporary:
+    ...     _ = temporary.write_text("whole")
+    >>> target.read_text()
+    'whole'
+    """
     path = pathlib.Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "w") as file:
-            file.write(text)
-            file.flush()
+        yield temporary
+        # Without this a power cut could leave the new name on an empty file.
+        with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def reserve(path: str | os.PathLike[str], size: int) -> None:
-    """Gives a file, new or old, its room on the disk, where the system can do that.
+def write_text(path: PathLike, text: str) -> None:
+    """Writes a text file as UTF-8, atomically."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: PathLike, value: Any) -> None:
+    """Writes a value as JSON, atomically."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def read_json(path: PathLike, remedy: str = "remove it") -> dict[str, Any]:
+    """Returns the JSON object in a file.
+
+    Args:
+      path: the file.
+      remedy: what to do about a damaged file, for the error.
+
+    Raises:
+      ValueError: the file cannot be read or holds no JSON object.
+    """
+    try:
+        value = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path} is damaged ({error}): {remedy}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is damaged (no JSON object): {remedy}")
+    return value
+
+
+def sha256(path: PathLike) -> str:
+    """Returns the SHA-256 of a file's content, 64 hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def reserve(path: PathLike, size: int) -> None:
+    """Reserves room on the disk for a file, new or old, where the system can do that.
 
     Raises:
       OSError: there is no room.
@@ -33,7 +85,7 @@ def reserve(path: str | os.PathLike[str], size: int) -> None:
 
 
 @contextlib.contextmanager
-def lock(path: str | os.PathLike[str]) -> Iterator[None]:
+def lock(path: PathLike) -> Iterator[None]:
     """Holds an exclusive lock on a file, which the system frees however the process ends.
 
     Args:
