@@ -153,7 +153,7 @@ def main(argv=None):
         parser.error("--save writes the logits of a --checkpoint")
     if options.counts is not None and options.imbalance is not None:
         parser.error("give either --counts or --imbalance")
-    runtime.once()
+    runtime.initialize()
     try:
         out = _writable("--out", options.out, ".html")
         _spare(out.with_suffix(".json"))

@@ -76,7 +76,7 @@ def load_logits(config) -> GivenLogits:
             results["group_mass"]["balanced"] = metrics.group_mass(on_test, data.groups)
         return logits, results
 
-    logits, results = hosts.first(read)
+    logits, results = hosts.run_on_primary(read)
     return GivenLogits(logits, data.source.train.keys, results)
 
 
