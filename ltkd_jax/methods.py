@@ -7,7 +7,6 @@ To add one: write a function that returns its terms, and decorate it with `@_met
 from __future__ import annotations  # so that help() shows ArrayLike, not all that it stands for
 
 import dataclasses
-import difflib
 import functools
 import inspect
 import operator
@@ -19,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
-from ltkd_jax import losses
+from ltkd_jax import losses, names
 from ltkd_jax.groups import ClassGroups, check_counts
 
 
@@ -206,9 +205,9 @@ def balanced_softmax(info: ClassInfo) -> tuple[Term, ...]:
 
 
 @_method
-def logit_adjusted(info: ClassInfo, *, strength: float = 1.0) -> tuple[Term, ...]:
+def logit_adjusted(info: ClassInfo, *, tau: float = 1.0) -> tuple[Term, ...]:
     """Cross-entropy with logit adjustment."""
-    return (_hard("logit_adjusted", lambda z, y: losses.logit_adjusted(z, y, info.counts, strength=strength)),)
+    return (_hard("logit_adjusted", lambda z, y: losses.logit_adjusted(z, y, info.counts, tau=tau)),)
 
 
 @_method
@@ -400,7 +399,5 @@ def outer_loss(objective: Objective, kind: str) -> PerExample:
 
 def _lookup(method: str) -> Method:
     if method not in METHODS:
-        close = difflib.get_close_matches(str(method), METHODS, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else "."
-        raise ValueError(f"unknown method {method!r}{hint} The methods are: {', '.join(METHODS)}")
+        raise ValueError(names.unknown("method", method, METHODS))
     return METHODS[method]
