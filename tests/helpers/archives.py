@@ -40,7 +40,7 @@ def sha256(data):
 
 
 def write_tar(path, members):
-    with tarfile.open(path, "w:gz") as tar:
+    with tarfile.open(path, "w:gz", compresslevel=1) as tar:
         for name, data in members.items():
             info = tarfile.TarInfo(name)
             info.size = len(data)
