@@ -118,7 +118,7 @@ def _distil(config, workdir, stop, command, on_record):
     teacher = None if kind == "none" else teachers.obtain(config, stop)
     read = {
         "none": lambda images: None,
-        "table": lambda images: teacher.table(images, stop),
+        "table": lambda images: teacher.table(*((images, stop) if teacher.variables else (images,))),
     }.get(kind, lambda images: teacher.variables)
     train_data = program.train_data(
         read(data.train), read(data.meta) if build.outer_needs_teacher(config.weighting) else None

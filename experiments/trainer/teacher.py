@@ -103,7 +103,7 @@ class Teacher:
         note.unlink()
 
 
-def obtain(config, stop) -> Teacher | external_teacher.GivenLogits:
+def obtain(config, stop) -> Teacher | external_teacher.LogitsTeacher:
     """The teacher of a config: `teacher.checkpoint` if given, else from the cache, trained now if need be.
 
     Variables of a file are put into the cache, evaluated once, and then are a teacher like the others.
@@ -116,7 +116,10 @@ def obtain(config, stop) -> Teacher | external_teacher.GivenLogits:
     if given == "folder":
         return _load(config, pathlib.Path(config.teacher.checkpoint))
     if given == "logits":
-        return external_teacher.load_logits(config)
+        try:
+            return external_teacher.load_logits(config.teacher.checkpoint, dataset.load(config))
+        except ValueError as error:
+            raise checks.ConfigError(f"config.{error}") from error
     folder = pathlib.Path(config.teacher.cache) / checks.teacher_hash(config)
     with contextlib.ExitStack() as held:
 
@@ -167,7 +170,12 @@ def _train(config, folder, stop):
 def _import(config, folder):
     """A teacher of the cache from a file of variables."""
     program, unfinished = build.teacher_program(config), _unfinished(folder)
-    state = program.init(0)._replace(**hosts.first(lambda: external_teacher.read_variables(config)))
+    path, model, data = config.teacher.checkpoint, config.teacher.model, program.data
+    try:
+        variables = hosts.first(lambda: external_teacher.read_variables(path, model, data))
+    except ValueError as error:
+        raise checks.ConfigError(f"config.{error}") from error
+    state = program.init(0)._replace(**variables)
     hosts.first(lambda: Checkpoints(unfinished / "checkpoints").save(0, state, {}))
     _finish(config, folder, program, program.parallel.replicate(state), 0, None)
 
