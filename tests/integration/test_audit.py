@@ -159,7 +159,7 @@ def test_counts_of_a_model():
 
 
 ERRORS = [
-    ("--logits=absent.npz", "absent.npz: no such file"),
+    ("--logits=absent.npz", "absent.npz cannot be read"),
     ("--logits=zero.npz", "must be positive and finite; classes [5] have [0.0]"),
     ("--logits=counts.npz", "class_counts is [5], the logits are of 6 classes"),
     ("--logits=train.npz", "the training input has 5 classes, the other 6"),
