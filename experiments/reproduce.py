@@ -218,7 +218,7 @@ def main(argv=None):
     options = parser.parse_args(argv)
     deadline = time.monotonic() + 60 * options.minutes if options.minutes else None
     folder = pathlib.Path(options.runs or pathlib.Path("runs") / pathlib.Path(options.queue).stem)
-    runtime.once()
+    runtime.initialize()
     try:
         measured = _fleet(options)
         reproduction = Reproduction(read_queue(options.queue), Results(options.results), folder, options.data_dir)

@@ -13,7 +13,7 @@ from experiments.config import checks
 from experiments.reporting import tables
 from experiments.trainer import build, dataset
 from ltkd_jax.data import streaming
-from ltkd_jax.data.logits import Logits, in_memory
+from ltkd_jax.data.logits import Logits, from_arrays
 from ltkd_jax.data.records import Images, Records
 from ltkd_jax.training.checkpoint import Checkpoints
 
@@ -49,7 +49,7 @@ class Restored:
             for batch in _in_order(images, np.minimum(rows, len(images) - 1)):
                 found.append(np.asarray(self._apply(variables, batch)))
                 bar.update(min(size, len(images) - bar.n))
-        return in_memory(np.concatenate(found)[: len(images)], images.labels, f"{self.name}, {label}")
+        return from_arrays(np.concatenate(found)[: len(images)], images.labels, source=f"{self.name}, {label}")
 
 
 def _in_order(images, rows):

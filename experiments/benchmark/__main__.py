@@ -130,7 +130,7 @@ def main(argv=None):
         "bilevel": _bilevel,
     }
     report = {**reports, "stream": input_pipeline.report}[options.pop("what")]
-    runtime.once()
+    runtime.initialize()
     try:
         print(report(**options))
     except (ValueError, checks.ConfigError) as error:  # an unknown model, method or precision

@@ -171,7 +171,7 @@ def main(argv=None):
     parser.add_argument("--data_dir", default="", help="TFDS directory")
     parser.add_argument("--count", action="store_true", help="only count the devices")
     options = parser.parse_args(argv)
-    runtime.once()
+    runtime.initialize()
     try:
         first = next(entry for entry in read_queue(options.queue) if not entry.best_of)
         config = resolve(first, data_dir=options.data_dir)

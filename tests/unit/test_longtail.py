@@ -68,9 +68,9 @@ def test_counts_refuses(arguments, message):
 
 def test_split_sizes_and_types():
     labels, keys = make()
-    split = longtail.split(labels, keys, num_classes=10, imbalance=10, meta_per_class=4, validation_per_class=6, seed=1)
+    split = longtail.split(labels, keys, num_classes=10, imbalance=10, outer_per_class=4, validation_per_class=6, seed=1)
     assert np.bincount(labels[split.train]).tolist() == longtail.counts(50, 10, 10).tolist()
-    assert np.bincount(labels[split.meta]).tolist() == [4] * 10
+    assert np.bincount(labels[split.outer]).tolist() == [4] * 10
     assert np.bincount(labels[split.validation]).tolist() == [6] * 10
     together = np.concatenate(split)
     assert len(np.unique(together)) == len(together)
@@ -81,14 +81,14 @@ def test_split_sizes_and_types():
 def test_nothing_held_out_gives_empty_sets():
     labels, keys = make()
     split = longtail.split(labels, keys, num_classes=10, imbalance=1)
-    assert len(split.train) == 600 and len(split.meta) == len(split.validation) == 0
+    assert len(split.train) == 600 and len(split.outer) == len(split.validation) == 0
 
 
 def test_the_draw_depends_on_keys_and_not_on_the_order_of_records():
     draws = []
     for order_seed in (0, 1):
         labels, keys = make(order_seed=order_seed)
-        split = longtail.split(labels, keys, num_classes=10, imbalance=20, meta_per_class=3, validation_per_class=3)
+        split = longtail.split(labels, keys, num_classes=10, imbalance=20, outer_per_class=3, validation_per_class=3)
         draws.append([sorted(keys[indices]) for indices in split])
     assert draws[0] == draws[1]
 
@@ -104,9 +104,9 @@ def test_the_seed_changes_the_draw_and_nothing_else():
 def test_the_draw_is_frozen():
     """A change of the hash would silently change every reported split."""
     labels, keys = make(4, 2)
-    split = longtail.split(labels, keys, num_classes=2, imbalance=2, meta_per_class=1, validation_per_class=1)
+    split = longtail.split(labels, keys, num_classes=2, imbalance=2, outer_per_class=1, validation_per_class=1)
     assert sorted(keys[split.train]) == ["train_00000", "train_00001", "train_00004"]
-    assert sorted(keys[split.meta]) == ["train_00002", "train_00005"]
+    assert sorted(keys[split.outer]) == ["train_00002", "train_00005"]
     assert sorted(keys[split.validation]) == ["train_00003", "train_00007"]
 
 
@@ -120,8 +120,8 @@ def test_holding_out_does_not_change_the_training_set():
     labels, keys = make()
     options = dict(num_classes=10, imbalance=10, n_max=40)
     alone = longtail.split(labels, keys, **options)
-    with_meta = longtail.split(labels, keys, **options, meta_per_class=10, validation_per_class=10)
-    np.testing.assert_array_equal(alone.train, with_meta.train)
+    with_held_out = longtail.split(labels, keys, **options, outer_per_class=10, validation_per_class=10)
+    np.testing.assert_array_equal(alone.train, with_held_out.train)
 
 
 def test_an_example_is_as_likely_as_another_to_be_drawn():
@@ -158,7 +158,7 @@ def test_a_small_class_serves_a_tail():
         (dict(keys=np.array(["a", "b"])), "2 keys for 4 labels"),
         (dict(n_max=3), "n_max=3: class 0 needs 3 images, but 2 are available"),
         (dict(n_max=-1), "n_max=-1"),
-        (dict(meta_per_class=-1), "meta_per_class=-1"),
+        (dict(outer_per_class=-1), "outer_per_class=-1"),
         (dict(validation_per_class=2), "needs one for training"),
         (dict(imbalance=0), "imbalance=0"),
     ],

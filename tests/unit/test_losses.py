@@ -279,11 +279,11 @@ def identities(x):
         "the teacher's own power": (losses.dive(z, t, power=1.0, **soft), kd),
         "power 0: a uniform teacher": (losses.dive(z, t, power=0.0, **soft), losses.kd(z, 0 * t, **soft)),
         "equal weights": (losses.bkd(z, t, jnp.full(C, 3.0), **soft), kd),
-        "strength 1": (
-            losses.logit_adjusted(z, y, n, strength=1.0, where=x.where),
+        "tau 1": (
+            losses.logit_adjusted(z, y, n, tau=1.0, where=x.where),
             losses.balanced_softmax(z, y, n, where=x.where),
         ),
-        "strength 0": (losses.logit_adjusted(z, y, n, strength=0.0, where=x.where), cross_entropy),
+        "tau 0": (losses.logit_adjusted(z, y, n, tau=0.0, where=x.where), cross_entropy),
         "equal counts": (losses.balanced_softmax(z, y, jnp.full(C, 7), where=x.where), cross_entropy),
     }
 
