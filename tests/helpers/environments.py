@@ -7,8 +7,7 @@ import subprocess
 import sys
 import sysconfig
 
-from helpers.small_runs import ROOT
-
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 # pip finds every requirement in this environment: nothing is downloaded, nor built apart from it.
 OFFLINE = {"PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "0", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
 

@@ -2,7 +2,7 @@
 
 import re
 
-from helpers.small_runs import ROOT
+from helpers.environments import ROOT
 
 DOCS = ROOT / "docs"
 PAGES = sorted(path for path in DOCS.rglob("*.md") if "_build" not in path.parts)

@@ -12,7 +12,7 @@ import typing
 import pytest
 from helpers import environments
 from helpers.pages import DOCS, PAGES, blocks, captioned
-from helpers.small_runs import ROOT
+from helpers.environments import ROOT
 
 import ltkd_jax
 

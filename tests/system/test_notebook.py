@@ -7,7 +7,7 @@ import nbclient
 import nbformat
 import pytest
 from helpers import environments
-from helpers.small_runs import ROOT
+from helpers.environments import ROOT
 
 NOTEBOOK = ROOT / "experiments" / "colab_tpu.ipynb"
 

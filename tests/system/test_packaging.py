@@ -11,7 +11,7 @@ import zipfile
 import pytest
 from helpers import environments
 from helpers.environments import run
-from helpers.small_runs import ROOT
+from helpers.environments import ROOT
 
 import ltkd_jax
 

@@ -9,7 +9,7 @@ import shlex
 
 import pytest
 from helpers import environments
-from helpers.small_runs import ROOT
+from helpers.environments import ROOT
 
 README = (ROOT / "README.md").read_text()
 SHELL = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL))

@@ -7,10 +7,10 @@ import tomllib
 
 from flax import traverse_util
 from helpers.pages import DOCS, PAGES, blocks
-from helpers.small_runs import ROOT
+from helpers.environments import ROOT
 
 from configs import common
-from experiments.jobs import queue_entry
+from experiments.config import load
 from ltkd_jax import methods
 
 READ = [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
@@ -29,7 +29,7 @@ def named(pattern):
 def test_python_parses():
     for page in READ:
         for code in blocks(page, "code-cell", "python"):
-            if not code.startswith(("%%", " ")):
+            if not code.lstrip("\n").startswith(("%%", " ")):
                 compile(code, str(page), "exec")
 
 
@@ -49,7 +49,7 @@ def test_flags_exist():
 def test_config_arguments_are_accepted():
     for _, (path, argument) in named(r"--config=(configs/\w+\.py)(?::([^\s`]+))?"):
         if not any(new in argument for new in ADDED):
-            queue_entry.load_config(f"{path}:{argument}" if argument else path)
+            load.load_config(f"{path}:{argument}" if argument else path)
 
 
 def test_config_keys_exist():

@@ -7,7 +7,7 @@ import sys
 import tomllib
 
 import pytest
-from helpers.small_runs import ROOT
+from helpers.environments import ROOT
 
 import ltkd_jax
 

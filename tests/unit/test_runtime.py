@@ -11,7 +11,7 @@ from experiments import runtime
 
 def completed(flags):
     os.environ["XLA_FLAGS"] = flags
-    runtime.once()
+    runtime.initialize()
     return os.environ["XLA_FLAGS"]
 
 assert completed("{FLAG}=") == "{FLAG}="
