@@ -13,7 +13,7 @@ import argparse
 import sys
 
 from experiments.jobs import queue_entry
-from experiments.reporting import aggregate, load, report_page, results_page, tables, writers
+from experiments.reporting import load, report_page, results_page, tables, writers
 
 
 def main(argv=None):
@@ -48,11 +48,10 @@ def planned_runs(path):
     """Returns the runs of a queue as `results_page.render_results` takes them."""
     runs = []
     for entry in queue_entry.read_queue(path):
-        config = queue_entry.resolve(entry)
-        run = {"data": config.data.name, "imbalance": config.data.imbalance, "epochs": config.train.epochs}
-        run |= {"teacher": config.teacher.model, "student": config.student.model}
-        run |= {"method": aggregate.method_name(config.to_dict()), "set": entry.set, "group": entry.group}
-        runs.append(run)
+        spec = entry.resolve()
+        run = {"data": spec.data.name, "imbalance": spec.data.imbalance, "epochs": spec.train.epochs}
+        run |= {"teacher": spec.teacher.model, "student": spec.student_model, "method": spec.label}
+        runs.append(run | {"set": entry.set, "group": entry.group})
     return runs
 
 

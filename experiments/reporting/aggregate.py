@@ -9,7 +9,8 @@ import dataclasses
 import math
 import re
 
-from experiments.reporting.load import dependencies, flatten, value
+from experiments.config import identity, spec
+from experiments.config.trees import at, flatten
 from experiments.reporting.statistics import BETTER, mean_std, paired
 
 ORDER = "ce balanced_softmax logit_adjusted kd dkd reviewkd wsl dive bkd ltkd ltkd_bs bikd".split()
@@ -30,8 +31,8 @@ class Method:
 
     def values(self, column, part="test"):
         """Returns {seeds: value} of the runs that have a finite value."""
-        values = {seeds: value(run.get(part), column) for seeds, run in self.runs.items()}
-        return {seeds: v for seeds, v in values.items() if v is not None and math.isfinite(v)}
+        values = {seeds: at(run.get(part), column) for seeds, run in self.runs.items()}
+        return {seeds: v for seeds, v in values.items() if isinstance(v, (int, float)) and math.isfinite(v)}
 
     def mean(self, column, part="test"):
         """Returns the mean over the runs, None without a value."""
@@ -61,7 +62,7 @@ class Setting:
         return {
             "data": self.data,
             "imbalance": f"imbalance {self.imbalance:g}",
-            "models": f"{self.teacher} → {self.student}" if self.teacher else self.student,
+            "models": f"{self.teacher} → {self.student}",
             "epochs": f"{self.epochs:g} epochs",
             "split": f"split seed {self.split}",
             "images": f"{self.images:,} training images",
@@ -134,14 +135,6 @@ class Setting:
         return best if all(difference.verdict == BETTER for difference in differences) else None
 
 
-def method_name(config):
-    """Returns the name of a config's method; loss terms whose weights are learned are named after BiKD."""
-    name = str((config.get("method") or {}).get("name", "?"))
-    if (config.get("loss_weighting") or {}).get("name") != "bilevel":
-        return name
-    return "bikd" if name == "kd" else f"bikd over {name}"
-
-
 def rank(method):
     """Returns a sorting key that puts the methods of `ORDER` first, and alpha=2 before alpha=16."""
     place = (ORDER.index(method.name), "") if method.name in ORDER else (len(ORDER), method.name)
@@ -164,13 +157,6 @@ def gather(runs):
     for run in runs:
         if run.get("finished", True):
             settings[_setting_key(run)].append(run)
-    # A method without a teacher is compared with those that have one, whatever the teacher.
-    for key in [key for key in settings if not key[2]]:
-        hosts = [other for other in settings if other[2] and other[:2] + other[3:] == key[:2] + key[3:]]
-        for host in hosts:
-            settings[host] += settings[key]
-        if hosts:
-            del settings[key]
     # A key that distinguishes two methods in one setting is named in all: the same method has the same label.
     differing = collections.defaultdict(set)
     for setting_runs in settings.values():
@@ -180,25 +166,24 @@ def gather(runs):
 
 
 def _setting_key(run):
-    config = dependencies(run)
-    teacher, student = (str((config.get(role) or {}).get("model") or "") for role in ("teacher", "student"))
+    config = identity.of_results(run)
+    models = config["teacher"]["model"], config["student"]["model"]
     sizes = run["seeds"].get("split") or 0, run.get("epochs") or 0, run.get("train_images") or 0
-    return *_data_and_imbalance(config.get("data") or {}, run.get("class_counts")), teacher, student, *sizes
+    return *_data_and_imbalance(config["data"], run.get("class_counts")), *models, *sizes
 
 
 def _data_and_imbalance(data, class_counts):
     """Returns the name of a data set, with the subset unless it was drawn by imbalance, and the imbalance."""
-    subset = data.get("subset") or "exponential"
-    if subset == "exponential":
-        return str(data.get("name")), float(data.get("imbalance") or 1)
+    if "subset" not in data:
+        return data["name"], float(data["imbalance"])
     ratio = max(class_counts) / max(min(class_counts), 1) if class_counts else 1.0
-    return f"{data.get('name')} ({subset})", round(ratio, 1)
+    return f"{data['name']} ({data['subset']})", round(ratio, 1)
 
 
 def _by_name(runs):
     runs_by_name = collections.defaultdict(list)
     for run in runs:
-        runs_by_name[method_name(run["config"])].append(run)
+        runs_by_name[spec.method_label(run["config"])].append(run)
     return runs_by_name
 
 
@@ -211,19 +196,19 @@ def _methods(runs, differing):
 
 def _differing_keys(runs):
     """Returns the keys in which the results of one method's runs differ; a part that a config lacks is off in it."""
-    configs = [_flat_dependencies(run) for run in runs]
+    configs = [_flat_identity(run) for run in runs]
     return {key for key in set().union(*configs) if len({config.get(key) for config in configs}) > 1}
 
 
-def _flat_dependencies(run):
-    return {key: str(v) for key, v in flatten(dependencies(run)).items() if key not in _SEEDS}
+def _flat_identity(run):
+    return {key: str(v) for key, v in flatten(identity.of_results(run)).items() if key not in _SEEDS}
 
 
 def _variants(name, runs, keys):
     """Returns a method for each combination of the values that its runs have at the keys, which its label names."""
     variants = collections.defaultdict(dict)
     for run in runs:
-        config = _flat_dependencies(run)
+        config = _flat_identity(run)
         seeds = run["seeds"].get("teacher") or 0, run["seeds"].get("student") or 0
         variants[tuple(config.get(key) for key in keys)].setdefault(seeds, run)
     methods = []

@@ -4,7 +4,7 @@ import collections
 
 import numpy as np
 
-from experiments.reporting import aggregate, figures, load, page, tables
+from experiments.reporting import aggregate, figures, page, tables
 from experiments.reporting.statistics import mean_std
 
 
@@ -129,7 +129,7 @@ def _against_imbalance(settings):
     styles = figures.styles(aggregate.all_methods(settings))
     families = collections.defaultdict(dict)
     for setting in settings:
-        n_max = (load.dependencies(setting.runs[0]).get("data") or {}).get("n_max")
+        n_max = setting.runs[0]["config"]["data"]["n_max"]
         family = setting.data, setting.teacher, setting.student, setting.split, setting.epochs, n_max
         families[family].setdefault(setting.imbalance, setting)
     parts = []

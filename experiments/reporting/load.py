@@ -1,38 +1,16 @@
 """Reading of runs: result files and work directories, found in folders and checked."""
 
-import copy
 import json
 import pathlib
 
-# Names that configs and result files had before version 1.
-RENAMED = {
-    "seed_split": "split_seed",
-    "seed_teacher": "teacher_seed",
-    "eval_batch": "eval_batch_size",
-    "data.workers": "data.num_workers",
-    "data.meta_per_class": "data.outer_per_class",
-    "train.decay": "train.lr_decay",
-    "teacher.train.decay": "teacher.train.lr_decay",
-    "teacher.cache": "teacher.dir",
-    "weighting": "loss_weighting",
-    "method.strength": "method.tau",
-}
-# Keys of a config that do not change the result: they only say how a run is executed.
-_EXECUTION = (
-    "data.dir", "data.num_workers", "teacher.dir", "teacher.checkpoint",
-    "teacher.table", "teacher.table_memory", "teacher.table_runs", "platform", "devices", "parallel", "steps_per_call",
-    "eval_batch_size", "eval_every", "checkpoint_every", "smoke",
+from experiments.config import names
+from experiments.config.trees import flatten
+
+_REQUIRED = (
+    "config.data.name", "config.data.imbalance", "config.data.n_max", "config.data.subset", "config.method.name",
+    "config.loss_weighting.name", "config.teacher.model", "config.teacher.checkpoint", "config.student.model",
+    "content.teacher", "content.subset", "content.data",
 )  # fmt: skip
-# Values at which a part of a config is off; a result does not depend on it.
-_OFF = {
-    "loss_weighting": {"name": "static"},
-    "augment": {"policy": "none", "cutout": 0, "mixup": 0.0},
-    "data.image_size": 0,
-    "data.subset": "exponential",
-    "data.stream": False,
-    "method.num_groups": 0,
-}
-_REQUIRED = {"config": dict, "seeds": dict, "test": dict}
 
 
 class ReportError(ValueError):
@@ -43,8 +21,8 @@ def load(path):
     """Returns a work directory or a result file as one dictionary, which the other modules call a run.
 
     It has the content of results.json, and `source` (a name to show), `finished`, and `metrics` (a list with one entry
-    for each logged epoch). A work directory without results.json is an unfinished run, which has only `config` and
-    `metrics`.
+    for each logged epoch). A work directory without results.json is an unfinished run, which has
+    neither `config` nor results.
     """
     path = pathlib.Path(path)
     if path.is_file():
@@ -54,8 +32,7 @@ def load(path):
     extra = {"source": path.resolve().name, "metrics": _read_lines(path / "metrics.jsonl")}
     if (path / "results.json").exists():
         return _read_results(path / "results.json") | extra | {"finished": True}
-    config = path / "config.json"
-    return {"config": read_json(config) if config.exists() else {}} | extra | {"finished": False}
+    return extra | {"finished": False}
 
 
 def find(paths):
@@ -105,26 +82,26 @@ def _read_lines(path):
 def _read_results(path):
     """Returns the content of a result file, checked as far as the other modules rely on it."""
     results = read_json(path)
-    for key, kind in _REQUIRED.items():
-        if not isinstance(results, dict) or not isinstance(results.get(key), kind):
+    flat = flatten(results) if isinstance(results, dict) else {}
+    for key in flat:
+        new_name = names.new_name(key.removeprefix("config.")) if key.startswith("config.") else None
+        if new_name:
+            raise ReportError(f"{path}: {key} is now called config.{new_name}; rename it there, or repeat the run")
+    for key in _REQUIRED:
+        if key not in flat:
             raise ReportError(f"{path}: not a result file, it has no {key!r}")
-    config = results["config"]
-    for old, new in RENAMED.items():
-        if has_key(config, old):
-            raise ReportError(f"{path}: config.{old} is now config.{new}; rename it in the file, or run it again")
+    if not isinstance(flat.get("test.all"), (int, float)):
+        raise ReportError(f"{path}: not a result file, it has no test accuracy")
+    seeds = results.get("seeds")
     is_valid = {
-        "config.data": isinstance(config.get("data"), (dict, type(None))),
-        "config.method": isinstance(config.get("method"), (dict, type(None))),
         "teacher": isinstance(results.get("teacher"), (dict, type(None))),
-        "seeds": all(isinstance(seed, (int, type(None))) for seed in results["seeds"].values()),
+        "seeds": isinstance(seeds, dict) and all(isinstance(seed, (int, type(None))) for seed in seeds.values()),
         "class_names": isinstance(results.get("class_names"), (list, type(None))),
         "class_counts": _are_counts(results.get("class_counts")),
     }
     for key, valid in is_valid.items():
         if not valid:
             raise ReportError(f"{path}: not a result file, its {key!r} is not what a run writes")
-    if value(results["test"], "all") is None:
-        raise ReportError(f"{path}: not a result file, it has no test accuracy")
     return results
 
 
@@ -133,56 +110,3 @@ def _are_counts(counts):
         return True
     are_numbers = isinstance(counts, list) and all(isinstance(n, (int, float)) and n >= 0 for n in counts)
     return are_numbers and sum(counts) > 0
-
-
-# Nested dictionaries.
-
-
-def value(result, column):
-    """Returns the number at a dotted key ("groups.tail") of a `test` or `validation` dictionary, else None."""
-    for part in column.split("."):
-        result = result.get(part) if isinstance(result, dict) else None
-    return result if isinstance(result, (int, float)) else None
-
-
-def flatten(config, prefix=""):
-    """Returns a nested config as {"train.epochs": 240, …}."""
-    if not isinstance(config, dict) or not config:
-        return {prefix.rstrip("."): config}
-    flat = {}
-    for key, inner in config.items():
-        flat |= flatten(inner, f"{prefix}{key}.")
-    return flat
-
-
-def has_key(config, path):
-    """Returns whether a nested config has a dotted key."""
-    *parents, last = path.split(".")
-    for parent in parents:
-        config = config.get(parent) if isinstance(config, dict) else None
-    return isinstance(config, dict) and last in config
-
-
-def dependencies(run):
-    """Returns the part of a run's config that the result depends on; files count by their content."""
-    config = copy.deepcopy(run["config"])
-    content = run.get("content") or {}
-    if content.get("subset"):
-        config["data"]["subset"] = f"list {content['subset']}"
-    if content.get("data"):
-        config["data"]["content"] = content["data"]
-    if content.get("teacher"):
-        is_logits = str(config["teacher"].get("checkpoint")).endswith(".npz")
-        config["teacher"] |= {"model": f"logits {content['teacher']}"} if is_logits else {"content": content["teacher"]}
-    for path in (*_EXECUTION, *_OFF):
-        _remove(config, path)
-    return config
-
-
-def _remove(config, path):
-    """Removes a dotted key, unless it is a part that is on."""
-    *parents, last = path.split(".")
-    for parent in parents:
-        config = config.get(parent) or {}
-    if last in config and (path not in _OFF or config[last] == _OFF[path]):
-        del config[last]

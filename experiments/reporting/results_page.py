@@ -3,6 +3,7 @@
 import pathlib
 import re
 
+from experiments.config.trees import flatten
 from experiments.reporting import aggregate, load, report_page, tables
 from experiments.reporting.statistics import mean_std
 from experiments.reporting.writers import Cell, Table, as_markdown, escape_markdown
@@ -230,7 +231,7 @@ def _variants(runs, planned, part):
         for method in setting.methods:
             cells = [tables.number(method.values(column, part).values()) for column in columns]
             rows.append([setting.title, method.label, *cells, str(len(method.runs)), f"{setting.epochs:g}"])
-    configs = [load.flatten(run["config"]) for run in runs]
+    configs = [flatten(run["config"]) for run in runs]
     for entry in planned:
         if not any(_is_run_of(entry, config) for config in configs):
             chosen = {key: v for key, v in entry["set"].items() if key.startswith("method.")}

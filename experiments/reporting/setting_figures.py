@@ -3,8 +3,8 @@
 import numpy as np
 from markupsafe import Markup
 
+from experiments.config.trees import at
 from experiments.reporting import figures, page
-from experiments.reporting.load import value
 
 
 def parts(setting):
@@ -110,7 +110,8 @@ def _draw_dots(label, values, style, counts, assignment, groups, texts):
     ax.set_xlabel("training images of the class")
     figures.mark_groups(ax, assignment, groups)
     dots = figures.dots(ax, classes, values, [f"{label}  {v:.1f} %\n{text}" for v, text in zip(values, texts)], index)
-    return figures.save(fig, f"Test accuracy by class, {label}", "dots are classes, sorted by training images", hovers=dots)
+    description = "dots are classes, sorted by training images"
+    return figures.save(fig, f"Test accuracy by class, {label}", description, hovers=dots)
 
 
 # The teacher's bias, and confusion.
@@ -168,7 +169,7 @@ def _training(setting, styles):
     columns = {"all classes": "all", "head": "groups.head", setting.tail_name(): setting.tail()}
     panels = []
     for name, column in columns.items():
-        series = figures.curves(methods, lambda _, record, column=column: value(record.get("test"), column))
+        series = figures.curves(methods, lambda _, record, column=column: at(record, f"test.{column}"))
         panels += [figures.lines(f"test accuracy, {name}, %", series, styles)] if series else []
     series = figures.curves(methods, lambda _, record: record.get("train_accuracy"))
     panels += [figures.lines("training accuracy, %", series, styles)] if series else []
@@ -184,7 +185,7 @@ def _terms(method, style):
     """Returns the loss terms of one method, each with its own dashes."""
     records = [record for run in method.runs.values() for record in run.get("metrics") or []]
     names = sorted({name for record in records for name in record.get("terms") or {}})
-    series = figures.curves(dict.fromkeys(names, method), lambda name, record: (record.get("terms") or {}).get(name))
+    series = figures.curves(dict.fromkeys(names, method), lambda name, record: at(record, f"terms.{name}"))
     if not series:
         return []
     styles = {name: (style[0], figures.DASHES[i % len(figures.DASHES)]) for i, name in enumerate(series)}
