@@ -177,7 +177,7 @@ def save(fig, name, description, *, hovers=(), legend=None):
         _adapt(element, prefix)
     root.attrib = {
         "xmlns": "http://www.w3.org/2000/svg", "xmlns:xlink": "http://www.w3.org/1999/xlink",
-        "role": "img", "aria-label": f"{name}: {description}", "viewBox": root.get("viewBox"),
+        "role": "img", "aria-label": _printable(f"{name}: {description}"), "viewBox": root.get("viewBox"),
     }  # fmt: skip
     if hovers:
         group = ElementTree.SubElement(root, "g", {"class": "hovers", "fill": "none", "pointer-events": "all"})

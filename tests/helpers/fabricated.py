@@ -87,7 +87,7 @@ def metrics_of(run, epochs=240):
     return records
 
 
-def comparison(accuracies, **extra):
+def runs_of(accuracies, **extra):
     """Returns runs of methods with accuracies over all classes, {method: [a value for each seed]}."""
     runs = []
     for method, values in accuracies.items():

@@ -5,7 +5,7 @@ import json
 import math
 
 import pytest
-from helpers.fabricated import comparison, fabricate, sweep
+from helpers.fabricated import fabricate, runs_of, sweep
 
 from experiments.reporting import aggregate, figures, statistics, tables
 
@@ -87,7 +87,9 @@ def test_gather_same_run_twice():
 def test_gather_splits_lengths_and_data():
     split = fabricate("kd")
     split["seeds"]["split"] = 1
-    assert len(aggregate.gather([fabricate("kd"), split, fabricate("kd", epochs=60), fabricate("kd", classes=100)])) == 4
+    assert (
+        len(aggregate.gather([fabricate("kd"), split, fabricate("kd", epochs=60), fabricate("kd", classes=100)])) == 4
+    )
 
 
 def test_gather_subsets():
@@ -108,7 +110,7 @@ def test_label_names_what_is_on():
 
 
 def test_note_names_seeds_split_and_teachers():
-    runs = comparison({"kd": [40.0, 41.0]})
+    runs = runs_of({"kd": [40.0, 41.0]})
     assert "student seeds, one split (split seed 0)" in aggregate.gather(runs)[0].note()
     runs[0]["teacher"]["hash"] = "another"
     assert "2 teachers" in aggregate.gather(runs)[0].note()
@@ -135,14 +137,14 @@ def test_styles_are_distinct():
 
 
 def test_console_has_deviations_and_verdicts():
-    text = tables.console(comparison({"ce": [30.0, 32.0, 31.0], "kd": [31.0, 31.5, 31.2], "ltkd": [40.0, 43.0, 41.0]}))
+    text = tables.console(runs_of({"ce": [30.0, 32.0, 31.0], "kd": [31.0, 31.5, 31.2], "ltkd": [40.0, 43.0, 41.0]}))
     assert "41.33 ± 1.53" in text and "31.00 ± 1.00" in text
     assert "better than ce and kd" in text  # ltkd, by about 10
     assert "+0.23 ± 0.43 not distinguishable n = 3" in text  # kd against ce: 1, −0.5, 0.2
 
 
 def test_console_of_one_seed():
-    text = tables.console(comparison({"ce": [30.0], "ltkd": [60.0]}))
+    text = tables.console(runs_of({"ce": [30.0], "ltkd": [60.0]}))
     assert "no difference can be told from chance" in text
     assert "+30.00 not distinguishable n = 1" in text
     assert "±" not in text
@@ -157,7 +159,7 @@ def test_console_of_one_seed():
     ],
 )
 def test_bold_only_where_clear(accuracies, bold):
-    (setting,) = aggregate.gather(comparison(accuracies))
+    (setting,) = aggregate.gather(runs_of(accuracies))
     assert [row[0].text for row in tables.accuracy_table(setting).cells() if row[1].bold] == bold
 
 
