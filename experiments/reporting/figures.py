@@ -34,7 +34,7 @@ STYLES = {
 }  # fmt: skip
 MARKS = {SOLID: "o", DASHED: "s", DOTTED: "^", MIXED: "D"}  # of methods that are points
 MANY = 30  # classes, from which on curves are smoothed
-PANEL, DESK, PHONE = 300, 950, 350  # widths in CSS pixels
+PANEL, DESK, PHONE = 300, 950, 343  # widths in CSS pixels
 INK, QUIET, GRID = "#010101", "#020202", "#030303"  # stand for the CSS variables of these names
 _RC = {
     "svg.fonttype": "none", "svg.hashsalt": "report", "text.parse_math": False, "font.size": 11, "axes.titlesize": 12.5,
