@@ -48,13 +48,9 @@ def read_json(path):
         raise ReportError(f"{path}: not readable as JSON ({error})") from error
 
 
-def is_work_directory(path):
-    """Returns whether a folder is the work directory of a run."""
-    return any((path / name).exists() for name in ("results.json", "config.json", "metrics.jsonl"))
-
-
 def _run_paths(path):
-    if not path.is_dir() or is_work_directory(path):
+    is_work_directory = any((path / name).exists() for name in ("results.json", "config.json", "metrics.jsonl"))
+    if is_work_directory or not path.is_dir():
         return [path]
     paths = []
     for child in sorted(path.iterdir()):

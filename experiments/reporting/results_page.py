@@ -99,12 +99,9 @@ def _section(key, settings, reference, planned):
     for i, (epochs, setting) in enumerate(shown):
         references = published if i == 0 else {}
         names = missing.pop(epochs, set())
-        if setting:
-            parts.append(as_markdown(_beside_published(setting, references, names)))
-            parts += [*_distances(setting, references), *_below_table(setting)]
-        else:
-            parts += [f"{epochs:g} epochs:"] if len(shown) > 1 else []
-            parts.append(as_markdown(_all_missing(references, names)))
+        parts += [f"{epochs:g} epochs:"] if setting is None and len(shown) > 1 else []
+        parts.append(as_markdown(_table(setting, references, names)))
+        parts += [*_distances(setting, references), *_below_table(setting)] if setting else []
     return parts
 
 
@@ -113,42 +110,24 @@ def _longest_first(entry):
     return -epochs, (setting.split, setting.images) if setting else ()
 
 
-def _beside_published(setting, published, missing):
-    """Returns the table of a setting, with published numbers and the methods that are not run yet."""
-    columns = tables.columns(setting)
-    cells = tables.numbers(setting, columns.values())
+def _table(setting, published, missing):
+    """Returns the methods of a setting, or of none, and those that are not run yet, beside published numbers."""
+    columns = tables.columns(setting) if setting else dict.fromkeys(("all", *_GROUPS))
+    cells = tables.numbers(setting, columns.values()) if setting else {}
+    methods = setting.methods_with_teacher(first=True) if setting else []
+    names = missing - {method.name for method in methods}
+    methods = [*methods, *(aggregate.Method(name, name, {}) for name in names)]
+    shown = ("all", "tail") if any(published.values()) else ()
     rows = []
-    for method in setting.methods_with_teacher(first=True):
-        row = [method.label, *_published_cells(method.name, published), *cells[method.label], str(len(method.runs))]
-        rows.append((method, row))
-    names = missing - {method.name for method, _ in rows}
-    return _with_missing(rows, [*columns], published, names)
+    for method in sorted(methods, key=_row_rank):
+        references = [_published(published.get(method.name, {}).get(column)) for column in shown]
+        own = cells.get(method.label, [_NOT_RUN] * len(columns))
+        rows.append([method.label, *references, *own, str(len(method.runs))])
+    return Table(["method", *(f"published {column}" for column in shown), *columns, "n"], rows)
 
 
-def _all_missing(published, names):
-    return _with_missing([], ["all", *_GROUPS], published, names)
-
-
-def _with_missing(rows, columns, published, names):
-    """Returns the table of (method, row) pairs and of names of methods that are not run yet, sorted."""
-    for name in names:
-        row = [name, *_published_cells(name, published), *[_NOT_RUN] * len(columns), "0"]
-        rows.append((aggregate.Method(name, name, {}), row))
-    header = ["method", *(f"published {column}" for column in _published_columns(published)), *columns, "n"]
-    return Table(header, [row for _, row in sorted(rows, key=_row_rank)])
-
-
-def _row_rank(entry):
-    method, _ = entry
+def _row_rank(method):
     return method.name != "teacher", aggregate.rank(method)
-
-
-def _published_columns(published):
-    return ("all", "tail") if any(published.values()) else ()
-
-
-def _published_cells(name, published):
-    return [_published(published.get(name, {}).get(column)) for column in _published_columns(published)]
 
 
 def _published(entry):
