@@ -13,7 +13,7 @@ import numpy as np
 
 from ltkd_jax import files
 
-_MAX_FILE = 1 << 28  # bytes; no official file has more, so that what is cut off here fails its checksum
+MAX_FILE = 1 << 28  # bytes; no official file has more, so that what is cut off here fails its checksum
 _REMEDY = "get the official file again, by running without --source or from the data set's home page"
 
 
@@ -120,7 +120,7 @@ def read_idx(source: pathlib.Path, sha256: dict[str, str]) -> Content:
     for name, data in _read_files(source, sha256).items():
         try:
             with gzip.open(io.BytesIO(data)) as file:
-                content = file.read(_MAX_FILE)
+                content = file.read(MAX_FILE)
         except Exception as error:  # whatever the decompressor raises for a damaged file
             raise ArchiveError(f"{source}: {name} is truncated or damaged ({error}); {_REMEDY}") from error
         digest = hashlib.sha256(content).hexdigest()
@@ -142,14 +142,14 @@ def _read_files(source: pathlib.Path, names: Collection[str]) -> dict[str, bytes
             for name in names:
                 if (source / name).is_file():  # opening a pipe would wait for ever
                     with open(source / name, "rb") as file:
-                        contents[name] = file.read(_MAX_FILE)
+                        contents[name] = file.read(MAX_FILE)
         else:
             # As a stream: a member of a compressed archive is not reached but by decompressing what lies before it.
             with tarfile.open(source, "r|*") as tar:
                 for member in tar:
                     name = member.name.removeprefix("./")
                     if name in names and member.isfile():
-                        contents[name] = tar.extractfile(member).read(_MAX_FILE)  # type: ignore[union-attr]
+                        contents[name] = tar.extractfile(member).read(MAX_FILE)  # type: ignore[union-attr]
     except Exception as error:  # whatever the parser of a damaged archive raises
         raise ArchiveError(f"{source} is truncated or cannot be read ({error}); {_REMEDY}") from error
     missing = sorted(set(names) - set(contents))
