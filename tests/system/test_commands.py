@@ -11,7 +11,8 @@ import time
 import pytest
 from helpers.small_runs import ROOT, TINY, parameters
 
-from experiments import report, runtime
+from experiments import runtime
+from experiments.reporting import load
 from ltkd_jax.training.checkpoint import Checkpoints
 
 
@@ -187,7 +188,7 @@ def test_smoke_on_the_real_cifar100(argument, train, meta, cifar100_dir, tmp_pat
     done = subprocess.run([*words, f"--config.teacher.cache={tmp_path}"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert time.monotonic() - begun < 180
-    results = report.load(tmp_path / "run")
+    results = load.load(tmp_path / "run")
     assert results["train_images"] == train and results["teacher"]["model"] == "resnet14"
     assert results.get("meta_images") == meta and (meta is None) == ("weighting" not in results)
 

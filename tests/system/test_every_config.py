@@ -12,7 +12,7 @@ from helpers import pictures
 from helpers.content import random_content
 from helpers.small_runs import ROOT
 
-from experiments import report
+from experiments.reporting import load
 from ltkd_jax.data import longtail
 from ltkd_jax.data.prepare import recipes
 
@@ -120,7 +120,7 @@ def test_smoke(name, argument, place):
     words += [f"--config.data.dir={place / 'tfds'}", f"--workdir={workdir}", f"--config.teacher.cache={place / name}"]
     done = subprocess.run([sys.executable, "-m", "experiments.main", *words], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    results = report.load(workdir)
+    results = load.load(workdir)
     assert results["train_images"] == IMAGES.get((name, argument), results["train_images"])
     assert results["train_images"] == sum(results["class_counts"]) and min(results["class_counts"]) > 0
     assert ("weighting" in results) == argument.startswith("bikd")
