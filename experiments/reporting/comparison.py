@@ -3,9 +3,15 @@
 import collections
 
 import numpy as np
+from matplotlib.transforms import Bbox
 
 from experiments.reporting import aggregate, figures, page, tables
 from experiments.reporting.statistics import mean_std
+
+_LABEL_OFFSETS = (
+    (9, 0, "left", "center"), (-9, 0, "right", "center"), (0, 9, "center", "bottom"), (0, -9, "center", "top"),
+    (9, 5, "left", "bottom"), (9, -5, "left", "top"), (-9, 5, "right", "bottom"), (-9, -5, "right", "top"),
+)  # fmt: skip
 
 
 def section(settings):
@@ -90,7 +96,7 @@ def _scatter(title, points, styles, limits, groups):
         numbers = [f"{group} {tables.mean_in_words(v)}" for group, v in zip(groups, values)]
         texts.append("\n".join([f"{label}, {n} run{'' if n == 1 else 's'}", *numbers]))
     ax.set(xlim=limits[0], ylim=limits[1], xlabel=f"{groups[0]}, %")
-    _label_points(ax, centres, np.array(boxes))
+    _label_points(ax, centres, boxes)
     name = f"Tail against head, {title}" if title else "Tail against head"
     legend = figures.Legend({label: styles[label] for label in points}, marks=True)
     hovers = figures.spots(ax, *zip(*centres.values()), texts)
@@ -98,27 +104,20 @@ def _scatter(title, points, styles, limits, groups):
 
 
 def _label_points(ax, centres, boxes):
-    """Writes labels beside their marks where there is room beside what was drawn; the legend has them all."""
-    centres = {label: ax.transData.transform(point) for label, point in centres.items()}
-    corners = ax.transData.transform(boxes.reshape(-1, 2)).reshape(-1, 4)
-    taken = [*(corners + (-2, -2, 2, 2)), *((x - 6, y - 6, x + 6, y + 6) for x, y in centres.values())]
-    frame = ax.get_window_extent()
-    for label, (x, y) in centres.items():
-        width, height = 6.6 * len(label), 12
-        places = [(x + 9, y - 6), (x - 9 - width, y - 6), (x - width / 2, y + 8), (x - width / 2, y - 20),
-                  (x + 6, y + 5), (x + 6, y - 17), (x - 6 - width, y + 5), (x - 6 - width, y - 17)]  # fmt: skip
-        for left, bottom in places:
-            box = left, bottom, left + width, bottom + height
-            inside = left > frame.x0 and box[2] < frame.x1 + 10 and bottom > frame.y0 and box[3] < frame.y1
-            if inside and not any(_overlap(box, other) for other in taken):
-                align, anchor = ("left", left) if left > x else ("right", box[2]) if box[2] < x else ("center", x)
-                ax.text(*ax.transData.inverted().transform((anchor, bottom + 2)), label, ha=align, va="baseline")
+    """Writes labels beside their marks where nothing else is drawn; the legend has them all."""
+    taken = [Bbox.from_extents(*corners).transformed(ax.transData).padded(2) for corners in boxes]
+    taken += [Bbox.from_extents(*point, *point).transformed(ax.transData).padded(6) for point in centres.values()]
+    (left, bottom), (right, top) = ax.bbox.get_points()
+    frame = Bbox.from_extents(left, bottom, right + 10, top)
+    for label, point in centres.items():
+        for x, y, align, valign in _LABEL_OFFSETS:
+            text = ax.annotate(label, point, (x, y), textcoords="offset points", ha=align, va=valign)
+            box = text.get_window_extent().padded(2)
+            is_inside = frame.contains(*box.min) and frame.contains(*box.max)
+            if is_inside and not box.count_overlaps(taken):
                 taken.append(box)
                 break
-
-
-def _overlap(one, other):
-    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
+            text.remove()
 
 
 # Accuracy against imbalance.
