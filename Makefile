@@ -1,8 +1,9 @@
-# Every target sets up its own virtual environment in .venv, once and again when pyproject.toml changes.
+# Every target installs what it needs into .venv, again when pyproject.toml changes.
 PYTHON ?= python3
 BIN := .venv/bin
-PYTEST := $(BIN)/python -m pytest
-PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
+# A file's tests stay in one process, which compiles their functions once.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# The part of the system tests to run, k/n.
 SHARD ?= 1/1
 
 .PHONY: demo test test-unit test-integration test-system lint dist docs clean
@@ -13,20 +14,20 @@ demo: .venv/train.stamp  ## digits-LT: one teacher, five methods, three seeds; p
 test: test-unit test-integration  ## unit and integration tests: about ten minutes on two cores
 
 test-unit: .venv/test.stamp  ## unit tests and doctests: under two minutes on two cores
-	$(PYTEST) $(PARALLEL) --doctest-modules tests/unit ltkd_jax
+	$(PYTEST) --doctest-modules tests/unit ltkd_jax
 
 test-integration: .venv/test.stamp  ## programs of small networks: under ten minutes on two cores
-	$(PYTEST) $(PARALLEL) tests/integration
+	$(PYTEST) tests/integration
 
-test-system: .venv/test.stamp .venv/docs.stamp  ## whole runs, processes, real data, docs, packaging; SHARD=k/n runs one n-th
-	$(PYTEST) tests/system --shard=$(SHARD)
+test-system: .venv/system.stamp  ## whole runs, processes, real data, docs, packaging; SHARD=k/n runs one n-th
+	$(PYTEST) tests/system --shard=$(SHARD) $(ARGS)
 
-lint: .venv/test.stamp  ## style and types
+lint: .venv/dev.stamp  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-dist: .venv/test.stamp  ## the source distribution and the wheel, in dist
+dist: .venv/dev.stamp  ## the source distribution and the wheel, in dist
 	$(BIN)/python -m build --no-isolation
 
 docs: .venv/docs.stamp  ## the documentation, in docs/_build; every page's code is run; a warning is an error
@@ -34,7 +35,7 @@ docs: .venv/docs.stamp  ## the documentation, in docs/_build; every page's code 
 	@echo "$(CURDIR)/docs/_build/html/index.html"
 
 clean:
-	rm -rf .venv .jax_cache .mypy_cache build dist docs/_build *.egg-info
+	rm -rf .venv .jax_cache .mypy_cache .ruff_cache .pytest_cache build dist docs/_build *.egg-info
 
 .venv/%.stamp: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -1,18 +1,13 @@
-"""What every test shares: eight CPU devices, strict shapes, a compilation cache, the real data where it is."""
+"""Settings and fixtures of all tests: eight CPU devices, strict shapes, a compilation cache, the real CIFAR-100."""
 
 import os
 import pathlib
-import sys
 
 import jax
 import pytest
 
-# Compiling is most of the time of the fast suite, and what is compiled runs a few times at most: not optimised, it is
-# ready sooner. Child processes take it over.
-if "slow" not in sys.argv:
-    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
-
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+SYSTEM_TESTS = ROOT / "tests" / "system"
 
 jax.config.update("jax_num_cpu_devices", 8)
 # `[B] * [B, 1]` is a mistake that broadcasting hides.
@@ -21,18 +16,21 @@ jax.config.update("jax_compilation_cache_dir", os.environ.get("LTKD_CACHE", str(
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
-def _data_dir():
-    """Where a prepared TFDS directory may be: $LTKD_DATA, or `shared/tfds` beside the checkout."""
-    for place in (os.environ.get("LTKD_DATA"), ROOT.parent / "shared" / "tfds"):
-        if place and (pathlib.Path(place) / "cifar100").is_dir():
-            return str(place)
-    return None
+def pytest_configure(config):
+    """Turns XLA's optimisation off unless system tests are to run.
+
+    Compiling is most of the time of the unit and integration tests, and what they compile runs a few times at most.
+    Child processes inherit the setting.
+    """
+    paths = [(config.invocation_params.dir / argument.split("::")[0]).resolve() for argument in config.args]
+    if not any(path in SYSTEM_TESTS.parents or path.is_relative_to(SYSTEM_TESTS) for path in paths):
+        os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 
 @pytest.fixture(scope="session")
 def cifar100_dir():
-    """The real CIFAR-100 as TFDS keeps it; a test that needs it skips where it is absent."""
-    place = _data_dir()
-    if place is None:
-        pytest.skip("the real CIFAR-100 is not here: set LTKD_DATA to a prepared TFDS directory")
-    return place
+    """Returns the TFDS directory with the real CIFAR-100: $LTKD_DATA, or `shared/tfds` beside the checkout."""
+    for folder in (os.environ.get("LTKD_DATA"), ROOT.parent / "shared" / "tfds"):
+        if folder and (pathlib.Path(folder) / "cifar100").is_dir():
+            return str(folder)
+    pytest.skip("the real CIFAR-100 is absent: set LTKD_DATA to a prepared TFDS directory")

@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--save writes the logits of a --checkpoint")
     if options.counts is not None and options.imbalance is not None:
         parser.error("give either --counts or --imbalance")
-    runtime.once()
+    runtime.initialize()
     arguments = vars(options)
     path = arguments.pop("logits") or arguments["checkpoint"]
     del arguments["checkpoint"]

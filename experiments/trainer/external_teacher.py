@@ -52,7 +52,7 @@ class LogitsTeacher:
     results: dict
     variables: None = None
 
-    def table(self, images: Images | Records) -> np.ndarray:
+    def table(self, images: Images | Records, stop=None) -> np.ndarray:
         """Returns the logits of images, `[n, views or 1, C]`."""
         return self.logits[np.searchsorted(self.keys, images.keys)]
 
@@ -68,7 +68,7 @@ def load_logits(path: str | os.PathLike, dataset: Dataset) -> LogitsTeacher:
       LogitsError: the file cannot be read, lacks an array, or its images are not the data set's.
     """
     try:
-        logits, results = hosts.first(lambda: _read_logits(path, dataset))
+        logits, results = hosts.run_on_primary(lambda: _read_logits(path, dataset))
     except LogitsError as error:
         raise LogitsError(f"teacher.checkpoint: {error}") from None
     return LogitsTeacher(logits, dataset.source.train.keys, results)

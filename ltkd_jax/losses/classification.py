@@ -36,10 +36,10 @@ def logit_adjusted(
     labels: ArrayLike,
     class_counts: npt.ArrayLike,
     *,
-    strength: Scalar = 1.0,
+    tau: Scalar = 1.0,
     where: ArrayLike | None = None,
 ) -> jax.Array:
-    """Cross-entropy of logits shifted by the log class prior: CE(y, z + t·log π).
+    """Cross-entropy of logits shifted by the log class prior: CE(y, z + τ·log π).
 
     π_c = n_c / Σ n. Source: Menon et al., "Long-tail learning via logit adjustment", ICLR 2021.
 
@@ -47,7 +47,7 @@ def logit_adjusted(
       student_logits: `[..., C]`.
       labels: int `[...]`, in `[0, C)`.
       class_counts: `[C]` training images of each class, positive.
-      strength: t; 0 is cross-entropy.
+      tau: τ; 0 is cross-entropy.
       where: bool, broadcastable to `[..., C]`: the classes that exist.
 
     Returns:
@@ -61,7 +61,7 @@ def logit_adjusted(
     logits = _common.as_float(student_logits)
     _common.check_logits(logits)
     counts = _common.class_vector(class_counts, logits, "class_counts")
-    prior = strength * jnp.log(counts / counts.sum())
+    prior = tau * jnp.log(counts / counts.sum())
     return _common.cross_entropy(_common.from_top(logits, where) + prior, labels, where)
 
 
@@ -75,7 +75,7 @@ def balanced_softmax(
     """Balanced softmax: CE(y, z + log n), the softmax of a student trained as if classes were balanced.
 
     Source: Ren et al., "Balanced Meta-Softmax for Long-Tailed Visual Recognition", NeurIPS 2020. It is
-    `logit_adjusted` with strength 1: the softmax does not see the counts' common factor.
+    `logit_adjusted` with τ = 1: the softmax does not see the counts' common factor.
 
     Args:
       student_logits: `[..., C]`.

@@ -5,7 +5,6 @@ its logits are `[B, num_classes]` in float32 or wider. Most are those of the com
 RepDistiller), and `ltkd_jax.models.convert` reads that zoo's checkpoints; those named `…_imagenet` are torchvision's.
 """
 
-import difflib
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -14,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from ltkd_jax import names
 from ltkd_jax.models import resnet
 from ltkd_jax.models.mobilenet import MobileNetV2
 from ltkd_jax.models.shufflenet import ShuffleNetV1, ShuffleNetV2
@@ -81,9 +81,7 @@ def create(name: str, num_classes: int, *, precision: str = "float32", axis_name
     (2, 10)
     """
     if name not in REGISTRY:
-        close = difflib.get_close_matches(str(name), REGISTRY, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else "."
-        raise ValueError(f"unknown model {name!r}{hint} The models are: {', '.join(REGISTRY)}")
+        raise ValueError(names.unknown("model", name, REGISTRY))
     if precision not in _PRECISIONS:
         raise ValueError(f"precision={precision!r} must be one of {', '.join(_PRECISIONS)}")
     if num_classes < 1:

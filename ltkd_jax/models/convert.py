@@ -7,7 +7,6 @@ reads a checkpoint that mdistiller or RepDistiller wrote and writes {"params", "
 """
 
 import argparse
-import os
 import pathlib
 import re
 import sys
@@ -19,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import serialization, traverse_util
 
-from ltkd_jax import models
+from ltkd_jax import files, models
 from ltkd_jax.models.wide_resnet import WideResNet
 
 # Patterns of our layers, and the zoo's modules. Blocks count from 1 here and from 0 there.
@@ -84,7 +83,7 @@ def from_torch(name: str, state_dict: dict[str, np.ndarray], num_classes: int) -
     return traverse_util.unflatten_dict(converted, sep="/")
 
 
-def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+def read(path: files.PathLike) -> dict[str, np.ndarray]:
     """The state dict in a file that `torch.save` wrote: itself, or under "model" or "state_dict" of a checkpoint.
 
     Raises:
@@ -115,7 +114,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 
 
 def load(
-    path: str | os.PathLike[str], name: str, num_classes: int, *, image_shape: tuple[int, ...] = (32, 32, 3)
+    path: files.PathLike, name: str, num_classes: int, *, image_shape: tuple[int, ...] = (32, 32, 3)
 ) -> dict[str, Any]:
     """The variables in a file that this module wrote, checked against a model.
 
@@ -151,7 +150,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         variables = from_torch(args.model, read(args.checkpoint), args.num_classes)
-        _write(args.out, serialization.msgpack_serialize(variables))
+        with files.atomic_write(args.out) as temporary:
+            temporary.write_bytes(serialization.msgpack_serialize(variables))
     except (ValueError, ModuleNotFoundError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -172,17 +172,6 @@ def _torch_key(modules: dict[str, str], layer: str, leaf: str) -> str:
             stage, block, *index = match.groups() or (None, 1)
             return f"{module.format(stage, int(block) - 1, *index)}.{_LEAVES[leaf]}"
     raise AssertionError(f"no name in the zoo for {layer}")
-
-
-def _write(path: str | os.PathLike[str], content: bytes) -> None:
-    """Whole or not at all."""
-    path = pathlib.Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -61,9 +61,9 @@ def balanced_softmax(student_logits, labels, class_counts, *, where=None):
     return cross_entropy(scaled(student_logits) + np.log(np.asarray(class_counts, REAL)), labels, where=where)
 
 
-def logit_adjusted(student_logits, labels, class_counts, *, strength=1.0, where=None):
+def logit_adjusted(student_logits, labels, class_counts, *, tau=1.0, where=None):
     counts = np.asarray(class_counts, REAL)
-    adjustment = REAL(strength) * np.log(counts / counts.sum())
+    adjustment = REAL(tau) * np.log(counts / counts.sum())
     return cross_entropy(scaled(student_logits) + adjustment, labels, where=where)
 
 
@@ -233,7 +233,7 @@ FAMILY = {
     for loss in (
         Loss("cross_entropy", "student labels"),
         Loss("balanced_softmax", "student labels counts"),
-        Loss("logit_adjusted", "student labels counts", {"strength": 1.5}),
+        Loss("logit_adjusted", "student labels counts", {"tau": 1.5}),
         Loss("kd", "student teacher", is_kl=True),
         Loss("dkd", "student teacher labels", {"alpha": 2.0, "beta": 6.0}, is_kl=True, terms=8),
         Loss("dive", "student teacher", {"power": 0.7}),
@@ -327,7 +327,3 @@ def draw(case, *, grouping="thirds", masking="none", temperature=4.0, seed=0, dt
         groups=groups_lib.ClassGroups.from_assignment(np.asarray(GROUPINGS[grouping])),
         temperature=dtype(temperature),
     )
-
-
-def groupings(loss):
-    return GROUPINGS if loss.grouped else ("thirds",)
