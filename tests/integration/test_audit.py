@@ -88,7 +88,7 @@ SECTIONS = {
 @pytest.fixture
 def main(monkeypatch):
     """The command, without what every command does to the process."""
-    monkeypatch.setattr(runtime, "once", lambda: None)
+    monkeypatch.setattr(runtime, "initialize", lambda: None)
     return command.main
 
 

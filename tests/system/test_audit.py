@@ -14,7 +14,7 @@ def accuracy(examples):
 def test_networks_of_other_methods(argument, tmp_path):
     values = {"train.epochs": 1.0, "teacher.train.epochs": 1.0}
     if argument == "bikd":
-        values["data.meta_per_class"] = 8
+        values["data.outer_per_class"] = 8
     results = run(tiny(tmp_path, argument, **values), tmp_path / "run")
     assert accuracy(inputs.read(tmp_path / "run").test) == pytest.approx(results["test"]["all"])
 
