@@ -1,7 +1,8 @@
 """The audit of logits files and of trained networks: its record, sentences, page, and errors."""
 
-import html.parser
+import html
 import json
+import re
 import shutil
 
 import numpy as np
@@ -66,18 +67,8 @@ def test_model_of_the_prior_is_as_biased_as_its_data():
 # The command, of files.
 
 
-class Page(html.parser.HTMLParser):
-    def __init__(self, path):
-        super().__init__()
-        self.headings, self.text, self._tag = [], "", None
-        self.feed(path.read_text())
-
-    def handle_starttag(self, tag, attrs):
-        self._tag = tag
-
-    def handle_data(self, data):
-        self.text += data
-        self.headings += [data] if self._tag == "h2" and data.strip() else []
+def headings(page):
+    return {html.unescape(heading) for heading in re.findall("<h2>(.*?)</h2>", page)}
 
 
 SECTIONS = {
@@ -101,10 +92,10 @@ def test_two_models(main, tmp_path, capsys):
     assert summary.console(record) in capsys.readouterr().out
     assert record["temperatures"] == ["1", "2"]
     assert np.bincount(record["groups"]["assignment"]).tolist() == [13, 14, 13]
-    page = Page(output)
-    assert set(page.headings) == SECTIONS | {"Between the two models", "Which classes resnet<50> gives away"}
-    assert "All 40 classes" in page.text and "exponential with imbalance 100" in page.text
-    assert "http" not in output.read_text().replace("http://www.w3.org", "")
+    page = output.read_text()
+    assert headings(page) == SECTIONS | {"Between the two models", "Which classes resnet<50> gives away"}
+    assert "All 40 classes" in page and "exponential with imbalance 100" in page
+    assert "http" not in page.replace("http://www.w3.org", "")
 
 
 def test_training_input_and_names(tmp_path):
@@ -129,21 +120,19 @@ def test_group_without_examples_is_a_dash(tmp_path):
     record = run.run(path, output=tmp_path / "a.html")
     rows = [line.split() for line in summary.console(record).splitlines() if line.split()[:2] == ["tail", "0"]]
     assert [row[2:] for row in rows] == [["–"] * 4, ["–"] * 5]  # of loss and calibration
-    page = Page(tmp_path / "a.html")
-    assert set(page.headings) > SECTIONS and "predictions of x" in page.text
+    page = (tmp_path / "a.html").read_text()
+    assert headings(page) > SECTIONS and "predictions of x" in page
 
 
-@pytest.mark.parametrize(
-    "name, content", [("a.json", json.dumps({"class_counts": COUNTS})), ("a.json", json.dumps(COUNTS)),
-                      ("a.txt", "50 40\n30,20 10 5"), ("a.npy", None)]
-)  # fmt: skip
-def test_counts_of_a_file(name, content, tmp_path):
-    np.save(tmp_path / "a.npy", COUNTS)
-    if content:
-        (tmp_path / name).write_text(content)
+def test_counts_of_a_file(tmp_path):
     model = inputs.Model("model", "model.npz", logits.from_arrays(np.zeros((60, 6)), LABELS), class_counts=np.ones(6))
-    counts, origin = inputs.class_counts(model, str(tmp_path / name), None)
-    assert counts.tolist() == COUNTS and name in origin
+    np.save(tmp_path / "a.npy", COUNTS)
+    (tmp_path / "a.json").write_text(json.dumps(COUNTS))
+    (tmp_path / "b.json").write_text(json.dumps({"class_counts": COUNTS}))
+    (tmp_path / "a.txt").write_text("50 40\n30,20 10 5")
+    for path in tmp_path.iterdir():
+        counts, origin = inputs.class_counts(model, str(path), None)
+        assert counts.tolist() == COUNTS and path.name in origin
 
 
 def test_counts_of_a_model():
