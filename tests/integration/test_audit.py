@@ -1,14 +1,11 @@
-"""The audit of logits files and of trained networks: its record, sentences, page, and errors."""
+"""The audit of logits files: its record, sentences, page, and errors."""
 
 import html
 import json
 import re
-import shutil
 
 import numpy as np
 import pytest
-from helpers.small_runs import run as train
-from helpers.small_runs import tiny
 
 from experiments import runtime
 from experiments.audit import __main__ as command
@@ -196,58 +193,3 @@ def test_options_that_make_no_sense(words, main, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(words.split())
     assert stopped.value.code == 2 and "error" in capsys.readouterr().err
-
-
-# Trained networks.
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A run's results, its work directory, and its teacher's folder."""
-    folder = tmp_path_factory.mktemp("trained")
-    results = train(tiny(folder, **{"train.epochs": 2.0, "teacher.train.epochs": 1.0}), folder / "run")
-    (teacher,) = (path for path in (folder / "teachers").iterdir() if path.is_dir())
-    return results, folder / "run", teacher
-
-
-def test_run_and_teacher_as_they_were_evaluated(trained, tmp_path):
-    results, workdir, teacher = trained
-    saved = tmp_path / "teacher.npz"
-    record = run.run(teacher, compare=str(workdir), save=str(saved), output=tmp_path / "a.html")
-    assert record["name"] == "teacher resnet8 → ltkd resnet8" and record["class_counts"] == results["class_counts"]
-    balanced, training = record["inputs"]
-    assert training["share"] == pytest.approx(record["training"])
-    for model, evaluated in zip(balanced["models"], (results["teacher"], results)):
-        assert model["groups"]["all"]["accuracy"] == pytest.approx(evaluated["test"]["all"])
-        assert model["groups"]["all"]["ece"] == pytest.approx(evaluated["test"]["ece"], rel=1e-3)
-        assert model["classes"]["recall"] == pytest.approx(evaluated["test"]["per_class"])
-        np.testing.assert_allclose(model["between"], evaluated["test"]["confusion"], rtol=1e-6)
-    mass = results["teacher"]["group_mass"]["balanced"]
-    assert balanced["models"][0]["mass"]["1"] == pytest.approx(mass, rel=1e-4)
-    # The saved logits have the same audit, without the network.
-    again = run.run(str(saved), output=tmp_path / "b.html")
-    for key in ("class_counts", "class_names", "groups", "training"):
-        assert again[key] == record[key]
-    for input_set, saved_set in zip(record["inputs"], again["inputs"]):
-        assert {**input_set["models"][0], "name": ""} == {**saved_set["models"][0], "name": ""}
-
-
-def remove_steps(folder):
-    shutil.rmtree(folder / "checkpoints")
-    (folder / "checkpoints").mkdir()
-
-
-@pytest.mark.parametrize(
-    "spoil, message",
-    [
-        (lambda folder: (folder / "config.json").write_text("{"), "config.json is damaged"),
-        (lambda folder: (folder / "results.json").unlink(), "has no results.json"),
-        (remove_steps, "training ends at step"),
-    ],
-)
-def test_folder_that_is_no_finished_network(trained, tmp_path, spoil, message):
-    _, workdir, _ = trained
-    shutil.copytree(workdir, tmp_path / "folder")
-    spoil(tmp_path / "folder")
-    with pytest.raises(ValueError, match=message):
-        inputs.read(tmp_path / "folder")
