@@ -101,11 +101,15 @@ def mass_ratios(ratios, counts, assignment, group_names, labels, *, width=figure
 def write(record, path) -> None:
     """Writes the audit as one page."""
     title = f"Bias audit: {record['name']}"
-    parts = [page.Heading(title, 1), page.Text(summary.notes(record)), page.Text(summary.headline(record), "lead")]
-    parts += [_mass(record), _loss(record)]
+    heading = [
+        page.Heading(title, 1),
+        page.Text(summary.notes(record)),
+        page.Text(summary.headline(record), "lead"),
+    ]
+    sections = [_mass(record), _loss(record), _calibration(record), _classes(record), _confusion(record)]
     if "divergence" in record["inputs"][0]:
-        parts.append(_divergence(record))
-    page.write(path, title, [*parts, _calibration(record), _classes(record), _confusion(record)])
+        sections.insert(2, _divergence(record))
+    page.write(path, title, heading + sections)
 
 
 def _split_panels(panels, inter, intra):
@@ -118,7 +122,12 @@ def _title_prefix(model, input_set):
 
 
 def _mass(record):
-    parts = []
+    text = Markup(
+        "Bars: the mean probability that the model gives to each group. {} the true share of that input’s examples, "
+        "which an unbiased model would match. {} the share of the training images. τ = 1 is the model as it is; at the "
+        "other temperature it would teach a student."
+    ).format(figures.symbol("❙", 6), figures.symbol("◇", 7))
+    parts = [page.Text(text)]
     for input_set in record["inputs"]:
         panels = []
         for model in input_set["models"]:
@@ -126,12 +135,7 @@ def _mass(record):
                 title = f"{_title_prefix(model, input_set)}τ = {temperature}"
                 panels.append(figures.group_mass(title, mass, input_set["share"], record["training"]))
         parts += [page.Heading(input_set["title"], 4), page.Panels(panels)]
-    text = Markup(
-        "Bars: the mean probability that the model gives to each group. {} the true share of that input’s examples, "
-        "which an unbiased model would match. {} the share of the training images. τ = 1 is the model as it is; at "
-        "the other temperature it would teach a student."
-    ).format(figures.symbol("❙", 6), figures.symbol("◇", 7))
-    return page.Section("Group mass", [page.Text(text), *parts, summary.mass_table(record)])
+    return page.Section("Group mass", [*parts, summary.mass_table(record)])
 
 
 def _loss(record):
@@ -148,8 +152,8 @@ def _loss(record):
         "part is what the wrong group costs (inter), the second the wrong class within it (intra). Means over the "
         f"examples of each group, on {input_set['title']}."
     )
-    shown = _split_panels(panels, "about the group", "about the class within it")
-    parts = [page.Text(text), shown, summary.loss_table(record)]
+    bars = _split_panels(panels, "about the group", "about the class within it")
+    parts = [page.Text(text), bars, summary.loss_table(record)]
     return page.Section("Wrong group, or wrong class within it", parts)
 
 
@@ -159,11 +163,11 @@ def _divergence(record):
         parts = {name: (kl["inter"], sum(kl["intra"].values())) for name, kl in by_group.items() if kl}
         panels.append(split_bars(f"τ = {temperature}", parts, "KL, nats", max(map(sum, parts.values()))))
     text = (
-        f"{summary.divergence_title(record)}. KL = inter + Σ intra, exactly; it is the loss by which the "
-        "first would teach the second, without the factor τ²."
+        f"{summary.divergence_title(record)}. KL = inter + Σ intra, exactly; it is the loss by which the first would "
+        "teach the second, without the factor τ²."
     )
-    shown = _split_panels(panels, "between the groups", "within them")
-    return page.Section("Between the two models", [page.Text(text), shown, summary.divergence_table(record)])
+    bars = _split_panels(panels, "between the groups", "within them")
+    return page.Section("Between the two models", [page.Text(text), bars, summary.divergence_table(record)])
 
 
 def _calibration(record):
@@ -213,9 +217,9 @@ def _classes(record):
 def _confusion(record):
     text = "Rows: the group of the true class. Columns: where its predictions, and its mass, go; percent of the row."
     matrices = summary.confusions(record)
-    names = record["groups"]["names"]
     if all(all(matrix) for matrix in matrices.values()):
-        shown = page.HeatMaps(matrices, names)
-    else:  # a group has no example, so that its row is missing
+        shown = page.HeatMaps(matrices, record["groups"]["names"])
+    else:
+        # A group has no example, so that its row is missing.
         shown = summary.confusion_table(record)
     return page.Section("Confusion between groups", [page.Text(text), shown])
