@@ -1,15 +1,13 @@
-"""The converter of the zoo's checkpoints: names, shapes and errors; with PyTorch at hand, the same logits."""
+"""The converter of the zoo's checkpoints: names, shapes and errors."""
 
 import functools
 import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import serialization
 
-from ltkd_jax import models
 from ltkd_jax.models import convert
 
 # Modules and shapes of the zoo's smallest models of each kind, with 10 classes, written out once.
@@ -189,68 +187,3 @@ def test_the_command_line_writes_the_file_whole(monkeypatch, capsys, tmp_path):
     loaded = convert.load(out, "resnet8", 10)
     np.testing.assert_array_equal(loaded["params"]["classifier"]["bias"], _state_dict("resnet8")["fc.bias"])
     assert convert.main(["resnet8", "x.pth", str(tmp_path / "absent" / "out"), "--num_classes=10"]) == 2
-
-
-def _logits(name, variables, images, num_classes):
-    model = models.create(name, num_classes)
-    apply = jax.jit(lambda variables, images: model.apply(variables, images, train=False))
-    return apply(variables, jnp.asarray(images).transpose(0, 2, 3, 1))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["resnet8x4", "resnet32x4", "wrn_40_2"])
-def test_the_logits_are_those_of_pytorch(name):
-    torch = pytest.importorskip("torch")
-    from experiments.benchmark import pytorch_models
-
-    model = pytorch_models.create(name, 100)
-    images = torch.randn(4, 3, 32, 32)
-    with torch.no_grad():
-        expected = model(images).numpy()
-    variables = convert.from_torch(name, {key: x.numpy() for key, x in model.state_dict().items()}, 100)
-    logits = _logits(name, variables, images.numpy(), 100)
-    assert expected.std() > 0.1
-    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("wrap", ["plain", "model", "state_dict", "parallel"])
-def test_the_command_line_on_a_checkpoint(tmp_path, wrap):
-    torch = pytest.importorskip("torch")
-    from experiments.benchmark import pytorch_models
-
-    model = pytorch_models.create("wrn_16_2", 10)
-    state = model.state_dict()
-    content = {
-        "plain": state,
-        "model": {"epoch": 240, "model": state, "best_acc": 76.5, "optimizer": {"state": {}}},
-        "state_dict": {"state_dict": {key: x.half().float() for key, x in state.items()}},
-        "parallel": {"model": {f"module.{key}": x for key, x in state.items()}},
-    }[wrap]
-    torch.save(content, tmp_path / "ckpt.pth")
-    out = tmp_path / "out.msgpack"
-    assert convert.main(["wrn_16_2", str(tmp_path / "ckpt.pth"), str(out), "--num_classes=10"]) == 0
-    images = torch.randn(2, 3, 32, 32)
-    with torch.no_grad():
-        expected = model(images).numpy()
-    logits = _logits("wrn_16_2", convert.load(out, "wrn_16_2", 10), images.numpy(), 10)
-    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-2 if wrap == "state_dict" else 1e-4)
-
-
-@pytest.mark.slow
-def test_checkpoints_that_cannot_be_read(tmp_path):
-    torch = pytest.importorskip("torch")
-
-    with pytest.raises(ValueError, match="cannot read .*absent"):
-        convert.read(tmp_path / "absent")
-    for content in (b"", b"not a checkpoint"):
-        (tmp_path / "broken").write_bytes(content)
-        with pytest.raises(ValueError, match="cannot read .*broken"):
-            convert.read(tmp_path / "broken")
-    torch.save({"model": {}, "options": tmp_path}, tmp_path / "objects")  # a path is an object of another class
-    with pytest.raises(ValueError, match='save its "model" alone'):
-        convert.read(tmp_path / "objects")
-    for content in ([1, 2], {}, {"model": {}}, {"model": {"epoch": 3}}, torch.zeros(3)):
-        torch.save(content, tmp_path / "other")
-        with pytest.raises(ValueError, match="holds no state dict"):
-            convert.read(tmp_path / "other")
