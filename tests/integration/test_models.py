@@ -10,8 +10,8 @@ from helpers.small_models import SMALL_MODELS
 
 from ltkd_jax import models
 
-# Published trainable parameters with 100 classes and 3 channels, as in the common CIFAR distillation zoo, and millions of
-# multiply-adds of one 32×32 image.
+# Published: trainable parameters with 100 classes and 3 channels, as in the common CIFAR distillation zoo, and millions
+# of multiply-adds of one 32×32 image.
 PUBLISHED = {
     "resnet20": (278_324, 40.8),
     "resnet32": (472_756, 69.1),
