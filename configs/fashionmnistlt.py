@@ -5,9 +5,7 @@
     python -m experiments.main --config=configs/fashionmnistlt.py:bikd,imbalance=50 --config.data.dir=DIR
     python -m experiments.main --config=configs/fashionmnistlt.py:ltkd,smoke --config.data.dir=DIR
 
-METHOD is one of ce, balanced_softmax, logit_adjusted, kd, dkd, reviewkd, dive, bkd, wsl, ltkd, ltkd_bs, bikd; short keys are
-imbalance, teacher, student, epochs, seed, policy, cutout, mixup, and the method's own (alpha, beta, temperature, …; for bikd
-terms, lookahead, every, outer); `smoke` runs 20 steps of small models.
+The argument is METHOD[,key=value…][,smoke]: configs/common.py has the methods, the short keys and all other keys.
 
 Recipe: LTKD's for CIFAR, with 60 epochs; for bikd BiKD's for ten classes, with 100 images of each class set aside.
 
@@ -23,6 +21,6 @@ def get_config(argument: str = ""):
     return common.apply_argument(
         config,
         argument,
-        bikd=common.bikd_recipe(n_max=5900, meta_per_class=100),
-        weighting=common.bilevel(every=1, outer="mix", hidden=(64,)),
+        bikd=common.bikd_recipe(n_max=5900, outer_per_class=100),
+        loss_weighting=common.bilevel(update_every=1, outer_loss="mix", hidden=(64,)),
     )

@@ -6,15 +6,13 @@
     python -m experiments.main --config=configs/folderlt.py:bikd,name=birds,image_size=32 --config.data.dir=DIR
     python -m experiments.main --config=configs/folderlt.py:ltkd,name=birds,data.stream=True,image_size=224,teacher=resnet34_imagenet,student=resnet18_imagenet --config.data.dir=DIR
 
-METHOD is one of ce, balanced_softmax, logit_adjusted, kd, dkd, reviewkd, dive, bkd, wsl, ltkd, ltkd_bs, bikd; short keys are
-imbalance, teacher, student, epochs, seed, policy, cutout, mixup, and the method's own (alpha, beta, temperature, …; for bikd
-terms, lookahead, every, outer); `smoke` runs 20 steps of small models.
+The argument is METHOD[,key=value…][,smoke]: configs/common.py has the methods, the short keys and all other keys.
 
 `name` is that of the preparation. `subset=all` (the default here) takes the images as they are; subset=exponential makes them
 long-tailed by `imbalance`, in the order of the sorted class names. `image_size` is the side to which images are brought, 64
 by default: the square in their middle, then crops (pad an eighth) and flips. With data.stream=True images stay on disk, and
 training takes random resized crops. For bikd 10 images of each class are set aside;
-with fewer than 7 classes set data.meta_per_class to more, since they must fill a batch of 64. FOLDER has a folder for each
+with fewer than 7 classes set data.outer_per_class to more, since they must fill a batch of 64. FOLDER has a folder for each
 class, or train/CLASS and test/CLASS (then without --test_per_class).
 
 Recipe: LTKD's. Hardware: one GPU for images of 64 pixels. Expected: that depends on your images.
@@ -29,6 +27,6 @@ def get_config(argument: str = ""):
     return common.apply_argument(
         config,
         argument,
-        bikd={"data.meta_per_class": 10},
-        weighting=common.bilevel(every=5, outer="hard", hidden=(64, 64)),
+        bikd={"data.outer_per_class": 10},
+        loss_weighting=common.bilevel(update_every=5, outer_loss="hard", hidden=(64, 64)),
     )

@@ -6,15 +6,13 @@
     python -m experiments.main --config=configs/imagenetlt.py:ltkd,subset=ImageNet_LT_train.txt --config.data.dir=DIR
     python -m experiments.main --config=configs/imagenetlt.py:ltkd,smoke --config.data.dir=DIR
 
-METHOD is one of ce, balanced_softmax, logit_adjusted, kd, dkd, reviewkd, dive, bkd, wsl, ltkd, ltkd_bs, bikd; short keys are
-imbalance, teacher, student, epochs, seed, policy, cutout, mixup, and the method's own (alpha, beta, temperature, …; for bikd
-terms, lookahead, every, outer); `smoke` runs 20 steps of small models.
+The argument is METHOD[,key=value…][,smoke]: configs/common.py has the methods, the short keys and all other keys.
 
 `subset` is exponential (LTKD's: n_c = 732 · γ^(−c/999), since the smallest class has 732 images; the paper's n_max is not
 known), or the path of a list with a line "relative/path label" for each image, such as the usual ImageNet-LT's
 (115,846 images). The test is ImageNet's validation set. For bikd 10 images of each class are set aside.
 
-Images stay on disk: random resized crops and flips by threads or `data.workers` processes, so there is no teacher's table. Recipe: the
+Images stay on disk: random resized crops and flips by threads or `data.num_workers` processes, so there is no teacher's table. Recipe: the
 usual 100 epochs of batch 256, lr 0.1, ×0.1 at 30, 60 and 90, weight decay 1e-4 (the paper's is not known).
 
 Hardware: GPUs. Expected: LTKD reports this data set, but its numbers are not known here; not yet run here.
@@ -31,7 +29,7 @@ def get_config(argument: str = ""):
     return common.apply_argument(
         config,
         argument,
-        bikd={"data.meta_per_class": 10},
-        weighting=common.bilevel(every=5, outer="hard", hidden=(64, 64)),
+        bikd={"data.outer_per_class": 10},
+        loss_weighting=common.bilevel(update_every=5, outer_loss="hard", hidden=(64, 64)),
         method_defaults=common.WARMUPS,
     )

@@ -26,30 +26,34 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; runs/<what
 
 
 def main(argv):
-    from experiments import report, runtime
-    from experiments.config import checks
-    from experiments.reporting import tables
-    from experiments.trainer import loop, run
+    # Imported after the flags are read, so that --help is quick.
+    from experiments import runtime
+    from experiments.config.spec import resolve
+    from experiments.config.validation import ConfigError
+    from experiments.reporting import load, tables, write_report
+    from experiments.trainer import run
+    from experiments.trainer.interrupts import Stopped
+    from experiments.trainer.loop import Diverged
     from ltkd_jax.training import hosts
 
-    runtime.once(_DISTRIBUTED.value)
-    config = _CONFIG.value
-    workdir = pathlib.Path(_WORKDIR.value or run.default_workdir(config))
+    runtime.initialize(_DISTRIBUTED.value)
     try:
-        results = run.run(config, workdir, command=runtime.command_line("experiments.main", sys.argv[1:]))
-        if hosts.is_first():
-            report.write_page([report.load(workdir)], workdir / "report.html")
+        spec = hosts.run_on_all(lambda: resolve(_CONFIG.value))
+        workdir = pathlib.Path(_WORKDIR.value or pathlib.Path("runs") / spec.name)
+        results = run.run(spec, workdir, command=runtime.command_line("experiments.main", sys.argv[1:]))
+        if hosts.is_primary():
+            write_report([load.load(workdir)], workdir / "report.html")
             print(tables.console([results]))
             print(f"\n{workdir / 'results.json'}   {workdir / 'report.html'}")
-    except (checks.ConfigError, loop.Diverged, report.ReportError, OSError) as error:
+    except (ConfigError, Diverged, load.ReportError, OSError) as error:
         sys.exit(f"error: {error}")
-    except loop.Stopped as stopped:
-        print(f"{stopped}. The same command goes on from there.", file=sys.stderr)
-        sys.exit(75)
+    except Stopped as stopped:
+        print(f"{stopped}. The same command resumes there.", file=sys.stderr)
+        sys.exit(runtime.STOPPED)
 
 
 def parse_flags(argv):
-    """Flags, with a config's own error in one line in place of a traceback."""
+    """Parses the flags, with a config's own error in one line in place of a traceback."""
     if not any(word.lstrip("-").split("=")[0] == "config" for word in argv[1:]):
         argv = [argv[0], f"--config={_DEFAULT}", *argv[1:]]
     try:
@@ -59,13 +63,24 @@ def parse_flags(argv):
         last = str(error).strip().splitlines()[-1].strip()
         sys.exit(f"error: {last.removeprefix('ValueError: ')}")
     except (AttributeError, KeyError, TypeError) as error:
-        given = " ".join(word for word in argv if word.startswith("--config."))
-        close = re.search(r'mean "(\w+)"', str(error))
-        hint = f"did you mean {close[1]!r}? " if close else ""
-        sys.exit(f"error: the config has no such key: {given}; {hint}configs/common.py has them all")
+        sys.exit(f"error: {_unknown_key(argv, error)}")
     if len(rest) > 1:
         sys.exit(f"error: unexpected argument {rest[1]!r}; --help has the flags")
     return rest
+
+
+def _unknown_key(argv, error):
+    """Returns the message about a --config.KEY that the config does not have."""
+    from configs.common import new_name
+
+    overrides = [word for word in argv if word.startswith("--config.")]
+    for word in overrides:
+        key = word.removeprefix("--config.").partition("=")[0]
+        if new_name(key):
+            return f"config key {key!r} is now called {new_name(key)!r}"
+    close = re.search(r'mean "(\w+)"', str(error))
+    hint = f"did you mean {close[1]!r}? " if close else ""
+    return f"the config has no such key: {' '.join(overrides)}; {hint}configs/common.py has all of them"
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""A model's bias among head, medium and tail classes, from its logits: sums over blocks of examples, then a summary.
+"""Measures how biased a model is towards head, medium and tail classes, from its logits.
 
-The split of a loss into "wrong group" and "wrong class within the group" is `losses.group_kl`'s, the one that LTKD
-trains by: with all of the reference's mass on the true class y of group G, the KL from it to the model is the
-cross-entropy, and
+The loss is split into "wrong group" and "wrong class within the group" by `losses.group_kl`, as LTKD does: if the
+reference has all of its mass on the true class y of group G, the KL from it to the model is the cross-entropy, and
 
     −log p_y = −log p_G − log(p_y / p_G).
                inter      intra
@@ -10,221 +9,259 @@ cross-entropy, and
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 
 from ltkd_jax import losses, metrics
 from ltkd_jax.data.logits import Logits
+from ltkd_jax.groups import ClassGroups
 
-BLOCK = 2**22  # logits that are looked at together
-_NEVER = -1e30  # the logit of a class without mass
+Array = npt.NDArray[Any]
+Floats = npt.NDArray[np.float64]
 
-
-class Split(NamedTuple):
-    """Parts of a divergence by example: inter `[B]`, and intra `[B, G]` with each group's mass multiplied in."""
-
-    inter: jax.Array
-    intra: jax.Array
+_BLOCK = 2**22  # numbers of logits that are evaluated together, unless a block size is given
+_NO_MASS = -1e30  # the logit of a class without mass
 
 
-class Seen(NamedTuple):
-    """What is looked at of each example."""
+def audit(
+    examples: Logits,
+    groups: ClassGroups,
+    *,
+    temperatures: tuple[float, ...] = (1.0, 4.0),
+    student: Logits | None = None,
+    block_size: int | None = None,
+    on_block: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
+    """Returns the bias of a model on labelled examples, as a dict for JSON.
 
-    probabilities: jax.Array  # [B, C]
-    prediction: jax.Array  # int [B]
-    confidence: jax.Array  # [B], the prediction's probability
-    loss: Split  # of the cross-entropy
-    mass: tuple  # of each temperature: [B, G]
-    divergence: tuple  # of each temperature: the `Split` of KL(this model ‖ the other); empty without another
+    Shares and masses are parts of 1, accuracies and calibration errors percent, losses and KLs nats. What has no
+    example is None. A group's or a class's examples are those whose true label is in it. With p = softmax(z):
 
-
-@functools.partial(jax.jit, static_argnames="temperatures")
-def look(logits, other, labels, groups, temperatures) -> Seen:
-    """What is looked at of a block of examples.
-
-    Args:
-      logits: float32 `[B, C]`.
-      other: a second model's logits of them, or None.
-      labels: int `[B]`.
-      groups: a `ClassGroups`.
-      temperatures: at which masses and divergences are wanted.
-    """
-    probabilities = jax.nn.softmax(logits)
-    truth = jnp.where(labels[:, None] == jnp.arange(logits.shape[1])[None, :], 0.0, _NEVER)
-    return Seen(
-        probabilities=probabilities,
-        prediction=jnp.argmax(logits, axis=1),
-        confidence=probabilities.max(axis=1),
-        loss=_split(logits, truth, groups, 1.0)[0],
-        mass=tuple(_split(logits, logits, groups, t)[1] for t in temperatures),
-        divergence=() if other is None else tuple(_split(other, logits, groups, t)[0] for t in temperatures),
-    )
-
-
-def _split(student, teacher, groups, temperature):
-    """The KL from teacher to student as a `Split`, and the teacher's mass by group, `[B, G]`."""
-    found = losses.group_kl(student, teacher, groups, temperature=temperature)
-    mass = jnp.exp(found.teacher_log_mass)
-    return Split(found.inter, mass * found.intra), mass
-
-
-class Sums:
-    """Sums over examples, by class or group of the true label; float64, so that a million of them add up.
-
-    Attributes:
-      count, hits, predicted: `[C]`, examples of the class, those of them predicted right, predictions of the class.
-      mass: `[C, C]`, probability that examples of the one class give to the other; the one array that grows with C².
-      loss: `[C, 2]`, inter and intra part of the cross-entropy.
-      between: `[G, G]`, examples by group of label and prediction.
-      bins: `[G, 3, NUM_BINS]`, as `metrics.EvalSums`.
-      group_mass: of each temperature `[G, G]`, probability that examples of the one group give to the other.
-      divergence: of each temperature `[G, 1 + G]`, inter and each group's intra part.
-    """
-
-    def __init__(self, num_classes: int, groups, temperatures):
-        self.groups, self.temperatures = groups, tuple(map(float, temperatures))
-        self._of_class = np.asarray(groups.assignment)
-        classes, number = num_classes, groups.num_groups
-        self.count, self.hits, self.predicted = (np.zeros(classes) for _ in range(3))
-        self.mass, self.loss = np.zeros((classes, classes)), np.zeros((classes, 2))
-        self.between, self.bins = np.zeros((number, number)), np.zeros((number, 3, metrics.NUM_BINS))
-        self.group_mass = [np.zeros((number, number)) for _ in temperatures]
-        self.divergence = [np.zeros((number, 1 + number)) for _ in temperatures]
-
-    def add(self, seen: Seen, labels: np.ndarray) -> None:
-        """Adds what was seen of a block; NumPy arrays."""
-        group, hit = self._of_class[labels], seen.prediction == labels
-        by_class = functools.partial(np.bincount, labels, minlength=len(self.count))
-        self.count += by_class()
-        self.hits += by_class(hit)
-        self.predicted += np.bincount(seen.prediction, minlength=len(self.count))
-        self.loss += np.stack([by_class(seen.loss.inter), by_class(seen.loss.intra.sum(axis=1))], axis=1)
-        order = np.argsort(labels, kind="stable")
-        present, starts = np.unique(labels[order], return_index=True)
-        self.mass[present] += np.add.reduceat(seen.probabilities[order], starts, axis=0, dtype=np.float64)
-        place = group * metrics.NUM_BINS + metrics.bin_of(seen.confidence)
-        by_bin = functools.partial(np.bincount, place, minlength=self.bins[:, 0].size)
-        counted = np.stack([by_bin(), by_bin(seen.confidence), by_bin(hit)])
-        self.bins += counted.reshape(3, *self.bins[:, 0].shape).transpose(1, 0, 2)
-        belongs, predicted = (_membership(x, self.groups) for x in (group, self._of_class[seen.prediction]))
-        self.between += belongs.T @ predicted
-        for total, mass in zip(self.group_mass, seen.mass):
-            total += belongs.T @ mass
-        for total, split in zip(self.divergence, seen.divergence):
-            total += belongs.T @ np.concatenate([split.inter[:, None], split.intra], axis=1)
-
-
-def _membership(of_group, groups):
-    return (of_group[:, None] == np.arange(groups.num_groups)).astype(np.float64)
-
-
-def measure(
-    logits: Logits, groups, temperatures, other: Logits | None = None, on_block: Callable[[int], None] | None = None
-) -> Sums:
-    """The sums of a set of examples.
+    - `examples`: N.
+    - `share`: by group, its part of the examples.
+    - `mass`: by temperature τ and group G, mean of Σ_{c∈G} softmax(z/τ)_c over all examples.
+    - `mass_by_group`: by temperature, `[G][G]`, the same mean over the examples of each group.
+    - `between`: `[G][G]`, percent of each group's examples whose prediction is in each group.
+    - `groups`: by group, and for "all": `examples`, `accuracy`, mean `confidence`, `loss` (cross-entropy) and its
+      parts `inter` and `intra`; `ece`, `ece_by_chance` and `bins`, see `metrics.calibration_error`,
+      `metrics.calibration_error_by_chance` and `metrics.EvalSums`.
+    - `classes`: lists by class. Of all examples: the class's `share`, part of the predictions (`predicted`) and
+      `mass`; a class loses mass if `mass < share`. Of its own examples: their number (`examples`), `recall`, the mass
+      that they give to it (`own`), to each group (`to_groups`), and to the other class with most of it (`to`,
+      `to_mass`).
+    - `divergence`, with a student only: by temperature, then by group and for "all": `kl`, KL(model ‖ student) without
+      the factor τ²; its parts `inter` and, by group, `intra`, each times the model's mass on that group, so that
+      `kl == inter + Σ_G intra[G]`.
 
     Args:
-      logits: of the model.
-      groups: a `ClassGroups` of its classes.
-      temperatures: at which masses and divergences are wanted.
-      other: a second model's logits of the same examples.
-      on_block: called with the number of examples that were added.
+      examples: logits `[N, C]` and labels `[N]` of the model.
+      groups: of the C classes.
+      temperatures: at which masses and divergences are computed.
+      student: logits of a second model on the same examples.
+      block_size: examples that are evaluated together; by default about four million logits.
+      on_block: called with the number of examples of each block that was evaluated.
 
     Raises:
-      LogitsError: as `Logits.blocks`.
+      ValueError: logits of views, groups of other classes, or a student on other examples.
+
+    >>> from ltkd_jax.data import logits
+    >>> groups = ClassGroups.from_assignment([0, 1], names=["head", "tail"])
+    >>> examples = logits.from_arrays([[1.0, 0.0], [1.0, 0.0]], [0, 1])  # always prefers class 0
+    >>> result = audit(examples, groups, temperatures=(1.0,))
+    >>> {name: round(mass, 2) for name, mass in result["mass"]["1"].items()}, result["share"]
+    ({'head': 0.73, 'tail': 0.27}, {'head': 0.5, 'tail': 0.5})
+    >>> result["groups"]["tail"]["accuracy"], round(result["groups"]["tail"]["inter"], 2)
+    (0.0, 1.31)
     """
-    # A power of two, or the most: sets of about the same size share a compilation.
-    size = min(max(BLOCK // logits.num_classes, 1), 1 << (len(logits) - 1).bit_length())
-    sums, start = Sums(logits.num_classes, groups, temperatures), 0
-    others = None if other is None else other.blocks(size)
-    for block in logits.blocks(size):
-        labels = logits.labels[start : start + len(block)]
-        # The last block is filled up: one shape is compiled.
-        batch = jax.tree.map(functools.partial(_filled, size), (block, next(others) if others else None, labels))
-        found = look(*batch, groups, sums.temperatures)
-        sums.add(jax.tree.map(lambda x: np.asarray(x)[: len(block)], found), labels)  # noqa: B023
+    _check(examples, groups, student)
+    # The next power of two of a small set: sets of about the same size then share a compilation.
+    size = block_size or min(max(_BLOCK // examples.num_classes, 1), 1 << (len(examples) - 1).bit_length())
+    sums = _Sums(groups, tuple(float(temperature) for temperature in temperatures))
+    student_blocks = None if student is None else student.blocks(size)
+    start = 0
+    for block in examples.blocks(size):
+        labels = examples.labels[start : start + len(block)]
+        student_block = None if student_blocks is None else next(student_blocks)
+        # The last block is filled up, so that one shape is compiled.
+        batch = jax.tree.map(functools.partial(_pad, size=size), (block, student_block, labels))
+        stats = _example_stats(*batch, groups, sums.temperatures)
+        sums.add(jax.tree.map(lambda x: np.asarray(x)[: len(labels)], stats), labels)  # noqa: B023
         start += len(block)
         if on_block:
             on_block(len(block))
-    if others:
-        next(others, None)  # at its end it says what was wrong
-    return sums
+    result = _summarize(sums)
+    return result if student is None else {**result, "divergence": _summarize_divergence(sums)}
 
 
-def _filled(size, x):
-    return np.pad(x, ((0, size - len(x)), *((0, 0),) * (x.ndim - 1))) if len(x) < size else x
+def _check(examples: Logits, groups: ClassGroups, student: Logits | None) -> None:
+    if examples.values.ndim != 2:
+        raise ValueError(f"{examples.source}: logits are {list(examples.values.shape)}; give one view, [N, C]")
+    num_classes = len(np.asarray(groups.assignment))
+    if num_classes != examples.num_classes:
+        raise ValueError(f"groups are of {num_classes} classes, the logits of {examples.num_classes}: give the same")
+    if student is None:
+        return
+    if student.values.shape != examples.values.shape:
+        raise ValueError(
+            f"{student.source} has {len(student)} examples of {student.num_classes} classes, {examples.source} "
+            f"{len(examples)} of {examples.num_classes}: give logits of both models on the same examples"
+        )
+    different = np.flatnonzero(examples.labels != student.labels)
+    if different.size:
+        row = different[0]
+        raise ValueError(
+            f"row {row} has label {student.labels[row]} in {student.source} and {examples.labels[row]} in "
+            f"{examples.source} ({different.size} rows differ): give the same examples in the same order"
+        )
 
 
-# The summary.
+def _pad(x: Array, size: int) -> Array:
+    return np.pad(x, ((0, size - len(x)), *((0, 0),) * (x.ndim - 1)))
 
 
-def summarize(sums: Sums) -> dict:
-    """What the sums say, for JSON: shares and masses as parts of 1, accuracies in percent, losses in nats.
+class _ExampleStats(NamedTuple):
+    """What is measured of each example, `[B, ...]`: device arrays, or NumPy arrays."""
 
-    Returns:
-      "groups": a dict for each group of the true label, and for "all"; "mass": by temperature and group, and
-      "mass_by_group", the same for the examples of each group; "share": of the examples; "between": percent of each
-      group's examples by group of the prediction; "classes": lists by class. What has no example is None.
+    probabilities: Any  # [B, C]
+    prediction: Any  # int [B]
+    confidence: Any  # [B], the probability of the prediction
+    loss: Any  # [B, 2], the inter and the intra part
+    group_mass: tuple[Any, ...]  # for each temperature, [B, G]
+    divergence: tuple[Any, ...]  # for each temperature, [B, 1 + G]: the inter part, and the intra part of each group
+
+
+@functools.partial(jax.jit, static_argnames="temperatures")
+def _example_stats(
+    logits: jax.Array,
+    student_logits: jax.Array | None,
+    labels: jax.Array,
+    groups: ClassGroups,
+    temperatures: tuple[float, ...],
+) -> _ExampleStats:
+    probabilities = jax.nn.softmax(logits)
+    is_label = labels[:, None] == jnp.arange(logits.shape[1])[None, :]
+    loss, _ = _split_kl(logits, jnp.where(is_label, 0.0, _NO_MASS), groups, 1.0)
+    group_mass = []
+    divergence = []
+    for temperature in temperatures:
+        student = logits if student_logits is None else student_logits
+        kl, mass = _split_kl(student, logits, groups, temperature)
+        divergence.append(kl)
+        group_mass.append(mass)
+    return _ExampleStats(
+        probabilities=probabilities,
+        prediction=jnp.argmax(logits, axis=1),
+        confidence=probabilities.max(axis=1),
+        loss=jnp.stack([loss[:, 0], loss[:, 1:].sum(axis=1)], axis=1),
+        group_mass=tuple(group_mass),
+        divergence=() if student_logits is None else tuple(divergence),
+    )
+
+
+def _split_kl(
+    student: jax.Array, teacher: jax.Array, groups: ClassGroups, temperature: float
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the parts of KL(teacher ‖ student), `[B, 1 + G]`, and the teacher's group mass, `[B, G]`."""
+    split = losses.group_kl(student, teacher, groups, temperature=temperature)
+    mass = jnp.exp(split.teacher_log_mass)
+    return jnp.concatenate([split.inter[:, None], mass * split.intra], axis=1), mass
+
+
+class _Sums:
+    """Sums of `_ExampleStats`, by class or by group of the true label; float64, so that a million examples add up.
+
+    Attributes:
+      membership: `[C, G]`, 1 where the class is in the group.
+      count, hits, predicted: `[C]`; examples of each class, those predicted right, and predictions of the class.
+      mass: `[C, C]`, the probability that the examples of each class give to each class.
+      loss: `[C, 2]`, the inter and the intra part.
+      between: `[G, G]`, examples by group of the label and of the prediction.
+      bins: `[G, 3, NUM_BINS]`, as `metrics.EvalSums`.
+      group_mass: for each temperature, `[G, G]`; the probability that the examples of each group give to each group.
+      divergence: for each temperature, `[G, 1 + G]`.
     """
-    names, total = sums.groups.names, sums.count.sum()
-    belongs = _membership(np.asarray(sums.groups.assignment), sums.groups)
-    count = belongs.T @ sums.count
-    temperatures = [f"{t:g}" for t in sums.temperatures]
-    groups = {name: _group(sums, belongs[:, g] > 0, sums.bins[g]) for g, name in enumerate(names)}
-    groups["all"] = _group(sums, np.ones(len(belongs), bool), sums.bins.sum(axis=0))
+
+    def __init__(self, groups: ClassGroups, temperatures: tuple[float, ...]):
+        self.names = groups.names
+        self.temperatures = temperatures
+        self.assignment: Array = np.asarray(groups.assignment)
+        classes, number = len(self.assignment), groups.num_groups
+        self.membership: Floats = np.eye(number)[self.assignment]
+        self.count: Floats = np.zeros(classes)
+        self.hits: Floats = np.zeros(classes)
+        self.predicted: Floats = np.zeros(classes)
+        self.mass: Floats = np.zeros((classes, classes))
+        self.loss: Floats = np.zeros((classes, 2))
+        self.between: Floats = np.zeros((number, number))
+        self.bins: Floats = np.zeros((number, 3, metrics.NUM_BINS))
+        self.group_mass: list[Floats] = [np.zeros((number, number)) for _ in temperatures]
+        self.divergence: list[Floats] = [np.zeros((number, 1 + number)) for _ in temperatures]
+
+    def add(self, stats: _ExampleStats, labels: Array) -> None:
+        """Adds the examples of a block; NumPy arrays."""
+        hit = stats.prediction == labels
+        ones = np.ones(len(labels))
+        classes = len(self.assignment)
+        self.count += np.bincount(labels, minlength=classes)
+        self.hits += np.bincount(labels, hit, minlength=classes)
+        self.predicted += np.bincount(stats.prediction, minlength=classes)
+        for part in range(2):
+            self.loss[:, part] += np.bincount(labels, stats.loss[:, part], minlength=classes)
+        # A sum over the examples of each class: sorted by label, they are consecutive.
+        order = np.argsort(labels, kind="stable")
+        present, starts = np.unique(labels[order], return_index=True)
+        self.mass[present] += np.add.reduceat(stats.probabilities[order], starts, axis=0, dtype=np.float64)
+
+        of_group = self.membership[labels].T  # [G, B]
+        self.between += of_group @ self.membership[stats.prediction]
+        for total, mass in zip(self.group_mass, stats.group_mass):
+            total += of_group @ mass
+        for total, divergence in zip(self.divergence, stats.divergence):
+            total += of_group @ divergence
+        bins = metrics.bin_of(stats.confidence)
+        for group, weight in enumerate(of_group):
+            for row, values in enumerate((ones, stats.confidence, hit)):
+                self.bins[group, row] += np.bincount(bins, weight * values, minlength=metrics.NUM_BINS)
+
+
+def _summarize(sums: _Sums) -> dict[str, Any]:
+    total = sums.count.sum()
+    count = sums.count @ sums.membership
+    temperatures = [f"{temperature:g}" for temperature in sums.temperatures]
+    groups = {}
+    for group, name in enumerate(sums.names):
+        groups[name] = _summarize_examples(sums, sums.assignment == group, sums.bins[group])
+    groups["all"] = _summarize_examples(sums, np.ones(len(sums.assignment), bool), sums.bins.sum(axis=0))
     return {
         "examples": int(total),
-        "share": _named(names, count / total),
-        "mass": {t: _named(names, mass.sum(axis=0) / total) for t, mass in zip(temperatures, sums.group_mass)},
-        "mass_by_group": {t: _rows(mass, count) for t, mass in zip(temperatures, sums.group_mass)},
+        "share": _by_name(sums.names, count / total),
+        "mass": {
+            temperature: _by_name(sums.names, mass.sum(axis=0) / total)
+            for temperature, mass in zip(temperatures, sums.group_mass)
+        },
+        "mass_by_group": {
+            temperature: _row_means(mass, count) for temperature, mass in zip(temperatures, sums.group_mass)
+        },
         "groups": groups,
-        "between": _rows(100 * sums.between, count),
-        "classes": _classes(sums, belongs),
+        "between": _row_means(100 * sums.between, count),
+        "classes": _summarize_classes(sums),
     }
 
 
-def divergence(sums: Sums) -> dict:
-    """The KL from the model to the other by temperature and group of the true label, in nats.
-
-    `kl == inter + Σ_G intra[G]`, where each group's intra part is multiplied by the model's mass on it.
-    """
-    names = sums.groups.names
-    count = _membership(np.asarray(sums.groups.assignment), sums.groups).T @ sums.count
-    return {
-        f"{t:g}": {
-            **{name: _parts(names, parts[g], count[g]) for g, name in enumerate(names)},
-            "all": _parts(names, parts.sum(axis=0), count.sum()),
-        }
-        for t, parts in zip(sums.temperatures, sums.divergence)
-    }
-
-
-def _parts(names, parts, count):
-    if not count:
-        return None
-    mean = np.maximum(parts / count, 0)  # a KL is; rounding need not be
-    return {"kl": float(mean.sum()), "inter": float(mean[0]), "intra": _named(names, mean[1:])}
-
-
-def _named(names, values):
-    return {name: float(value) for name, value in zip(names, values)}
-
-
-def _rows(matrix, count):
-    return [(row / n).tolist() if n else None for row, n in zip(matrix, count)]
-
-
-def _group(sums, members, bins):
-    count = sums.count[members].sum()
+def _summarize_examples(sums: _Sums, classes: Array, bins: Floats) -> dict[str, Any]:
+    """Summarizes the examples of some classes, bool `[C]`, whose calibration is in `bins`."""
+    count = sums.count[classes].sum()
     if not count:
         return {"examples": 0}
-    inter, intra = np.maximum(sums.loss[members].sum(axis=0) / count, 0)
+    # Neither part of the loss is negative; rounding can be.
+    inter, intra = np.maximum(sums.loss[classes].sum(axis=0) / count, 0)
     return {
         "examples": int(count),
-        "accuracy": float(100 * sums.hits[members].sum() / count),
+        "accuracy": float(100 * sums.hits[classes].sum() / count),
         "confidence": float(100 * bins[1].sum() / count),
         "ece": float(metrics.calibration_error(bins)),
         "ece_by_chance": float(metrics.calibration_error_by_chance(bins)),
@@ -235,32 +272,50 @@ def _group(sums, members, bins):
     }
 
 
-def _classes(sums, belongs):
-    """Lists by class: what a class's examples get, and what the class gets of all examples."""
-    with np.errstate(invalid="ignore"):
-        recall, own = 100 * sums.hits / sums.count, np.diag(sums.mass) / sums.count
-        to_groups = sums.mass @ belongs / sums.count[:, None]
-    to, part = np.array([_next(row, c) for c, row in enumerate(sums.mass)]).T
-    seen, total = sums.count > 0, sums.count.sum()
+def _summarize_classes(sums: _Sums) -> dict[str, Any]:
+    total = sums.count.sum()
+    has_examples = sums.count > 0
+    count = np.maximum(sums.count, 1)
+    # The other class to which most mass goes.
+    others = np.where(np.eye(len(count), dtype=bool), -1.0, sums.mass)
+    to = others.argmax(axis=1)
     return {
         "examples": sums.count.astype(int).tolist(),
         "share": (sums.count / total).tolist(),
         "predicted": (sums.predicted / total).tolist(),
         "mass": (sums.mass.sum(axis=0) / total).tolist(),
-        "recall": _or_none(recall, seen),
-        "own": _or_none(own, seen),
-        "to": _or_none(to.astype(int), seen),
-        "to_mass": _or_none(part / np.maximum(sums.count, 1), seen),
-        "to_groups": _or_none(to_groups, seen),
+        "recall": _or_none(100 * sums.hits / count, has_examples),
+        "own": _or_none(np.diag(sums.mass) / count, has_examples),
+        "to": _or_none(to, has_examples),
+        "to_mass": _or_none(others.max(axis=1) / count, has_examples),
+        "to_groups": _or_none(sums.mass @ sums.membership / count[:, None], has_examples),
     }
 
 
-def _next(row, c):
-    """The class but c with the largest mass of a row, and that mass."""
-    others = np.append(row[:c], row[c + 1 :])
-    found = int(others.argmax())
-    return found + (found >= c), others[found]
+def _summarize_divergence(sums: _Sums) -> dict[str, Any]:
+    count = sums.count @ sums.membership
+    result = {}
+    for temperature, parts in zip(sums.temperatures, sums.divergence):
+        by_group = {name: _mean_kl(sums.names, parts[g], count[g]) for g, name in enumerate(sums.names)}
+        by_group["all"] = _mean_kl(sums.names, parts.sum(axis=0), count.sum())
+        result[f"{temperature:g}"] = by_group
+    return result
 
 
-def _or_none(values, known):
-    return [value if there else None for value, there in zip(values.tolist(), known)]
+def _mean_kl(names: tuple[str, ...], parts: Floats, count: float) -> dict[str, Any] | None:
+    if not count:
+        return None
+    mean = np.maximum(parts / count, 0)  # no part is negative; rounding can be
+    return {"kl": float(mean.sum()), "inter": float(mean[0]), "intra": _by_name(names, mean[1:])}
+
+
+def _by_name(names: tuple[str, ...], values: Floats) -> dict[str, float]:
+    return {name: float(value) for name, value in zip(names, values)}
+
+
+def _row_means(matrix: Floats, count: Floats) -> list[list[float] | None]:
+    return [(row / n).tolist() if n else None for row, n in zip(matrix, count)]
+
+
+def _or_none(values: Array, has_examples: Array) -> list[Any]:
+    return [value if exists else None for value, exists in zip(values.tolist(), has_examples)]

@@ -22,11 +22,11 @@ from ltkd_jax import losses, names
 from ltkd_jax.groups import ClassGroups, check_counts
 
 
-class Mix(NamedTuple):
-    """What the images of a batch are mixed with (Mixup)."""
+class Mixup(NamedTuple):
+    """What the images of a batch are mixed with."""
 
     labels: jax.Array  # int [B], of the other image
-    share: jax.Array  # float [B], of the own one
+    lam: jax.Array  # float [B], λ: the weight of the image itself
 
 
 class Predictions(NamedTuple):
@@ -39,7 +39,7 @@ class Predictions(NamedTuple):
     # Of a method that distils features: float [B, H, W, channels] each, the teacher's of the same shapes.
     student_features: tuple[jax.Array, ...] | None = None
     teacher_features: tuple[jax.Array, ...] | None = None
-    mix: Mix | None = None
+    mixup: Mixup | None = None
 
     @property
     def teacher(self) -> jax.Array:
@@ -53,13 +53,13 @@ PerExample = Callable[[Predictions], jax.Array]  # its value is [B], or [B, F] o
 
 
 def _mixed(fn: PerExample) -> PerExample:
-    """A per-example loss of mixed images: its mean over both labels, each by its image's share."""
+    """Returns a per-example loss of mixed images: its mean over both labels, each weighted as its image."""
 
     def loss(p: Predictions) -> jax.Array:
-        if p.mix is None:
+        if p.mixup is None:
             return fn(p)
-        share = p.mix.share
-        return share * fn(p) + (1.0 - share) * fn(p._replace(labels=p.mix.labels))
+        lam = p.mixup.lam
+        return lam * fn(p) + (1.0 - lam) * fn(p._replace(labels=p.mixup.labels))
 
     return loss
 
@@ -127,12 +127,41 @@ class ClassInfo(NamedTuple):
     groups: ClassGroups | None  # where the method uses them
 
 
-Method = Callable[..., tuple[Term, ...]]  # (info, **hyperparameters)
+_TermsFn = Callable[..., tuple[Term, ...]]  # (info, **hyperparameters)
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A row of the table of methods.
+
+    Attributes:
+      terms_fn: `(ClassInfo, **hyperparameters) -> terms`.
+    """
+
+    terms_fn: _TermsFn
+
+    @functools.cached_property
+    def example(self) -> Objective:
+        """Its objective for three classes: neither the names of its terms nor what they need depend on the classes."""
+        counts = np.array([3.0, 2.0, 1.0])
+        return Objective(self.terms_fn(ClassInfo(counts, ClassGroups.from_counts(counts))))
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether a term distils."""
+        return self.example.needs_teacher
+
+    @property
+    def needs_features(self) -> bool:
+        """Whether a term distils features."""
+        return self.example.needs_features
+
+
 METHODS: dict[str, Method] = {}
 
 
-def _method(fn: Method) -> Method:
-    METHODS[fn.__name__] = fn
+def _method(fn: _TermsFn) -> _TermsFn:
+    METHODS[fn.__name__] = Method(fn)
     return fn
 
 
@@ -271,7 +300,7 @@ def hyperparameters(method: str, *, learned_weights: bool = False) -> dict[str, 
     >>> hyperparameters("wsl"), hyperparameters("wsl", learned_weights=True)
     ({'soft_weight': 2.5, 'temperature': 4.0}, {'temperature': 4.0})
     """
-    parameters = inspect.signature(_lookup(method)).parameters
+    parameters = inspect.signature(_lookup(method).terms_fn).parameters
     found = {name: p.default for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
     return {name: value for name, value in found.items() if not (learned_weights and name in STATIC_WEIGHTS)}
 
@@ -310,7 +339,7 @@ def create(
         groups = ClassGroups.from_counts(counts)
     if groups is not None and len(groups.assignment) != len(counts):
         raise ValueError(f"the groups are of {len(groups.assignment)} classes, class_counts of {len(counts)}")
-    return Objective(METHODS[method](ClassInfo(counts, groups), **values), warmup_steps)
+    return Objective(METHODS[method].terms_fn(ClassInfo(counts, groups), **values), warmup_steps)
 
 
 def features(objective: Objective, names: Sequence[str]) -> PerExample:

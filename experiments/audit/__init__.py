@@ -1,1 +1,1 @@
-"""The bias audit of a model, from its logits."""
+"""Audits the bias of a model among classes, from its logits."""

@@ -1,4 +1,4 @@
-"""What an audit is given: a model's logits, and how often it was trained on each class."""
+"""Reads what is audited: a model's logits, and how often the model was trained on each class."""
 
 import dataclasses
 import json
@@ -7,13 +7,28 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from experiments.audit import restore
 from ltkd_jax.data import logits, longtail
 from ltkd_jax.groups import DEFAULT_FRACTIONS, check_counts
 
 
+class AuditError(ValueError):
+    """Raised for what cannot be audited; the message names it and the remedy."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A model to audit: logits of its test and, perhaps, of its training input, and what is known of its classes."""
+    """A model to audit.
+
+    Attributes:
+      name: in words.
+      source: the file or folder that it was read from.
+      test: its logits on test input.
+      train: its logits on training input, or None.
+      class_counts: training images of each class, or None.
+      class_names: or None.
+      fractions: of the classes, that are its groups.
+    """
 
     name: str
     source: str
@@ -21,83 +36,99 @@ class Model:
     train: logits.Logits | None = None
     class_counts: np.ndarray | None = None
     class_names: Sequence[str] | None = None
-    fractions: tuple = DEFAULT_FRACTIONS
-
-
-class AuditError(ValueError):
-    """What cannot be audited; the message names it and the remedy."""
+    fractions: tuple[float, ...] = DEFAULT_FRACTIONS
 
 
 def read(path, *, data_dir: str = "", subset: str = "") -> Model:
-    """A model from an .npz file of logits, or from a folder that training left; see `restored.restore`."""
-    path = pathlib.Path(path)
-    if path.is_dir():
-        return _from_folder(path, data_dir, subset)
-    archive = logits.Archive(path)
-    test, train = archive.examples(), None
-    if any(logits.TRAIN + kind in archive.keys for kind in logits.KINDS):
-        train = archive.examples(logits.TRAIN)
-        if train.num_classes != test.num_classes:
-            raise AuditError(
-                f"{path}: the training input has {train.num_classes} classes, the other {test.num_classes}: give both "
-                "from the same model"
-            )
-    counts, names = (archive.array(k) if k in archive.keys else None for k in ("class_counts", "class_names"))
-    for key, value in (("class_counts", counts), ("class_names", names)):
-        if value is not None and value.shape != (test.num_classes,):
-            raise AuditError(f"{path}: {key} is {list(value.shape)}, the logits are of {test.num_classes} classes")
-    return Model(path.stem, str(path), test, train, counts, names)
+    """Reads a model from an .npz file of logits, or from a folder that training left.
 
-
-def _from_folder(path, data_dir, subset):
-    from experiments.audit import restore
-
-    found = restore.restore(path, data_dir=data_dir, subset=subset)
-    test, train = (found.logits(getattr(found.data, part), f"{part} images") for part in ("test", "train"))
-    names, fractions = found.data.source.class_names, tuple(found.config.groups.fractions)
-    return Model(found.name, str(path), test, train, found.data.class_counts, names, fractions)
-
-
-def class_counts(model: Model, counts_file: str | None, imbalance: str | None):
-    """The training images of each class, and in words where that is known from.
-
-    In this order: the file of counts, the imbalance, the model's own, the labels of its training input; and the labels
-    of its test input if these are long-tailed themselves.
+    Args:
+      path: of the file or folder.
+      data_dir, subset: for a folder, see `restore.restore`.
 
     Raises:
-      AuditError: none of them is known, or one is wrong.
+      ValueError: it cannot be read, or its parts do not fit each other.
     """
-    number = model.test.num_classes
-    if counts_file is not None:
-        found, told = _read_counts(counts_file), f"as {counts_file} has them"
-    elif imbalance is not None:
-        found, told = (
-            _exponential(imbalance, number),
-            f"exponential with imbalance {imbalance}, in the order of classes",
+    path = pathlib.Path(path)
+    return _read_folder(path, data_dir, subset) if path.is_dir() else _read_file(path)
+
+
+def _read_file(path):
+    file = logits.LogitsFile(path)
+    test = file.logits()
+    train = file.logits(logits.TRAIN) if file.has_logits(logits.TRAIN) else None
+    if train is not None and train.num_classes != test.num_classes:
+        raise AuditError(
+            f"{path}: the training input has {train.num_classes} classes, the other {test.num_classes}: give both "
+            "from the same model"
         )
+    by_class = {}
+    for name in ("class_counts", "class_names"):
+        by_class[name] = file.array(name) if name in file.names else None
+        if by_class[name] is not None and by_class[name].shape != (test.num_classes,):
+            raise AuditError(
+                f"{path}: {name} is {list(by_class[name].shape)}, the logits are of {test.num_classes} classes"
+            )
+    return Model(path.stem, str(path), test, train, **by_class)
+
+
+def _read_folder(path, data_dir, subset):
+    restored = restore.restore(path, data_dir=data_dir, subset=subset)
+    data = restored.data
+    return Model(
+        name=restored.name,
+        source=str(path),
+        test=restored.logits(data.test, "test images"),
+        train=restored.logits(data.train, "train images"),
+        class_counts=data.class_counts,
+        class_names=data.source.class_names,
+        fractions=restored.spec.data.group_fractions,
+    )
+
+
+def class_counts(model: Model, counts_file: str | None, imbalance: str | None) -> tuple[np.ndarray, str]:
+    """Returns the training images of each class, and in words where the numbers come from.
+
+    The first of these that exists: the file of counts, the imbalance, the model's own counts, the labels of its
+    training input, and the labels of its test input if these are long-tailed themselves.
+
+    Args:
+      model: whose classes are counted.
+      counts_file: `--counts`.
+      imbalance: `--imbalance`, "GAMMA" or "GAMMA,N_MAX".
+
+    Raises:
+      AuditError: none of them exists, or one is wrong.
+    """
+    num_classes = model.test.num_classes
+    if counts_file is not None:
+        counts, origin = _read_counts(counts_file), f"as {counts_file} has them"
+    elif imbalance is not None:
+        counts = _exponential(imbalance, num_classes)
+        origin = f"exponential with imbalance {imbalance}, in the order of classes"
     elif model.class_counts is not None:
-        found, told = model.class_counts, f"as {model.source} has them"
+        counts, origin = model.class_counts, f"as {model.source} has them"
     elif model.train is not None:
-        found, told = np.bincount(model.train.labels, minlength=number), "counted in its training input"
+        counts, origin = np.bincount(model.train.labels, minlength=num_classes), "counted in its training input"
     else:
-        found, told = _of_labels(model), "which are not known: the examples of this input in their place"
+        counts, origin = _count_test(model), "which are not known: the examples of this input in their place"
     try:
-        found = check_counts(found)
+        counts = check_counts(counts)
     except ValueError as error:
-        raise AuditError(f"training images of each class, {told}: {error}") from None
-    if len(found) != number:
-        raise AuditError(f"training images of {len(found)} classes, {told}; the logits are of {number}")
-    return found, told
+        raise AuditError(f"training images of each class, {origin}: {error}") from None
+    if len(counts) != num_classes:
+        raise AuditError(f"training images of {len(counts)} classes, {origin}; the logits are of {num_classes}")
+    return counts, origin
 
 
-def _of_labels(model):
-    present = np.bincount(model.test.labels, minlength=model.test.num_classes)
-    if not present.all() or present.max() < 2 * present.min():
+def _count_test(model):
+    counts = np.bincount(model.test.labels, minlength=model.test.num_classes)
+    if not counts.all() or counts.max() < 2 * counts.min():
         raise AuditError(
             f"{model.source} does not say how often each class was trained on: give --counts=FILE or --imbalance=100 "
             "(exponential, as CIFAR-100-LT), or add class_counts to the file"
         )
-    return present
+    return counts
 
 
 def _read_counts(path):
@@ -107,8 +138,8 @@ def _read_counts(path):
         text = pathlib.Path(path).read_text()
         if not path.endswith(".json"):
             return [float(word) for word in text.replace(",", " ").split()]
-        found = json.loads(text)
-        return found["class_counts"] if isinstance(found, dict) else found
+        content = json.loads(text)
+        return content["class_counts"] if isinstance(content, dict) else content
     except (OSError, ValueError, KeyError) as error:
         raise AuditError(
             f"--counts={path} can't be read ({error}): give a .npy of numbers, a .json list or object with "

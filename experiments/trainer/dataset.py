@@ -1,14 +1,14 @@
-"""Config -> data: what is drawn of a data set, in memory or still on disk."""
+"""The images of a run: what is drawn of a data set, in memory or still on disk."""
 
 import dataclasses
 import functools
-import json
 import os
 
 import jax
 import numpy as np
 
-from experiments.config import checks
+from experiments.config.spec import DatasetSpec
+from experiments.config.validation import SUBSETS, ConfigError
 from ltkd_jax import groups
 from ltkd_jax.data import augment, datasets, longtail
 from ltkd_jax.data.records import Images, Records
@@ -20,7 +20,7 @@ class Dataset:
 
     source: datasets.Source
     train: Images | Records
-    meta: Images | Records
+    outer: Images | Records
     validation: Images | Records
     test: Images | Records
     class_counts: np.ndarray
@@ -41,49 +41,46 @@ class Dataset:
         return isinstance(self.train, Records)
 
     def preprocess(self, images):
-        """uint8 images -> normalised float images."""
+        """Returns uint8 images as normalised float images."""
         return augment.normalize(images, self.source.mean, self.source.std)
 
 
-def load(config) -> Dataset:
-    """The data of a config; the last ones are kept, so that runs in one process share them.
+@functools.lru_cache(maxsize=2)
+def load(spec: DatasetSpec) -> Dataset:
+    """Returns the data; the last ones are kept, so that runs in one process share them.
 
     Raises:
-      checks.ConfigError: unknown or unprepared data, or a split that the data cannot give.
+      ConfigError: unknown or unprepared data, or a split that the data cannot give.
     """
-    keys = ("data", "groups", "seed_split")
-    return _load(json.dumps({key: checks.plain(config)[key] for key in keys}))
-
-
-@functools.lru_cache(maxsize=2)
-def _load(key: str) -> Dataset:
-    spec = json.loads(key)
-    data = spec["data"]
     try:
-        source = datasets.load(data["name"], data["dir"] or None, size=data["image_size"], margin=data["stream"])
-        split = _split(data, source, spec["seed_split"])
+        source = datasets.load(spec.name, spec.dir or None, size=spec.image_size, margin=spec.stream)
+        split = _split(spec, source)
         class_counts = np.bincount(source.train.labels[split.train], minlength=source.num_classes)
-        by_rank = groups.ClassGroups.from_counts(class_counts, fractions=spec["groups"]["fractions"])
-        test = _some(source.test, data["test_images"], source.num_classes)
-        parts = [(source.train, part) for part in (split.train, split.meta, split.validation)] + [(source.test, test)]
-        train, meta, validation, test = _read(parts, data["stream"])
+        test = _balanced_part(source.test, spec.test_images, source.num_classes)
+        parts = [(source.train, part) for part in (split.train, split.outer, split.validation)]
+        train, outer, validation, test = _read([*parts, (source.test, test)], spec.stream)
+        class_groups = groups.ClassGroups.from_counts(class_counts, fractions=spec.group_fractions)
     except ValueError as error:
-        raise checks.ConfigError(str(error)) from error
-    return Dataset(source, train, meta, validation, test, class_counts, by_rank, groups.shots(class_counts))
+        raise ConfigError(str(error)) from error
+    return Dataset(source, train, outer, validation, test, class_counts, class_groups, groups.shots(class_counts))
 
 
-def _split(data, source, seed) -> longtail.Split:
+def _split(spec, source) -> longtail.Split:
     labels, keys = source.train.labels, source.train.keys
-    held_out = {key: data[key] for key in ("meta_per_class", "validation_per_class")}
-    shared = dict(num_classes=source.num_classes, seed=seed, **held_out)
-    if data["subset"] not in checks.SUBSETS:
-        return longtail.split_listed(longtail.read_list(data["subset"]), labels, keys, **shared)
-    imbalance = data["imbalance"] if data["subset"] == "exponential" else None
-    return longtail.split(labels, keys, imbalance=imbalance, n_max=data["n_max"], **shared)
+    options = dict(
+        num_classes=source.num_classes,
+        seed=spec.split_seed,
+        outer_per_class=spec.outer_per_class,
+        validation_per_class=spec.validation_per_class,
+    )
+    if spec.subset not in SUBSETS:
+        return longtail.split_listed(longtail.read_list(spec.subset), labels, keys, **options)
+    imbalance = spec.imbalance if spec.subset == "exponential" else None
+    return longtail.split(labels, keys, imbalance=imbalance, n_max=spec.n_max, **options)
 
 
 def _read(parts, streams: bool):
-    """The images of each (images, indices), in memory or, for a stream, still on disk."""
+    """Returns the images of each (images, indices), in memory or, for a stream, still on disk."""
     if streams:
         if not all(isinstance(images, Records) for images, _ in parts):
             raise ValueError("data.stream=True: this data set has no files to stream from: leave it False")
@@ -97,8 +94,8 @@ def _read(parts, streams: bool):
     return [images.take(indices) for images, indices in parts]
 
 
-def _some(images, number, num_classes):
-    """Indices of a fixed, balanced part of the images; of all if 0 or at least as many are asked for."""
+def _balanced_part(images, number, num_classes):
+    """Returns the indices of a fixed, balanced part of the images; of all if `number` is 0 or at least as many."""
     if not 0 < number < len(images):
         return np.arange(len(images))
     per_class = max(number // num_classes, 1)
@@ -106,7 +103,7 @@ def _some(images, number, num_classes):
 
 
 def device_memory() -> int:
-    """Bytes of this process's first device's memory; of the machine's where a device does not say."""
+    """Returns the bytes of this process's first device's memory; of the machine's where a device does not say."""
     stats = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" in stats:
         return stats["bytes_limit"]

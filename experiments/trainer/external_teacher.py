@@ -1,45 +1,50 @@
-"""Teachers that come from a file: variables of a network of ours, or the logits of any model whatever.
+"""Reads teachers from files: variables of a network of the library, or the logits of any model.
 
-`teacher.checkpoint` names it: FILE.msgpack, as `ltkd_jax.models.convert` writes it, or FILE.npz with `train_logits`
-`[N, C]` or `[N, views, C]` and `train_labels` `[N]` of all training images of the data set, in the order of its keys,
-and, where the report is to show the teacher too, `logits` `[M, C]` and `labels` `[M]` of its test images. Labels tell
-another order of classes; `train_keys` and `keys`, where they are given, any other order.
+`teacher.checkpoint` names the file: FILE.msgpack, as `ltkd_jax.models.convert` writes it, or FILE.npz (see
+`ltkd_jax.data.logits`) with `train_logits` `[N, C]` or `[N, views, C]` and `train_labels` `[N]` of all training images
+of the data set, sorted by key, and optionally `logits` `[M, C]` and `labels` `[M]` of its test images, for the report.
+The labels show whether the order of the images is right; `train_keys` and `keys`, where they exist, show it surely.
 """
 
 import dataclasses
-import pathlib
+import os
 
 import numpy as np
 
-from experiments.config import checks
-from experiments.trainer import dataset
-from ltkd_jax import metrics
-from ltkd_jax.data.logits import DAMAGED
+from experiments.trainer.dataset import Dataset
+from ltkd_jax import files, metrics
+from ltkd_jax.data.logits import TRAIN, Logits, LogitsError, LogitsFile
+from ltkd_jax.data.records import Images, Records
 from ltkd_jax.models import convert
 from ltkd_jax.training import hosts
 
 
-def read_variables(config) -> dict:
-    """The variables in the msgpack file of a config's `teacher.checkpoint`.
+def read_variables(path: str | os.PathLike, model_name: str, dataset: Dataset) -> dict:
+    """Returns the variables in a msgpack file.
+
+    Args:
+      path: of the file, `teacher.checkpoint`.
+      model_name: of the network, `teacher.model`.
+      dataset: on which it teaches.
 
     Raises:
-      checks.ConfigError: the file is of another model or number of classes, or cannot be read.
+      ValueError: the file is of another model or number of classes, or cannot be read.
     """
-    data, path, model = dataset.load(config), config.teacher.checkpoint, config.teacher.model
     try:
-        return convert.load(path, model, data.num_classes, image_shape=data.image_shape)
+        return convert.load(path, model_name, dataset.num_classes, image_shape=dataset.image_shape)
     except ValueError as error:
-        raise checks.ConfigError(f"config.teacher.checkpoint, with config.teacher.model={model!r}: {error}") from error
+        raise ValueError(f"teacher.checkpoint, with teacher.model={model_name!r}: {error}") from error
 
 
 @dataclasses.dataclass(frozen=True)
-class GivenLogits:
-    """A teacher of which there are only logits; what a run asks of `teachers.Teacher`.
+class LogitsTeacher:
+    """A teacher of which only logits exist, with what a run needs of a `Teacher`.
 
     Attributes:
-      logits: float32 `[N, views or 1, C]` of the data set's training images.
+      logits: float32 `[N, views or 1, C]` of all training images of the data set.
       keys: `[N]`, of those images, sorted.
       results: its part of `results.json`.
+      variables: None; there is no network.
     """
 
     logits: np.ndarray
@@ -47,79 +52,73 @@ class GivenLogits:
     results: dict
     variables: None = None
 
-    def table(self, images, stop) -> np.ndarray:
-        """The logits of these images, `[n, views or 1, C]`."""
+    def table(self, images: Images | Records, stop=None) -> np.ndarray:
+        """Returns the logits of images, `[n, views or 1, C]`."""
         return self.logits[np.searchsorted(self.keys, images.keys)]
 
 
-def load_logits(config) -> GivenLogits:
-    """The teacher of a config whose `teacher.checkpoint` is an npz file.
+def load_logits(path: str | os.PathLike, dataset: Dataset) -> LogitsTeacher:
+    """Returns the teacher in an npz file; of several processes, the first one reads it.
+
+    Args:
+      path: of the file, `teacher.checkpoint`.
+      dataset: on which it teaches.
 
     Raises:
-      checks.ConfigError: the file cannot be read, lacks an array, or is not of the config's data set.
+      LogitsError: the file cannot be read, lacks an array, or its images are not the data set's.
     """
-    data = dataset.load(config)
-    path, of_file = pathlib.Path(config.teacher.checkpoint), checks.file_hash(config.teacher.checkpoint)
-
-    def read():
-        arrays, views = _arrays(path), data.source.views.num
-        logits = _checked(path, arrays, "train_logits", "train_labels", data.source.train, data.num_classes, views)
-        logits = logits.reshape(len(logits), -1, data.num_classes)
-        seen = logits[:, data.source.views.identity if logits.shape[1] > 1 else 0]
-        on_train = _sums(seen, data.source.train, data.train)
-        results = {"hash": of_file, "model": f"logits {of_file}", "group_mass": {}}
-        results["group_mass"]["long_tailed"] = metrics.group_mass(on_train, data.groups)
-        if "logits" in arrays:
-            of_test = _checked(path, arrays, "logits", "labels", data.source.test, data.num_classes)
-            on_test = _sums(of_test, data.source.test, data.test)
-            results["test"] = metrics.summarize(on_test, data.groups, data.shots)
-            results["group_mass"]["balanced"] = metrics.group_mass(on_test, data.groups)
-        return logits, results
-
-    logits, results = hosts.first(read)
-    return GivenLogits(logits, data.source.train.keys, results)
-
-
-def _arrays(path):
     try:
-        with np.load(path) as file:
-            return {name: file[name] for name in file.files}
-    except (*DAMAGED, ValueError, TypeError, AttributeError) as error:  # the last two: an array and no archive
-        raise checks.ConfigError(
-            f"config.teacher.checkpoint={str(path)!r} cannot be read as an npz file ({error}): write it by numpy.savez"
-        ) from None
+        logits, results = hosts.run_on_primary(lambda: _read_logits(path, dataset))
+    except LogitsError as error:
+        raise LogitsError(f"teacher.checkpoint: {error}") from None
+    return LogitsTeacher(logits, dataset.source.train.keys, results)
 
 
-def _checked(path, arrays, name, labels, images, num_classes, views=None):
-    """The logits of a name as float32; their labels, which must be the data set's, say that the order is its too."""
-    problem = f"config.teacher.checkpoint={str(path)!r}:"
-    for needed in (name, labels):
-        if needed not in arrays:
-            raise checks.ConfigError(
-                f"{problem} it lacks {needed!r}; it holds {', '.join(sorted(arrays)) or 'nothing'}"
-            )
-    found, wanted = arrays[name], [(len(images), num_classes)]
-    wanted += [(len(images), views, num_classes)] if views else []
-    if found.shape not in wanted or not np.issubdtype(found.dtype, np.floating):
-        shapes = " or ".join(str(list(shape)) for shape in wanted)
-        raise checks.ConfigError(
-            f"{problem} {name} is {found.dtype}{list(found.shape)}, but must be floats of {shapes}"
+def _read_logits(path, dataset: Dataset) -> tuple[np.ndarray, dict]:
+    source = dataset.source
+    file = LogitsFile(path)
+    train = file.logits(TRAIN, views=True)
+    _check_images(train, source.train, (len(source.train), dataset.num_classes), source.views.num)
+    logits = train.to_logits().reshape(len(train), -1, dataset.num_classes)
+    # Bias is measured on the images themselves, not on views of them.
+    identity = source.views.identity if logits.shape[1] > 1 else 0
+    train_sums = _eval_sums(logits[:, identity], source.train, dataset.train)
+    file_hash = files.sha256(path)[:12]
+    results = {
+        "hash": file_hash,
+        "model": f"logits {file_hash}",
+        "group_mass": {"long_tailed": metrics.group_mass(train_sums, dataset.groups)},
+    }
+    if file.has_logits():
+        test = file.logits()
+        _check_images(test, source.test, (len(source.test), dataset.num_classes))
+        test_sums = _eval_sums(test.to_logits(), source.test, dataset.test)
+        results["test"] = metrics.summarize(test_sums, dataset.groups, dataset.shots)
+        results["group_mass"]["balanced"] = metrics.group_mass(test_sums, dataset.groups)
+    return logits, results
+
+
+def _check_images(logits: Logits, images: Images | Records, shape: tuple[int, int], num_views: int | None = None):
+    """Checks that logits are of the data set's images, in their order."""
+    number, num_classes = shape
+    allowed = [shape] if num_views is None else [shape, (number, num_views, num_classes)]
+    if logits.values.shape not in allowed:
+        shapes = " or ".join(str(list(shape)) for shape in allowed)
+        raise LogitsError(
+            f"{logits.source}: {logits.name} is of shape {list(logits.values.shape)}, but must be {shapes}"
         )
-    if not np.array_equal(arrays[labels], images.labels):
-        raise checks.ConfigError(
-            f"{problem} {labels} are not those of the data set, so the logits are not in its order: sort the images "
-            "by their keys, of CIFAR the order of the original files"
+    if not np.array_equal(logits.labels, images.labels):
+        raise LogitsError(
+            f"{logits.source}: the labels of {logits.name} are not those of the data set, so the logits are not in its "
+            "order: sort the images by their keys, for CIFAR the order of the original files"
         )
-    keys = arrays.get(labels.replace("labels", "keys"))
-    if keys is not None and not np.array_equal(keys, images.keys):
-        raise checks.ConfigError(f"{problem} its keys are not those of the data set, sorted: sort the rows by them")
-    found = found.astype(np.float32)
-    if not np.isfinite(found).all():
-        raise checks.ConfigError(f"{problem} {name} holds values that are not finite")
-    return found
+    if logits.keys is not None and not np.array_equal(logits.keys, images.keys):
+        raise LogitsError(
+            f"{logits.source}: the keys of {logits.name} are not those of the data set, sorted: sort the rows by them"
+        )
 
 
-def _sums(logits, whole, part):
-    """`metrics.EvalSums` over the images of a part."""
-    place = np.searchsorted(whole.keys, part.keys)
-    return metrics.eval_sums(logits[place], part.labels, np.ones(len(part), bool))
+def _eval_sums(logits: np.ndarray, all_images: Images | Records, images: Images | Records) -> metrics.EvalSums:
+    """Returns the evaluation of some of all images, of which the logits are."""
+    indices = np.searchsorted(all_images.keys, images.keys)
+    return metrics.eval_sums(logits[indices], images.labels, np.ones(len(images), bool))

@@ -1,117 +1,121 @@
-"""What a run's steps read, in order: rows of images that live on the device, or batches of images that stay on disk.
+"""What the steps of a run read, in order: indices into images on the device, or batches of images that stay on disk.
 
-Of each global batch a process reads what stands at the places of its own devices.
+Of each global batch a process reads the positions of its own devices. A call of the compiled function takes several
+steps at a time, `call_sizes`, none beyond an epoch's end.
 """
 
 import collections
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
 
 from ltkd_jax.data import streaming
-from ltkd_jax.training import bilevel_steps, steps
+from ltkd_jax.data.records import Records
+from ltkd_jax.training.steps import StepInputs
 
 
 @dataclasses.dataclass(frozen=True)
-class Places:
-    """Where in a global batch this process's devices stand, and whether Mixup mixes each image with its neighbour.
+class BatchShard:
+    """This process's part of a global batch.
+
+    With Mixup each image is mixed with its left neighbour in the batch, so that the first one's is read too.
 
     Attributes:
-      own: positions, in order.
+      positions: of this process's devices in the global batch, one run of numbers.
       batch_size: B, of the global batch.
-      mixes: whether training rows are `steps.Paired`.
+      mixup: whether images are mixed.
     """
 
-    own: np.ndarray
+    positions: np.ndarray
     batch_size: int
-    mixes: bool = False
+    mixup: bool = False
 
     @property
-    def to_train(self) -> np.ndarray:
-        """The places to read of the training stream: with the neighbour of the first in front, where it mixes."""
-        return np.concatenate([self.own[:1] - 1, self.own]) % self.batch_size if self.mixes else self.own
+    def to_read(self) -> np.ndarray:
+        """The positions to read: with the neighbour of the first in front, where images are mixed."""
+        if not self.mixup:
+            return self.positions
+        return np.concatenate([self.positions[:1] - 1, self.positions]) % self.batch_size
 
-    def paired(self, rows):
-        """Rows of `to_train`, leaves `[steps, places, …]`, as the step takes them."""
-        if not self.mixes:
-            return rows
-        return steps.Paired(jax.tree.map(lambda x: x[:, 1:], rows), jax.tree.map(lambda x: x[:, :-1], rows))
+    def inputs(self, train, outer=None) -> StepInputs:
+        """Returns the steps' inputs from leaves `[S, len(to_read), …]`."""
+        if not self.mixup:
+            return StepInputs(train, outer=outer)
+        own = jax.tree.map(lambda x: x[:, 1:], train)
+        neighbours = jax.tree.map(lambda x: x[:, :-1], train)
+        return StepInputs(own, mixup=neighbours, outer=outer)
 
 
-class FromMemory:
-    """Rows of numbers into a set on the device.
+def from_memory(
+    epoch_fn: Callable, seed: int, step: int, call_sizes: Sequence[int], *, steps_per_epoch: int, shard: BatchShard
+) -> Iterator[StepInputs]:
+    """Yields the inputs of each call, on the host.
 
     Args:
-      plan: `(seed, epoch) -> rows`, a pytree of leaves `[steps, B, …]`.
+      epoch_fn: `(seed, epoch) -> (training indices, those of the outer set or None)`, of the global batch, with leaves
+        `[S, B, …]` for the S steps of an epoch.
+      seed: of the run.
+      step: from which on.
+      call_sizes: steps of each call.
       steps_per_epoch: of the run.
-      places: which of each batch are this process's.
+      shard: this process's part of each batch.
     """
-
-    def __init__(self, plan, steps_per_epoch: int, places: Places):
-        self._plan, self._steps_per_epoch, self._places = plan, steps_per_epoch, places
-
-    def rows(self, seed: int, step: int, sizes) -> Iterator:
-        """Rows of so many steps each, on the host, from a step on; none goes over an epoch's end."""
-        plan, planned = None, None
-        for size in sizes:
-            epoch, row = divmod(step, self._steps_per_epoch)
-            if epoch != planned:
-                plan, planned = self._mine(jax.tree.map(np.asarray, self._plan(seed, epoch))), epoch
-            yield jax.tree.map(lambda x, row=row, size=size: x[row : row + size], plan)
-            step += size
-
-    def _mine(self, plan):
-        def at(places, rows):
-            return jax.tree.map(lambda x: x[:, places], rows)
-
-        if isinstance(plan, bilevel_steps.BilevelRows):
-            return plan._replace(train=self._mine(plan.train), meta=at(self._places.own, plan.meta))
-        return self._places.paired(at(self._places.to_train, plan))
+    drawn_epoch = None
+    for size in call_sizes:
+        epoch, first = divmod(step, steps_per_epoch)
+        if epoch != drawn_epoch:
+            train, outer = jax.tree.map(np.asarray, epoch_fn(seed, epoch))
+            train = jax.tree.map(lambda x: x[:, shard.to_read], train)
+            outer = jax.tree.map(lambda x: x[:, shard.positions], outer)
+            inputs, drawn_epoch = shard.inputs(train, outer), epoch
+        yield jax.tree.map(lambda x, part=slice(first, first + size): x[part], inputs)
+        step += size
 
 
-class FromDisk:
-    """Batches of images from disk, `stream.Streamed` of leaves `[steps, B, …]`, with a meta set `BilevelRows` of them.
+def from_disk(
+    train: Records,
+    outer: Records | None,
+    seed: int,
+    step: int,
+    call_sizes: Sequence[int],
+    *,
+    shard: BatchShard,
+    lookahead: int = 1,
+    num_workers: int = 0,
+) -> Iterator[StepInputs]:
+    """Yields the inputs of each call, on the host, with the images in them.
 
     Args:
-      train, meta: `records.Records`; no meta set is None.
-      places: which of each batch are this process's: no other is read.
-      total_steps: of the run.
-      ahead: K, batches that a step with learned weights looks at.
-      workers: processes that decode, for each set.
+      train, outer: the sets; `outer` is None where weights are static.
+      seed, step, call_sizes, shard: as `from_memory`.
+      lookahead: K, batches that a step with learned weights looks at.
+      num_workers: processes that decode, for each set.
     """
+    num_steps = sum(call_sizes)
+    reading = dict(first_step=step, batch_size=shard.batch_size, num_workers=num_workers)
+    with contextlib.ExitStack() as stack:
 
-    def __init__(self, train, meta, *, places: Places, total_steps: int, ahead: int = 1, workers: int = 0):
-        self._train, self._meta, self._places, self._ahead = train, meta, places, ahead
-        self._total_steps, self._workers = total_steps, workers
+        def batches(records, **options):
+            return stack.enter_context(streaming.batches(records, **reading, **options))
 
-    def rows(self, seed: int, step: int, sizes) -> Iterator:
-        """As `FromMemory.rows`."""
-        num_steps = self._total_steps - step
-        reading = dict(first_step=step, batch_size=self._places.batch_size, workers=self._workers)
-        with contextlib.ExitStack() as stack:
-
-            def batches(records, **options):
-                return stack.enter_context(streaming.batches(records, **reading, **options))
-
-            places = self._places.to_train
-            train = batches(self._train, seed=seed, num_steps=num_steps + self._ahead - 1, places=places)
-            if self._meta is None:
-                for size in sizes:
-                    yield self._places.paired(_stack([next(train) for _ in range(size)]))
-                return
-            meta_seed = int(np.random.SeedSequence((seed, 2)).generate_state(1)[0])
-            meta = batches(self._meta, seed=meta_seed, num_steps=num_steps, places=self._places.own)
-            window = collections.deque((next(train) for _ in range(self._ahead - 1)), maxlen=self._ahead)
-            for size in sizes:
-                looked_at = []
-                for _ in range(size):
-                    window.append(next(train))
-                    looked_at.append(_stack(list(window), axis=1))
-                rows = self._places.paired(_stack(looked_at))
-                yield bilevel_steps.BilevelRows(rows, _stack([next(meta) for _ in range(size)]))
+        num_read = num_steps + lookahead - 1
+        train_batches = batches(train, seed=seed, num_steps=num_read, positions=shard.to_read)
+        if outer is None:
+            for size in call_sizes:
+                yield shard.inputs(_stack([next(train_batches) for _ in range(size)]))
+            return
+        outer_seed = int(np.random.SeedSequence((seed, 2)).generate_state(1)[0])
+        outer_batches = batches(outer, seed=outer_seed, num_steps=num_steps, positions=shard.positions)
+        window = collections.deque((next(train_batches) for _ in range(lookahead - 1)), maxlen=lookahead)
+        for size in call_sizes:
+            windows = []
+            for _ in range(size):
+                window.append(next(train_batches))
+                windows.append(_stack(list(window), axis=1))
+            yield shard.inputs(_stack(windows), _stack([next(outer_batches) for _ in range(size)]))
 
 
 def _stack(batches, axis=0):
@@ -119,19 +123,20 @@ def _stack(batches, axis=0):
     return jax.tree.map(lambda *parts: np.stack(parts, axis=axis), *batches)
 
 
-def chunks(source, seed: int, step: int, sizes, *, place) -> Iterator[tuple[int, object]]:
-    """(steps, rows on the devices) of each chunk, the next one sent while the last is computed.
+def prefetch(
+    inputs: Iterator[StepInputs], call_sizes: Sequence[int], put: Callable[[StepInputs], StepInputs]
+) -> Iterator[tuple[int, StepInputs]]:
+    """Yields (steps, inputs on the devices) of each call; the next one is sent while the last is computed.
 
     Args:
-      source: `FromMemory` or `FromDisk`.
-      seed, step: of the run; from which step on.
-      sizes: list of the numbers of steps of the chunks.
-      place: rows on the host -> rows on the devices.
+      inputs: of each call, on the host; closed at the end.
+      call_sizes: steps of each call.
+      put: host -> devices.
     """
-    ahead = collections.deque()
-    with contextlib.closing(source.rows(seed, step, sizes)) as found:
-        for size, rows in zip(sizes, found):
-            ahead.append((size, place(rows)))
-            if len(ahead) > 1:
-                yield ahead.popleft()
-        yield from ahead
+    queue = collections.deque()
+    with contextlib.closing(inputs):
+        for size, call_inputs in zip(call_sizes, inputs):
+            queue.append((size, put(call_inputs)))
+            if len(queue) > 1:
+                yield queue.popleft()
+        yield from queue

@@ -1,10 +1,8 @@
 """The one training loop, for teacher and student alike."""
 
 import contextlib
-import json
-import logging
+import dataclasses
 import pathlib
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -14,72 +12,49 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from experiments.trainer import build
-from ltkd_jax import files, metrics
+from experiments.trainer.interrupts import Stopped, StopRequest
+from experiments.trainer.metrics_log import MetricsLog
+from experiments.trainer.trainer import Trainer
+from ltkd_jax import metrics
 from ltkd_jax.training import hosts
 from ltkd_jax.training.checkpoint import Checkpoints
+from ltkd_jax.training.state import TrainState
 
-_log = logging.getLogger(__name__)
 _GRID = 16  # points of an axis of the map from features to weights
-
-
-class Stopped(Exception):
-    """The run was asked to stop, has saved, and resumes by the same command."""
 
 
 class Diverged(Exception):
     """A loss or a parameter is not finite; the last good checkpoint is untouched."""
 
 
-class StopRequest:
-    """Set by SIGTERM, SIGINT or a deadline; the loop looks at it between chunks."""
+@dataclasses.dataclass(frozen=True)
+class LoopOptions:
+    """What the loop does beside the steps.
 
-    def __init__(self, deadline: float | None = None):
-        self._deadline, self.signal = deadline, None
+    Attributes:
+      label: of the progress bar.
+      eval_every, checkpoint_every: in epochs.
+      on_record: called with each record of `metrics.jsonl` as it is written; on the primary process only.
+    """
 
-    @property
-    def reason(self) -> str | None:
-        if self.signal is not None:
-            return signal.Signals(self.signal).name
-        if self._deadline is not None and time.monotonic() > self._deadline:
-            return "the time budget"
-        return None
-
-    def of_any(self) -> str | None:
-        """The reason of the first process that has one: all stop at the same step."""
-        return next(filter(None, hosts.gather(self.reason)), None)
-
-    @contextlib.contextmanager
-    def listening(self):
-        """Catches the signals meanwhile; a second one ends the process at once."""
-
-        def handle(number, frame):
-            self.signal = number
-            signal.signal(number, signal.SIG_DFL)
-
-        old = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield self
-        finally:
-            for number, handler in old.items():
-                signal.signal(number, handler)
+    label: str
+    eval_every: int
+    checkpoint_every: int
+    on_record: Callable[[dict], None] = lambda _: None
 
 
 def fit(
-    program: build.Program, train_data, seed: int, workdir, stop: StopRequest, *, config, label: str,
-    on_record: Callable[[dict], None] = lambda _: None,
-):  # fmt: skip
+    trainer: Trainer, data, seed: int, workdir: pathlib.Path, stop: StopRequest, options: LoopOptions
+) -> tuple[TrainState, dict]:
     """Trains a network to its last step, from its newest checkpoint if there is one.
 
     Args:
-      program: what to train.
-      train_data: its `TrainData`, on the devices.
+      trainer: of the network.
+      data: its `TrainData`, on the devices.
       seed: of initialisation, order and views.
       workdir: gets `metrics.jsonl` and `checkpoints/`.
-      stop: asked between chunks.
-      config: for `eval_every` and `checkpoint_every`, in epochs.
-      label: of the progress bar.
-      on_record: called with each record of `metrics.jsonl`, as it is written; in the first process only.
+      stop: asked between two calls of the compiled steps.
+      options: of the loop.
 
     Returns:
       The final state, replicated, and a dict of timings.
@@ -88,62 +63,79 @@ def fit(
       Stopped: after saving.
       Diverged: before anything good is overwritten.
     """
-    saved = Checkpoints(pathlib.Path(workdir) / "checkpoints")
-    log = MetricsLog(pathlib.Path(workdir) / "metrics.jsonl", on_record)
-    fresh = program.init(seed)
+    checkpoints = Checkpoints(workdir / "checkpoints")
+    log = MetricsLog(workdir / "metrics.jsonl", options.on_record)
+    label = options.label
+    step, state, clock = _resume(trainer, checkpoints, log, seed)
+    with contextlib.ExitStack() as stack:
+        bar = stack.enter_context(_progress_bar(trainer.total_steps, step, label))
+        inputs_of_calls = stack.enter_context(contextlib.closing(trainer.inputs(seed, step)))
+        for num_steps, inputs in inputs_of_calls:
+            epoch = step // trainer.steps_per_epoch
+            state = trainer.train_steps(step, state, data, inputs)
+            # Without this the host would run ahead: signals would wait, and the bar would lie.
+            jax.block_until_ready(state.step)
+            if not clock.warm:
+                bar.set_postfix_str("")
+            clock.tick(num_steps)
+            step += num_steps
+            bar.update(num_steps)
 
-    def resume():
-        found = saved.restore(jax.eval_shape(lambda: fresh))
-        step = found[0] if found else 0
-        saved.discard_after(step)
-        log.keep_until(step, step // program.steps_per_epoch)
-        return found
+            stop_reason = stop.reason_of_any()
+            done = step == trainer.total_steps
+            epoch_ends = done or step % trainer.steps_per_epoch == 0
+            if epoch_ends:
+                _check_finite(trainer, state, checkpoints, label)
+                record = _epoch_record(trainer, state, step, options, bar)
+                hosts.run_on_primary(lambda: log.write(record))  # noqa: B023
+            checkpoint_due = epoch_ends and (done or (epoch + 1) % options.checkpoint_every == 0)
+            if checkpoint_due or stop_reason:
+                _check_finite(trainer, state, checkpoints, label)
+                saved = trainer.parallel.first(state)
+                hosts.run_on_primary(lambda: checkpoints.save(step, saved, clock.as_dict()))  # noqa: B023
+            if stop_reason and not done:
+                raise Stopped(f"{label}: stopped by {stop_reason} at step {step} of {trainer.total_steps}, and saved")
+    return state, clock.timing(trainer.recipe.batch_size)
 
-    found = hosts.first(resume)
-    step, state, clock = found or (0, fresh, {"seconds": 0.0, "first_call_seconds": 0.0})
-    clock = Clock(**clock)
-    state = program.parallel.replicate(state)
+
+def _resume(trainer, checkpoints, log, seed):
+    """Returns step, replicated state and clock of the newest intact checkpoint, or of a fresh start."""
+    fresh = trainer.init(seed)
+
+    def restore():
+        restored = checkpoints.restore(jax.eval_shape(lambda: fresh))
+        step = restored[0] if restored else 0
+        checkpoints.discard_after(step)
+        log.truncate(step, step // trainer.steps_per_epoch)
+        return restored
+
+    step, state, elapsed = hosts.run_on_primary(restore) or (0, fresh, {"seconds": 0.0, "first_call_seconds": 0.0})
+    return step, trainer.parallel.replicate(state), Clock(**elapsed)
+
+
+def _progress_bar(total_steps, step, label):
     bar = tqdm.tqdm(
-        total=program.total_steps,
+        total=total_steps,
         initial=step,
         desc=label,
         unit="step",
         dynamic_ncols=True,
         mininterval=0.2 if sys.stderr.isatty() else 20,
-        disable=not hosts.is_first(),
+        disable=not hosts.is_primary(),
     )
     bar.set_postfix_str("compiling the step")
-    with bar, contextlib.closing(program.chunks(seed, step)) as chunks:
-        for count, rows in chunks:
-            epoch = step // program.steps_per_epoch
-            state = program.chunk(step, state, train_data, rows)
-            jax.block_until_ready(state.step)  # a signal is heard, and the bar is true
-            if not clock.warm:
-                bar.set_postfix_str("")
-            clock.tick(count)
-            step += count
-            bar.update(count)
-            done, stopping = step == program.total_steps, stop.of_any()
-            epoch_ends = done or step % program.steps_per_epoch == 0
-            if epoch_ends:
-                _check_finite(program, state, saved, label)
-                record = _record(program, state, step, config, bar)
-                hosts.first(lambda: log.write(record))  # noqa: B023
-            due = epoch_ends and (done or (epoch + 1) % config.checkpoint_every == 0)
-            if due or stopping:
-                _check_finite(program, state, saved, label)
-                hosts.first(lambda: saved.save(step, program.parallel.first(state), clock.as_dict()))  # noqa: B023
-            if stopping and not done:
-                raise Stopped(f"{label}: stopped by {stopping} at step {step} of {program.total_steps}, and saved")
-    return state, clock.timing(program.recipe.batch_size)
+    return bar
 
 
 class Clock:
     """Wall time of a run's steps and evaluations; the first call, which compiles, is kept apart."""
 
     def __init__(self, seconds: float, first_call_seconds: float):
-        self._seconds, self._first_call = seconds, first_call_seconds
-        self._start, self._warm_since, self._warm_steps = time.monotonic(), None, 0
+        self._seconds = seconds
+        self._first_call = first_call_seconds
+        self._start = time.monotonic()
+        self._warm_since = None
+        self._warm_steps = 0
 
     @property
     def warm(self) -> bool:
@@ -151,6 +143,7 @@ class Clock:
         return self._warm_since is not None
 
     def tick(self, steps: int) -> None:
+        """Counts the steps of a call that has just ended."""
         now = time.monotonic()
         if self._warm_since is None:
             self._warm_since = now
@@ -159,32 +152,35 @@ class Clock:
             self._warm_steps += steps
 
     def as_dict(self) -> dict:
+        """Returns what a checkpoint keeps."""
         return {
             "seconds": self._seconds + time.monotonic() - self._start,
             "first_call_seconds": self._first_call,
         }
 
     def timing(self, batch_size: int) -> dict:
-        """For `results.json`; images per second of what ran after the first call, evaluation included."""
+        """Returns the timing for `results.json`; images per second after the first call, evaluation included."""
         rate = batch_size * self._warm_steps / (time.monotonic() - self._warm_since) if self._warm_steps else None
         return {**self.as_dict(), "images_per_second": rate}
 
 
-def _check_finite(program, state, saved, label):
-    sums = program.parallel.first(state.sums)
+def _check_finite(trainer, state, checkpoints, label):
+    """Raises Diverged unless losses, parameters and the optimizer's state are finite."""
+    sums = trainer.parallel.first(state.sums)
     bad_step = int(sums.bad_step)
-    remedy = f"lower its learning rate; the last good checkpoint is step {next(iter(saved.steps()), 0)}"
+    remedy = f"lower its learning rate; the last good checkpoint is step {next(iter(checkpoints.steps()), 0)}"
     if bad_step >= 0:
-        names = [name for name, bad in zip(program.objective.names, np.asarray(sums.bad_terms)) if bad]
-        what = ", ".join(names) or "only their weighted sum"
-        raise Diverged(f"{label}: the loss of step {bad_step} is not finite (terms: {what}): {remedy}")
-    if program.weighting is not None and not np.isfinite(sums.learned.outer_loss):
-        raise Diverged(f"{label}: the outer loss, that of the meta images, is not finite: {remedy}")
-    kept = {name: getattr(state, name) for name in ("params", "batch_stats", "opt_state", "meta")}
-    kept = program.parallel.first(kept)
-    if not _all_finite(kept):
-        bad = [jax.tree_util.keystr(where) for where, x in jax.tree.leaves_with_path(kept) if not np.isfinite(x).all()]
-        step = int(program.parallel.first(state.step))
+        bad_terms = [name for name, bad in zip(trainer.objective.names, np.asarray(sums.bad_terms)) if bad]
+        terms = ", ".join(bad_terms) or "only their weighted sum"
+        raise Diverged(f"{label}: the loss of step {bad_step} is not finite (terms: {terms}): {remedy}")
+    if trainer.loss_weighting is not None and not np.isfinite(sums.learned.outer_loss):
+        raise Diverged(f"{label}: the outer loss, that of the outer set, is not finite: {remedy}")
+    saved = {name: getattr(state, name) for name in ("params", "batch_stats", "opt_state", "meta")}
+    saved = trainer.parallel.first(saved)
+    if not _all_finite(saved):
+        leaves = jax.tree.leaves_with_path(saved)
+        bad = [jax.tree_util.keystr(path) for path, leaf in leaves if not np.isfinite(leaf).all()]
+        step = int(trainer.parallel.first(state.step))
         raise Diverged(f"{label}: after step {step}, {bad[0]} and {len(bad) - 1} more are not finite: {remedy}")
 
 
@@ -193,103 +189,77 @@ def _all_finite(tree):
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
 
-def _record(program, state, step, config, bar):
-    """One line of `metrics.jsonl`: no clock in it, so that a resumed run writes the same."""
-    sums = jax.device_get(program.parallel.first(state.sums))
-    steps = int(sums.steps)
-    epoch = step / program.steps_per_epoch
+def _epoch_record(trainer, state, step, options, bar):
+    """Returns one line of `metrics.jsonl`: no clock in it, so that a resumed run writes the same."""
+    sums = jax.device_get(trainer.parallel.first(state.sums))
+    num_steps = int(sums.steps)
+    epoch = step / trainer.steps_per_epoch
+    names = trainer.objective.names
     record = {
         "step": step,
         "epoch": round(epoch, 4),
-        "lr": float(program.schedule(step - 1)),
-        "loss": float(sums.loss) / steps,
-        "terms": dict(zip(program.objective.names, (sums.terms / steps).tolist())),
-        "train_accuracy": 100 * float(sums.correct) / (steps * program.recipe.batch_size),
+        "lr": float(trainer.schedule(step - 1)),
+        "loss": float(sums.loss) / num_steps,
+        "terms": dict(zip(names, (sums.terms / num_steps).tolist())),
+        "train_accuracy": 100 * float(sums.correct) / (num_steps * trainer.recipe.batch_size),
     }
-    if program.weighting is not None:
-        record["outer_loss"] = float(sums.learned.outer_loss) / steps
-        record["weights"] = _by_group(program, sums.learned.weights, sums.learned, program.objective.names)
-    if step == program.total_steps or round(epoch) % config.eval_every == 0:
+    if trainer.loss_weighting is not None:
+        learned = sums.learned
+        record["outer_loss"] = float(learned.outer_loss) / num_steps
+        record["weights"] = _means_by_group(trainer, learned.weights, learned.examples, names)
+    if step == trainer.total_steps or round(epoch) % options.eval_every == 0:
         for name in ("test", "validation"):
-            if len(images := getattr(program.data, name)):
-                summary = summarize(program, program.evaluate(state.variables, images))
+            images = getattr(trainer.data, name)
+            if len(images):
+                summary = summarize(trainer, trainer.evaluate(state.variables, images))
                 record[name] = {key: summary[key] for key in ("all", "groups")}
-        tail = program.data.groups.names[-1]
-        bar.set_postfix_str(f"test {record['test']['all']:.2f} %, {tail} {record['test']['groups'][tail]:.2f} %")
+        tail = trainer.data.groups.names[-1]
+        test = record["test"]
+        bar.set_postfix_str(f"test {test['all']:.2f} %, {tail} {test['groups'][tail]:.2f} %")
     return record
 
 
-def _by_group(program, totals, learned, names):
-    """{name: {group: mean}} of sums `[G, len(names)]`; None for a group without an example."""
-    groups = program.data.groups.names
-    return {
-        name: {group: float(t / n) if n else None for group, t, n in zip(groups, column, learned.examples)}
-        for name, column in zip(names, totals.T)
-    }
+def _means_by_group(trainer, totals, examples, names):
+    """Returns {name: {group: mean}} of sums `[G, len(names)]`; None for a group without an example."""
+    means = {}
+    for name, column in zip(names, totals.T):
+        by_group = zip(trainer.data.groups.names, column, examples)
+        means[name] = {group: float(total / n) if n else None for group, total, n in by_group}
+    return means
 
 
-def learned_weights(program, state, features) -> dict:
-    """What the weight net of a final state does, for `results.json`.
+def learned_weights(trainer: Trainer, state: TrainState) -> dict:
+    """Returns what the weight net of a final state does, for `results.json`.
 
     Args:
-      program, state: of the run; the state replicated.
-      features: names of the weight net's inputs.
+      trainer: with learned weights.
+      state: replicated.
 
     Returns:
       Mean weights and features by group over the last epoch; and, for two features, the weights over a grid from 0 to
       twice the cross-entropy of chance (or twice the mean, where that is more): `map[term][i][j]` at `axes[0][i]`,
       `axes[1][j]`.
     """
-    state = jax.device_get(program.parallel.first(state))
+    state = jax.device_get(trainer.parallel.first(state))
     learned = state.sums.learned
-    found = {
-        "weights": _by_group(program, learned.weights, learned, program.objective.names),
-        "features": _by_group(program, learned.features, learned, features),
+    features = trainer.spec.loss_weighting.features
+    terms = trainer.objective.names
+    summary = {
+        "weights": _means_by_group(trainer, learned.weights, learned.examples, terms),
+        "features": _means_by_group(trainer, learned.features, learned.examples, features),
     }
     if len(features) == 2:
         mean = learned.features.sum(axis=0) / learned.examples.sum()
-        highest = 2 * np.maximum(mean.astype(np.float64), np.log(program.data.num_classes))
+        highest = 2 * np.maximum(mean.astype(np.float64), np.log(trainer.data.num_classes))
         axes = np.linspace(0.0, highest, _GRID, axis=-1)
         grid = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 2)
-        weights = program.weighting.weights(state.meta.params, jnp.asarray(grid, jnp.float32))
+        weights = trainer.loss_weighting.weights(state.meta.params, jnp.asarray(grid, jnp.float32))
         weights = np.asarray(weights, np.float64).reshape(_GRID, _GRID, -1).round(4)
-        found["axes"] = axes.round(4).tolist()
-        found["map"] = {name: weights[..., t].tolist() for t, name in enumerate(program.objective.names)}
-    return found
+        summary["axes"] = axes.round(4).tolist()
+        summary["map"] = {name: weights[..., t].tolist() for t, name in enumerate(terms)}
+    return summary
 
 
-def summarize(program, sums) -> dict:
-    """`metrics.summarize` with the program's classes."""
-    return metrics.summarize(sums, program.data.groups, program.data.shots)
-
-
-class MetricsLog:
-    """`metrics.jsonl`: a JSON line for each epoch, of which `on_record` is told too."""
-
-    def __init__(self, path: pathlib.Path, on_record: Callable[[dict], None] = lambda _: None):
-        self._path, self._on_record = path, on_record
-
-    def keep_until(self, step: int, epochs: int) -> None:
-        """Drops what an interrupted run logged after the checkpoint it resumes from, and what is no record.
-
-        Of the epochs until that step one that is missing is told; the results do not need it.
-        """
-        text = self._path.read_text(errors="replace") if self._path.exists() else ""
-        kept = [line for line in text.splitlines(keepends=True) if self._step(line) <= step]
-        if len(kept) < epochs:
-            _log.warning("%s has %d of the %d epochs until step %d", self._path, len(kept), epochs, step)
-        files.write_text(self._path, "".join(kept))
-
-    @staticmethod
-    def _step(line):
-        """The step of a line; infinity for one that is torn or no record."""
-        try:
-            step = json.loads(line)["step"] if line.endswith("\n") else None
-        except (ValueError, KeyError, TypeError):
-            step = None
-        return step if isinstance(step, int) else float("inf")
-
-    def write(self, record: dict) -> None:
-        with open(self._path, "a") as file:
-            file.write(json.dumps(record) + "\n")
-        self._on_record(record)
+def summarize(trainer: Trainer, sums: metrics.EvalSums) -> dict:
+    """Returns `metrics.summarize` with the trainer's classes."""
+    return metrics.summarize(sums, trainer.data.groups, trainer.data.shots)

@@ -1,4 +1,4 @@
-"""A run: from config to `results.json`, in a work directory."""
+"""One run: from its specification to `results.json`, in a work directory."""
 
 import contextlib
 import json
@@ -8,154 +8,175 @@ from collections.abc import Callable
 import numpy as np
 
 from experiments import provenance
-from experiments.config import checks
-from experiments.reporting import tables
-from experiments.trainer import build, dataset, loop
+from experiments.config import identity, validation
+from experiments.config.spec import RunSpec
+from experiments.config.trees import flatten, without
+from experiments.config.validation import ConfigError
+from experiments.trainer import dataset as datasets
+from experiments.trainer import loop
 from experiments.trainer import teacher as teachers
+from experiments.trainer.interrupts import StopRequest
+from experiments.trainer.trainer import trainer as make_trainer
 from ltkd_jax import files
 from ltkd_jax.data import records
 from ltkd_jax.training import hosts
 
 
-def default_workdir(config) -> str:
-    """runs/<dataset>-<imbalance>-<method>-<teacher>-<student>-s<seed>, for a smoke run with -smoke behind it.
-
-    Of a set that was not drawn by imbalance: "all" or the list's name in its place.
-    """
-    method = tables.method_name(config.to_dict()).replace(" over ", "-")
-    subset = config.data.subset
-    drawn = f"{config.data.imbalance:g}" if subset == "exponential" else pathlib.Path(subset).stem
-    teacher = config.teacher.model
-    if checks.given_teacher(config) in ("variables", "logits"):
-        teacher = pathlib.Path(config.teacher.checkpoint).stem
-    parts = (config.data.name, drawn, method, teacher)
-    return f"runs/{'-'.join(parts)}-{config.student.model}-s{config.seed}" + ("-smoke" if config.smoke else "")
+class InUse(ConfigError):
+    """A work directory in which another process is at work."""
 
 
 def run(
-    config, workdir, *, command: str, deadline: float | None = None, on_record: Callable[[dict], None] = lambda _: None
+    spec: RunSpec,
+    workdir: str | pathlib.Path,
+    *,
+    command: str,
+    deadline: float | None = None,
+    on_record: Callable[[dict], None] = lambda _: None,
 ) -> dict:
-    """One row of a table: the teacher if the method needs one, the student, and `results.json`.
+    """Trains the teacher if the method needs one, then the student, and writes `results.json`.
 
-    Of several processes all call this, and the first one alone writes.
+    Of several processes all call this, and the primary one alone writes.
 
     Args:
-      config: a validated config.
+      spec: of the run.
       workdir: gets `config.json`, `metrics.jsonl`, `checkpoints/` and `results.json`. Where it holds a finished
         run of the same config, that run's results are returned.
       command: for the results.
       deadline: of `time.monotonic()`, at which to save and stop.
-      on_record: called with each record of the student's `metrics.jsonl`, as it is written; in the first process only.
-        A run that goes on from a checkpoint repeats the records since.
+      on_record: called with each record of the student's `metrics.jsonl` as it is written; on the primary process
+        only. A run that resumes from a checkpoint repeats the records since.
 
     Raises:
-      checks.ConfigError: bad config or data, or a work directory that is in use (`checks.InUse`) or holds another
-        config.
-      Stopped, Diverged: as `fit`.
+      ConfigError: bad config or data, or a work directory that is in use (`InUse`) or holds another config.
+      Stopped, Diverged: as `loop.fit`.
     """
-    hosts.each(lambda: (checks.validate(config), checks.validate_devices(config)))
-    checks.validate_alike(config)
+    hosts.run_on_all(lambda: validation.validate_devices(spec.config))
+    _check_same_everywhere(spec)
     workdir = pathlib.Path(workdir)
-    stop = loop.StopRequest(deadline)
+    stop = StopRequest(deadline)
     with contextlib.ExitStack() as held, stop.listening():
-        results = hosts.first(lambda: _claim(held, workdir, config))
+        results = hosts.run_on_primary(lambda: _claim(held, workdir, spec))
         if results is None:
             try:
-                results = _distil(config, workdir, stop, command, on_record)
+                results = _distil(spec, workdir, stop, command, on_record)
             except records.DamagedRecord as error:
-                raise checks.ConfigError(str(error)) from error
-            hosts.first(lambda: files.write_text(workdir / "results.json", json.dumps(results, indent=1)))
+                raise ConfigError(str(error)) from error
+            hosts.run_on_primary(lambda: files.write_json(workdir / "results.json", results))
         return results
 
 
-def _claim(held, workdir, config):
-    """Takes the work directory for this config as long as `held`, and writes `config.json`; finished results if any."""
+def _check_same_everywhere(spec):
+    """Raises ConfigError, in every process, unless all were started with the same config, folders apart."""
+    folders = ("data.dir", "data.num_workers", "teacher.dir", "teacher.checkpoint")
+    mine = identity.hash_of({"identity": spec.identity, "config": without(spec.config, folders)})
+    hashes = hosts.all_gather(mine)
+    for index, other in enumerate(hashes):
+        if other != hashes[0]:
+            raise ConfigError(
+                f"process {index} of {len(hashes)} has another config, or other data, than the first: start all "
+                "processes by the same command, from the same checkout, over the same data set"
+            )
+
+
+def _claim(held, workdir, spec):
+    """Locks the work directory as long as `held`, and writes `config.json`; returns the results of a finished run."""
     if workdir.exists() and not workdir.is_dir():
-        raise checks.ConfigError(f"{workdir} is a file: give --workdir a folder")
+        raise ConfigError(f"{workdir} is a file: give --workdir a folder")
     try:
         held.enter_context(files.lock(workdir / ".lock"))
     except BlockingIOError:
-        raise checks.InUse(f"{workdir} is in use by another run: wait for it, or give --workdir") from None
-    path, mine = workdir / "config.json", checks.identity(config)
+        raise InUse(f"{workdir} is in use by another run: wait for it, or give --workdir") from None
+    path = workdir / "config.json"
     # A run that failed before its first step has claimed nothing.
     if any((workdir / name).exists() for name in ("results.json", "checkpoints")):
-        remedy = f"give another --workdir, or remove {workdir}"
-        if not path.exists():
-            raise checks.ConfigError(f"{workdir} holds a run, and no config.json that says of what: {remedy}")
-        changed = _differences(checks.read_json(path, remedy), mine)
-        if changed:
-            raise checks.ConfigError(f"{workdir} holds a run of another config ({'; '.join(changed[:4])}): {remedy}")
-    files.write_text(path, json.dumps(mine, indent=1))
-    return _finished(workdir / "results.json", checks.identity_hash(mine))
+        _check_same_run(path, spec, remedy=f"give another --workdir, or remove {workdir}")
+    files.write_json(path, {"config_hash": spec.hash, "config": spec.config, "content": spec.content})
+    return _finished_results(workdir / "results.json", spec)
 
 
-def _finished(path, config_hash):
-    """The results of a finished run; None if it is not."""
+def _check_same_run(path, spec, remedy):
+    """Raises ConfigError unless the `config.json` of a work directory is of this run."""
+    if not path.exists():
+        raise ConfigError(f"{path.parent} holds a run, but no config.json that says which one: {remedy}")
+    recorded = identity.read_json(path, remedy)
+    if recorded.get("config_hash") == spec.hash:
+        return
+    try:
+        there = flatten(identity.of_results(recorded))
+    except (KeyError, TypeError):
+        raise ConfigError(f"{path} is of another version of this program: {remedy}") from None
+    here = flatten(json.loads(json.dumps(spec.identity)))
+    changed = [key for key in sorted(there.keys() | here.keys()) if _as_json(there.get(key)) != here.get(key)]
+    listed = [f"{key}: {_as_json(there.get(key))!r} there, {here.get(key)!r} here" for key in changed[:4]]
+    raise ConfigError(f"{path.parent} holds a run of another config ({'; '.join(listed)}): {remedy}")
+
+
+def _as_json(value):
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _finished_results(path, spec):
+    """Returns the results of a finished run; None if it is not finished."""
     if not path.exists():
         return None
-    results = checks.read_json(path)
-    if results.get("config_hash") != config_hash:
-        raise checks.ConfigError(f"{path} is damaged (no result of this config): remove it")
+    results = identity.read_json(path)
+    if results.get("config_hash") != spec.hash:
+        raise ConfigError(f"{path} is damaged (no result of this config): remove it")
     return results
 
 
-def _differences(old, new, prefix=""):
-    found = []
-    for key in sorted(set(old) | set(new)):
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            found += _differences(a, b, f"{prefix}{key}.")
-        elif a != b:
-            found.append(f"{prefix}{key}: {a!r} there, {b!r} here")
-    return found
+def _distil(spec, workdir, stop, command, on_record):
+    data = hosts.run_on_all(lambda: datasets.load(spec.data))
+    source = hosts.run_on_primary(lambda: teachers.choose_source(spec, data))
+    # Before a teacher is trained: parts of the student that do not fit each other fail here.
+    trainer = hosts.run_on_all(lambda: make_trainer(spec.student_training(source)))
+    teacher = None if source == "none" else teachers.obtain(spec, stop)
 
+    def teacher_data(images):
+        """Returns what the step reads of the teacher for a set of images."""
+        if source == "none":
+            return None
+        return teacher.table(images, stop) if source == "table" else teacher.variables
 
-def _distil(config, workdir, stop, command, on_record):
-    data = hosts.each(lambda: dataset.load(config))
-    kind = hosts.first(lambda: build.teacher_kind(config, data))
-    # First: what it refuses, it refuses before a teacher is trained.
-    program = hosts.each(lambda: build.student_program(config, kind))
-    teacher = None if kind == "none" else teachers.obtain(config, stop)
-    read = {
-        "none": lambda images: None,
-        "table": lambda images: teacher.table(images, stop),
-    }.get(kind, lambda images: teacher.variables)
-    train_data = program.train_data(
-        read(data.train), read(data.meta) if build.outer_needs_teacher(config.weighting) else None
-    )
-    state, timing = loop.fit(
-        program,
-        train_data,
-        config.seed,
-        workdir,
-        stop,
-        config=config,
-        label=f"{tables.method_name(config.to_dict())} s{config.seed}",
+    outer_teacher = teacher_data(data.outer) if spec.outer_loss_needs_teacher else None
+    options = loop.LoopOptions(
+        label=f"{spec.label} s{spec.seed}",
+        eval_every=spec.eval_every,
+        checkpoint_every=spec.checkpoint_every,
         on_record=on_record,
     )
-    learned = loop.learned_weights(program, state, config.weighting.features) if program.weighting else None
-    summaries = {
-        name: loop.summarize(program, program.evaluate(state.variables, images)) if len(images) else None
-        for name, images in (("test", data.test), ("validation", data.validation))
-    }
-    return {
-        "config_hash": checks.config_hash(config),
-        "config": checks.identity(config),
+    device_data = trainer.device_data(teacher_data(data.train), outer_teacher)
+    state, timing = loop.fit(trainer, device_data, spec.seed, workdir, stop, options)
+
+    def evaluate(images):
+        return loop.summarize(trainer, trainer.evaluate(state.variables, images)) if len(images) else None
+
+    results = {
+        "config_hash": spec.hash,
+        "config": spec.config,
+        "content": spec.content,
         "seeds": {
-            "split": config.seed_split,
-            "teacher": None if config.teacher.checkpoint else config.seed_teacher,
-            "student": config.seed,
+            "split": spec.data.split_seed,
+            "teacher": None if spec.teacher.checkpoint else spec.teacher_seed,
+            "student": spec.seed,
         },
         "train_images": len(data.train),
         "class_counts": data.class_counts.tolist(),
         "class_names": list(data.source.class_names),
         "group_assignment": np.asarray(data.groups.assignment).tolist(),
-        "epochs": round(program.total_steps / program.steps_per_epoch, 4),
-        **summaries,
-        **({"meta_images": len(data.meta), "weighting": learned} if program.weighting else {}),
+        "epochs": round(trainer.total_steps / trainer.steps_per_epoch, 4),
+        "test": evaluate(data.test),
+        "validation": evaluate(data.validation),
+    }
+    if spec.loss_weighting is not None:
+        results["outer_images"] = len(data.outer)
+        results["loss_weighting"] = loop.learned_weights(trainer, state)
+    return {
+        **results,
         "teacher": teacher.results if teacher else None,
-        "teacher_logits": kind,
+        "teacher_logits": source,
         "timing": timing,
-        **provenance.describe(config.precision, program.parallel.num_devices),
+        **provenance.describe(spec.execution.precision, trainer.parallel.num_devices),
         "command": command,
     }

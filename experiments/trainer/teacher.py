@@ -1,9 +1,7 @@
-"""Teachers: trained once for all methods and seeds, kept in a cache, shared between processes."""
+"""Teachers: trained once for all methods and seeds, kept in a folder, shared between processes."""
 
 import contextlib
 import dataclasses
-import hashlib
-import json
 import logging
 import os
 import pathlib
@@ -14,9 +12,17 @@ import jax
 import numpy as np
 import tqdm
 
-from experiments.config import checks
-from experiments.trainer import build, dataset, external_teacher, loop
+from experiments.config import identity
+from experiments.config.spec import RunSpec
+from experiments.config.validation import ConfigError
+from experiments.trainer import dataset as datasets
+from experiments.trainer import external_teacher, loop
+from experiments.trainer.dataset import Dataset
+from experiments.trainer.interrupts import Stopped, StopRequest
+from experiments.trainer.trainer import teacher_model
+from experiments.trainer.trainer import trainer as make_trainer
 from ltkd_jax import files, metrics
+from ltkd_jax.data import sampling
 from ltkd_jax.training import hosts, steps, teacher_table
 from ltkd_jax.training.checkpoint import Checkpoints
 
@@ -24,64 +30,93 @@ _TABLE_BATCH = 2048
 _log = logging.getLogger(__name__)
 
 
+def choose_source(spec: RunSpec, data: Dataset) -> str:
+    """Returns where a run's teacher outputs come from, see `TrainingSpec.teacher_source`.
+
+    It is `teacher.table`, or for "auto" the rule of `teacher_table`.
+    """
+    if not spec.needs_teacher:
+        return "none"
+    if spec.method.needs_features:
+        return "features"
+    teacher = spec.teacher
+    if teacher.table == "never" or not spec.can_use_table:
+        return "network"
+    if teacher.table == "always" or teacher.kind == "logits":
+        return "table"
+    steps_per_epoch = sampling.steps_per_epoch(len(data.train), spec.train.batch_size)
+    epochs = spec.train.total_steps(steps_per_epoch) / steps_per_epoch
+    if spec.loss_weighting is not None:
+        epochs *= spec.loss_weighting.lookahead  # each image is met K times in an epoch
+    num_views = data.source.views.num
+    num_images = len(data.train) + (len(data.outer) if spec.outer_loss_needs_teacher else 0)
+    size = teacher_table.table_bytes(num_images, num_views, data.num_classes)
+    fits = size <= teacher.table_memory * datasets.device_memory()
+    worthwhile = teacher_table.is_worthwhile(num_views, epochs=epochs, runs=teacher.table_runs)
+    return "table" if worthwhile and fits else "network"
+
+
 @dataclasses.dataclass(frozen=True)
 class Teacher:
     """A trained teacher.
 
     Attributes:
-      config: of the run that uses it.
+      spec: of the run that uses it.
       folder: its checkpoint, results and tables.
       variables: what `model.apply` takes; host arrays.
       results: its part of `results.json`.
     """
 
-    config: object
+    spec: RunSpec
     folder: pathlib.Path
     variables: dict
     results: dict
 
-    def table(self, images, stop) -> np.ndarray:
-        """Its logits of every view of these images, `[N, views, C]`, from disk or built now.
+    def table(self, images, stop: StopRequest) -> np.ndarray:
+        """Returns its logits of every view of these images, `[N, views, C]`, from disk or built now.
 
         Args:
-          images: `sources.Images` of the config's data set.
+          images: `records.Images` of the run's data set.
           stop: asked meanwhile.
 
         Raises:
-          train.Stopped: while it was built; the next call goes on from there.
+          Stopped: while it was built; the next call resumes there.
         """
-        data = dataset.load(self.config)
+        data = datasets.load(self.spec.data)
         shape = (len(images), data.source.views.num, data.num_classes)
         # A teacher may be used with several sets of images: the table's name says which.
-        named = {"data": data.source.name, "keys": images.keys.tolist()}
-        content = checks.identity(self.config)["data"].get("content")
-        of = checks.identity_hash(named | ({"content": content} if content else {}))
-        path = self.folder / f"table-{of}-{'x'.join(map(str, shape))}-float32.npy"
+        of_images = {"data": data.source.name, "keys": images.keys.tolist()}
+        if self.spec.content["data"]:
+            of_images["content"] = self.spec.content["data"]
+        name = f"table-{identity.hash_of(of_images)}-{'x'.join(map(str, shape))}-float32.npy"
+        path = self.folder / name
         checksum = path.with_suffix(".sha256")
 
         def read():
             with _locked(path.with_suffix(".lock"), stop, "the teacher's table"):
-                if not (path.exists() and checksum.exists() and checksum.read_text() == _sha256(path)):
+                intact = path.exists() and checksum.exists() and checksum.read_text() == files.sha256(path)
+                if not intact:
                     if path.exists():
                         _log.warning("%s is damaged: building it again", path)
                     self._build_table(path, data, images, shape, stop)
-                    files.write_text(checksum, _sha256(path))
+                    files.write_text(checksum, files.sha256(path))
             return np.load(path, mmap_mode="r")
 
-        return hosts.first(read)
+        return hosts.run_on_primary(read)
 
     def _build_table(self, path, data, images, shape, stop):
-        """Builds under a temporary name; what is done is noted, so that a stop or a kill loses minutes at most."""
-        logits = build.table_logits(self.config, data)
-        train_data = jax.device_put(steps.TrainData(images.images, images.labels, self.variables))
-        temporary, note = path.with_suffix(".tmp"), path.with_suffix(".done")
+        """Builds under a temporary name; progress is noted, so that a stop or a kill loses minutes at most."""
+        logits_fn = _table_logits(self.spec, data, images, self.variables)
+        temporary = path.with_suffix(".tmp")
+        note = path.with_suffix(".done")
         done = int(note.read_text()) if note.exists() and temporary.exists() else 0
-        out = np.lib.format.open_memmap(temporary, mode="r+" if done else "w+", dtype=np.float32, shape=shape)
+        table = np.lib.format.open_memmap(temporary, mode="r+" if done else "w+", dtype=np.float32, shape=shape)
         files.reserve(temporary, os.path.getsize(temporary))  # a full disk, met in the memory map, would kill
-        total, noted = shape[0] * shape[1], time.monotonic()
+        total = shape[0] * shape[1]
+        noted = time.monotonic()
 
-        def keep(done):
-            out.flush()
+        def note_progress(done):
+            table.flush()
             files.write_text(note, str(done))
 
         with tqdm.tqdm(total=total, initial=done, desc="teacher's table", unit="view", unit_scale=True) as bar:
@@ -90,163 +125,184 @@ class Teacher:
                 nonlocal noted
                 bar.update(done - bar.n)
                 if stop.reason or time.monotonic() - noted > 60:
-                    keep(done)
+                    note_progress(done)
                     noted = time.monotonic()
                 if stop.reason:
-                    raise loop.Stopped(f"teacher's table: stopped by {stop.reason} at {done} of {total}, and saved")
+                    raise Stopped(f"teacher's table: stopped by {stop.reason} at {done} of {total}, and saved")
 
             batch_size = min(_TABLE_BATCH, total)
-            run = lambda rows: logits(train_data, rows)  # noqa: E731
-            teacher_table.build(run, out, batch_size=batch_size, start=done, on_batch=on_batch)
-        keep(total)
+            teacher_table.build(logits_fn, table, batch_size=batch_size, start=done, on_batch=on_batch)
+        note_progress(total)
         os.replace(temporary, path)
         note.unlink()
 
 
-def obtain(config, stop) -> Teacher | external_teacher.GivenLogits:
-    """The teacher of a config: `teacher.checkpoint` if given, else from the cache, trained now if need be.
+def _table_logits(spec, data, images, variables):
+    """Returns `indices -> logits [B, C]` of these images, compiled."""
+    teacher_fn = steps.network_teacher(teacher_model(spec.teacher_training(), data))
+    train_data = jax.device_put(steps.TrainData(images.images, images.labels, variables))
 
-    Variables of a file are put into the cache, evaluated once, and then are a teacher like the others.
+    @jax.jit
+    def logits_fn(train_data, indices):
+        batch = steps.make_batch(
+            train_data, indices, views=data.source.views, preprocess=data.preprocess, teacher_fn=teacher_fn
+        )
+        return batch.teacher.logits
+
+    return lambda indices: logits_fn(train_data, indices)
+
+
+def obtain(spec: RunSpec, stop: StopRequest) -> "Teacher | external_teacher.LogitsTeacher":
+    """Returns the teacher of a run: `teacher.checkpoint` if given, else from `teacher.dir`, trained now if need be.
+
+    Variables of a file are put into `teacher.dir`, evaluated once, and then are a teacher like the others.
 
     Raises:
-      checks.ConfigError: a checkpoint that is not there, damaged, or of another architecture or class count.
-      train.Stopped: while it was trained; the next call goes on from there.
+      ConfigError: a checkpoint that is not there, damaged, or of another architecture or class count.
+      Stopped: while it was trained; the next call resumes there.
     """
-    given = checks.given_teacher(config)
-    if given == "folder":
-        return _load(config, pathlib.Path(config.teacher.checkpoint))
-    if given == "logits":
-        return external_teacher.load_logits(config)
-    folder = pathlib.Path(config.teacher.cache) / checks.teacher_hash(config)
+    kind = spec.teacher.kind
+    if kind == "folder":
+        return _load(spec, pathlib.Path(spec.teacher.checkpoint))
+    if kind == "logits":
+        return hosts.run_on_primary(lambda: _load_logits(spec))
+    folder = pathlib.Path(spec.teacher.dir) / spec.teacher_hash
     with contextlib.ExitStack() as held:
 
         def claim():
             held.enter_context(_locked(folder.with_suffix(".lock"), stop, "the teacher"))
             return folder.exists()
 
-        if not hosts.first(claim):
-            _import(config, folder) if given == "variables" else _train(config, folder, stop)
-    return _load(config, folder)
+        if not hosts.run_on_primary(claim):
+            if kind == "variables":
+                _import(spec, folder)
+            else:
+                _train(spec, folder, stop)
+    return _load(spec, folder)
 
 
 @contextlib.contextmanager
 def _locked(path, stop, what):
-    """Holds a lock that another run may hold for as long as it trains; a stop is heard meanwhile."""
+    """Holds a lock that another run may hold for as long as it trains; a stop ends the waiting."""
     with contextlib.ExitStack() as stack:
-        told = False
+        waiting = False
         while True:
             try:
                 stack.enter_context(files.lock(path))
                 break
             except BlockingIOError:
-                if not told:
+                if not waiting:
                     print(f"waiting for {what}, which another run is making ({path})", file=sys.stderr)
-                    told = True
+                    waiting = True
             if stop.reason:
-                raise loop.Stopped(f"stopped by {stop.reason} while waiting for {what} of another run")
+                raise Stopped(f"stopped by {stop.reason} while waiting for {what} of another run")
             time.sleep(0.5)
         yield
 
 
-def _train(config, folder, stop):
+def _train(spec, folder, stop):
     """Trains under a temporary name, so that a folder of the final name is always a finished teacher."""
+    trainer = make_trainer(spec.teacher_training())
+    options = loop.LoopOptions(f"teacher {spec.teacher.model}", spec.eval_every, spec.checkpoint_every)
     unfinished = _unfinished(folder)
-    program = build.teacher_program(config)
-    state, timing = loop.fit(
-        program,
-        program.train_data(None),
-        config.seed_teacher,
-        unfinished,
-        stop,
-        config=config,
-        label=f"teacher {config.teacher.model}",
-    )
-    _finish(config, folder, program, state, program.total_steps, timing)
+    state, timing = loop.fit(trainer, trainer.device_data(None), spec.teacher_seed, unfinished, stop, options)
+    _finish(spec, folder, trainer, state, trainer.total_steps, timing)
 
 
-def _import(config, folder):
-    """A teacher of the cache from a file of variables."""
-    program, unfinished = build.teacher_program(config), _unfinished(folder)
-    state = program.init(0)._replace(**hosts.first(lambda: external_teacher.read_variables(config)))
-    hosts.first(lambda: Checkpoints(unfinished / "checkpoints").save(0, state, {}))
-    _finish(config, folder, program, program.parallel.replicate(state), 0, None)
+def _import(spec, folder):
+    """Puts variables of a file into `teacher.dir`."""
+    trainer = make_trainer(spec.teacher_training())
+    unfinished = _unfinished(folder)
+
+    def read():
+        try:
+            return external_teacher.read_variables(spec.teacher.checkpoint, spec.teacher.model, trainer.data)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+    state = trainer.init(0)._replace(**hosts.run_on_primary(read))
+    hosts.run_on_primary(lambda: Checkpoints(unfinished / "checkpoints").save(0, state, {}))
+    _finish(spec, folder, trainer, trainer.parallel.replicate(state), 0, None)
+
+
+def _load_logits(spec):
+    try:
+        return external_teacher.load_logits(spec.teacher.checkpoint, datasets.load(spec.data))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _unfinished(folder):
-    """The folder under its temporary name."""
+    """Returns the folder under its temporary name, and makes it."""
     unfinished = folder.with_suffix(".unfinished")
-    hosts.first(lambda: unfinished.mkdir(parents=True, exist_ok=True))
+    hosts.run_on_primary(lambda: unfinished.mkdir(parents=True, exist_ok=True))
     return unfinished
 
 
-def _finish(config, folder, program, state, step, timing):
+def _finish(spec, folder, trainer, state, step, timing):
     """Evaluates a teacher, writes its results, and gives its folder the final name."""
-    data, unfinished = program.data, _unfinished(folder)
-    on_test = program.evaluate(state.variables, data.test)
-    on_train = program.evaluate(state.variables, _evenly(data.train, config.data.test_images))
+    data = trainer.data
+    unfinished = _unfinished(folder)
+    test_sums = trainer.evaluate(state.variables, data.test)
+    train_sums = trainer.evaluate(state.variables, _evenly_spaced(data.train, spec.data.test_images))
     results = {
-        "hash": checks.teacher_hash(config),
-        "model": config.teacher.model,
+        "hash": spec.teacher_hash,
+        "model": spec.teacher.model,
         "num_classes": data.num_classes,
         "image_shape": list(data.image_shape),
         "step": step,
-        "test": loop.summarize(program, on_test),
+        "test": loop.summarize(trainer, test_sums),
         "group_mass": {
-            "long_tailed": metrics.group_mass(on_train, data.groups),
-            "balanced": metrics.group_mass(on_test, data.groups),
+            "long_tailed": metrics.group_mass(train_sums, data.groups),
+            "balanced": metrics.group_mass(test_sums, data.groups),
         },
         "timing": timing,
     }
 
     def finish():
-        files.write_text(unfinished / "config.json", json.dumps(checks.teacher_identity(config), indent=1))
-        files.write_text(unfinished / "results.json", json.dumps(results, indent=1))
+        files.write_json(unfinished / "config.json", {"config": spec.config, "content": spec.content})
+        files.write_json(unfinished / "results.json", results)
         os.rename(unfinished, folder)
 
-    hosts.first(finish)
+    hosts.run_on_primary(finish)
 
 
-def _evenly(images, number):
-    """So many of the images, evenly over their keys; all of them if 0 or at least as many are asked for."""
+def _evenly_spaced(images, number):
+    """Returns `number` images evenly spaced by key; all of them if it is 0 or at least as many."""
     if not 0 < number < len(images):
         return images
     return images.subset(np.arange(number) * len(images) // number)
 
 
-def _load(config, folder):
-    like = jax.eval_shape(build.teacher_program(config).init, 0)
-    results, variables = hosts.first(lambda: _read(config, folder, like))
-    return Teacher(config, folder, variables, results)
+def _load(spec, folder):
+    like = jax.eval_shape(make_trainer(spec.teacher_training()).init, 0)
+    results, variables = hosts.run_on_primary(lambda: _read(spec, folder, like))
+    return Teacher(spec, folder, variables, results)
 
 
-def _read(config, folder, like):
-    """The results and the variables of a finished teacher, which must be one of this config's."""
-    results = checks.teacher_results(folder)
-    data = dataset.load(config)
+def _read(spec, folder, like):
+    """Returns the results and the variables of a finished teacher, which must fit the run."""
+    results = identity.teacher_results(folder)
+    data = datasets.load(spec.data)
     wanted = {
-        "model": config.teacher.model,
+        "model": spec.teacher.model,
         "num_classes": data.num_classes,
         "image_shape": list(data.image_shape),
     }
-    for key, want in wanted.items():
-        if results.get(key) != want:
-            raise checks.ConfigError(
-                f"the teacher in {folder} has {key}={results.get(key)!r}, the config wants {want!r}: "
+    for key, value in wanted.items():
+        if results.get(key) != value:
+            raise ConfigError(
+                f"the teacher in {folder} has {key}={results.get(key)!r}, the config wants {value!r}: "
                 "change config.teacher.model or config.teacher.checkpoint"
             )
     try:
-        found = Checkpoints(folder / "checkpoints").restore(like)
+        restored = Checkpoints(folder / "checkpoints").restore(like)
     except ValueError as error:
-        raise checks.ConfigError(str(error)) from error
-    # An earlier checkpoint is another teacher than the one whose results stand there.
-    if found is None or found[0] != results["step"]:
-        raise checks.ConfigError(
+        raise ConfigError(str(error)) from error
+    # An earlier checkpoint is another teacher than the one that the results are of.
+    if restored is None or restored[0] != results["step"]:
+        raise ConfigError(
             f"the teacher's last checkpoint in {folder} is damaged: remove the folder; "
-            "one of the cache is then trained again"
+            "one in config.teacher.dir is then trained again"
         )
-    return results, found[1].variables
-
-
-def _sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return results, restored[1].variables

@@ -1,11 +1,11 @@
-"""Image data sets by name, in one form, with what training needs to know of them."""
+"""Loads image data sets by name, in one form, with what training needs to know of them."""
 
 import dataclasses
-import difflib
 import os
 
 import numpy as np
 
+from ltkd_jax import names
 from ltkd_jax.data import augment, longtail, records
 from ltkd_jax.data.records import Images, Records
 
@@ -51,13 +51,13 @@ NAMES = tuple(_SPECS)
 
 
 def load(name: str, data_dir: str | os.PathLike[str] | None = None, *, size: int = 0, margin: bool = False) -> Source:
-    """A data set: digits (comes with scikit-learn), one that `prepare` knows, or a prepared folder of one's own.
+    """Returns digits (from scikit-learn), a data set that `prepare` knows, or a prepared folder of one's own.
 
     Args:
-      name: of the data set.
+      name: name of the data set.
       data_dir: TFDS's directory; None is $TFDS_DATA_DIR, or ~/tensorflow_datasets. Digits need none.
-      size: sides to which images are brought; 0 leaves them as they are stored.
-      margin: whether that leaves out a border, see `resize.center`.
+      size: side to which images are resized; 0 leaves them as they are stored.
+      margin: whether resizing leaves out a border, see `resize.center`.
 
     Raises:
       DatasetNotPrepared: the data set is not in `data_dir`; the message has the command that prepares it.
@@ -67,19 +67,18 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None, *, size: int
     >>> source.train.shape, len(source.test), str(source.train.keys[0])
     ((8, 8, 1), 700, 'digits_0000')
     """
+    train: Images | Records
+    test: Images | Records
     if name == "digits":
         if size:
-            raise ValueError(f"digits are 8 pixels wide, and are not brought to data.image_size={size}: set it to 0")
-        return _checked(name, *_load_digits(), _SPECS[name])
-    builder = _open(name, data_dir)
-    spec = _SPECS.get(name) or _own(builder, size)
-    train, test = (records.read(builder, split, size, margin=margin) for split in ("train", spec.test))
-    return _checked(name, train, test, tuple(builder.info.features["label"].names), spec)
-
-
-def _checked(
-    name: str, train: Images | Records, test: Images | Records, class_names: tuple[str, ...], spec: _Spec
-) -> Source:
+            raise ValueError(f"digits are 8 pixels wide and are not resized to data.image_size={size}: set it to 0")
+        spec = _SPECS[name]
+        train, test, class_names = _load_digits()
+    else:
+        builder = _open(name, data_dir)
+        spec = _SPECS[name] if name in _SPECS else _own_spec(builder, size)
+        train, test = (records.read(builder, split, size, margin=margin) for split in ("train", spec.test))
+        class_names = tuple(builder.info.features["label"].names)
     for images in (train, test):
         longtail.check_labels(images.labels, len(class_names))
     return Source(name, train, test, len(class_names), class_names, spec.mean, spec.std, spec.views)
@@ -90,18 +89,16 @@ def _open(name: str, data_dir: str | os.PathLike[str] | None) -> records.Builder
         return records.open_builder(name, data_dir)
     builder = records.find_builder(name, data_dir)
     if builder is None:
-        close = difflib.get_close_matches(name, _SPECS, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        root = records.resolve_data_dir(data_dir)
         raise ValueError(
-            f"data set {name!r} is unknown: give one of {', '.join(sorted(_SPECS))}{hint} A folder of your own is made "
-            f"a data set by: python -m ltkd_jax.data.prepare folder --name {name} --source FOLDER --data_dir {root}"
+            f"{names.unknown('data set', name, sorted(_SPECS))}. A folder of your own is made a data set by: python "
+            f"-m ltkd_jax.data.prepare folder --name {name} --source FOLDER "
+            f"--data_dir {records.resolve_data_dir(data_dir)}"
         )
     return builder
 
 
-def _own(builder: records.Builder, size: int) -> _Spec:
-    """Of a data set that is not in the table: ImageNet's statistics, crops in proportion to CIFAR's 4 of 32 pixels."""
+def _own_spec(builder: records.Builder, size: int) -> _Spec:
+    """Returns ImageNet's statistics, and crops in proportion to CIFAR's 4 of 32 pixels."""
     features = builder.info.features
     if not {"image", "label"} <= set(features) or features["image"].shape[-1] != 3:
         raise ValueError(f"{builder.name} has the features {sorted(features)}: a colour image and a label are needed")
@@ -113,11 +110,11 @@ def _load_digits() -> tuple[Images, Images, tuple[str, ...]]:
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
-    images = np.round(bunch.images * (255 / 16)).astype(np.uint8)[..., None]
-    keys = np.array([f"digits_{i:04d}" for i in range(len(images))])
-    everything = Images(images, bunch.target.astype(np.int32), keys)
+    pixels = np.round(bunch.images * (255 / 16)).astype(np.uint8)[..., None]
+    keys = np.array([f"digits_{i:04d}" for i in range(len(pixels))])
+    images = Images(pixels, bunch.target.astype(np.int32), keys)
     test = longtail.balanced(
-        everything.labels, keys, num_classes=10, per_class=_DIGITS_TEST_PER_CLASS, seed=_DIGITS_TEST_SEED
+        images.labels, keys, num_classes=10, per_class=_DIGITS_TEST_PER_CLASS, seed=_DIGITS_TEST_SEED
     )
     train = np.setdiff1d(np.arange(len(images)), test)
-    return everything.take(train), everything.take(test), tuple(str(d) for d in range(10))
+    return images.take(train), images.take(test), tuple(str(digit) for digit in range(10))

@@ -1,4 +1,4 @@
-"""Long-tailed subsets of a balanced data set: class counts, and a draw that depends on keys, not on order."""
+"""Draws long-tailed subsets of a balanced data set, by keys and not by the order of the records."""
 
 import hashlib
 import os
@@ -15,12 +15,12 @@ class Split(NamedTuple):
     """Sorted, disjoint int64 index arrays into a source's training images."""
 
     train: np.ndarray
-    meta: np.ndarray
+    outer: np.ndarray
     validation: np.ndarray
 
 
 def counts(n_max: int, imbalance: float, num_classes: int) -> np.ndarray:
-    """Number of training images of each class, int64 `[C]`: int(n_max · (1/γ)^(c/(C−1))), in label order.
+    """Returns the number of training images of each class, int64 `[C]`: int(n_max · (1/γ)^(c/(C−1))), in label order.
 
     Args:
       n_max: images of class 0, the most frequent one.
@@ -57,11 +57,11 @@ def split(
     num_classes: int,
     imbalance: float | None,
     n_max: int = 0,
-    meta_per_class: int = 0,
+    outer_per_class: int = 0,
     validation_per_class: int = 0,
     seed: int = 0,
 ) -> Split:
-    """Draws the long-tailed training set, and balanced meta and validation sets that are taken out before.
+    """Draws the long-tailed training set, and the balanced outer and validation sets that are held out of it.
 
     In each class the examples are ranked by a hash of (seed, key). Training images come from the front of
     the ranking and held-out images from its back. So the draw is independent of the order of the records,
@@ -72,25 +72,25 @@ def split(
       labels: integers `[N]` in [0, num_classes).
       keys: strings `[N]`, unique and stable, such as 'train_00042'.
       num_classes: C.
-      imbalance: γ, see `counts`; None takes the set as it is, less what is held out.
+      imbalance: γ, see `counts`; None takes every image that is not held out.
       n_max: images of class 0; 0 means what is left of the smallest class.
-      meta_per_class: images of each class for the outer (bilevel) objective.
+      outer_per_class: images of each class for the outer (bilevel) loss.
       validation_per_class: images of each class for choosing hyperparameters.
-      seed: of the draw.
+      seed: seed of the draw.
 
     Raises:
       ValueError: labels out of range, repeated keys, a class without images, or more images asked than exist.
 
     >>> labels, keys = np.repeat([0, 1], 20), np.array([f"train_{i}" for i in range(40)])
-    >>> drawn = split(labels, keys, num_classes=2, imbalance=6, validation_per_class=2)
-    >>> np.bincount(labels[drawn.train]).tolist(), np.bincount(labels[drawn.validation]).tolist()
+    >>> indices = split(labels, keys, num_classes=2, imbalance=6, validation_per_class=2)
+    >>> np.bincount(labels[indices.train]).tolist(), np.bincount(labels[indices.validation]).tolist()
     ([18, 3], [2, 2])
     """
     labels = check_labels(labels, num_classes)
     _check_keys(keys, len(labels))
-    _check_held_out(meta_per_class, validation_per_class)
+    _check_held_out(outer_per_class, validation_per_class)
     present = np.bincount(labels, minlength=num_classes)
-    held_out = meta_per_class + validation_per_class
+    held_out = outer_per_class + validation_per_class
     n_max = _resolve_n_max(n_max, present, held_out)
     if imbalance is None:
         wanted = present - held_out
@@ -105,13 +105,13 @@ def split(
     from_back = np.repeat(present, present) - 1 - rank
     return Split(
         train=np.sort(order[rank < np.repeat(wanted, present)]),
-        meta=np.sort(order[(from_back >= validation_per_class) & (from_back < held_out)]),
+        outer=np.sort(order[(from_back >= validation_per_class) & (from_back < held_out)]),
         validation=np.sort(order[from_back < validation_per_class]),
     )
 
 
 def balanced(labels: np.ndarray, keys: np.ndarray, *, num_classes: int, per_class: int, seed: int = 0) -> np.ndarray:
-    """Sorted indices of `per_class` images of each class, chosen by a hash of (seed, key).
+    """Returns the sorted indices of `per_class` images of each class, chosen by a hash of (seed, key).
 
     Raises:
       ValueError: as `split`, and if per_class is not smaller than the smallest class.
@@ -120,28 +120,29 @@ def balanced(labels: np.ndarray, keys: np.ndarray, *, num_classes: int, per_clas
     >>> len(balanced(np.repeat([0, 1], 20), keys, num_classes=2, per_class=3))
     6
     """
-    drawn = split(labels, keys, num_classes=num_classes, imbalance=1, validation_per_class=per_class, seed=seed)
-    return drawn.validation
+    return split(
+        labels, keys, num_classes=num_classes, imbalance=1, validation_per_class=per_class, seed=seed
+    ).validation
 
 
 class Listed(NamedTuple):
-    """A training set that someone else has drawn: each image's path and label."""
+    """A training set that someone else has drawn: the path and the label of each image, and the list's file name."""
 
     paths: tuple[str, ...]
     labels: tuple[int, ...]
-    name: str  # of the file, for messages
+    name: str
 
 
 def read_list(path: str | os.PathLike[str]) -> Listed:
-    """A file of lines "relative/path label", as ImageNet-LT's authors give it.
+    """Reads a file of lines "relative/path label", the format of ImageNet-LT's authors.
 
     Raises:
-      ValueError: it can't be read, is empty, or a line is not of this form.
+      ValueError: it cannot be read, is empty, or a line is not of this form.
     """
     try:
         lines = pathlib.Path(path).read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"the list {path} can't be read ({error})") from error
+        raise ValueError(f"the list {path} cannot be read ({error})") from error
     paths, labels = [], []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -157,42 +158,44 @@ def read_list(path: str | os.PathLike[str]) -> Listed:
 
 
 def find_listed(listed: Listed, labels: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """Sorted indices of the listed images; a path means the image whose key it is, or ends with.
+    """Returns the sorted indices of the listed images. A path means the image whose key it is, or ends with.
 
     Args:
-      listed: from `read_list`.
-      labels, keys: `[N]`, of the images there are.
+      listed: list from `read_list`.
+      labels, keys: `[N]`, of all images.
 
     Raises:
-      ValueError: an image that is not there, that is listed twice, or that has another label here.
+      ValueError: a listed image does not exist, is listed twice, or has another label.
 
     >>> listed = Listed(("train/n01/b.JPEG", "train/n02/c.JPEG"), (0, 1), "list.txt")
     >>> find_listed(listed, np.array([0, 0, 1]), np.array(["a.JPEG", "b.JPEG", "c.JPEG"])).tolist()
     [1, 2]
     """
-    place = {str(key): index for index, key in enumerate(keys)}
-    found: dict[int, str] = {}
+    index_of = {str(key): index for index, key in enumerate(keys)}
+    path_of: dict[int, str] = {}
     missing = []
     for path, label in zip(listed.paths, listed.labels):
-        parts = path.split("/")
-        index = next((place[tail] for i in range(len(parts)) if (tail := "/".join(parts[i:])) in place), None)
+        tail = path
+        while tail not in index_of and "/" in tail:
+            tail = tail.partition("/")[2]
+        index = index_of.get(tail)
         if index is None:
             missing.append(path)
-        elif index in found:
-            raise ValueError(f"{listed.name}: {path!r} is the image {found[index]!r} again: list each once")
+        elif index in path_of:
+            raise ValueError(f"{listed.name}: {path!r} is the image {path_of[index]!r} again: list each once")
         elif labels[index] != label:
             raise ValueError(
-                f"{listed.name}: {path!r} has label {label}, but {labels[index]} here, where classes are numbered in "
-                "the order of their sorted names"
+                f"{listed.name}: {path!r} has label {label}, but {labels[index]} in the data set, where classes are "
+                "numbered in the order of their sorted names"
             )
         else:
-            found[index] = path
+            path_of[index] = path
     if missing:
         raise ValueError(
             f"{listed.name}: {missing[0]!r} and {len(missing) - 1} more of its {len(listed.paths)} images are not "
             f"among the training images, with keys like {[*map(str, keys[:1])]} (some may be held out for the test)"
         )
-    return np.array(sorted(found), np.int64)
+    return np.array(sorted(path_of), np.int64)
 
 
 def split_listed(
@@ -201,71 +204,71 @@ def split_listed(
     keys: np.ndarray,
     *,
     num_classes: int,
-    meta_per_class: int = 0,
+    outer_per_class: int = 0,
     validation_per_class: int = 0,
     seed: int = 0,
 ) -> Split:
-    """The training set that a list names, with balanced meta and validation sets out of the images that it does not.
+    """Returns the training set that a list names, with balanced outer and validation sets of the other images.
 
     Args:
-      listed: from `read_list`.
-      labels, keys, num_classes, meta_per_class, validation_per_class, seed: as `split`.
+      listed: list from `read_list`.
+      labels, keys, num_classes, outer_per_class, validation_per_class, seed: as `split`.
 
     Raises:
       ValueError: as `find_listed`, and as `split` of the other images.
     """
     labels, keys = check_labels(labels, num_classes), np.asarray(keys)
     _check_keys(keys, len(labels))
-    _check_held_out(meta_per_class, validation_per_class)
+    _check_held_out(outer_per_class, validation_per_class)
     train = find_listed(listed, labels, keys)
     missing = np.flatnonzero(np.bincount(labels[train], minlength=num_classes) == 0)
     if missing.size:
         raise ValueError(f"{listed.name} names no image of class {missing[0]} ({missing.size} such classes): add some")
-    if not meta_per_class + validation_per_class:
+    if not outer_per_class + validation_per_class:
         return Split(train, np.array([], np.int64), np.array([], np.int64))
     rest = np.setdiff1d(np.arange(len(labels)), train)
-    held = split(
-        labels[rest], keys[rest], num_classes=num_classes, imbalance=None, meta_per_class=meta_per_class,
+    held_out = split(
+        labels[rest], keys[rest], num_classes=num_classes, imbalance=None, outer_per_class=outer_per_class,
         validation_per_class=validation_per_class, seed=seed,
     )  # fmt: skip
-    return Split(train, rest[held.meta], rest[held.validation])
+    return Split(train, rest[held_out.outer], rest[held_out.validation])
 
 
-def check_meta(
+def check_outer(
     labels: np.ndarray, keys: np.ndarray, train_keys: np.ndarray, *, num_classes: int, batch_size: int
 ) -> None:
-    """Checks that a set can be the outer loss's: every class in it, no training image, at least a batch.
+    """Checks that the outer set has every class, no training image, and at least a batch.
 
     Raises:
-      ValueError: naming what is wrong.
+      ValueError: one of these does not hold.
 
-    >>> check_meta(np.array([0, 1]), np.array(["a", "b"]), np.array(["c"]), num_classes=2, batch_size=2)
+    >>> check_outer(np.array([0, 1]), np.array(["a", "b"]), np.array(["c"]), num_classes=2, batch_size=2)
     """
     present = np.bincount(check_labels(labels, num_classes), minlength=num_classes)
     if not present.all():
         missing = np.flatnonzero(present == 0)
         raise ValueError(
-            f"the meta set has no image of class {missing[0]} ({missing.size} of {num_classes} classes are missing): "
-            "set images of every class aside, by data.meta_per_class"
+            f"the outer set has no image of class {missing[0]} ({missing.size} of {num_classes} classes are missing): "
+            "hold out images of every class by data.outer_per_class"
         )
     shared = np.intersect1d(keys, train_keys)
     if shared.size:
         raise ValueError(
-            f"the meta set overlaps the training set: {str(shared[0])!r} and {shared.size - 1} more are in both; "
+            f"the outer set overlaps the training set: {str(shared[0])!r} and {shared.size - 1} more are in both; "
             "an image that is trained on cannot judge its own weight"
         )
     if len(labels) < batch_size:
         raise ValueError(
-            f"the meta set has {len(labels)} images, fewer than a batch of {batch_size}: raise data.meta_per_class, or "
-            "lower train.batch_size"
+            f"the outer set has {len(labels)} images, fewer than a batch of {batch_size}: raise data.outer_per_class, "
+            "or lower train.batch_size"
         )
 
 
 def check_labels(labels: np.ndarray, num_classes: int) -> np.ndarray:
-    """The labels as int64 `[N]`, checked on the host: under jit one out of range wraps or gives NaN unseen.
+    """Returns the labels as int64 `[N]`, checked on the host: under jit one out of range wraps or gives NaN unnoticed.
 
     Raises:
-      ValueError: if they are not a vector of integers in [0, num_classes).
+      ValueError: they are not a vector of integers in [0, num_classes).
 
     >>> check_labels(np.array([0, 2, 1], np.int32), 3).tolist()
     [0, 2, 1]
@@ -298,14 +301,14 @@ def _check_keys(keys: np.ndarray, expected: int) -> None:
         )
 
 
-def _check_held_out(meta_per_class: int, validation_per_class: int) -> None:
-    for name, value in (("meta_per_class", meta_per_class), ("validation_per_class", validation_per_class)):
+def _check_held_out(outer_per_class: int, validation_per_class: int) -> None:
+    for name, value in (("outer_per_class", outer_per_class), ("validation_per_class", validation_per_class)):
         if value < 0:
             raise ValueError(f"{name}={value}: give 0 (none) or more images of each class")
 
 
 def _resolve_n_max(n_max: int, present: np.ndarray, held_out: int) -> int:
-    """The size of class 0: as given, or what the smallest class has left."""
+    """Returns the size of class 0: as given, or what the smallest class has left."""
     if n_max < 0:
         raise ValueError(f"n_max={n_max}: give a positive number, or 0 for what is left of the smallest class")
     if not present.all():
@@ -316,7 +319,7 @@ def _resolve_n_max(n_max: int, present: np.ndarray, held_out: int) -> int:
         )
     if held_out >= present.min():
         raise ValueError(
-            f"meta_per_class + validation_per_class = {held_out}: class {present.argmin()} has only "
+            f"outer_per_class + validation_per_class = {held_out}: class {present.argmin()} has only "
             f"{present.min()} images and needs one for training; hold out fewer"
         )
     return int(n_max or present.min() - held_out)
@@ -333,7 +336,7 @@ def _check_available(wanted: np.ndarray, present: np.ndarray, held_out: int, n_m
 
 
 def _digests(keys: np.ndarray, seed: int) -> np.ndarray:
-    """A 128-bit hash of (seed, key) of each key, as uint64 `[N, 2]`: wide enough for ties never to happen."""
+    """Returns a 128-bit hash of (seed, key) of each key as uint64 `[N, 2]`, wide enough for ties never to happen."""
     prefix = hashlib.blake2b(f"{int(seed)}:".encode(), digest_size=16)
     joined = bytearray()
     for key in keys:

@@ -1,4 +1,4 @@
-"""Labelled images: in memory, or as records on disk that are decoded when they are asked for.
+"""Holds labelled images in memory, or as records on disk that are decoded when they are taken.
 
 The only module of the library that reads TFDS directories.
 """
@@ -11,28 +11,21 @@ import io
 import os
 import pathlib
 import re
-import struct
 import zipfile
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ltkd_jax import files
 from ltkd_jax.data import resize
 
 if TYPE_CHECKING:
     from PIL import Image
 
 Builder = Any  # of TFDS, which has no type hints
+FINGERPRINT = "fingerprint.txt"  # holds a hash of all records, beside those of image files
 _BLOCK = 256  # records that are read at once
-
-# A PNG up to its first data chunk: signature, then the header chunk.
-_PNG_HEADER = struct.Struct(">8sI4sIIBBBBBI")
-_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_PNG_MODES = {0: "L", 2: "RGB"}  # colour type to Pillow's mode
-
-
-FINGERPRINT = "fingerprint.txt"  # of all records, beside those that `write` wrote
 
 
 class DamagedRecord(ValueError):
@@ -45,7 +38,13 @@ class DatasetNotPrepared(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Images:
-    """Labelled images, sorted by key: images uint8 `[N, H, W, C]`, labels int32 `[N]`, keys str `[N]`, unique."""
+    """Labelled images in memory, sorted by key.
+
+    Attributes:
+      images: uint8 `[N, H, W, C]`.
+      labels: int32 `[N]`.
+      keys: str `[N]`, unique.
+    """
 
     images: np.ndarray
     labels: np.ndarray
@@ -60,24 +59,24 @@ class Images:
         return self.images.shape[1:]
 
     def take(self, indices: np.ndarray) -> "Images":
-        """Those of the indices."""
+        """Returns the images at `indices`."""
         return Images(self.images[indices], self.labels[indices], self.keys[indices])
 
-    subset = take  # as `Records` has it
+    subset = take  # the counterpart of `Records.subset`
 
 
 @dataclasses.dataclass(frozen=True)
 class Records:
-    """Labelled images of a TFDS directory, sorted by key, as they lie on disk. May be pickled.
+    """Labelled images of a TFDS directory, sorted by key, which stay on disk. May be pickled.
 
     Attributes:
       files: the array_record files.
-      numbers: int64 `[N]`, the record of each image.
+      numbers: int64 `[N]`, the number of each image's record.
       labels: int32 `[N]`.
       keys: str `[N]`, unique.
-      shape: height, width and channels of an image as it is read.
-      fit: "stored", every image has `shape` already; else it is made of each by `resize.center`, "whole", or with a
-        "margin" left out as ImageNet's habit is.
+      shape: height, width and channels of a decoded image.
+      fit: "stored" if every image has `shape` already; else `resize.center` makes it of the "whole" image, or of what a
+        "margin" leaves, as is usual for ImageNet.
     """
 
     files: tuple[str, ...]
@@ -100,73 +99,70 @@ class Records:
         return ArrayRecordDataSource(list(self.files))
 
     def subset(self, indices: np.ndarray) -> "Records":
-        """Those of the indices, still on disk."""
+        """Returns the images at `indices`, still on disk."""
         return dataclasses.replace(
             self, numbers=self.numbers[indices], labels=self.labels[indices], keys=self.keys[indices]
         )
 
     def take(self, indices: np.ndarray) -> Images:
-        """Those of the indices, decoded."""
+        """Returns the images at `indices`, decoded."""
         images = np.empty((len(indices), *self.shape), np.uint8)
         for start in range(0, len(indices), _BLOCK):
             block = indices[start : start + _BLOCK]
-            with self._naming(block[0]):
-                found = self._source.__getitems__(self.numbers[block])
-            for i, (index, record) in enumerate(zip(block, found), start):
-                images[i] = self._whole(index, record)
+            with self._named_errors(block[0]):
+                contents = self._source.__getitems__(self.numbers[block])
+            for i, (index, record) in enumerate(zip(block, contents), start):
+                images[i] = self._decode(index, record)
         return Images(images, self.labels[indices], self.keys[indices])
 
     def image(self, index: int) -> np.ndarray:
-        """An image as it is evaluated, uint8 `[H, W, C]`.
+        """Returns an image for evaluation, uint8 `[H, W, C]`.
 
         Raises:
-          ValueError: it does not decode; the message has its key.
+          DamagedRecord: it does not decode.
         """
-        with self._naming(index):
-            record = self._source[int(self.numbers[index])]
-        return self._whole(index, record)
+        return self.take(np.array([index])).images[0]
 
     def crop(self, index: int, rng: np.random.Generator) -> np.ndarray:
-        """A random resized crop of an image, uint8 `[H, W, C]`, see `resize.random_crop`.
+        """Returns a random resized crop of an image, uint8 `[H, W, C]`, see `resize.random_crop`.
 
         Raises:
-          ValueError: it does not decode; the message has its key.
+          DamagedRecord: it does not decode.
         """
-        with self._naming(index):
-            return resize.random_crop(self._open(self._source[int(self.numbers[index])]), self.shape[0], rng)
+        with self._named_errors(index):
+            record = self._source[int(self.numbers[index])]
+            return resize.random_crop(_open_image(_parse(record), self.shape[-1]), self.shape[0], rng)
 
-    def _whole(self, index: int, record: bytes) -> np.ndarray:
-        with self._naming(index):
+    def _decode(self, index: int, record: bytes) -> np.ndarray:
+        with self._named_errors(index):
+            image = _open_image(_parse(record), self.shape[-1])
             if self.fit == "stored":
-                return decode(_encoded(record), self.shape[-1]).reshape(self.shape)
-            return resize.center(self._open(record), self.shape[0], margin=self.fit == "margin")
-
-    def _open(self, record: bytes) -> "Image.Image":
-        from PIL import Image
-
-        return resize.in_mode(Image.open(io.BytesIO(_encoded(record))), self.shape[-1])
+                return np.asarray(image).reshape(self.shape)
+            return resize.center(image, self.shape[0], margin=self.fit == "margin")
 
     @contextlib.contextmanager
-    def _naming(self, index: int) -> Iterator[None]:
+    def _named_errors(self, index: int) -> Iterator[None]:
+        """Raises any error as one that names the image and its folder."""
         try:
             yield
-        except Exception as error:  # decoders and readers raise whatever they meet
-            key, where = str(self.keys[index]), pathlib.Path(self.files[0]).parent
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise DamagedRecord(f"image {key!r} in {where} does not decode ({reason}): prepare it again") from error
+        except Exception as error:  # whatever a decoder or reader raises
+            key, folder = str(self.keys[index]), pathlib.Path(self.files[0]).parent
+            raise DamagedRecord(
+                f"image {key!r} in {folder} does not decode ({_reason(error)}): prepare it again"
+            ) from error
 
 
 def read(builder: Builder, split: str, size: int = 0, *, margin: bool = False) -> Records:
-    """The images of a split, sorted by key.
+    """Returns the images of a split, sorted by key.
 
     Args:
-      builder: of a prepared TFDS directory, see `open_builder`.
-      split: such as "train".
-      size: to which images are resized; 0 leaves them as they are stored.
+      builder: builder of a prepared TFDS directory, see `open_builder`.
+      split: name of the split, such as "train".
+      size: side to which images are resized; 0 leaves them as they are stored.
       margin: whether resizing leaves out a border.
 
     Raises:
-      ValueError: images of differing sizes and no size to bring them to, or a size that they do not have.
+      ValueError: the images differ in size, and `size` is 0.
     """
     stored = builder.info.features["image"].shape
     fixed = None not in stored
@@ -184,119 +180,99 @@ def _files(builder: Builder, split: str) -> tuple[str, ...]:
 
 
 def index(builder: Builder, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Labels int32 `[N]` and keys str `[N]` in the order of the records.
+    """Returns labels int32 `[N]` and keys str `[N]` in the order of the records.
 
-    Where images differ in size, and so may be too large to read them all at every start, this is kept beside the
-    records as `index-SPLIT.npz`.
+    Where images differ in size, and so may be too large to read all of them at every start, the index is kept beside
+    the records as `index-SPLIT.npz`.
     """
-    files, shape = _files(builder, split), builder.info.features["image"].shape
-    path, stamp = _index_path(builder, split), [os.stat(file).st_size for file in files]
-    if None in shape and path.exists():
-        try:
-            with np.load(path) as kept:
-                if kept["sizes"].tolist() == stamp:
-                    return kept["labels"], kept["keys"]
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-            pass  # damaged: it is only a copy
-    labels, keys = _scan(files, shape[-1])
-    keep_index(builder, split, files, labels, keys)
+    paths = _files(builder, split)
+    index_path = _index_path(builder, split)
+    if index_path.exists():
+        # What is damaged or out of date is only a copy.
+        with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            with np.load(index_path) as arrays:
+                if arrays["sizes"].tolist() == [os.stat(path).st_size for path in paths]:
+                    return arrays["labels"], arrays["keys"]
+    labels, keys = _scan(paths, builder.info.features["image"].shape[-1])
+    keep_index(builder, split, paths, labels, keys)
     return labels, keys
 
 
-def keep_index(builder: Builder, split: str, files: Sequence[str], labels: np.ndarray, keys: np.ndarray) -> None:
-    """Keeps what `index` gives, where images differ in size."""
+def keep_index(builder: Builder, split: str, paths: Sequence[str], labels: np.ndarray, keys: np.ndarray) -> None:
+    """Saves the arrays that `index` returns, where images differ in size."""
     if None not in builder.info.features["image"].shape:
         return
-    path = _index_path(builder, split)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
+    # A directory that cannot be written to is scanned again each time.
+    with contextlib.suppress(OSError), files.atomic_write(_index_path(builder, split)) as temporary:
         with open(temporary, "wb") as file:
-            np.savez_compressed(file, labels=labels, keys=keys, sizes=[os.stat(file).st_size for file in files])
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)  # a directory that is read only is read again
+            np.savez_compressed(file, labels=labels, keys=keys, sizes=[os.stat(path).st_size for path in paths])
 
 
 def _index_path(builder: Builder, split: str) -> pathlib.Path:
     return pathlib.Path(builder.data_path) / f"index-{split}.npz"
 
 
-def _scan(files: Sequence[str], channels: int) -> tuple[np.ndarray, np.ndarray]:
-    """Labels and keys of all records. Where they have no id, keys are made of the pixels.
+def _scan(paths: Sequence[str], channels: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the labels and keys of all records. Where they have no id, keys are made of the pixels.
 
     Records are parsed here and not by TFDS, whose generic decoding takes three times as long; threads
     make it slower still, since it is Python code that takes the time.
     """
     from array_record.python.array_record_data_source import ArrayRecordDataSource
 
+    labels, ids, digests = [], [], []
     try:
-        source = ArrayRecordDataSource(list(files))
-        return _gather(source, channels)
+        source = ArrayRecordDataSource(list(paths))
+        for start in range(0, len(source), _BLOCK):
+            for record in source.__getitems__(range(start, min(start + _BLOCK, len(source)))):
+                features = _parse(record)
+                labels.append(features["label"].int64_list.value[0])
+                id_name = next((name for name in ("id", "file_name") if name in features), None)
+                if id_name:
+                    ids.append(features[id_name].bytes_list.value[0].decode())
+                else:
+                    pixels = np.asarray(_open_image(features, channels)).tobytes()
+                    digests.append(hashlib.blake2b(pixels, digest_size=16).hexdigest())
     except RuntimeError as error:
-        raise DamagedRecord(f"{files[0]} or a file beside it is damaged ({error}): prepare it again") from error
-
-
-def _gather(source: Any, channels: int) -> tuple[np.ndarray, np.ndarray]:
-    labels, keys, digests = np.empty(len(source), np.int32), [], []
-    for start in range(0, len(source), _BLOCK):
-        rows = range(start, min(start + _BLOCK, len(source)))
-        for row, record in zip(rows, source.__getitems__(rows)):
-            feature = _parse(record)
-            labels[row] = feature["label"].int64_list.value[0]
-            name = next((key for key in ("id", "file_name") if key in feature), None)
-            if name:
-                keys.append(feature[name].bytes_list.value[0].decode())
-            else:
-                pixels = decode(feature["image"].bytes_list.value[0], channels)
-                digests.append(hashlib.blake2b(pixels.tobytes(), digest_size=16).hexdigest())
-    return labels, content_keys(np.array(digests), labels) if digests else np.array(keys)
+        raise DamagedRecord(f"{paths[0]} or a file beside it is damaged ({error}): prepare it again") from error
+    label_array = np.array(labels, np.int32)
+    return label_array, content_keys(np.array(digests), label_array) if digests else np.array(ids)
 
 
 def _parse(record: bytes) -> Any:
+    """Returns the features of a record by name."""
     from tensorflow_datasets.proto import tf_example_pb2
 
     return tf_example_pb2.Example.FromString(record).features.feature
 
 
-def _encoded(record: bytes) -> bytes:
-    return _parse(record)["image"].bytes_list.value[0]
+def _open_image(features: Any, channels: int) -> "Image.Image":
+    from PIL import Image
+
+    return resize.in_mode(Image.open(io.BytesIO(features["image"].bytes_list.value[0])), channels)
+
+
+def _reason(error: Exception) -> str:
+    """Returns the first line of an error's message, or its type where there is none."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def content_keys(digests: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Keys '<hash of the pixels>_<occurrence>'; equal images are counted in the order of their labels."""
-    seen: dict[str, int] = {}
+    """Returns keys '<hash of the pixels>_<occurrence>'; equal images are counted in the order of their labels."""
+    occurrences: dict[str, int] = {}
     keys = np.empty(len(digests), dtype=object)
     for i in np.lexsort((labels, digests)):
-        occurrence = seen[digests[i]] = seen.get(digests[i], -1) + 1
+        occurrence = occurrences.get(digests[i], 0)
+        occurrences[digests[i]] = occurrence + 1
         keys[i] = f"{digests[i]}_{occurrence}"
     return keys.astype(str)
 
 
-def decode(data: bytes, channels: int) -> np.ndarray:
-    """The pixels of an image file, uint8 `[H, W, 3]` for three channels, else `[H, W]`; grey ones are made colour.
-
-    A small PNG is read twice as quickly as by `PIL.Image.open`.
-    """
-    from PIL import Image
-
-    if data[:8] == _PNG_SIGNATURE:
-        _, _, _, width, height, depth, colour, _, _, interlaced, _ = _PNG_HEADER.unpack_from(data)
-        length, kind = struct.unpack_from(">I4s", data, _PNG_HEADER.size)
-        start = _PNG_HEADER.size + 8
-        next_kind = data[start + length + 8 : start + length + 12]
-        mode = "L" if channels == 1 else "RGB"
-        plain = depth == 8 and _PNG_MODES.get(colour) == mode and not interlaced
-        if plain and kind == b"IDAT" and next_kind == b"IEND":
-            image = Image.frombytes(mode, (width, height), data[start : start + length], "zip", mode, 0)
-            return np.frombuffer(image.tobytes(), np.uint8).reshape(height, width, *(() if mode == "L" else (3,)))
-    return np.asarray(resize.in_mode(Image.open(io.BytesIO(data)), channels))
-
-
 def open_builder(name: str, data_dir: str | os.PathLike[str] | None = None) -> Builder:
-    """The TFDS builder of a data set that is prepared in `data_dir`.
+    """Returns the TFDS builder of a data set that is prepared in `data_dir`, without using the network.
 
     Raises:
-      DatasetNotPrepared: at once, without a look at the network, if it is not there or in another format.
+      DatasetNotPrepared: it is not there, is damaged, or is in another format.
     """
     builder = find_builder(name, data_dir)
     if builder is None:
@@ -309,32 +285,39 @@ def open_builder(name: str, data_dir: str | os.PathLike[str] | None = None) -> B
 
 
 def fingerprint(name: str, data_dir: str | os.PathLike[str] | None = None) -> str | None:
-    """A hash of all records of a data set that was prepared from image files; None where there is none."""
-    found = sorted((resolve_data_dir(data_dir) / name).glob(f"*/{FINGERPRINT}")) if re.fullmatch(r"\w+", name) else []
-    return found[-1].read_text().strip() if found else None
+    """Returns a hash of all records of a data set that was prepared from image files; None where there is none."""
+    paths = _glob(name, data_dir, FINGERPRINT)
+    return paths[-1].read_text().strip() if paths else None
+
+
+def _glob(name: str, data_dir: str | os.PathLike[str] | None, file_name: str) -> list[pathlib.Path]:
+    """Returns the sorted paths of a file in all versions of a data set."""
+    if not re.fullmatch(r"\w+", name):  # not a name but a pattern or a path
+        return []
+    return sorted((resolve_data_dir(data_dir) / name).glob(f"*/{file_name}"))
 
 
 def find_builder(name: str, data_dir: str | os.PathLike[str] | None = None) -> Builder | None:
-    """As `open_builder`, but None if the data set is not there."""
-    root = resolve_data_dir(data_dir)
+    """Returns the builder as `open_builder` does, but None if the data set is not there."""
     # TFDS itself takes a second to import: look first.
-    prepared = [] if not re.fullmatch(r"\w+", name) else list((root / name).glob("*/dataset_info.json"))
+    prepared = _glob(name, data_dir, "dataset_info.json")
     if not prepared:
         return None
     import tensorflow_datasets as tfds
 
     newest = max(prepared, key=lambda path: path.stat().st_mtime)
-    known = tfds.list_builders(with_community_datasets=False)  # out here: a package that TFDS lacks is no damage
+    in_tfds = name in tfds.list_builders(with_community_datasets=False)
     try:
-        if name in known:
-            builder = tfds.builder(name, data_dir=root)
+        if in_tfds:
+            builder = tfds.builder(name, data_dir=resolve_data_dir(data_dir))
         else:
-            builder = tfds.builder_from_directory(newest.parent)  # TFDS has no code for it: the directory tells all
+            builder = tfds.builder_from_directory(newest.parent)
         if not builder.is_prepared():
             return None
-    except Exception as error:  # of whatever kind its parsers raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DatasetNotPrepared(f"{newest.parent} is damaged ({reason}): remove it and prepare it again") from error
+    except Exception as error:  # whatever TFDS's parsers raise
+        raise DatasetNotPrepared(
+            f"{newest.parent} is damaged ({_reason(error)}): remove it and prepare it again"
+        ) from error
     if builder.info.file_format.value != "array_record":
         raise DatasetNotPrepared(
             f"{builder.data_path} holds {builder.info.file_format.value} files, and only array_record is read without "
@@ -344,5 +327,5 @@ def find_builder(name: str, data_dir: str | os.PathLike[str] | None = None) -> B
 
 
 def resolve_data_dir(data_dir: str | os.PathLike[str] | None) -> pathlib.Path:
-    """TFDS's directory: as given, or TFDS's own default."""
+    """Returns TFDS's directory: as given, or TFDS's own default."""
     return pathlib.Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser().absolute()

@@ -8,33 +8,33 @@ import contextlib
 import dataclasses
 import os
 import signal
-import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from ltkd_jax import signals
 from ltkd_jax.data.records import Records
 from ltkd_jax.data.sampling import Array, steps_per_epoch
 
 _THREADS = min(16, os.cpu_count() or 4)  # as many batches are read side by side, and wait, decoded
-_AHEAD = 2  # batches that each worker keeps ready
+_PREFETCH = 2  # batches that each worker keeps ready
 
 
-class Streamed(NamedTuple):
+class StreamedBatch(NamedTuple):
     """A batch of training views, each a random resized crop; leaves `[B, …]`."""
 
     images: Array  # uint8 [B, H, W, C]
     labels: Array  # int32 [B]
-    bits: Array  # uint32 [B], for what is drawn on the device
+    random_bits: Array  # uint32 [B], for what is drawn on the device
 
 
 @dataclasses.dataclass(frozen=True)
 class Order:
     """Which image stands at which position of the endless stream, and what is drawn for it.
 
-    As `plan.epoch_plan`: an epoch is ceil(N / B) full batches, a permutation filled up from the next one. Permutations
-    are computed entry by entry, so that they take no memory whatever N is.
+    As `sampling.epoch_indices`: an epoch is ceil(N / B) full batches, a permutation filled up from the next one.
+    Permutations are computed entry by entry, so that they take no memory whatever N is.
 
     Attributes:
       seed: of the order and of all that is drawn.
@@ -74,14 +74,14 @@ class _Views:
 
     records: Records
     order: Order
-    places: tuple[int, ...]  # of each batch that this process reads
+    positions: tuple[int, ...]  # of each batch that this process reads
 
-    def __call__(self, number: int) -> Streamed:
-        step, place = divmod(number, len(self.places))
-        position = step * self.order.batch_size + self.places[place]
+    def __call__(self, number: int) -> StreamedBatch:
+        step, i = divmod(number, len(self.positions))
+        position = step * self.order.batch_size + self.positions[i]
         index, rng = self.order.index(position), self.order.rng(position)
         image = self.records.crop(index, rng)
-        return Streamed(image, self.records.labels[index], np.asarray(rng.integers(2**32, dtype=np.uint32)))
+        return StreamedBatch(image, self.records.labels[index], np.asarray(rng.integers(2**32, dtype=np.uint32)))
 
 
 @contextlib.contextmanager
@@ -92,9 +92,9 @@ def batches(
     batch_size: int,
     first_step: int,
     num_steps: int,
-    workers: int = 0,
-    places: Sequence[int] | None = None,
-) -> Iterator[Iterator[Streamed]]:
+    num_workers: int = 0,
+    positions: Sequence[int] | None = None,
+) -> Iterator[Iterator[StreamedBatch]]:
     """The batches of `num_steps` steps from a step on; a context, since it may run processes.
 
     Args:
@@ -103,52 +103,39 @@ def batches(
       batch_size: B, of the global batch.
       first_step: of the stream, from which to go on.
       num_steps: how many batches.
-      workers: processes that decode; 0 does it by threads of this one.
-      places: of each batch that are read, such as those of one of several processes; all unless given.
+      num_workers: processes that decode; 0 does it by threads of this one.
+      positions: of each batch that are read, such as those of one of several processes; all by default.
 
     Raises:
-      ValueError: nothing to read, or places that a batch does not have. On the way, an image that does not decode.
+      ValueError: nothing to read, or positions that a batch does not have. On the way, an image that does not decode.
     """
     import grain
 
-    places = tuple(range(batch_size) if places is None else map(int, places))
-    share = len(places)
-    if not places or not all(0 <= place < batch_size for place in places):
-        raise ValueError(f"places={places}: a batch of {batch_size} has those from 0 to {batch_size - 1}")
-    if not len(records) or min(seed, first_step, workers) < 0:
+    positions = tuple(range(batch_size) if positions is None else map(int, positions))
+    share = len(positions)
+    if not positions or not all(0 <= position < batch_size for position in positions):
+        raise ValueError(f"positions={positions}: a batch of {batch_size} has those from 0 to {batch_size - 1}")
+    if not len(records) or min(seed, first_step, num_workers) < 0:
         raise ValueError(
-            f"{len(records)} images, seed={seed}, first_step={first_step}, workers={workers}: there must be an image, "
-            "and nothing may be negative"
+            f"{len(records)} images, seed={seed}, first_step={first_step}, num_workers={num_workers}: there must be "
+            "an image, and nothing may be negative"
         )
-    views = _Views(records, Order(seed, len(records), batch_size), places)
+    views = _Views(records, Order(seed, len(records), batch_size), positions)
     numbers = grain.MapDataset.range(first_step * share, (first_step + num_steps) * share)
-    threads = 0 if workers else _THREADS
+    threads = 0 if num_workers else _THREADS
     read = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
     stream = numbers.map(views).batch(share).to_iter_dataset(read)
-    if workers:
+    if num_workers:
         _parse_flags()
-        stream = stream.mp_prefetch(grain.MultiprocessingOptions(workers, per_worker_buffer_size=_AHEAD))
-    with _ignored_by_children(signal.SIGINT, signal.SIGTERM) if workers else contextlib.nullcontext():
+        stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=_PREFETCH))
+    # Workers inherit the handlers: a signal sent to the whole process group is for the program alone.
+    with signals.handled(signal.SIG_IGN) if num_workers else contextlib.nullcontext():
         iterator = iter(stream)
         iterator.start_prefetch()
     try:
         yield iterator
     finally:
         iterator.close()
-
-
-@contextlib.contextmanager
-def _ignored_by_children(*numbers: signal.Signals) -> Iterator[None]:
-    """Processes that start meanwhile do not hear these signals: sent to the group, they are for the program."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # a signal's handler can be set in the main thread alone
-        return
-    old = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
 
 
 def _parse_flags() -> None:
@@ -159,11 +146,11 @@ def _parse_flags() -> None:
         flags.FLAGS.mark_as_parsed()
 
 
-def in_order(records: Records, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Images as they are evaluated, in batches (images, labels): of each row of numbers `[S, B]`, one."""
+def in_order(records: Records, indices: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields (images, labels) as they are evaluated, a batch for each row of `indices` `[S, B]`."""
     import grain
 
     read = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_THREADS)
-    examples = grain.MapDataset.source(rows.ravel()).map(lambda i: (records.image(int(i)), records.labels[i]))
-    with contextlib.closing(iter(examples.batch(rows.shape[1]).to_iter_dataset(read))) as iterator:
+    examples = grain.MapDataset.source(indices.ravel()).map(lambda i: (records.image(int(i)), records.labels[i]))
+    with contextlib.closing(iter(examples.batch(indices.shape[1]).to_iter_dataset(read))) as iterator:
         yield from iterator

@@ -23,7 +23,7 @@ class Checkpoints:
     A step counts once its checksum is written, after Orbax is done: a kill in between leaves the one before.
 
     Args:
-      directory: made by the first save. Of several processes one alone may use it, see `hosts.first`.
+      directory: made by the first save. Of several processes one alone may use it, see `hosts.run_on_primary`.
       keep: how many to keep; at least 2 leave one to fall back on.
     """
 

@@ -53,27 +53,27 @@ def start(where: str) -> None:
     jax.devices()  # a meeting of all: one that came later would make the others give up
 
 
-def is_first() -> bool:
+def is_primary() -> bool:
     """Whether this process is the one that writes."""
     return _state().process_id == 0
 
 
-def first(fn: Callable[[], _T]) -> _T:
-    """What `fn()` gives in the first process, where alone it is called; its error is raised in every process.
+def run_on_primary(fn: Callable[[], _T]) -> _T:
+    """Runs `fn` on process 0 and returns its result, or raises its exception, in every process.
 
     Large arrays of the result travel over the devices.
 
-    >>> first(lambda: 3)
+    >>> run_on_primary(lambda: 3)
     3
     """
     client = _state().client
     if client is None:
         return fn()
-    key = f"ltkd_jax/first/{next(_calls)}"
+    key = f"ltkd_jax/primary/{next(_calls)}"
     result: Any = None
     error: Exception | None = None
     buffers: list[Any] = []
-    if is_first():
+    if is_primary():
         result, error = _attempt(fn)
         content = pickle.dumps(result, protocol=5, buffer_callback=buffers.append)
         buffers = [np.frombuffer(buffer.raw(), np.uint8) for buffer in buffers]
@@ -81,37 +81,37 @@ def first(fn: Callable[[], _T]) -> _T:
         client.key_value_set_bytes(key, pickle.dumps((content, sizes, error and _portable(error))))
     content, sizes, told = pickle.loads(client.blocking_key_value_get_bytes(key, _WAIT_MS))
     client.wait_at_barrier(key, _WAIT_MS)  # all have read it
-    if is_first():
+    if is_primary():
         client.key_value_delete(key)
     if told:
         raise error or told
     if sizes:  # in one piece, since every size is compiled for
-        joined = np.concatenate(buffers) if is_first() else np.zeros(sum(sizes), np.uint8)
+        joined = np.concatenate(buffers) if is_primary() else np.zeros(sum(sizes), np.uint8)
         joined = _broadcast(joined)
         buffers = [part.copy() for part in np.split(joined, np.cumsum(sizes)[:-1])]
-    return result if is_first() else pickle.loads(content, buffers=buffers)
+    return result if is_primary() else pickle.loads(content, buffers=buffers)
 
 
-def each(fn: Callable[[], _T]) -> _T:
-    """What `fn()` gives in this process; an error of any process is raised in every one.
+def run_on_all(fn: Callable[[], _T]) -> _T:
+    """Runs `fn` in every process and returns its own result; an exception of one is raised in all of them.
 
-    >>> each(lambda: 3)
+    >>> run_on_all(lambda: 3)
     3
     """
     result, error = _attempt(fn)
     if error is not None:
-        gather(_portable(error))
+        all_gather(_portable(error))
         raise error
-    for index, told in enumerate(gather(None)):
+    for index, told in enumerate(all_gather(None)):
         if told is not None:
             raise told.with_traceback(None) from RuntimeError(f"in process {index}")
     return result
 
 
-def gather(value: _T) -> list[_T]:
-    """The values of all processes, in their order; called by all of them.
+def all_gather(value: _T) -> list[_T]:
+    """Returns the values of all processes, in their order; all of them must call it.
 
-    >>> gather("here")
+    >>> all_gather("here")
     ['here']
     """
     client = _state().client

@@ -50,13 +50,13 @@ class Parallel:
         of_arrays = self._local if mode == "pmap" else self.devices
         self._mesh = Mesh(np.asarray(of_arrays), (_AXIS,), axis_types=(AxisType.Auto,))
 
-    def places(self, batch_size: int) -> np.ndarray:
-        """The positions of a global batch that this process's devices hold, in order.
+    def local_positions(self, batch_size: int) -> np.ndarray:
+        """Returns the positions of a global batch that this process's devices hold, in order.
 
         Raises:
           ValueError: the devices do not divide the batch.
 
-        >>> Parallel("jit", jax.devices()[:2]).places(4).tolist()
+        >>> Parallel("jit", jax.devices()[:2]).local_positions(4).tolist()
         [0, 1, 2, 3]
         """
         each, rest = divmod(batch_size, self.num_devices)
@@ -71,20 +71,20 @@ class Parallel:
         It stays as it is under "jit", and gets an axis for this process's devices in front under "pmap".
         """
         if self.mode == "jit":
-            return self._place(tree, P())
+            return self._put(tree, P())
         stacked = jax.tree.map(lambda x: np.broadcast_to(np.asarray(x), (len(self._local), *np.shape(x))), tree)
-        return self._place(stacked, P(_AXIS))
+        return self._put(stacked, P(_AXIS))
 
     def first(self, tree: PyTree) -> PyTree:
         """A replicated tree as one copy."""
         return tree if self.mode == "jit" else jax.tree.map(lambda x: x[0], tree)
 
     def shard(self, tree: PyTree, batch_axis: int) -> PyTree:
-        """Leaves split over the devices along `batch_axis`, of which each process gives its own `places`."""
+        """Leaves split over the devices along `batch_axis`, of which each process gives its own positions."""
         if self.mode == "pmap":
             stacked = jax.tree.map(lambda x: self._split(np.asarray(x), batch_axis), tree)
-            return self._place(stacked, P(_AXIS))
-        return self._place(tree, self._spec(batch_axis), batch_axis)
+            return self._put(stacked, P(_AXIS))
+        return self._put(tree, self._spec(batch_axis), batch_axis)
 
     def compile(
         self, fn: Callable[..., PyTree], *, batch_axis: int, donate: tuple[int, ...] = ()
@@ -106,18 +106,18 @@ class Parallel:
 
         return jax.jit(constrained, out_shardings=replicated, donate_argnums=donate)
 
-    def _place(self, tree: PyTree, spec: P, spread_axis: int | None = None) -> PyTree:
+    def _put(self, tree: PyTree, spec: P, spread_axis: int | None = None) -> PyTree:
         """Arrays of the mesh; along `spread_axis` the leaves are this process's part of them."""
         sharding = NamedSharding(self._mesh, spec)
 
-        def place(x: ArrayLike) -> jax.Array:
+        def put(x: ArrayLike) -> jax.Array:
             x = np.asarray(x)
             shape = list(x.shape)
             if spread_axis is not None:
                 shape[spread_axis] = shape[spread_axis] * self.num_devices // len(self._local)
             return jax.make_array_from_process_local_data(sharding, x, tuple(shape))
 
-        return jax.tree.map(place, tree)
+        return jax.tree.map(put, tree)
 
     def _spec(self, batch_axis: int) -> P:
         return P(*([None] * batch_axis), _AXIS)

@@ -1,4 +1,4 @@
-"""The step, written once: it runs on one device, sharded by `jit`, or mapped by `pmap` with an `axis_name`."""
+"""The training step, written once: it runs on one device, sharded by `jit`, or mapped by `pmap` with an `axis_name`."""
 
 import functools
 from collections.abc import Callable
@@ -11,36 +11,57 @@ import optax
 from ltkd_jax import metrics, models
 from ltkd_jax.bilevel import PyTree
 from ltkd_jax.data import augment
-from ltkd_jax.data.sampling import Plan
-from ltkd_jax.data.streaming import Streamed
-from ltkd_jax.methods import Mix, Objective, Predictions
+from ltkd_jax.data.sampling import BatchIndices
+from ltkd_jax.data.streaming import StreamedBatch
+from ltkd_jax.methods import Mixup, Objective, Predictions
 from ltkd_jax.models import review
 from ltkd_jax.training.state import EpochSums, TrainState, cleared
 
 
 class TrainData(NamedTuple):
-    """A training set that lives on the device; of one that is streamed, only what teaches.
+    """A set of images that lives on the device; of a streamed one, only what its teacher needs.
 
     Attributes:
       images: uint8 `[N, H, W, channels]`; None where batches are streamed.
-      labels: int32 `[N]`; None likewise.
-      teacher: whatever the run's `TeacherFn` reads: its table, its variables, or None.
+      labels: int32 `[N]`; None where batches are streamed.
+      teacher: whatever the run's `TeacherFn` reads: the table of logits, the teacher's variables, or None.
+      outer: the outer set of learned weights, a `TrainData`; None where weights are static.
     """
 
     images: jax.Array | None
     labels: jax.Array | None
     teacher: Any
+    outer: Any = None
+
+
+class StepInputs(NamedTuple):
+    """What steps read, leaves `[B, …]`, or `[S, B, …]` of the S steps of one call.
+
+    Attributes:
+      train: the training batches; with weights learned through K lookahead steps `[B, K, …]`.
+      mixup: what those are mixed with, of the same shape; None without Mixup.
+      outer: batches of the outer set; None where weights are static.
+    """
+
+    train: BatchIndices | StreamedBatch
+    mixup: BatchIndices | StreamedBatch | None = None
+    outer: BatchIndices | StreamedBatch | None = None
+
+
+class TeacherOutputs(NamedTuple):
+    """What a teacher computes for a batch; None where the method does not need it."""
+
+    logits: jax.Array | None = None  # [B, C]
+    features: tuple[jax.Array, ...] | None = None  # float [B, H, W, channels] each
 
 
 class Batch(NamedTuple):
-    """What a step sees."""
+    """A batch as a loss sees it."""
 
     images: jax.Array  # float [B, H, W, channels]
     labels: jax.Array  # int32 [B]
-    teacher_logits: jax.Array | None  # [B, C]
-    # of a method that distils them: float [B, H, W, channels] each
-    teacher_features: tuple[jax.Array, ...] | None = None
-    mix: Mix | None = None  # what each image is mixed with
+    teacher: TeacherOutputs = TeacherOutputs()
+    mixup: Mixup | None = None
 
 
 class EvalBatch(NamedTuple):
@@ -51,114 +72,104 @@ class EvalBatch(NamedTuple):
     mask: jax.Array  # bool [B], false for padding
 
 
-class Taught(NamedTuple):
-    """What a teacher says of a batch."""
-
-    logits: jax.Array | None = None  # [B, C]
-    features: tuple[jax.Array, ...] | None = None  # float [B, H, W, channels] each
-
-
-class Paired(NamedTuple):
-    """Rows, and for each the row that it is mixed with."""
-
-    rows: Plan | Streamed
-    partners: Plan | Streamed
-
-
 Preprocess = Callable[[jax.Array], jax.Array]  # uint8 images -> float images
-TeacherFn = Callable[[Any, Any, jax.Array], Taught]  # (data.teacher, its Plan or Streamed, images) -> what it says
-
+# (data.teacher, the batch's indices or streamed batch, images) -> what the teacher computes for them
+TeacherFn = Callable[[Any, Any, jax.Array], TeacherOutputs]
 Forward = Callable[[PyTree, Batch], tuple[Predictions, PyTree]]  # (params, batch) -> predictions, batch statistics
+StepFn = Callable[[TrainState, TrainData, StepInputs], TrainState]
 _T = TypeVar("_T")
 
 
-def no_teacher(teacher: Any, rows: Plan | Streamed, images: jax.Array) -> Taught:
-    """The `TeacherFn` of a method without a teacher."""
-    return Taught()
+def no_teacher(teacher: Any, batch: BatchIndices | StreamedBatch, images: jax.Array) -> TeacherOutputs:
+    """Returns nothing: the `TeacherFn` of a method without a teacher."""
+    return TeacherOutputs()
 
 
-def table_teacher(teacher: jax.Array, rows: Plan, images: jax.Array) -> Taught:
-    """The `TeacherFn` that looks logits up in the teacher's table, `[N, views, C]`; a single view stands for all."""
-    return Taught(teacher[rows.index, rows.view if teacher.shape[1] > 1 else 0])
+def table_teacher(table: jax.Array, batch: BatchIndices, images: jax.Array) -> TeacherOutputs:
+    """Looks logits up in the teacher's table, `[N, views, C]`; a table of one view serves for all."""
+    return TeacherOutputs(table[batch.index, batch.view if table.shape[1] > 1 else 0])
 
 
 def network_teacher(model: models.Model) -> TeacherFn:
-    """The `TeacherFn` that runs the teacher, in evaluation mode, on the batch's images."""
-    return lambda teacher, rows, images: Taught(model.apply(teacher, images, train=False))
+    """Returns the `TeacherFn` that runs the teacher, in evaluation mode, on the batch's images."""
+    return lambda variables, batch, images: TeacherOutputs(model.apply(variables, images, train=False))
 
 
 def feature_teacher(model: models.Model) -> TeacherFn:
-    """As `network_teacher`, with the teacher's features, from the first stage to the pooled vector."""
+    """Returns `network_teacher` with the teacher's features too, from the first stage to the pooled vector."""
 
-    def teach(teacher: PyTree, rows: Plan | Streamed, images: jax.Array) -> Taught:
-        logits, features, _ = models.apply_with_features(model, teacher, images, train=False)
-        return Taught(logits, review.maps(features))
+    def teacher_fn(variables: PyTree, batch: BatchIndices | StreamedBatch, images: jax.Array) -> TeacherOutputs:
+        logits, features, _ = models.apply_with_features(model, variables, images, train=False)
+        return TeacherOutputs(logits, review.maps(features))
 
-    return teach
+    return teacher_fn
 
 
-def fetch(
+def make_batch(
     data: TrainData,
-    rows: Plan | Streamed | Paired,
+    batch: BatchIndices | StreamedBatch,
+    mixup: BatchIndices | StreamedBatch | None = None,
     *,
     views: augment.Views,
     preprocess: Preprocess,
     teacher_fn: TeacherFn,
     extra: augment.Extra = augment.NOTHING,
 ) -> Batch:
-    """The batch of `rows`, leaves `[B, …]`: augmented and normalised images, and what the teacher says of them.
+    """Returns augmented and normalised images, their labels, and what the teacher computes for them.
 
-    What is not streamed is gathered, cropped and flipped first.
+    What is not streamed is first gathered from the data, cropped and flipped.
 
     Args:
-      data: the training set.
-      rows: of one step; `Paired` for Mixup.
+      data: the set.
+      batch: leaves `[B, …]`.
+      mixup: what each image is mixed with.
       views: of images on the device.
       preprocess: uint8 images to float ones.
       teacher_fn: one of those above.
       extra: augmentation beyond the views.
     """
-    if not isinstance(rows, Paired):
-        images, labels = _images(data, rows, views, extra)
-        images, mix = preprocess(images), None
-    else:
-        (images, labels), (others, other_labels) = (_images(data, part, views, extra) for part in rows)
-        assert rows.rows.bits is not None  # Mixup has them drawn
-        share = augment.mixup_share(rows.rows.bits, extra.mixup)
-        images = augment.mix(preprocess(images), preprocess(others), share)
-        rows, mix = rows.rows, Mix(other_labels, share)
-    taught = teacher_fn(data.teacher, rows, images)
-    return Batch(images, labels, taught.logits, taught.features, mix)
+    images, labels = _augmented(data, batch, views, extra)
+    images = preprocess(images)
+    mixed_with = None
+    if mixup is not None:
+        assert batch.random_bits is not None  # Mixup has them drawn
+        others, other_labels = _augmented(data, mixup, views, extra)
+        lam = augment.mixup_share(batch.random_bits, extra.mixup)
+        images = augment.mix(images, preprocess(others), lam)
+        mixed_with = Mixup(other_labels, lam)
+    return Batch(images, labels, teacher_fn(data.teacher, batch, images), mixed_with)
 
 
-def _images(
-    data: TrainData, rows: Plan | Streamed, views: augment.Views, extra: augment.Extra
+def _augmented(
+    data: TrainData, batch: BatchIndices | StreamedBatch, views: augment.Views, extra: augment.Extra
 ) -> tuple[jax.Array, jax.Array]:
-    if isinstance(rows, Streamed):
-        images, labels = jnp.asarray(rows.images), jnp.asarray(rows.labels)
+    """Returns augmented uint8 images and their labels."""
+    if isinstance(batch, StreamedBatch):
+        images, labels = jnp.asarray(batch.images), jnp.asarray(batch.labels)
     else:
         assert data.images is not None and data.labels is not None  # they are None for streams alone
-        images, labels = augment.apply(data.images[rows.index], rows.view, views), data.labels[rows.index]
-    return augment.apply_extra(images, rows.bits, extra), labels
+        images = augment.apply(data.images[batch.index], batch.view, views)
+        labels = data.labels[batch.index]
+    return augment.apply_extra(images, batch.random_bits, extra), labels
 
 
 def forward(model: models.Model, batch_stats: PyTree, axis_name: str | None) -> Forward:
-    """The student in training mode: `(params, batch) -> (Predictions, new batch statistics)`.
+    """Returns the student in training mode: `(params, batch) -> (Predictions, new batch statistics)`.
 
-    Features are asked for only where the batch has the teacher's to compare them with; the model is then a
+    Features are computed only where the batch has the teacher's to compare them with; the model is then a
     `models.review.Reviewed`.
     """
 
     def predict(params: PyTree, batch: Batch) -> tuple[Predictions, PyTree]:
         variables = {"params": params, "batch_stats": batch_stats}
-        if batch.teacher_features is None:
-            features = None
+        features = None
+        if batch.teacher.features is None:
             logits, updates = model.apply(variables, batch.images, train=True, mutable=["batch_stats"])
         else:
             assert isinstance(model, review.Reviewed)
             logits, features, updates = model.apply_with_features(variables, batch.images)
         predictions = Predictions(
-            logits, batch.teacher_logits, batch.labels, axis_name, features, batch.teacher_features, batch.mix
+            logits, batch.teacher.logits, batch.labels, axis_name, features, batch.teacher.features, batch.mixup
         )
         return predictions, updates["batch_stats"]
 
@@ -174,10 +185,11 @@ def train_step(
     optimizer: optax.GradientTransformation,
     axis_name: str | None = None,
 ) -> TrainState:
-    """One step of SGD on mean_i Σ_t weight_t · term_t(i).
+    """Takes one step of SGD on mean_i Σ_t weight_t · term_t(i).
 
     Args:
-      state, batch: see there; under `pmap` the batch is this device's share.
+      state: before the step.
+      batch: under `pmap` this device's share.
       model: a Linen module with batch norm.
       objective: terms and weights.
       optimizer: an optax transformation.
@@ -186,38 +198,41 @@ def train_step(
     weights = objective.weights(state.step)[None, :]
     predict = forward(model, state.batch_stats, axis_name)
 
-    def loss_fn(params: PyTree) -> tuple[jax.Array, tuple[jax.Array, tuple[Predictions, PyTree]]]:
-        seen = predict(params, batch)
-        terms = objective(seen[0])
+    def loss_fn(params: PyTree) -> tuple[jax.Array, tuple[jax.Array, Predictions, PyTree]]:
+        predictions, batch_stats = predict(params, batch)
+        terms = objective(predictions)
         # The local mean: a collective's value must not be returned to `grad`. Gradients are averaged below.
-        return jnp.mean(jnp.sum(terms * weights, axis=-1)), (terms, seen)
+        return jnp.mean(jnp.sum(terms * weights, axis=-1)), (terms, predictions, batch_stats)
 
-    gradient, (terms, seen) = jax.grad(loss_fn, has_aux=True)(state.params)
+    gradient, (terms, predictions, batch_stats) = jax.grad(loss_fn, has_aux=True)(state.params)
     gradient = mean_over_devices(gradient, axis_name)
-    return advance(state, gradient, terms, weights, seen, optimizer=optimizer, axis_name=axis_name)
+    return apply_gradients(
+        state, gradient, terms, weights, predictions, batch_stats, optimizer=optimizer, axis_name=axis_name
+    )
 
 
-def advance(
+def apply_gradients(
     state: TrainState,
     gradient: PyTree,
     terms: jax.Array,
     weights: jax.Array,
-    seen: tuple[Predictions, PyTree],
+    predictions: Predictions,
+    batch_stats: PyTree,
     *,
     optimizer: optax.GradientTransformation,
     axis_name: str | None,
 ) -> TrainState:
-    """The state after the optimizer's step along an averaged gradient, with the step in its sums.
+    """Takes the optimizer's step along an averaged gradient, and adds the step to the state's sums.
 
     Args:
-      state: before.
+      state: before the step.
       gradient: by the parameters, the same on all devices.
       terms: `[B, T]`.
       weights: `[B, T]` or `[1, T]`.
-      seen: predictions and new batch statistics, as `forward` gives them.
+      predictions: of the batch.
+      batch_stats: new ones; batch norm has already taken them over the global batch.
       optimizer, axis_name: as `train_step`.
     """
-    predictions, batch_stats = seen  # batch norm's statistics are already those of the global batch
     loss = jnp.mean(jnp.sum(terms * weights, axis=-1))
     correct = jnp.sum(jnp.argmax(predictions.student_logits, axis=-1) == predictions.labels)
     loss, terms = mean_over_devices((loss, terms.mean(axis=0)), axis_name)
@@ -233,12 +248,12 @@ def advance(
 
 
 def mean_over_devices(tree: _T, axis_name: str | None) -> _T:
-    """The mean over a named device axis; under `jit` values are global already."""
+    """Returns the mean over a named device axis; under `jit` values are global already."""
     return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
 
 
 def sum_over_devices(tree: _T, axis_name: str | None) -> _T:
-    """The sum over a named device axis; under `jit` values are global already."""
+    """Returns the sum over a named device axis; under `jit` values are global already."""
     return tree if axis_name is None else jax.lax.psum(tree, axis_name)
 
 
@@ -254,35 +269,28 @@ def _add(sums: EpochSums, terms: jax.Array, loss: jax.Array, correct: jax.Array,
     )
 
 
-def train_chunk(
-    state: TrainState,
-    data: PyTree,
-    rows: PyTree,
-    *,
-    steps_per_epoch: int,
-    fetch_fn: Callable[[PyTree, PyTree], PyTree],
-    step_fn: Callable[[TrainState, PyTree], TrainState],
+def train_steps(
+    state: TrainState, data: TrainData, inputs: StepInputs, *, step_fn: StepFn, steps_per_epoch: int
 ) -> TrainState:
-    """Steps over `rows`, leaves `[S, …]`, as one computation; an epoch's first step clears the sums.
+    """Takes the S steps of `inputs`, leaves `[S, …]`, as one computation; an epoch's first step clears the sums.
 
-    A single row is not put in a loop: XLA's convolutions inside one are several times slower on CPU.
+    A single step is not put in a loop: XLA's convolutions inside one are several times slower on CPU.
 
     Args:
-      state: before.
-      data, rows: what `fetch_fn(data, row)` makes a batch of.
+      state: before the steps.
+      data, inputs: what `step_fn` takes; of `inputs` a step at a time.
+      step_fn: takes one step.
       steps_per_epoch: of the run.
-      fetch_fn: such as `fetch`.
-      step_fn: `(state, batch) -> state`.
     """
 
-    def body(state: TrainState, row: PyTree) -> tuple[TrainState, None]:
+    def body(state: TrainState, inputs: StepInputs) -> tuple[TrainState, None]:
         at_start = state.step % steps_per_epoch == 0
         sums = jax.tree.map(functools.partial(jnp.where, at_start), cleared(state.sums), state.sums)
-        return step_fn(state._replace(sums=sums), fetch_fn(data, row)), None
+        return step_fn(state._replace(sums=sums), data, inputs), None
 
-    if jax.tree.leaves(rows)[0].shape[0] == 1:
-        return body(state, jax.tree.map(lambda leaf: leaf[0], rows))[0]
-    return jax.lax.scan(body, state, rows)[0]
+    if jax.tree.leaves(inputs)[0].shape[0] == 1:
+        return body(state, jax.tree.map(lambda leaf: leaf[0], inputs))[0]
+    return jax.lax.scan(body, state, inputs)[0]
 
 
 def eval_step(
@@ -293,6 +301,6 @@ def eval_step(
     preprocess: Preprocess,
     axis_name: str | None = None,
 ) -> metrics.EvalSums:
-    """`metrics.EvalSums` of one padded batch, over all devices."""
+    """Returns `metrics.EvalSums` of one padded batch, over all devices."""
     logits = model.apply(variables, preprocess(batch.images), train=False)
     return sum_over_devices(metrics.eval_sums(logits, batch.labels, batch.mask), axis_name)

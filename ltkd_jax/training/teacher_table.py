@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator
 import jax
 import numpy as np
 
-from ltkd_jax.data.sampling import Plan
+from ltkd_jax.data.sampling import BatchIndices
 
 
 def table_bytes(num_examples: int, num_views: int, num_classes: int) -> int:
-    """Size of the table in float32.
+    """Returns the size of the table in float32, in bytes.
 
     >>> table_bytes(10_847, 162, 100)
     702885600
@@ -22,38 +22,38 @@ def table_bytes(num_examples: int, num_views: int, num_classes: int) -> int:
     return 4 * num_examples * num_views * num_classes
 
 
-def pays(num_views: int, *, epochs: float, runs: int) -> bool:
-    """Whether building the table (a forward of every view) costs no more forwards than the runs that share it.
+def is_worthwhile(num_views: int, *, epochs: float, runs: int) -> bool:
+    """Returns whether building the table costs no more forward passes than the runs that share it.
 
-    >>> pays(162, epochs=240, runs=1), pays(162, epochs=60, runs=2)
+    >>> is_worthwhile(162, epochs=240, runs=1), is_worthwhile(162, epochs=60, runs=2)
     (True, False)
     """
     return num_views <= epochs * runs
 
 
-def batches(num_examples: int, num_views: int, batch_size: int, start: int = 0) -> Iterator[tuple[int, Plan]]:
-    """Every (image, view) from the `start`-th on, image-major, in batches, each with the number of its first pair.
+def batches(num_examples: int, num_views: int, batch_size: int, start: int = 0) -> Iterator[tuple[int, BatchIndices]]:
+    """Yields every (image, view) from the `start`-th on, image-major, in batches, with the number of the first pair.
 
     The last batch is filled up with the last pair.
     """
     total = num_examples * num_views
     for first in range(start, total, batch_size):
         flat = np.minimum(np.arange(first, first + batch_size), total - 1)
-        yield first, Plan(*(part.astype(np.int32) for part in np.divmod(flat, num_views)))
+        yield first, BatchIndices(*(part.astype(np.int32) for part in np.divmod(flat, num_views)))
 
 
 def build(
-    logits_fn: Callable[[Plan], jax.Array],
+    logits_fn: Callable[[BatchIndices], jax.Array],
     out: np.ndarray,
     *,
     batch_size: int,
     start: int = 0,
     on_batch: Callable[[int], None] = lambda done: None,
 ) -> None:
-    """Fills `out` `[N, V, C]` with `logits_fn(rows) -> [B, C]` of every image and view.
+    """Fills `out` `[N, V, C]` with `logits_fn(indices) -> [B, C]` of every image and view.
 
     Args:
-      logits_fn: a compiled function of a `Plan` of one batch, index and view `[B]`.
+      logits_fn: a compiled function of the indices of one batch.
       out: writable, such as a memory map.
       batch_size: B.
       start: how many pairs, image-major, are there already.
@@ -69,8 +69,8 @@ def build(
         flat[first:stop] = np.asarray(logits)[: stop - first]
         on_batch(stop)
 
-    for first, rows in batches(num_examples, num_views, batch_size, start):
-        pending.append((first, logits_fn(rows)))
+    for first, indices in batches(num_examples, num_views, batch_size, start):
+        pending.append((first, logits_fn(indices)))
         # A few batches in flight: the device computes while the host copies.
         if len(pending) > 4:
             write()

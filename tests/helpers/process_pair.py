@@ -21,22 +21,22 @@ STEPS = 6  # a collective of eight virtual devices in two processes takes its ti
 def primitives():
     """What is done once, what all must agree on, and whose errors all get."""
     me = jax.process_index()
-    large = hosts.first(lambda: {"array": np.arange(1000.0) + me, "me": me})
+    large = hosts.run_on_primary(lambda: {"array": np.arange(1000.0) + me, "me": me})
     assert large["me"] == 0 and (large["array"] == np.arange(1000.0)).all()
     calls = []
-    hosts.first(lambda: calls.append(1))
+    hosts.run_on_primary(lambda: calls.append(1))
     assert len(calls) == (me == 0)
     for _ in range(3):
-        assert hosts.gather(10 + me) == [10, 11]
-    assert hosts.each(lambda: me) == me
+        assert hosts.all_gather(10 + me) == [10, 11]
+    assert hosts.run_on_all(lambda: me) == me
     for culprit in range(2):
         try:
-            hosts.each(lambda: 1 // (me != culprit))  # noqa: B023
+            hosts.run_on_all(lambda: 1 // (me != culprit))  # noqa: B023
             raise SystemExit("an error in one process must be raised in both")
         except ZeroDivisionError:
             pass
     try:
-        hosts.first(lambda: open("/nowhere/at/all"))
+        hosts.run_on_primary(lambda: open("/nowhere/at/all"))
         raise SystemExit("an error in the first process must be raised in both")
     except FileNotFoundError as error:
         assert "/nowhere/at/all" in str(error)
@@ -48,7 +48,7 @@ def primitives():
         raise Odd("it says why")
 
     try:
-        hosts.each(odd) if me == 1 else hosts.each(lambda: None)
+        hosts.run_on_all(odd) if me == 1 else hosts.run_on_all(lambda: None)
     except Odd:
         assert me == 1
     except RuntimeError as error:
@@ -67,11 +67,11 @@ def training(folder, cases):
             mode, ahead = CASES[case]
             found[case] = train("ltkd", Parallel(mode), STEPS, ahead=ahead, **teaching)
         if "jit" in cases:  # one process with eight devices has left a checkpoint of half the steps
-            step, start, _ = hosts.first(lambda: Checkpoints(folder / "of_one").restore(found["jit"]))
+            step, start, _ = hosts.run_on_primary(lambda: Checkpoints(folder / "of_one").restore(found["jit"]))
             assert step == start.step == STEPS // 2
             found["went_on"] = train("ltkd", Parallel("jit"), STEPS, start=start, **teaching)
         for name, state in found.items():
-            hosts.first(lambda: Checkpoints(folder / name).save(STEPS, state, {}))  # noqa: B023
+            hosts.run_on_primary(lambda: Checkpoints(folder / name).save(STEPS, state, {}))  # noqa: B023
 
 
 def reading(folder):

@@ -115,9 +115,13 @@ def test_each_process_reads_its_share_alone(together):
 
 
 def test_one_process_needs_no_meeting():
-    assert hosts.is_first() and hosts.gather("x") == ["x"] and hosts.first(lambda: 1) == hosts.each(lambda: 1) == 1
+    assert (
+        hosts.is_primary()
+        and hosts.all_gather("x") == ["x"]
+        and hosts.run_on_primary(lambda: 1) == hosts.run_on_all(lambda: 1) == 1
+    )
     with pytest.raises(ZeroDivisionError):
-        hosts.each(lambda: 1 // 0)
+        hosts.run_on_all(lambda: 1 // 0)
 
 
 @pytest.mark.parametrize("where", ["", "10.0.0.1:99", "here,0,2", "10.0.0.1:99,2,2", "10.0.0.1:99,a,2"])

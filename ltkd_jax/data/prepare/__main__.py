@@ -1,11 +1,12 @@
-"""The command: `python -m ltkd_jax.data.prepare NAME --data_dir=DIR`."""
+"""Prepares a data set once: `python -m ltkd_jax.data.prepare NAME --data_dir=DIR`."""
 
 import argparse
 import logging
-import signal
 import sys
 from collections.abc import Sequence
+from typing import Any
 
+from ltkd_jax import signals
 from ltkd_jax.data import records
 from ltkd_jax.data.prepare import archives, download, recipes
 from ltkd_jax.data.prepare.tfds_writer import PrepareError
@@ -36,7 +37,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("dataset", choices=recipes.DATASETS)
     parser.add_argument("--data_dir", help="TFDS's directory (default: $TFDS_DATA_DIR, or ~/tensorflow_datasets)")
-    parser.add_argument("--source", metavar="PATH", help="an archive or folder at hand; without it, fetch one")
+    parser.add_argument("--source", metavar="PATH", help="a local archive or folder; without it, one is downloaded")
     parser.add_argument("--name", help="of your own data set, for `folder`: what config.data.name is then set to")
     parser.add_argument(
         "--test_per_class", type=int, default=0, metavar="N",
@@ -53,41 +54,43 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code, 2 with a message on the standard error if it can't be done."""
-    args = _parse(argv)
-    logging.basicConfig(format="%(message)s")
-    data_dir, name = records.resolve_data_dir(args.data_dir), args.name or args.dataset
-    try:
-        if args.dataset == "folder":
-            how = recipes.own_recipe(name, test_per_class=args.test_per_class)
-        builder = records.find_builder(name, data_dir)
-        if builder is not None:
-            print(f"{name} is already prepared: {builder.data_path}")
-            if args.source:
-                print("nothing was read; to prepare it anew, remove that folder first")
-            return 0
-        how = how if args.dataset == "folder" else recipes.recipe(name)
-        path = recipes.prepare(how, data_dir, args.source, skip_damaged=args.skip_damaged, show_progress=True)
-    except KeyboardInterrupt:
-        print("interrupted; nothing half-written is left", file=sys.stderr)
-        return 130
-    except (
-        archives.ArchiveError,
-        download.DownloadError,
-        PrepareError,
-        records.DatasetNotPrepared,
-        OSError,
-    ) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def _prepare(args: argparse.Namespace) -> None:
+    data_dir = records.resolve_data_dir(args.data_dir)
+    name = args.name or args.dataset
+    if args.dataset == "folder":
+        recipe = recipes.own_recipe(name, test_per_class=args.test_per_class)
+    else:
+        recipe = recipes.recipe(name)
+    builder = records.find_builder(name, data_dir)
+    if builder is not None:
+        print(f"{name} is already prepared: {builder.data_path}")
+        if args.source:
+            print("nothing was read; to prepare it again, remove that folder first")
+        return
+    path = recipes.prepare(recipe, data_dir, args.source, skip_damaged=args.skip_damaged, show_progress=True)
     print(f"{name} is prepared: {path}")
     for split, info in records.open_builder(name, data_dir).info.splits.items():
         print(f"  {split}: {info.num_examples:,} images")
+
+
+def _interrupt(signal_number: int, frame: Any) -> None:
+    # An exception, unlike the signal's default action, lets temporary files be removed.
+    print("interrupted; nothing half-written is left", file=sys.stderr)
+    sys.exit(128 + signal_number)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns the exit code: 2, with a message on the standard error, for a failure."""
+    args = _parse(argv)
+    logging.basicConfig(format="%(message)s")
+    try:
+        with signals.handled(_interrupt):
+            _prepare(args)
+    except (archives.ArchiveError, download.DownloadError, PrepareError, records.DatasetNotPrepared, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 
 if __name__ == "__main__":
-    # An exception, unlike the signal, lets temporary files be removed.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     sys.exit(main())

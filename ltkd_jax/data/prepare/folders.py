@@ -1,6 +1,7 @@
-"""Images by class in a folder or a zip archive: listed and checked, never extracted to disk."""
+"""Lists images by class in a folder or a zip archive, which is never unpacked to disk."""
 
 import dataclasses
+import functools
 import os
 import pathlib
 import zipfile
@@ -14,7 +15,7 @@ from ltkd_jax.data.prepare.archives import ArchiveError
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
 _TEST_NAMES = ("test", "val", "valid", "validation")
-_PASSED_OVER = ("__MACOSX",)  # what macOS adds to its archives
+_HIDDEN = (".", "__MACOSX")  # how names begin that are passed over; the second is what macOS adds to its archives
 _MAX_FILE = 256 << 20  # bytes
 _COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # others expand without a bound
 _TEST_SEED = 20_240_601  # a constant: what is held out for the test is the same at every preparation
@@ -22,7 +23,7 @@ _TEST_SEED = 20_240_601  # a constant: what is held out for the test is the same
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """An image file: its id, unique in its split, its label, and how its bytes are read."""
+    """An image file: its id, unique in its split, its label, and a function that returns its bytes."""
 
     id: str
     label: int
@@ -44,19 +45,24 @@ class Files:
 
 
 def _walk(root: pathlib.Path) -> Iterator[str]:
-    """Paths of the files below a folder, links followed, each folder once on its own way down."""
+    """Yields the paths below a folder, those of folders with a final "/". Links are followed, but not in circles."""
 
-    def unreadable(error: OSError) -> NoReturn:
-        raise ArchiveError(f"{error.filename} can't be read ({error.strerror})")
+    def refuse(error: OSError) -> NoReturn:
+        raise ArchiveError(f"{error.filename} cannot be read ({error.strerror})")
 
-    for folder, names, files in os.walk(root, followlinks=True, onerror=unreadable):
+    for folder, names, files in os.walk(root, followlinks=True, onerror=refuse):
         above = {os.path.realpath(parent) for parent in (folder, *map(str, pathlib.Path(folder).parents))}
         names[:] = [name for name in names if os.path.realpath(os.path.join(folder, name)) not in above]
-        yield from (pathlib.Path(folder, name).relative_to(root).as_posix() for name in files)
+        parent = pathlib.Path(folder).relative_to(root)
+        yield from ((parent / name).as_posix() for name in files)
+        yield from (f"{(parent / name).as_posix()}/" for name in names)
 
 
 class Tree:
     """Files by their path below a root, in a folder or a zip archive.
+
+    Attributes:
+      names: sorted paths of the files, and of the folders with a final "/".
 
     Raises:
       ArchiveError: the root is neither, or the archive is damaged.
@@ -70,8 +76,8 @@ class Tree:
             return
         try:
             self._zip = zipfile.ZipFile(self._root)
-            self.names = sorted(info.filename for info in self._zip.infolist() if not info.is_dir())
-        except Exception as error:  # of whatever kind the parser of a damaged archive raises
+            self.names = sorted(self._zip.namelist())
+        except Exception as error:  # whatever the parser of a damaged archive raises
             raise ArchiveError(
                 f"{root} is no folder, and no whole zip archive ({error}): give the folder, or get the archive again"
             ) from error
@@ -80,16 +86,16 @@ class Tree:
         return str(self._root)
 
     def read(self, name: str) -> bytes:
-        """The content of a file.
+        """Returns the content of a file.
 
         Raises:
-          ArchiveError: it can't be read whole.
+          ArchiveError: it cannot be read whole.
         """
         try:
             if self._zip is None:
                 path = self._root / name
                 if not path.is_file():  # opening a pipe would wait for ever
-                    raise KeyError(name)
+                    raise ArchiveError(f"{self} has no file {name}")
                 size = path.stat().st_size
             else:
                 info = self._zip.getinfo(name)
@@ -103,45 +109,36 @@ class Tree:
                 return file.read(size)
         except ArchiveError:
             raise
-        except KeyError as error:
-            raise ArchiveError(f"{self} has no file {name}") from error
-        except Exception as error:  # of whatever kind the decompressor of a damaged file raises
-            raise ArchiveError(f"{self}: {name} can't be read ({error}); get it again") from error
+        except Exception as error:  # whatever the decompressor of a damaged file raises
+            raise ArchiveError(f"{self}: {name} cannot be read ({error}); get it again") from error
 
     def by_class(self, folder: str, below: str = "") -> dict[str, list[str]]:
-        """Image files of each class: those at any depth below `folder/CLASS/below`, by CLASS."""
-        found: dict[str, list[str]] = {}
+        """Returns the image files at any depth below `folder/CLASS/below`, by CLASS."""
+        files: dict[str, list[str]] = {}
         for name in self.names:
             rest = name.removeprefix(folder)
             class_name, _, file = rest.partition("/")
-            hidden = any(part.startswith((".", *_PASSED_OVER)) for part in rest.split("/"))
-            if not name.startswith(folder) or not file or hidden:
-                continue
-            files = found.setdefault(class_name, [])
-            if file.startswith(below) and file.lower().endswith(_SUFFIXES):
-                files.append(name)
-        return found
+            hidden = any(part.startswith(_HIDDEN) for part in rest.split("/"))
+            if name.startswith(folder) and not hidden and file.startswith(below) and _is_image(file):
+                files.setdefault(class_name, []).append(name)
+        return files
 
     def folders(self, folder: str = "") -> set[str]:
-        """Names of the folders in a folder, empty ones too."""
-        if self._zip is None:
-            base = self._root / folder
-            found = {path.name for path in base.iterdir() if path.is_dir()} if base.is_dir() else set()
-        else:
-            below = [i.filename.removeprefix(folder) for i in self._zip.infolist() if i.filename.startswith(folder)]
-            found = {rest.split("/")[0] for rest in below if "/" in rest}
-        return {name for name in found if not name.startswith((".", *_PASSED_OVER))}
+        """Returns the names of the folders in a folder, empty ones too."""
+        paths = [name.removeprefix(folder) for name in self.names if name.startswith(folder)]
+        names = {path.partition("/")[0] for path in paths if "/" in path}
+        return {name for name in names if not name.startswith(_HIDDEN)}
 
 
 def own(source: str | os.PathLike[str], *, test_per_class: int = 0) -> Files:
-    """Anyone's folder (or zip) of images by class: CLASS/…, or train/CLASS/… and test/CLASS/… (or val).
+    """Lists a folder (or zip) of one's own images by class: CLASS/…, or train/CLASS/… and test/CLASS/… (or val).
 
     Classes are numbered in the order of their sorted names. Hidden files and files of other types are passed over.
 
     Args:
       source: the folder.
-      test_per_class: where there is no test folder: images of each class to hold out for the test, chosen by a hash of
-        their paths.
+      test_per_class: where there is no test folder, the images of each class to hold out for the test, chosen by a
+        hash of their paths.
 
     Raises:
       ArchiveError: no class, one without images, classes that differ between training and test, or no test.
@@ -152,8 +149,12 @@ def own(source: str | os.PathLike[str], *, test_per_class: int = 0) -> Files:
     split = {name.lower(): name for name in top if name.lower() in ("train", *_TEST_NAMES)}
     test = next((split[name] for name in _TEST_NAMES if name in split), None)
     if "train" in split and test:
-        names, train = _entries(tree, f"{base}{split['train']}/")
-        return Files({"train": train, "test": _entries(tree, f"{base}{test}/", names)[1]}, names)
+        names, train = _list_classes(tree, f"{base}{split['train']}/")
+        test_names, test_entries = _list_classes(tree, f"{base}{test}/")
+        if names != test_names:
+            odd = sorted(set(names) ^ set(test_names))
+            raise ArchiveError(f"{source}: class {odd[0]!r} is in one of train and test only ({len(odd)} such classes)")
+        return Files({"train": train, "test": test_entries}, names)
     if split:
         raise ArchiveError(
             f"{source} has the folders {', '.join(sorted(top))}: beside train one of {', '.join(_TEST_NAMES)} is "
@@ -164,8 +165,9 @@ def own(source: str | os.PathLike[str], *, test_per_class: int = 0) -> Files:
             f"{source} has no folders train and test: give --test_per_class=N to hold N images of each class out for "
             "the balanced test"
         )
-    names, entries = _entries(tree, base)
-    labels, keys = np.array([entry.label for entry in entries]), np.array([entry.id for entry in entries])
+    names, entries = _list_classes(tree, base)
+    labels = np.array([entry.label for entry in entries])
+    keys = np.array([entry.id for entry in entries])
     sizes = np.bincount(labels)
     if test_per_class >= sizes.min():
         raise ArchiveError(
@@ -173,19 +175,16 @@ def own(source: str | os.PathLike[str], *, test_per_class: int = 0) -> Files:
             f"{test_per_class} leaves none to train on: hold out fewer, or add images"
         )
     try:
-        drawn = longtail.balanced(labels, keys, num_classes=len(names), per_class=test_per_class, seed=_TEST_SEED)
+        held_out = longtail.balanced(labels, keys, num_classes=len(names), per_class=test_per_class, seed=_TEST_SEED)
     except ValueError as error:
         raise ArchiveError(f"{source}: {error}") from error
-    held = set(drawn.tolist())
-    parts = {"train": [e for i, e in enumerate(entries) if i not in held], "test": [entries[i] for i in sorted(held)]}
-    return Files(parts, names)
+    kept = np.setdiff1d(np.arange(len(entries)), held_out)
+    return Files({"train": [entries[i] for i in kept], "test": [entries[i] for i in held_out]}, names)
 
 
-def _entries(
-    tree: Tree, folder: str, class_names: tuple[str, ...] | None = None
-) -> tuple[tuple[str, ...], list[Entry]]:
-    """Sorted class names, and an entry for each image, whose id is its path below the folder."""
-    found = tree.by_class(folder)
+def _list_classes(tree: Tree, folder: str) -> tuple[tuple[str, ...], list[Entry]]:
+    """Returns the sorted class names, and an entry for each image, whose id is its path below the folder."""
+    files = tree.by_class(folder)
     names = tuple(sorted(tree.folders(folder)))
     where = f"{tree}/{folder}"
     if len(names) < 2:
@@ -195,10 +194,7 @@ def _entries(
         raise ArchiveError(
             f"{where}: class folder {odd[0]!r}: no name, or white space at an end, twice or of another kind; rename it"
         )
-    if class_names is not None and names != class_names:
-        odd = sorted(set(names) ^ set(class_names))
-        raise ArchiveError(f"{where}: class {odd[0]!r} is in one of train and test only ({len(odd)} such classes)")
-    empty = [name for name in names if not found.get(name)]
+    empty = [name for name in names if name not in files]
     if empty:
         raise ArchiveError(
             f"{where}: class folder {empty[0]!r} has no image ({len(empty)} such folders): fill it or remove it; "
@@ -206,24 +202,31 @@ def _entries(
         )
     entries = []
     for label, class_name in enumerate(names):
-        for name in found[class_name]:
-            entries.append(Entry(name.removeprefix(folder), label, _reader(tree, name)))
+        entries += [_entry(tree, path, path.removeprefix(folder), label) for path in files[class_name]]
     return names, entries
 
 
-def _reader(tree: Tree, name: str) -> Callable[[], bytes]:
-    return lambda: tree.read(name)
+def _entry(tree: Tree, path: str, key: str, label: int) -> Entry:
+    return Entry(key, label, functools.partial(tree.read, path))
+
+
+def _is_image(path: str) -> bool:
+    return path.lower().endswith(_SUFFIXES)
+
+
+def _file_name(path: str) -> str:
+    return path.rpartition("/")[2]
 
 
 def tiny_imagenet(
     source: str | os.PathLike[str], *, classes: int = 200, per_class: int = 500, test_images: int = 10_000
 ) -> Files:
-    """The official tiny-imagenet-200.zip, or the folder that it unpacks to. Its validation images are the test.
+    """Lists the official tiny-imagenet-200.zip, or the folder that it unpacks to. Its validation images are the test.
 
     Labels are in the order of the sorted WordNet ids.
 
     Args:
-      source: of either.
+      source: the archive or the folder.
       classes, per_class, test_images: the official numbers.
 
     Raises:
@@ -234,32 +237,29 @@ def tiny_imagenet(
     names = tuple(sorted(tree.read(f"{root}wnids.txt").decode(errors="replace").split()))
     if len(set(names)) != classes:
         raise ArchiveError(f"{source}: wnids.txt names {len(set(names))} classes, expected {classes}")
-    number = {name: label for label, name in enumerate(names)}
-    found = tree.by_class(f"{root}train/", "images/")
+    label_of = {name: label for label, name in enumerate(names)}
+    by_class = tree.by_class(f"{root}train/", "images/")
     train = []
     for name in names:
-        files = found.get(name, [])
-        if len(files) != per_class:
-            raise ArchiveError(f"{source}: class {name!r} has {len(files)} training images, expected {per_class}")
-        train += [Entry(_stem(file), number[name], _reader(tree, file)) for file in files]
-    present, test = set(tree.names), []
+        paths = by_class.get(name, [])
+        if len(paths) != per_class:
+            raise ArchiveError(f"{source}: class {name!r} has {len(paths)} training images, expected {per_class}")
+        train += [_entry(tree, path, pathlib.PurePosixPath(path).stem, label_of[name]) for path in paths]
+    present = set(tree.names)
+    test = []
     for line in tree.read(f"{root}val/val_annotations.txt").decode(errors="replace").splitlines():
         file, name, *_ = [*line.split("\t"), ""]
         path = f"{root}val/images/{file}"
-        if name not in number or path not in present:
+        if name not in label_of or path not in present:
             raise ArchiveError(f"{source}: val_annotations.txt names {file!r} of class {name!r}, which is not there")
-        test.append(Entry(_stem(file), number[name], _reader(tree, path)))
+        test.append(_entry(tree, path, pathlib.PurePosixPath(path).stem, label_of[name]))
     if len({entry.id for entry in test}) != test_images:
         raise ArchiveError(f"{source}: val_annotations.txt names {len(test)} images, expected {test_images}")
     return Files({"train": train, "test": test}, names)
 
 
-def _stem(path: str) -> str:
-    return path.rpartition("/")[2].rpartition(".")[0]
-
-
 def imagenet(source: str | os.PathLike[str], *, class_names: tuple[str, ...], validation_labels: list[str]) -> Files:
-    """ImageNet as it is usually unpacked: train/WNID/*.JPEG, and val/WNID/*.JPEG or all images in val itself.
+    """Lists ImageNet as it is usually unpacked: train/WNID/*.JPEG, and val/WNID/*.JPEG or all images in val itself.
 
     Args:
       source: the folder.
@@ -272,25 +272,19 @@ def imagenet(source: str | os.PathLike[str], *, class_names: tuple[str, ...], va
     tree = Tree(source)
     splits = {}
     for split, folder in (("train", "train/"), ("validation", "val/")):
-        there = tree.folders(folder)
-        if split == "validation" and not there:
-            splits[split] = _flat(tree, folder, class_names, validation_labels)
+        subfolders = tree.folders(folder)
+        if split == "validation" and not subfolders:
+            paths = [path for path in tree.names if path.startswith(folder) and _is_image(path)]
+            if len(paths) != len(validation_labels):
+                raise ArchiveError(f"{source}/{folder} has {len(paths)} images, expected {len(validation_labels)}")
+            label_of = {name: label for label, name in enumerate(class_names)}
+            pairs = zip(paths, validation_labels)
+            splits[split] = [_entry(tree, path, _file_name(path), label_of[name]) for path, name in pairs]
             continue
-        odd = sorted(there ^ set(class_names))
+        odd = sorted(subfolders ^ set(class_names))
         if odd:
-            what = "is missing" if odd[0] in class_names else "is no class of ImageNet"
-            raise ArchiveError(f"{source}/{folder}: folder {odd[0]!r} {what} ({len(odd)} such folders)")
-        entries = _entries(tree, folder)[1]
-        splits[split] = [dataclasses.replace(entry, id=entry.id.rpartition("/")[2]) for entry in entries]
+            problem = "is missing" if odd[0] in class_names else "is no class of ImageNet"
+            raise ArchiveError(f"{source}/{folder}: folder {odd[0]!r} {problem} ({len(odd)} such folders)")
+        entries = _list_classes(tree, folder)[1]
+        splits[split] = [dataclasses.replace(entry, id=_file_name(entry.id)) for entry in entries]
     return Files(splits, class_names)
-
-
-def _flat(tree: Tree, folder: str, class_names: tuple[str, ...], validation_labels: list[str]) -> list[Entry]:
-    files = [name for name in tree.names if name.startswith(folder) and name.lower().endswith(_SUFFIXES)]
-    if len(files) != len(validation_labels):
-        raise ArchiveError(f"{tree}/{folder} has {len(files)} images, expected {len(validation_labels)}")
-    number = {name: label for label, name in enumerate(class_names)}
-    return [
-        Entry(file.rpartition("/")[2], number[name], _reader(tree, file))
-        for file, name in zip(files, validation_labels)
-    ]
