@@ -112,13 +112,13 @@ def test_methods_with_features():
 def test_mixed_images(method):
     objective, p = methods.create(method, COUNTS, GROUPS), predictions()
     others, share = jnp.roll(p.labels, 1), jnp.linspace(0.0, 1.0, 8)
-    mixed = objective(p._replace(mix=methods.Mix(others, share)))
+    mixed = objective(p._replace(mixup=methods.Mixup(others, share)))
     own, other = (np.asarray(objective(p._replace(labels=labels))) for labels in (p.labels, others))
     weight = np.asarray(share)[:, None]
     np.testing.assert_allclose(mixed, weight * own + (1 - weight) * other, rtol=1e-5)
     feature = methods.features(objective, ("student_ce",))
     np.testing.assert_allclose(
-        feature(p._replace(mix=methods.Mix(others, share)))[:, 0],
+        feature(p._replace(mixup=methods.Mixup(others, share)))[:, 0],
         share * losses.cross_entropy(p.student_logits, p.labels)
         + (1 - share) * losses.cross_entropy(p.student_logits, others),
         rtol=1e-5,
