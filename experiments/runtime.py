@@ -10,11 +10,11 @@ import jax
 
 from ltkd_jax.training import hosts
 
+STOPPED = 75  # exit status of a command that a signal or its time limit stopped, after saving
+
 # On CPU all but convolutions may go to YNNPACK, as XLA would have it; those go to Eigen, which is faster, by 19 times
 # for the gradient of a 3×3 kernel at 32×32 pixels (docs/performance.md). XLA ends the process at a flag that it does
 # not know, so only releases that are known to know this one are told.
-STOPPED = 75  # exit status of a command that a signal or its time limit stopped, after saving
-
 _NO_YNN_CONVOLUTIONS = "--xla_cpu_experimental_ynn_fusion_type=-LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION"
 _KNOWING = ("0.10.", "0.11.")  # of jaxlib
 

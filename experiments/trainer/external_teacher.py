@@ -52,7 +52,7 @@ class LogitsTeacher:
     results: dict
     variables: None = None
 
-    def table(self, images: Images | Records) -> np.ndarray:
+    def table(self, images: Images | Records, stop=None) -> np.ndarray:
         """Returns the logits of images, `[n, views or 1, C]`."""
         return self.logits[np.searchsorted(self.keys, images.keys)]
 
