@@ -1,5 +1,6 @@
 """The site builds, its pages refer to what exists, and what its pages say to type works."""
 
+import functools
 import html.parser
 import json
 import pathlib
@@ -18,67 +19,46 @@ import ltkd_jax
 REFERENCE = ("losses", "groups", "bilevel", "methods", "metrics")
 
 
-# A method of one's own.
+def test_added_method(tmp_path):
+    """The code of docs/add_a_method.md, in the files that its captions name: tested, listed, and trained.
 
-
-@pytest.fixture(scope="module")
-def with_a_method(tmp_path_factory):
-    """A copy of the checkout with the code of docs/add_a_method.md in the files that its captions name."""
-    copy = environments.copy_checkout(tmp_path_factory.mktemp("method") / "checkout")
+    With static and with learned weights, which share a teacher.
+    """
+    copy = environments.copy_checkout(tmp_path / "checkout")
     for caption, code in captioned(DOCS / "add_a_method.md").items():
         name, _, anchor = caption.partition(", below: ")
         path = copy / name.removesuffix(", at the end")
         text = path.read_text() if path.exists() else ""
         assert text.count(f"{anchor}\n") == 1 or not anchor, f"{name}: {anchor}"
         path.write_text(text.replace(f"{anchor}\n", f"{anchor}\n{code}") if anchor else f"{text}\n\n{code}")
-    return copy
-
-
-def test_added_method_passes_its_tests(with_a_method):
-    """The table's tests hold it to its formula; the page's queue lists its runs."""
-    flags = ("-q", "-p", "no:cacheprovider")
-    environments.run(sys.executable, "-m", "pytest", *flags, "tests/unit/test_methods.py", cwd=with_a_method)
-    queue = ("-m", "experiments.reproduce", "experiments/queues/mine.json", "--list")
-    listed = environments.run(sys.executable, *queue, cwd=with_a_method)
+    python = functools.partial(environments.run, sys.executable, "-m", cwd=copy)
+    python("pytest", "-q", "-p", "no:cacheprovider", "tests/unit/test_methods.py")
+    listed = python("experiments.reproduce", "experiments/queues/mine.json", "--list")
     assert listed.count("kd_adjusted") == 6 and listed.count('{"method.tau": 0.5}') == 3
+    for argument in ("kd_adjusted", "bikd,terms=kd_adjusted"):
+        python("experiments.main", f"--config=configs/digitslt.py:{argument},smoke", "--workdir", copy / argument)
+        results = json.loads((copy / argument / "results.json").read_text())
+        assert results["config"]["method"]["name"] == "kd_adjusted" and results["test"]["all"] > 0
 
-
-@pytest.mark.parametrize("argument", ["kd_adjusted,smoke", "bikd,terms=kd_adjusted,smoke"])
-def test_added_method_trains(with_a_method, argument):
-    """With static and with learned weights; both share one teacher."""
-    workdir = with_a_method / "runs" / argument.replace(",", "-")
-    flags = (f"--config=configs/digitslt.py:{argument}", f"--workdir={workdir}")
-    environments.run(sys.executable, "-m", "experiments.main", *flags, cwd=with_a_method)
-    results = json.loads((workdir / "results.json").read_text())
-    assert results["config"]["method"]["name"] == "kd_adjusted" and results["test"]["all"] > 0
-
-
-# A tracker of one's own.
 
 TRACKER = """
 import contextlib, json, types
-
-def init(**about):
-    tracker = types.SimpleNamespace(summary={}, log=lambda record, step: print("LOGGED", json.dumps([step, record])))
-    return contextlib.nullcontext(tracker)
+log = lambda record, step: print("LOGGED", json.dumps([step, record]))
+init = lambda **about: contextlib.nullcontext(types.SimpleNamespace(summary={}, log=log))
 """
 
 
-def test_hook_of_the_page_gets_every_record(tmp_path):
+def test_hook_gets_every_record(tmp_path):
     """docs/logging.md's script as it stands, in a smoke run, with a tracker that prints."""
     (tmp_path / "wandb.py").write_text(TRACKER)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     script = next(code for code in blocks(DOCS / "logging.md", "python") if "import wandb" in code)
-    assert "digitslt.py:ltkd" in script
     (tmp_path / "my_script.py").write_text(script.replace("digitslt.py:ltkd", "digitslt.py:ltkd,smoke"))
     printed = environments.run(sys.executable, "my_script.py", cwd=tmp_path, PYTHONPATH=str(ROOT))
     logged = [json.loads(line[7:]) for line in printed.splitlines() if line.startswith("LOGGED ")]
     written = (tmp_path / "runs" / "tracked" / "metrics.jsonl").read_text().splitlines()
     assert [record for _, record in logged] == [json.loads(line) for line in written]
     assert logged[-1][0] == 20
-
-
-# The site.
 
 
 @pytest.fixture(scope="module")
