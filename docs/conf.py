@@ -82,7 +82,7 @@ copybutton_exclude = ".linenos, .gp, .go"
 
 
 def _markup(app, what, name, obj, options, lines):
-    """A docstring is plain text: an indented paragraph is a formula, shown as it is typed; a bar is a bar, `**` is `**`."""
+    """A docstring is plain text: an indented paragraph is a formula, shown as it is typed; bars and asterisks stay."""
     marked_up = []
     last = ""
     formula = False
