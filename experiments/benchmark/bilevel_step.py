@@ -83,7 +83,7 @@ class Iteration:
             outer_loss=methods.outer_loss(self._objective, "hard"),
             scales=(1.0,) * len(self._objective.terms),
             optimizer=optax.adam(1e-3),
-            every=5,
+            update_every=5,
             groups=by_rank,
         )
 
@@ -96,7 +96,7 @@ class Iteration:
             return steps.Batch(
                 jnp.asarray(rng.normal(size=(*shape, *_SHAPE)), jnp.float32),
                 jnp.asarray(rng.integers(0, self._num_classes, shape), jnp.int32),
-                jnp.asarray(rng.normal(size=(*shape, self._num_classes)), jnp.float32),
+                steps.TeacherOutputs(jnp.asarray(rng.normal(size=(*shape, self._num_classes)), jnp.float32)),
             )
 
         state = states.create(self._student, self._optimizer, len(self._objective.terms), _SHAPE, seed)
@@ -107,16 +107,17 @@ class Iteration:
         """Returns the state after the iteration; `teacher_in_step` computes the logits of the first batch in it."""
         if teacher_in_step:
             logits = self.teacher_logits(teacher, batches.images[0])
-            batches = batches._replace(teacher_logits=batches.teacher_logits.at[0].set(logits))
+            outputs = steps.TeacherOutputs(batches.teacher.logits.at[0].set(logits))
+            batches = batches._replace(teacher=outputs)
         problem = bilevel_steps.problem(
             state.batch_stats, model=self._student, objective=self._objective, weighting=self._weighting
         )
         result = step_fn(
             problem, state.params, state.meta, batches, outer_batch, 0.1,
-            optimizer=self._weighting.optimizer, every=self._weighting.every, **options,
+            optimizer=self._weighting.optimizer, every=self._weighting.update_every, **options,
         )  # fmt: skip
-        state = steps.advance(
-            state, result.gradient, result.terms, result.weights, result.aux.extra,
+        state = steps.apply_gradients(
+            state, result.gradient, result.terms, result.weights, *result.aux.extra,
             optimizer=self._optimizer, axis_name=None,
         )  # fmt: skip
         return state._replace(meta=result.meta)

@@ -18,7 +18,7 @@ def measure(method, precision, *, repeats: int, steps: int, **models: str) -> di
     """Returns the batch size, and the seconds of a step with the table, with the teacher's network, and of the twin."""
     sources = ("table", "network")
     ours = {source: train_step.start(train_step.Case(method, source, precision), **models) for source in sources}
-    batch_size = ours["table"].program.recipe.batch_size
+    batch_size = ours["table"].trainer.recipe.batch_size
     twin = pytorch_baseline.Step(method, **models, batch_size=batch_size, precision=precision)
     period = max(running.period for running in ours.values())
     steps = -(-steps // period) * period  # as many of the twin's as of ours

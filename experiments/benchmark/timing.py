@@ -37,34 +37,36 @@ class Running:
     """A training in progress, after a first call of its compiled step.
 
     Args:
-      program: a `build.Program`.
+      trainer: of the network.
       teacher: what its `TeacherFn` reads.
     """
 
-    def __init__(self, program, teacher=None):
-        self.program = program
-        self._data = program.train_data(teacher)
-        self._state = program.parallel.replicate(program.init(0))
-        self._chunks, self._step = iter(()), 0
+    def __init__(self, trainer, teacher=None):
+        self.trainer = trainer
+        self._data = trainer.device_data(teacher)
+        self._state = trainer.parallel.replicate(trainer.init(0))
+        self._calls = iter(())
+        self._step = 0
         self.advance()
 
     def advance(self) -> int:
         """Makes one call of the compiled step and waits; returns its steps. The first step follows the last."""
-        chunk = next(self._chunks, None)
-        if chunk is None:
-            self._chunks, self._step = self.program.chunks(0, 0), 0
-            chunk = next(self._chunks)
-        count, self._rows = chunk
-        self._state = self.program.chunk(self._step, self._state, self._data, self._rows)
+        call = next(self._calls, None)
+        if call is None:
+            self._calls = self.trainer.inputs(seed=0, step=0)
+            self._step = 0
+            call = next(self._calls)
+        num_steps, self._inputs = call
+        self._state = self.trainer.train_steps(self._step, self._state, self._data, self._inputs)
         jax.block_until_ready(self._state.step)
-        self._step += count
-        return count
+        self._step += num_steps
+        return num_steps
 
     @property
     def period(self) -> int:
         """The steps after which costs repeat: k, where the weight net is updated in one of k calls."""
-        learns = self.program.weighting is not None and self.program.steps_per_call == 1
-        return self.program.weighting.every if learns else 1
+        learned = self.trainer.loss_weighting is not None and self.trainer.steps_per_call == 1
+        return self.trainer.loss_weighting.update_every if learned else 1
 
     def seconds(self, steps: int) -> float:
         """Returns the seconds of a step, over at least so many, in whole periods."""
@@ -89,7 +91,7 @@ class Running:
         return self._lower(0).compile().as_text()
 
     def _lower(self, step):
-        return self.program.lower(step, self._state, self._data, self._rows)
+        return self.trainer.lower(step, self._state, self._data, self._inputs)
 
 
 def matmul_rate(precision: str, repeats: int = 5) -> float:

@@ -20,9 +20,10 @@ from jax.experimental.compilation_cache import compilation_cache
 from experiments import provenance
 from experiments.benchmark import timing
 from experiments.config import load
+from experiments.config.spec import RunSpec, resolve
 from experiments.reporting import writers
-from experiments.trainer import build
 from experiments.trainer.dataset import Dataset
+from experiments.trainer.trainer import Trainer, teacher_model
 from ltkd_jax import groups
 from ltkd_jax.data import augment, datasets, longtail
 from ltkd_jax.data.records import Images
@@ -56,23 +57,23 @@ def cases(methods, teachers, precisions) -> list[Case]:
     """Returns all combinations; a method without a teacher once for each precision."""
     combinations = []
     for precision, method in itertools.product(precisions, methods):
-        sources = teachers if build.needs_teacher(config_of(Case(method, "none"))) else ["none"]
+        sources = teachers if spec_of(Case(method, "none")).needs_teacher else ["none"]
         combinations += [Case(method, source, precision) for source in sources]
     return combinations
 
 
-def config_of(case: Case, **models: str):
-    """Returns the config of a case; `models` are the names of the teacher and the student."""
+def spec_of(case: Case, **models: str) -> RunSpec:
+    """Returns the specification of a case; `models` are the names of the teacher and the student."""
     argument = ",".join((case.method, *(f"{role}={name}" for role, name in models.items())))
     config = load.load_config(f"configs/cifar100lt.py:{argument}")
     config.precision = case.precision
     config.devices = 1
-    return config
+    return resolve(config)
 
 
-def noise(config) -> Dataset:
-    """Returns a data set of noise with as many images of each class as a config draws."""
-    counts = longtail.counts(config.data.n_max or 500, config.data.imbalance, 100)
+def noise(spec: RunSpec) -> Dataset:
+    """Returns a data set of noise with as many images of each class as a run draws."""
+    counts = longtail.counts(spec.data.n_max or 500, spec.data.imbalance, 100)
     rng = np.random.default_rng(0)
 
     def images(labels, name):
@@ -80,26 +81,27 @@ def noise(config) -> Dataset:
         return Images(pixels, labels.astype(np.int32), np.array([f"{name}_{i:05d}" for i in range(len(labels))]))
 
     train = images(np.repeat(np.arange(100), counts), "train")
-    meta = images(np.repeat(np.arange(100), config.data.meta_per_class), "meta")
+    outer = images(np.repeat(np.arange(100), spec.data.outer_per_class), "outer")
     test = images(np.arange(100), "test")
     names = tuple(f"class {c}" for c in range(100))
     views = augment.Views(pad=4, flip=True)
     source = datasets.Source("noise", train, test, 100, names, (0.5,) * 3, (0.25,) * 3, views)
     by_rank = groups.ClassGroups.from_counts(counts)
-    return Dataset(source, train, meta, test.take(np.arange(0)), test, counts, by_rank, groups.shots(counts))
+    return Dataset(source, train, outer, test.take(np.arange(0)), test, counts, by_rank, groups.shots(counts))
 
 
 def start(case: Case, **models: str) -> timing.Running:
     """Returns a case in the middle of its training."""
-    config = config_of(case, **models)
-    data = noise(config)
+    spec = spec_of(case, **models)
+    data = noise(spec)
+    training = spec.student_training(case.teacher)
     teacher = None
     if case.teacher == "table":
         teacher = np.zeros((len(data.train), data.source.views.num, data.num_classes), np.float32)
     elif case.teacher == "network":
-        init = jax.jit(functools.partial(build.teacher_model(config, data).init, train=False))
+        init = jax.jit(functools.partial(teacher_model(training, data).init, train=False))
         teacher = init(jax.random.key(0), np.zeros((1, *_SHAPE), np.float32))
-    return timing.Running(build.program(config, data, role="student", teacher_kind=case.teacher), teacher)
+    return timing.Running(Trainer(training, data), teacher)
 
 
 def first_step(case: Case, **models: str) -> tuple[float, float]:
@@ -129,7 +131,7 @@ def measure(cases: list[Case], *, repeats: int, steps: int, **models: str) -> di
     running = {case: start(case, **models) for case in cases}
     seconds = timing.best_of_rounds({case: lambda r=r: r.seconds(steps) for case, r in running.items()}, repeats)
     return {
-        case: StepCost(r.program.recipe.batch_size, seconds[case], r.flops(), r.memory(), *first[case])
+        case: StepCost(r.trainer.recipe.batch_size, seconds[case], r.flops(), r.memory(), *first[case])
         for case, r in running.items()
     }
 

@@ -11,8 +11,8 @@ import typing
 
 import pytest
 from helpers import environments
-from helpers.pages import DOCS, PAGES, blocks, captioned
 from helpers.environments import ROOT
+from helpers.pages import DOCS, PAGES, blocks, captioned
 
 import ltkd_jax
 

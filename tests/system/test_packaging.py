@@ -10,8 +10,7 @@ import zipfile
 
 import pytest
 from helpers import environments
-from helpers.environments import run
-from helpers.environments import ROOT
+from helpers.environments import ROOT, run
 
 import ltkd_jax
 

@@ -6,8 +6,8 @@ import re
 import tomllib
 
 from flax import traverse_util
-from helpers.pages import DOCS, PAGES, blocks
 from helpers.environments import ROOT
+from helpers.pages import DOCS, PAGES, blocks
 
 from configs import common
 from experiments.config import load

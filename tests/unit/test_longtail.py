@@ -68,7 +68,9 @@ def test_counts_refuses(arguments, message):
 
 def test_split_sizes_and_types():
     labels, keys = make()
-    split = longtail.split(labels, keys, num_classes=10, imbalance=10, outer_per_class=4, validation_per_class=6, seed=1)
+    split = longtail.split(
+        labels, keys, num_classes=10, imbalance=10, outer_per_class=4, validation_per_class=6, seed=1
+    )
     assert np.bincount(labels[split.train]).tolist() == longtail.counts(50, 10, 10).tolist()
     assert np.bincount(labels[split.outer]).tolist() == [4] * 10
     assert np.bincount(labels[split.validation]).tolist() == [6] * 10
