@@ -139,9 +139,7 @@ def test_schedule_with_equal_milestones():
 def test_first_step_that_is_not_finite():
     objective = methods.create("ce", COUNTS)
     state = states.create(SmallNet(), optimizer(), 1, SHAPE, 0)
-    step = jax.jit(
-        functools.partial(steps.train_step, model=SmallNet(), objective=objective, optimizer=optimizer())
-    )
+    step = jax.jit(functools.partial(steps.train_step, model=SmallNet(), objective=objective, optimizer=optimizer()))
     good = steps.Batch(preprocess(jnp.asarray(IMAGES[:BATCH])), jnp.asarray(LABELS[:BATCH]))
     bad = good._replace(images=good.images.at[0, 0, 0, 0].set(jnp.nan))
     for batch in (good, good, bad, good):
