@@ -1,198 +1,117 @@
-"""Configs and their checks, the identity of a result, the rule for the teacher's table."""
+"""Configs: the argument, the checks, the names of version 0.1, the identity of a result, the rule for the table."""
 
+import dataclasses
 import importlib
-import time
+import json
 
-import jax
 import numpy as np
 import pytest
-from helpers.small_runs import ROOT, config_of
+from helpers.small_runs import ROOT, changed, config_of, tiny
 
-from experiments.config import checks
-from experiments.trainer import build, dataset, run
+from experiments.config import identity, names, validation
+from experiments.config.load import load_config
+from experiments.config.spec import resolve
+from experiments.config.validation import ConfigError
+from experiments.trainer import dataset, teacher
 from ltkd_jax import methods
-from ltkd_jax.data import augment, datasets, longtail, records, streaming
-from ltkd_jax.training import bilevel_steps, steps
+from ltkd_jax.data import longtail
 
-CONFIGS = (*("digitslt", "cifar100lt", "cifar10lt", "fashionmnistlt", "tinyimagenetlt", "imagenetlt", "folderlt"),)
+CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*lt.py"))
 
 
-def named(name, argument):
-    """The argument, with a name for the config that has none of its own."""
+def argument_for(name, argument):
+    """Returns the argument, with a data set's name for the config that has none of its own."""
     return f"{argument},name=birds,subset=exponential" if name == "folderlt" else argument
 
 
+def is_json(tree):
+    return json.loads(json.dumps(tree)) == tree
+
+
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("method", sorted(methods.METHODS))
-def test_every_config_takes_every_method(name, method):
-    config = config_of(name, named(name, f"{method},imbalance=20,seed=3,teacher=resnet14,train.lr=0.1"))
-    checks.validate(config)
-    assert (config.method.name, config.data.imbalance, config.seed) == (method, 20.0, 3)
-    assert (config.teacher.model, config.train.lr) == ("resnet14", 0.1)
-    checks.validate(config_of(name, named(name, f"{method},smoke")))
+def test_config_takes_every_method(name):
     assert f"configs/{name}.py" in importlib.import_module(f"configs.{name}").__doc__
+    for method in methods.METHODS:
+        values = f"{method},imbalance=20,seed=3,teacher=resnet14,train.lr=0.1"
+        spec = resolve(config_of(name, argument_for(name, values)))
+        assert (spec.method.name, spec.data.imbalance, spec.seed) == (method, 20.0, 3)
+        assert (spec.teacher.model, spec.train.lr, spec.loss_weighting) == ("resnet14", 0.1, None)
+        assert spec.label == method and spec.name.endswith("-s3") and is_json(spec.identity)
+        smoke = resolve(config_of(name, argument_for(name, f"{method},smoke")))
+        assert smoke.train.max_steps == smoke.teacher.train.max_steps == 20 and smoke.name.endswith("-smoke")
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("terms", ["kd", "ltkd", "dkd"])
-def test_every_config_takes_learned_weights(name, terms):
-    config = config_of(name, named(name, f"bikd,terms={terms},seed=3,lookahead=2,every=4"))
-    checks.validate(config)
-    assert (config.method.name, config.weighting.name, config.seed) == (terms, "bilevel", 3)
-    assert (config.weighting.lookahead, config.weighting.every) == (2, 4)
-    # Nothing is there that the run would not use.
-    assert set(config.method) == {"name", "temperature", *({"num_groups"} if terms == "ltkd" else ())}
-    checks.validate(config_of(name, named(name, f"bikd,terms={terms},smoke")))
+def test_config_takes_learned_weights(name):
+    for terms in ("kd", "ltkd", "dkd"):
+        config = config_of(name, argument_for(name, f"bikd,terms={terms},seed=3,lookahead=2,update_every=4"))
+        # Nothing is there that the run would not use.
+        assert set(config.method) == {"name", "temperature", *(["num_groups"] if terms == "ltkd" else [])}
+        spec = resolve(config)
+        assert (spec.method.name, spec.seed) == (terms, 3)
+        assert (spec.loss_weighting.lookahead, spec.loss_weighting.update_every) == (2, 4)
+        assert spec.label == ("bikd" if terms == "kd" else f"bikd over {terms}")
 
 
-# Sides as they are stored (0: they differ), classes, channels, training images of a class.
-STORED = {
-    "digits": (8, 10, 1, 110), "fashion_mnist": (28, 10, 1, 6000), "cifar10": (32, 10, 3, 5000),
-    "cifar100": (32, 100, 3, 500), "tiny_imagenet": (64, 200, 3, 500), "imagenet2012": (0, 1000, 3, 30),
-    "birds": (0, 12, 3, 40),
-}  # fmt: skip
-SIZES = dict(zip(CONFIGS, (8, 32, 32, 28, 64, 224, 64)))
-# At one run of a teacher: where its epochs outnumber the views.
-TABLES = {("digitslt", "ltkd"), ("digitslt", "bikd"), ("cifar100lt", "ltkd"), ("tinyimagenetlt", "ltkd")}
-TABLES |= {("folderlt", "ltkd"), ("folderlt", "bikd")}  # of few images
+@pytest.mark.parametrize(
+    "name, n_max, outer_per_class, update_every, outer_loss, hidden",
+    [("cifar100lt", 490, 10, 5, "hard", (64, 64)), ("cifar10lt", 4900, 100, 1, "mix", (64,))],
+)
+def test_bikd_recipe(name, n_max, outer_per_class, update_every, outer_loss, hidden):
+    spec = resolve(config_of(name, "bikd"))
+    assert (spec.data.n_max, spec.data.outer_per_class) == (n_max, outer_per_class)
+    weighting = spec.loss_weighting
+    assert (weighting.update_every, weighting.outer_loss, weighting.hidden) == (update_every, outer_loss, hidden)
+    assert weighting.features == ("student_ce", "teacher_ce") and weighting.lookahead == 1
+    assert (weighting.lr, weighting.weight_decay, weighting.lr_decay) == (1e-3, 1e-4, 0.8)
+    for recipe in (spec.train, spec.teacher.train):
+        assert (recipe.epochs, recipe.batch_size, recipe.lr, recipe.lr_decay) == (120.0, 100, 0.1, 0.1)
+        assert (recipe.momentum, recipe.weight_decay) == (0.9, 5e-4)
+        assert [round(120 * milestone) for milestone in recipe.milestones] == [80, 100]
+    assert spec.method.hyperparameters["temperature"] == 4.0
 
 
-def blank(name, data_dir=None, *, size=0, margin=False):
-    """`sources.load`, of black images: in the data set's true form, but for how many there are."""
-    stored, classes, channels, per_class = STORED[name]
-    side = size or stored
-    views = augment.Views(pad=1, flip=False) if name == "digits" else augment.Views(pad=4, flip=True)
-
-    def images(per_class):
-        labels = np.repeat(np.arange(classes, dtype=np.int32), per_class)
-        keys = np.char.add("k", np.arange(len(labels)).astype(str))
-        if margin:
-            return records.Records((), np.arange(len(labels)), labels, keys, (side, side, channels), "margin")
-        return records.Images(np.broadcast_to(np.uint8(0), (len(labels), side, side, channels)), labels, keys)
-
-    names = tuple(map(str, range(classes)))
-    return datasets.Source(
-        name, images(per_class), images(2), classes, names, (0.5,) * channels, (0.5,) * channels, views
-    )
-
-
-@pytest.fixture
-def black(monkeypatch):
-    """Every data set is there, and black; nothing made of it is kept."""
-    monkeypatch.setattr(datasets, "load", blank)
-    for cache in (dataset._load, build._program):
-        cache.cache_clear()
-    yield
-    for cache in (dataset._load, build._program):
-        cache.cache_clear()
-
-
-def shapes_of(program, teacher):
-    """The data and the rows of a step, as shapes; `teacher` is what the data holds of one."""
-    data, learned = program.data, program.weighting is not None
-
-    def on_device(images):
-        if data.streams:
-            return steps.TrainData(None, None, teacher)
-        return steps.TrainData(array(images.images.shape, np.uint8), array(images.labels.shape, np.int32), teacher)
-
-    train_data = on_device(data.train)
-    train_data = bilevel_steps.BilevelData(train_data, on_device(data.meta)) if learned else train_data
-    if not data.streams:
-        return train_data, next(program.chunks(0, 0))[1]
-
-    def batch(*lead):
-        lead = (1, program.recipe.batch_size, *lead)
-        return streaming.Streamed(
-            array((*lead, *data.image_shape), np.uint8), *(array(lead, d) for d in (np.int32, np.uint32))
-        )
-
-    return train_data, bilevel_steps.BilevelRows(batch(1), batch()) if learned else batch()
-
-
-def array(shape, dtype):
-    return jax.ShapeDtypeStruct(shape, dtype)
-
-
-@pytest.mark.parametrize("method", ["ltkd", pytest.param("bikd", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", CONFIGS)
-def test_every_config_is_built_and_its_step_keeps_its_shapes(name, method, black):
-    """At full size, with its own models: the data, and one step of the teacher's and of the student's program."""
-    config = config_of(name, named(name, method))
-    config.train.batch_size = config.teacher.train.batch_size = 64  # eight devices would not divide BiKD's 100
-    data = dataset.load(config)
-    assert data.streams is (name == "imagenetlt") and data.image_shape[0] == SIZES[name]
-    kind = build.teacher_kind(config, data)
-    assert kind == ("table" if (name, method) in TABLES else "network")
-    image = array((2, *data.image_shape), np.float32)
-    network = build.teacher_model(config, data)
-    variables = jax.eval_shape(lambda x: network.init(jax.random.key(0), x, train=False), image)
-    table = array((len(data.train), data.source.views.num, data.num_classes), np.float32)
-    programs = [(build.student_program(config, kind), table if kind == "table" else variables)]
-    programs += [(build.teacher_program(config), None)] if method == "ltkd" else []
-    for program, teacher in programs:
-        state = jax.eval_shape(program.init, 0)
-        after = jax.eval_shape(lambda *x, run=program.chunk: run(0, *x), state, *shapes_of(program, teacher))
-        assert jax.tree.map(array_of, after) == jax.tree.map(array_of, state)
-    assert jax.eval_shape(lambda v, x: network.apply(v, x, train=False), variables, image).shape == (
-        2,
-        data.num_classes,
-    )
-
-
-def array_of(x):
-    return x.shape, x.dtype
-
-
-def test_the_papers_recipe():
-    for name, n_max, meta, every, outer, hidden, images in (
-        ("cifar100lt", 490, 10, 5, "hard", (64, 64), 10_626),
-        ("cifar10lt", 4900, 100, 1, "mix", (64,), None),
-    ):
-        config = config_of(name, "bikd")
-        assert (config.data.n_max, config.data.meta_per_class) == (n_max, meta)
-        assert (config.weighting.every, config.weighting.outer, config.weighting.hidden) == (every, outer, hidden)
-        assert config.weighting.features == ("student_ce", "teacher_ce") and config.weighting.lookahead == 1
-        assert (config.weighting.lr, config.weighting.weight_decay, config.weighting.decay) == (1e-3, 1e-4, 0.8)
-        for recipe in (config.train, config.teacher.train):
-            assert (recipe.epochs, recipe.batch_size, recipe.lr) == (120.0, 100, 0.1)
-            assert (recipe.momentum, recipe.weight_decay, recipe.decay) == (0.9, 5e-4, 0.1)
-            assert [round(120 * milestone) for milestone in recipe.milestones] == [80, 100]
-        assert config.method.temperature == 4.0
-        if images:
-            assert longtail.counts(n_max, config.data.imbalance, 100).sum() == images
-    # A baseline by the same recipe has the same data and the same teacher; without, it is LTKD's recipe.
-    kd, bikd = config_of("cifar100lt", "kd,recipe=bikd"), config_of("cifar100lt", "bikd")
-    assert kd.data == bikd.data and kd.train == bikd.train and checks.teacher_hash(kd) == checks.teacher_hash(bikd)
+def test_recipe_of_a_baseline():
+    """By BiKD's recipe it has the same data and the same teacher; without, it has LTKD's recipe."""
+    kd = resolve(config_of("cifar100lt", "kd,recipe=bikd"))
+    bikd = resolve(config_of("cifar100lt", "bikd"))
+    assert kd.data == bikd.data and kd.train == bikd.train and kd.teacher_hash == bikd.teacher_hash
+    assert longtail.counts(490, bikd.data.imbalance, 100).sum() == 10_626  # the paper's number
     assert config_of("cifar100lt", "kd").train.epochs == 240.0
     assert config_of("cifar10lt", "kd").data == config_of("cifar10lt", "bikd").data
     assert config_of("cifar10lt", "kd,recipe=base").train == config_of("cifar100lt", "kd").train
-    assert config_of("cifar10lt", "bikd,weighting.hidden=(8, 8),seed=1").weighting.hidden == (8, 8)
 
 
 @pytest.mark.parametrize(
     "argument, message",
     [
-        ("bikdd", "did you mean 'bikd'"),
-        ("bikd,terms=kdd", "unknown method 'kdd'; did you mean 'kd'"),
-        ("bikd,terms=bikd", "unknown method 'bikd'; did you mean 'bkd'?.*wsl, reviewkd, ltkd, ltkd_bs$"),
-        ("bikd,alpha=2", "'alpha' is a static weight, which bikd learns instead"),
-        ("kd,recipe=ltkd", "recipe='ltkd' must be one of base, bikd"),
-        ("kd,every=2", "unknown key 'every'"),
+        ("bikdd", "'bikd'"),
+        ("bikd,terms=kdd", "'kdd'.*'kd'"),
+        ("bikd,terms=bikd", "'bikd'.*'bkd'"),
+        ("bikd,alpha=2", "'alpha' is a static weight"),
+        ("kd,recipe=ltkd", "recipe='ltkd'"),
+        ("kd,update_every=2", "unknown key 'update_every'"),
         ("kd,terms=ltkd", "unknown key 'terms'"),
-        ("bikd,every=2.5", "every='2.5' must be of type int"),
-        ("ltkx", "unknown method 'ltkx'; did you mean 'ltkd'"),
+        ("bikd,update_every=2.5", "update_every='2.5' .*int"),
+        ("ltkx", "'ltkx'.*'ltkd'"),
         ("kd,dkd", "several methods"),
-        ("kd,imbalanc=3", "did you mean 'imbalance'"),
+        ("kd,imbalanc=3", "'imbalance'"),
         ("kd,alpha=3", "unknown key 'alpha'"),
-        ("kd,imbalance=many", "imbalance='many' must be of type float"),
-        ("kd,seed=1.5", "must be of type int"),
+        ("kd,imbalance=many", "imbalance='many' .*float"),
+        ("kd,seed=1.5", "seed='1.5' .*int"),
         ("kd,train.batch=3", "unknown key 'train.batch'"),
-        ("kd,temperature=2,temperature=9", "gives 'temperature' twice"),
-        ("kd,epochs=2,train.epochs=9", "gives 'train.epochs' twice"),
+        ("kd,temperature=2,temperature=9", "'temperature' twice"),
+        ("kd,epochs=2,train.epochs=9", "'train.epochs' twice"),
+        ("kd,subset=all,imbalance=5", "imbalance=5 .*subset='all'"),
+        # Names of version 0.1.
+        ("bikd,every=2", "'every' .*'update_every'"),
+        ("bikd,outer=mix", "'outer' .*'outer_loss'"),
+        ("logit_adjusted,strength=2", "'strength' .*'tau'"),
+        ("kd,seed_split=1", "'seed_split' .*'split_seed'"),
+        ("bikd,weighting.hidden=(8,)", "'weighting.hidden' .*'loss_weighting.hidden'"),
     ],
 )
-def test_bad_arguments(argument, message):
+def test_bad_argument(argument, message):
     with pytest.raises(ValueError, match=message):
         config_of("digitslt", argument)
 
@@ -200,21 +119,42 @@ def test_bad_arguments(argument, message):
 @pytest.mark.parametrize(
     "key, value",
     [
-        ("data.imbalance", 0.5), ("train.batch_size", 0), ("train.lr", 0.0),
-        ("train.epochs", -1.0), ("teacher.train.momentum", 1.0), ("train.milestones", (0.5, 2.0)),
-        ("precision", "float16"), ("parallel", "ddp"),
-        ("teacher.table", "maybe"), ("teacher.table_memory", 2.0), ("eval_every", 0), ("seed", -1),
-        ("seed_split", 2**31),
-        ("data.n_max", -1), ("train.epochs", float("inf")), ("train.milestones", (0.5, "x")),
-        ("student.model", "resnet9"), ("teacher.model", "vgg12"), ("method.temperature", 0.0),
-        ("method.name", "kdd"), ("method.name", "kd"), ("method.warmup_epochs", -1.0),
+        ("data.imbalance", 0.5),
+        ("data.n_max", -1),
+        ("data.num_workers", -1),
+        ("data.image_size", 4),
+        ("data.subset", "none.txt"),
+        ("data.name", ""),
+        ("augment.policy", "randaugment"),
+        ("augment.mixup", -0.2),
+        ("train.batch_size", 0),
+        ("train.lr", 0.0),
+        ("train.epochs", -1.0),
+        ("train.epochs", float("inf")),
+        ("train.milestones", (0.5, 2.0)),
+        ("train.milestones", (0.5, "x")),
+        ("teacher.train.momentum", 1.0),
+        ("teacher.train.lr_decay", 0.0),
+        ("teacher.table", "maybe"),
+        ("teacher.table_memory", 2.0),
+        ("precision", "float16"),
+        ("parallel", "ddp"),
+        ("platform", "cuda"),
+        ("eval_every", 0),
+        ("eval_batch_size", 0),
+        ("seed", -1),
+        ("split_seed", 2**31),
+        ("student.model", "resnet9"),
+        ("teacher.model", "vgg12"),
+        ("method.temperature", 0.0),
+        ("method.name", "kdd"),
+        ("method.name", "kd"),
+        ("method.warmup_epochs", -1.0),
     ],
-)  # fmt: skip
-def test_bad_values_are_named(key, value):
-    config = config_of("digitslt")
-    config.update_from_flattened_dict({key: value})
-    with pytest.raises(checks.ConfigError) as caught:
-        checks.validate(config)
+)
+def test_bad_value(key, value):
+    with pytest.raises(ConfigError) as caught:
+        resolve(changed(config_of("digitslt"), **{key: value}))
     # A model or a method is named by its value; every other error names its key too.
     assert str(value) in str(caught.value)
     assert key.endswith((".model", ".name")) or key.split(".")[-1] in str(caught.value)
@@ -223,143 +163,217 @@ def test_bad_values_are_named(key, value):
 @pytest.mark.parametrize(
     "key, value, message",
     [
-        ("weighting.lookahead", 0, "must be at least 1"),
-        ("weighting.every", 0, "must be at least 1"),
-        ("weighting.outer", "harder", "must be one of hard, soft, mix"),
-        ("weighting.features", ("student_ce", "inter"), "feature 'inter': these terms have student_ce, teacher_ce, ce"),
-        ("weighting.features", (), "at least one of"),
-        ("weighting.hidden", (64, 0), "positive whole numbers"),
-        ("weighting.scales", (1.0, 2.0, 3.0), "one for each of the 2 terms .ce, kd."),
-        ("weighting.scales", ("a", "b"), "must be positive numbers"),
-        ("weighting.scales", (0.0, 1.0), "must be positive numbers"),
-        ("weighting.hidden", (True,), "positive whole numbers"),
-        ("weighting.features", ("ce", "ce"), "each once"),
-        ("weighting.lr", 0.0, "must be positive"),
-        ("weighting.weight_decay", -1.0, "must not be negative"),
-        ("weighting.decay", float("nan"), "must be"),
-        ("weighting.name", "learned", "must be one of static, bilevel"),
-        ("weighting.name", "static", "choose learned weights by the config's argument"),
-        ("data.meta_per_class", 0, "the meta set would miss every class"),
+        ("lookahead", 0, "at least 1"),
+        ("update_every", 0, "at least 1"),
+        ("outer_loss", "harder", "hard, soft, mix"),
+        ("features", ("student_ce", "inter"), "'inter'.* student_ce, teacher_ce, ce"),
+        ("features", (), "at least one"),
+        ("features", ("ce", "ce"), "once"),
+        ("hidden", (64, 0), "positive whole numbers"),
+        ("hidden", (True,), "positive whole numbers"),
+        ("scales", (1.0, 2.0, 3.0), "ce, kd"),
+        ("scales", ("a", "b"), "positive numbers"),
+        ("scales", (0.0, 1.0), "positive numbers"),
+        ("lr", 0.0, "positive"),
+        ("weight_decay", -1.0, "not be negative"),
+        ("lr_decay", float("nan"), "must be"),
+        ("name", "learned", "static, bilevel"),
+        ("name", "static", ":bikd"),
     ],
 )
-def test_bad_weighting_is_named(key, value, message):
-    config = config_of("digitslt", "bikd")
-    config.update_from_flattened_dict({key: value})
-    with pytest.raises(checks.ConfigError, match=message) as caught:
-        checks.validate(config)
-    assert key.split(".")[-1] in str(caught.value) or key == "weighting.name"
+def test_bad_learned_weights(key, value, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        resolve(changed(config_of("digitslt", "bikd"), **{f"loss_weighting.{key}": value}))
+    assert "loss_weighting" in str(caught.value)
 
 
-def test_a_batch_is_spread_evenly_over_the_devices():
-    """A matter of the machine, so no part of what makes a queue or a page readable."""
-    config = config_of("cifar100lt", "bikd")
-    checks.validate(config)
-    with pytest.raises(checks.ConfigError, match="config.train.batch_size=100 must be a multiple of the 8 devices"):
-        checks.validate_devices(config)
-    with pytest.raises(checks.ConfigError, match="multiple of the 8 devices"):
-        run.run(config, "/nowhere", command="")
-
-
-def test_learned_weights_need_the_argument():
-    config = config_of("digitslt", "kd")
-    config.weighting.name = "bilevel"
-    with pytest.raises(checks.ConfigError, match=":bikd,terms=METHOD"):
-        checks.validate(config)
-
-
-def test_a_model_that_the_images_do_not_fit(black, monkeypatch):
-    with pytest.raises(checks.ConfigError, match="the student has 4, the teacher 3"):
-        build.student_program(config_of("folderlt", "reviewkd,name=birds,student=vgg8"), "features")
-    monkeypatch.setitem(STORED, "birds", (4, *STORED["birds"][1:]))
-    with pytest.raises(checks.ConfigError, match="VGG takes images .* of at least 8×8 pixels"):
-        build.student_program(config_of("folderlt", "ltkd,name=birds,student=vgg8,image_size=0"), "network")
-
-
-def test_a_meta_set_smaller_than_a_batch():
-    config = config_of("digitslt", "bikd,data.meta_per_class=6")
-    with pytest.raises(checks.ConfigError, match="60 images, fewer than a batch of 64: raise data.meta_per_class"):
-        build.student_program(config, "none")
+@pytest.mark.parametrize(
+    "argument, values, message",
+    [
+        ("kd", {"loss_weighting.name": "bilevel"}, ":bikd,terms=METHOD"),
+        ("bikd", {"data.outer_per_class": 0}, "data.outer_per_class=0"),
+        ("ltkd", {"augment.cutout": 3, "teacher.table": "always"}, "'always'.*views"),
+        ("reviewkd", {"teacher.table": "always"}, "'always'.*features"),
+        ("ltkd", {"augment.policy": "autoaugment"}, "policy='autoaugment'"),
+        ("ltkd", {"data.stream": True, "data.image_size": 8}, "data.stream=True .*digits"),
+        ("ltkd", {"data.stream": True, "data.name": "birds"}, "data.image_size=0"),
+        ("kd", {"teacher.checkpoint": "x.npz", "teacher.table": "never"}, "x.npz.*'never'"),
+    ],
+)
+def test_values_that_exclude_each_other(argument, values, message):
+    with pytest.raises(ConfigError, match=message):
+        resolve(changed(config_of("digitslt", argument), **values))
 
 
 @pytest.mark.parametrize(
     "values, message",
     [
-        ({"data.name": "cifar1000"}, "cifar1000"),
-        (
-            {"data.name": "cifar100", "data.dir": "/nowhere"},
-            "python -m ltkd_jax.data.prepare cifar100 --data_dir /nowhere",
-        ),
-        ({"data.imbalance": 500.0}, "imbalance"),
-        ({"data.n_max": 100_000}, "n_max"),
-        ({"data.validation_per_class": 500}, "validation_per_class"),
-        ({"groups.fractions": (1 / 11,) * 11}, "11 groups for 10 classes"),
-        ({"groups.fractions": (0.5, 0.1)}, "sum to 1"),
+        ({"platform": "gpu"}, "platform='gpu' .*8 × cpu"),
+        ({"devices": 9}, "devices=9 .* 8 "),
+        ({"train.batch_size": 20}, "train.batch_size=20 .* 8 devices.*config.devices=5"),
+        ({"teacher.train.batch_size": 20}, "teacher.train.batch_size=20 .* 8 devices"),
+        ({"train.batch_size": 20, "devices": 6}, " 6 devices.*config.devices=5"),
     ],
 )
-def test_bad_data_is_told_within_a_second(values, message):
-    config = config_of("digitslt")
-    dataset.load(config)  # the digits themselves are loaded once
-    importlib.import_module("tensorflow_datasets")
-    config.update_from_flattened_dict(values)
-    start = time.monotonic()
-    with pytest.raises(checks.ConfigError, match=message.replace("(", "\\(")):
-        dataset.load(config)
-    assert time.monotonic() - start < 1
+def test_bad_devices(tmp_path, values, message):
+    """A matter of the machine, so the config itself can be read on any."""
+    spec = resolve(tiny(tmp_path, "ce", **values))
+    with pytest.raises(ConfigError, match=message):
+        validation.validate_devices(spec.config)
 
 
-def test_the_identity_of_a_result():
-    """What is computed is in the hash, how it is carried out is not; a teacher does not depend on the student."""
-    base, teacher = checks.config_hash(config_of("digitslt")), checks.teacher_hash(config_of("digitslt"))
+def test_config_of_another_shape():
+    """A dictionary that was written by hand, or by another version."""
+    tree = config_of("digitslt").to_dict()
+    for edit, message in (
+        (lambda tree: tree.update(seed_split=tree.pop("split_seed")), "'seed_split' .*'split_seed'"),
+        (lambda tree: tree["train"].update(decay=0.1), "'train.decay' .*'train.lr_decay'"),
+        (lambda tree: tree.update(weighting={"name": "static"}), "'weighting.name' .*'loss_weighting.name'"),
+        (lambda tree: tree["train"].update(ls=0.1), "'train.ls'.*'train.lr'"),
+        (lambda tree: tree["data"].pop("n_max"), "lacks .*'data.n_max'"),
+        (lambda tree: tree["method"].pop("name"), "lacks .*'method.name'"),
+    ):
+        other = json.loads(json.dumps(tree))
+        edit(other)
+        with pytest.raises(ConfigError, match=message):
+            resolve(other)
+
+
+@pytest.mark.parametrize(
+    "value, key", [("x", "seed"), (None, "split_seed"), ("0.1", "train.lr"), (3, "train"), ([], "data.name")]
+)
+def test_config_of_wrong_types(value, key):
+    tree = json.loads(json.dumps(config_of("digitslt").to_dict()))
+    *sections, leaf = key.split(".")
+    node = tree
+    for section in sections:
+        node = node[section]
+    node[leaf] = value
+    with pytest.raises(ConfigError, match=leaf):
+        resolve(tree)
+
+
+def test_load_config(tmp_path):
+    assert load_config(f"{ROOT}/configs/digitslt.py:kd,seed=4").seed == 4
+    (tmp_path / "bad.py").write_text("import nothing_of_this_name")
+    for reference, message in (
+        (f"{ROOT}/configs/digitlt.py", "digitlt.py.*digitslt.py"),
+        (f"{ROOT}/configs/digitslt.py:kdd", "'kdd'"),
+        (str(tmp_path / "bad.py"), "bad.py.*nothing_of_this_name"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load_config(reference)
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("seed_teacher", "teacher_seed"),
+        ("eval_batch", "eval_batch_size"),
+        ("data.workers", "data.num_workers"),
+        ("data.meta_per_class", "data.outer_per_class"),
+        ("teacher.train.decay", "teacher.train.lr_decay"),
+        ("teacher.cache", "teacher.dir"),
+        ("weighting.decay", "loss_weighting.lr_decay"),
+        ("weighting.lr", "loss_weighting.lr"),
+    ],
+)
+def test_renamed_key(old, new):
+    assert names.new_name(new) is None
+    with pytest.raises(ConfigError, match=f"'{old}' .*'{new}'"):
+        names.check_key(old)
+
+
+def test_identity_holds_what_is_computed():
+    """And not how it is executed; a teacher does not depend on the student."""
+    base = resolve(config_of("digitslt"))
     for key, value, same, same_teacher in [
         ("seed", 1, False, True), ("train.lr", 0.1, False, True), ("method.alpha", 2.0, False, True),
-        ("student.model", "resnet14", False, True), ("seed_teacher", 1, False, False), ("seed_split", 1, False, False),
+        ("student.model", "resnet14", False, True), ("teacher_seed", 1, False, False), ("split_seed", 1, False, False),
         ("teacher.train.lr", 0.1, False, False), ("data.imbalance", 10.0, False, False),
         ("precision", "tf32", False, False),
         ("data.dir", "x", True, True), ("teacher.table", "never", True, True), ("parallel", "pmap", True, True),
-        ("checkpoint_every", 3, True, True), ("teacher.table_runs", 9, True, True), ("teacher.cache", "x", True, True),
+        ("checkpoint_every", 3, True, True), ("teacher.table_runs", 9, True, True), ("teacher.dir", "x", True, True),
     ]:  # fmt: skip
-        config = config_of("digitslt")
-        config.update_from_flattened_dict({key: value})
-        assert (checks.config_hash(config) == base) is same, key
-        assert (checks.teacher_hash(config) == teacher) is same_teacher, key
-    assert len({checks.teacher_hash(config_of("digitslt", m)) for m in methods.METHODS}) == 1
+        spec = resolve(changed(config_of("digitslt"), **{key: value}))
+        assert (spec.hash == base.hash) is same, key
+        assert (spec.teacher_hash == base.teacher_hash) is same_teacher, key
+    assert len({resolve(config_of("digitslt", method)).teacher_hash for method in methods.METHODS}) == 1
 
 
-def test_what_is_off_is_no_part_of_the_identity():
-    """So that results stay known when the program learns something new."""
-    static, learned = config_of("digitslt", "kd"), config_of("digitslt", "bikd")
-    assert "weighting" not in checks.identity(static) and "weighting" in checks.identity(learned)
-    committed = ROOT / "results" / "digits-50-kd-resnet20-resnet8-s0-058e3663622d.json"
-    assert committed.exists() and checks.config_hash(static) == "058e3663622d"
+@pytest.mark.parametrize("argument", ["ltkd", "bikd,terms=dkd,loss_weighting.scales=(1.0,2.0,3.0)"])
+def test_results_hold_the_whole_config(argument, tmp_path):
+    """What `results.json` keeps resolves to the same run."""
+    spec = resolve(tiny(tmp_path, argument, **{"data.dir": str(tmp_path)}))
+    results = json.loads(json.dumps({"config": spec.config, "content": spec.content}))
+    assert results["config"]["data"]["dir"] == ""
+    again = resolve(results["config"])
+    for field in dataclasses.fields(spec):
+        if field.name != "data":
+            assert getattr(again, field.name) == getattr(spec, field.name), field.name
+    assert identity.hash_of(identity.of_results(results)) == again.hash == spec.hash
 
 
-def test_images_held_out_make_another_teacher_only_where_they_change_its_images():
-    def teacher(**values):
-        config = config_of("digitslt", "kd")
-        config.update_from_flattened_dict(values)
-        return checks.teacher_hash(config)
+def test_identity_without_what_is_off():
+    """Results stay valid when the program gets a new option."""
+    static = resolve(config_of("digitslt", "kd"))
+    assert "loss_weighting" not in static.identity and "augment" not in static.identity
+    assert "loss_weighting" in resolve(config_of("digitslt", "bikd")).identity
+    assert static.hash == "0e68e06baf35"
+
+
+def test_identity_of_a_teacher_and_held_out_images():
+    """They make another teacher only where they change its images."""
+
+    def teacher_hash(**values):
+        return resolve(changed(config_of("digitslt", "kd"), **values)).teacher_hash
 
     assert config_of("digitslt").data.n_max == 100
-    assert teacher() == teacher(**{"data.meta_per_class": 8}) == teacher(**{"data.validation_per_class": 3})
-    assert teacher(**{"data.n_max": 0}) != teacher(**{"data.n_max": 0, "data.meta_per_class": 8})
-    assert teacher(**{"data.subset": "all"}) != teacher(**{"data.subset": "all", "data.meta_per_class": 8})
-    held = config_of("digitslt", "bikd")
-    np.testing.assert_array_equal(dataset.load(held).train.keys, dataset.load(config_of("digitslt")).train.keys)
+    assert teacher_hash() == teacher_hash(**{"data.outer_per_class": 8})
+    assert teacher_hash() == teacher_hash(**{"data.validation_per_class": 3})
+    for other in ({"data.n_max": 0}, {"data.subset": "all"}):
+        assert teacher_hash(**other) != teacher_hash(**other, **{"data.outer_per_class": 8})
+    plain, with_outer_set = (dataset.load(resolve(config_of("digitslt", name)).data) for name in ("kd", "bikd"))
+    np.testing.assert_array_equal(with_outer_set.train.keys, plain.train.keys)
 
 
-def test_the_rule_for_the_table():
-    """auto: views <= epochs × runs, and it fits."""
-    config = config_of("digitslt", "kd")
-    data = dataset.load(config)
-    assert data.source.views.num == 9 and build.teacher_kind(config, data) == "table"
-    config.train.epochs = 4.0
-    assert build.teacher_kind(config, data) == "network"
-    config.teacher.table_runs = 3
-    assert build.teacher_kind(config, data) == "table"
-    config.train.max_steps = 1
-    assert build.teacher_kind(config, data) == "network"
-    config.train.max_steps, config.teacher.table_memory = 0, 1e-9
-    assert build.teacher_kind(config, data) == "network"
-    for choice, answer in (("always", "table"), ("never", "network")):
-        config.teacher.table = choice
-        assert build.teacher_kind(config, data) == answer
+@pytest.mark.parametrize(
+    "values, source",
+    [
+        ({}, "table"),
+        ({"train.epochs": 4.0}, "network"),
+        ({"train.epochs": 4.0, "teacher.table_runs": 3}, "table"),
+        ({"train.max_steps": 1, "teacher.table_runs": 3}, "network"),
+        ({"teacher.table_memory": 1e-9}, "network"),
+        ({"teacher.table_memory": 1e-9, "teacher.table": "always"}, "table"),
+        ({"teacher.table": "never"}, "network"),
+        ({"augment.cutout": 2}, "network"),
+    ],
+)
+def test_choose_source(values, source):
+    """A table is used if views <= epochs × runs, and it fits."""
+    spec = resolve(changed(config_of("digitslt", "kd"), **values))
+    data = dataset.load(spec.data)
+    assert data.source.views.num == 9 and teacher.choose_source(spec, data) == source
+
+
+def test_choose_source_of_methods():
+    data = dataset.load(resolve(config_of("digitslt", "kd")).data)
+    for method, source in (("ce", "none"), ("reviewkd", "features"), ("bikd", "table")):
+        assert teacher.choose_source(resolve(config_of("digitslt", method)), data) == source
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"data.imbalance": 500.0}, "imbalance"),
+        ({"data.n_max": 100_000}, "n_max"),
+        ({"data.validation_per_class": 500}, "validation_per_class"),
+        ({"groups.fractions": (1 / 11,) * 11}, "11 .*10 classes"),
+        ({"groups.fractions": (0.5, 0.1)}, "sum"),
+        ({"data.image_size": 8}, "digits"),
+    ],
+)
+def test_data_that_cannot_be_drawn(values, message):
+    with pytest.raises(ConfigError, match=message):
+        dataset.load(resolve(changed(config_of("digitslt"), **values)).data)
