@@ -6,6 +6,7 @@ import pathlib
 import time
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from experiments.config.spec import resolve
@@ -118,3 +119,11 @@ def assert_same_bits(config, workdir, other):
     """Checks that two runs have ended with the same state and the same records."""
     assert parameters(workdir, config) == parameters(other, config)
     assert (workdir / "metrics.jsonl").read_text() == (other / "metrics.jsonl").read_text()
+
+
+def with_infinity(tree):
+    """Returns the tree with an infinity in its largest leaf."""
+    leaves, structure = jax.tree.flatten(tree)
+    largest = max(range(len(leaves)), key=lambda i: leaves[i].size)
+    leaves[largest] = leaves[largest].at[(0,) * leaves[largest].ndim].set(jnp.inf)
+    return jax.tree.unflatten(structure, leaves)
