@@ -5,9 +5,7 @@
     python -m experiments.main --config=configs/cifar10lt.py:bikd,terms=ltkd,imbalance=100 --config.data.dir=DIR
     python -m experiments.main --config=configs/cifar10lt.py:bkd --config.data.dir=DIR
 
-METHOD is one of ce, balanced_softmax, logit_adjusted, kd, dkd, reviewkd, dive, bkd, wsl, ltkd, ltkd_bs, bikd; short keys are
-imbalance, teacher, student, epochs, seed, policy, cutout, mixup, and the method's own (alpha, beta, temperature, …; for bikd
-terms, lookahead, update_every, outer_loss); `smoke` runs 20 steps of small models.
+The argument is METHOD[,key=value…][,smoke]: configs/common.py has the methods, the short keys and all other keys.
 
 Hardware: one GPU. Expected, published at ρ = 50 (second-hand): bikd 82.45, bkd 81.67, dive 80.79; not yet run here.
 """

@@ -4,10 +4,9 @@
     python -m experiments.main --config=configs/digitslt.py:kd,seed=1
     python -m experiments.main --config=configs/digitslt.py:bikd,terms=ltkd
 
-METHOD is one of ce, balanced_softmax, logit_adjusted, kd, dkd, reviewkd, dive, bkd, wsl, ltkd, ltkd_bs, bikd; short keys are
-imbalance, teacher, student, epochs, seed, and the method's own (alpha, beta, temperature, …; for bikd
-terms, lookahead, update_every, outer_loss); `smoke` runs 20 steps. For bikd 8 images of each digit are set aside as the outer set; the training
-images are the same, since n_max is given. Its weight net is the paper's for ten classes (CIFAR-10).
+The argument is METHOD[,key=value…][,smoke]: configs/common.py has the methods, the short keys and all other keys.
+For bikd 8 images of each digit are set aside as the outer set; the training images are the same, since n_max is given.
+Its weight net is the paper's for ten classes (CIFAR-10).
 
 Hardware: 2 CPU cores. Expected over student seeds 0-2 (results/README.md): ltkd 80.1 ± 1.3 all, 52.7 ± 5.0 tail; bikd
 78.2 ± 0.8 all, 35.4 ± 2.2 tail. `make demo` fills that table.

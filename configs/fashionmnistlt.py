@@ -5,9 +5,7 @@
     python -m experiments.main --config=configs/fashionmnistlt.py:bikd,imbalance=50 --config.data.dir=DIR
     python -m experiments.main --config=configs/fashionmnistlt.py:ltkd,smoke --config.data.dir=DIR
 
-METHOD is one of ce, balanced_softmax, logit_adjusted, kd, dkd, reviewkd, dive, bkd, wsl, ltkd, ltkd_bs, bikd; short keys are
-imbalance, teacher, student, epochs, seed, policy, cutout, mixup, and the method's own (alpha, beta, temperature, …; for bikd
-terms, lookahead, update_every, outer_loss); `smoke` runs 20 steps of small models.
+The argument is METHOD[,key=value…][,smoke]: configs/common.py has the methods, the short keys and all other keys.
 
 Recipe: LTKD's for CIFAR, with 60 epochs; for bikd BiKD's for ten classes, with 100 images of each class set aside.
 

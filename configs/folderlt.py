@@ -6,9 +6,7 @@
     python -m experiments.main --config=configs/folderlt.py:bikd,name=birds,image_size=32 --config.data.dir=DIR
     python -m experiments.main --config=configs/folderlt.py:ltkd,name=birds,data.stream=True,image_size=224,teacher=resnet34_imagenet,student=resnet18_imagenet --config.data.dir=DIR
 
-METHOD is one of ce, balanced_softmax, logit_adjusted, kd, dkd, reviewkd, dive, bkd, wsl, ltkd, ltkd_bs, bikd; short keys are
-imbalance, teacher, student, epochs, seed, policy, cutout, mixup, and the method's own (alpha, beta, temperature, …; for bikd
-terms, lookahead, update_every, outer_loss); `smoke` runs 20 steps of small models.
+The argument is METHOD[,key=value…][,smoke]: configs/common.py has the methods, the short keys and all other keys.
 
 `name` is that of the preparation. `subset=all` (the default here) takes the images as they are; subset=exponential makes them
 long-tailed by `imbalance`, in the order of the sorted class names. `image_size` is the side to which images are brought, 64

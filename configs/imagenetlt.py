@@ -6,9 +6,7 @@
     python -m experiments.main --config=configs/imagenetlt.py:ltkd,subset=ImageNet_LT_train.txt --config.data.dir=DIR
     python -m experiments.main --config=configs/imagenetlt.py:ltkd,smoke --config.data.dir=DIR
 
-METHOD is one of ce, balanced_softmax, logit_adjusted, kd, dkd, reviewkd, dive, bkd, wsl, ltkd, ltkd_bs, bikd; short keys are
-imbalance, teacher, student, epochs, seed, policy, cutout, mixup, and the method's own (alpha, beta, temperature, …; for bikd
-terms, lookahead, update_every, outer_loss); `smoke` runs 20 steps of small models.
+The argument is METHOD[,key=value…][,smoke]: configs/common.py has the methods, the short keys and all other keys.
 
 `subset` is exponential (LTKD's: n_c = 732 · γ^(−c/999), since the smallest class has 732 images; the paper's n_max is not
 known), or the path of a list with a line "relative/path label" for each image, such as the usual ImageNet-LT's

@@ -6,9 +6,7 @@
     python -m experiments.main --config=configs/tinyimagenetlt.py:bikd,terms=ltkd --config.data.dir=DIR
     python -m experiments.main --config=configs/tinyimagenetlt.py:ltkd,smoke --config.data.dir=DIR
 
-METHOD is one of ce, balanced_softmax, logit_adjusted, kd, dkd, reviewkd, dive, bkd, wsl, ltkd, ltkd_bs, bikd; short keys are
-imbalance, teacher, student, epochs, seed, policy, cutout, mixup, and the method's own (alpha, beta, temperature, …; for bikd
-terms, lookahead, update_every, outer_loss); `smoke` runs 20 steps of small models.
+The argument is METHOD[,key=value…][,smoke]: configs/common.py has the methods, the short keys and all other keys.
 
 21,549 training images at γ = 100 (n_max 500); labels are numbered by sorted WordNet id; the test is the official
 validation set, 10,000 images. Crops (pad 4) and flips as for CIFAR, and ImageNet's statistics: what the paper used is not

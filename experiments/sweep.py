@@ -5,7 +5,7 @@
 
 A method may be followed by its own key=value. What all runs share stands in the config's argument, as in
 --config=configs/digitslt.py:epochs=20 or :smoke. The folder (runs/sweep-<config> unless --name is given) gets
-queue.json, results/, a work directory for each run, and the page that compares them. The same command goes on where
+queue.json, results/, a work directory for each run, and the page that compares them. The same command continues where
 it was; with more methods, settings or seeds it runs what is missing.
 """
 
@@ -17,131 +17,131 @@ import re
 import sys
 
 from configs import common
-from experiments import reproduce, runtime
-from experiments.config import checks
-from experiments.jobs import queue_entry
-from experiments.trainer import build
+from experiments import runtime
+from experiments.config import load, spec
+from experiments.config.validation import ConfigError
+from experiments.jobs import command
 from ltkd_jax import files
 
-_FOLDER = pathlib.Path("runs")
+_AXES = {"imbalance": "10,100", "teacher": "resnet20,resnet32", "student": "resnet8,resnet20"}  # with examples
 
 
 def split_methods(text: str) -> list[list[str]]:
-    """The methods of a list, each with what is set for it alone.
+    """Returns the methods of a list, each followed by what is set for it alone.
 
     Raises:
-      checks.ConfigError: no method, or a value before any.
+      ConfigError: no method, or a value before any.
 
     >>> split_methods("kd,ltkd,alpha=2,beta=1")
     [['kd'], ['ltkd', 'alpha=2', 'beta=1']]
     """
-    found = []
+    methods = []
     for word in common.split(text):
         if "=" not in word:
-            found.append([word])
-        elif found:
-            found[-1].append(word)
+            methods.append([word])
+        elif methods:
+            methods[-1].append(word)
         else:
-            raise checks.ConfigError(
-                f"--methods={text}: {word!r} follows no method; for all runs, put it into --config"
-            )
-    if not found:
-        raise checks.ConfigError(f"--methods={text}: give at least one, such as ce,kd,ltkd")
-    if ["smoke"] in found:
-        raise checks.ConfigError(f"--methods={text}: smoke is for all runs, put it into --config=configs/….py:smoke")
-    return found
+            raise ConfigError(f"--methods={text}: {word!r} follows no method; for all runs, put it into --config")
+    if not methods:
+        raise ConfigError(f"--methods={text}: give at least one, such as ce,kd,ltkd")
+    if ["smoke"] in methods:
+        raise ConfigError(f"--methods={text}: smoke is for all runs, put it into --config=configs/….py:smoke")
+    return methods
 
 
-def queue_of(config: str, methods: str, axes: dict[str, str | None], seeds: int, about: str) -> dict:
-    """The queue of a sweep.
+def plan(config: str, methods: str, axes: dict[str, str | None]) -> dict[str, spec.RunSpec]:
+    """Returns the runs of a sweep by their configs, `{"configs/x.py:argument": specification}`.
 
     Args:
       config: "configs/x.py", or with an argument that all runs share: "configs/x.py:epochs=20,smoke".
       methods: a list, see `split_methods`.
       axes: short keys of the argument, each with a list of values, or None for the config's own.
-      seeds: of the student, 0 to seeds - 1.
-      about: what the queue says of itself.
 
     Raises:
-      checks.ConfigError: a config that cannot be, or the same one twice.
+      ConfigError: a config that cannot be, or the same run twice.
     """
-    if seeds < 1:
-        raise checks.ConfigError(f"--seeds={seeds} must be at least 1, a number of seeds")
     path, _, shared = config.partition(":")
     values = [[f"{key}={value.strip()}" for value in text.split(",")] for key, text in axes.items() if text is not None]
-    runs, seen = [], {}
+    specs, references = {}, {}
     for setting in itertools.product(*values):
-        for reference in _by_one_recipe(path, split_methods(methods), [*setting, *common.split(shared)]):
-            if re.search(r"[:,]\s*seed\s*=", reference):
-                raise checks.ConfigError(f"{reference}: a sweep's seeds are given by --seeds")
-            resolved = checks.config_hash(queue_entry.load_config(reference))
-            if resolved in seen:
-                raise checks.ConfigError(f"{reference} is the same run as {seen[resolved]}: give it once")
-            seen[resolved] = reference
-            runs.append({"config": reference, "seeds": list(range(seeds))})
-    return {"about": about, "runs": runs}
+        for reference, run in _with_one_recipe(path, split_methods(methods), [*setting, *common.split(shared)]):
+            if run.hash in references:
+                raise ConfigError(f"{reference} is the same run as {references[run.hash]}: give it once")
+            references[run.hash] = reference
+            specs[reference] = run
+    return specs
 
 
-def _by_one_recipe(path, methods, rest):
-    """A config for each method: all by the recipe of learned weights, if that makes one teacher and schedule of more.
+def _with_one_recipe(path, methods, rest):
+    """Returns a (config, specification) for each method of a setting.
 
-    Methods are to be compared over the same images, steps and teacher.
+    Methods are compared over the same images, steps and teacher: where bikd's recipe differs from that of the other
+    methods, all get it, unless a recipe was asked for or they would differ all the same.
     """
-
-    def references(*recipe):
-        added = [[] if method[0] == "bikd" else recipe for method in methods]
-        return [f"{path}:{','.join([*method, *more, *rest])}" for method, more in zip(methods, added)]
-
-    def differ(found):
-        configs = [queue_entry.load_config(reference) for reference in found]
-        return len({(checks.teacher_hash(c), json.dumps(checks.plain(c)["train"])) for c in configs}) > 1
-
-    plain = references()
-    chosen = any(word.startswith("recipe=") for word in itertools.chain(rest, *methods))
-    if chosen or all(method[0] != "bikd" for method in methods) or not differ(plain):
-        return plain
-    alike = references("recipe=bikd")
-    return plain if differ(alike) else alike
+    own_recipes = _resolved(path, methods, rest)
+    is_chosen = any(word.startswith("recipe=") for word in itertools.chain(rest, *methods))
+    learns_weights = any(method[0] == "bikd" for method in methods)
+    if is_chosen or not learns_weights or _are_comparable(own_recipes):
+        return own_recipes
+    one_recipe = [method if method[0] == "bikd" else [*method, "recipe=bikd"] for method in methods]
+    resolved = _resolved(path, one_recipe, rest)
+    return resolved if _are_comparable(resolved) else own_recipes
 
 
-def summary(path) -> str:
-    """Says how much a queue file holds."""
-    configs = [queue_entry.resolve(entry) for entry in queue_entry.read_queue(path)]
-    taught = {checks.teacher_hash(config) for config in configs if build.needs_teacher(config)}
-    counts = ((len(configs), "run"), (len(taught), "teacher"))
-    return ", ".join(f"{number} {word}{'' if number == 1 else 's'}" for number, word in counts)
+def _resolved(path, methods, rest):
+    references = [f"{path}:{','.join([*method, *rest])}" for method in methods]
+    for reference in references:
+        if re.search(r"[:,]\s*seed\s*=", reference):
+            raise ConfigError(f"{reference}: a sweep's seeds are given by --seeds")
+    return [(reference, spec.resolve(load.load_config(reference))) for reference in references]
+
+
+def _are_comparable(resolved):
+    return len({(run.teacher_hash, json.dumps(run.config["train"])) for _, run in resolved}) == 1
+
+
+def summary(specs: dict[str, spec.RunSpec], seeds: int) -> str:
+    """Returns how many runs and teachers a sweep has.
+
+    >>> summary({}, 3)
+    '0 runs, 0 teachers'
+    """
+    teachers = {run.teacher_hash for run in specs.values() if run.needs_teacher}
+    counts = {"run": seeds * len(specs), "teacher": len(teachers)}
+    return ", ".join(f"{number} {word}{'' if number == 1 else 's'}" for word, number in counts.items())
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m experiments.sweep", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     parents=[reproduce.options_of_a_queue()])  # fmt: skip
+                                     parents=[command.options()])  # fmt: skip
     parser.add_argument("--config", default="configs/digitslt.py", help="a config file, with what all runs share")
     parser.add_argument("--methods", required=True, help="such as ce,kd,ltkd,alpha=2,bikd")
-    for key, what in (("imbalance", "10,100"), ("teacher", "resnet20,resnet32"), ("student", "resnet8,resnet20")):
-        parser.add_argument(f"--{key}", help=f"a list such as {what} (default: the config's)")
+    for key, example in _AXES.items():
+        parser.add_argument(f"--{key}", help=f"a list such as {example} (default: the config's)")
     parser.add_argument("--seeds", type=int, default=3, help="how many student seeds, from 0 (default: 3)")
     parser.add_argument("--name", help="of the folder, runs/NAME (default: sweep-<config>)")
     options = parser.parse_args(argv)
     name = options.name or f"sweep-{pathlib.Path(options.config.partition(':')[0]).stem}"
-    folder = _FOLDER / name
+    folder = pathlib.Path("runs") / name
     try:
         if not re.fullmatch(r"\w[\w .+-]*", name):
-            raise checks.ConfigError(f"--name={name!r} must be the name of one folder")
-        axes = {key: getattr(options, key) for key in ("imbalance", "teacher", "student")}
+            raise ConfigError(f"--name={name!r} must be the name of one folder")
+        if options.seeds < 1:
+            raise ConfigError(f"--seeds={options.seeds} must be at least 1, a number of seeds")
+        machine = command.set_up(options)
+        specs = plan(options.config, options.methods, {key: getattr(options, key) for key in _AXES})
         about = runtime.command_line("experiments.sweep", sys.argv[1:] if argv is None else argv)
-        queue = queue_of(options.config, options.methods, axes, options.seeds, about)
+        runs = [{"config": reference, "seeds": list(range(options.seeds))} for reference in specs]
         folder.mkdir(parents=True, exist_ok=True)
-        files.write_text(folder / "queue.json", json.dumps(queue, indent=1) + "\n")
-        print(f"{folder / 'queue.json'}: {summary(folder / 'queue.json')}")
-        if any("recipe=bikd" in run["config"] for run in queue["runs"]):
+        files.write_json(folder / "queue.json", {"about": about, "runs": runs})
+        print(f"{folder / 'queue.json'}: {summary(specs, options.seeds)}")
+        if any("recipe=bikd" in reference for reference in specs):
             print("All with BiKD's images and schedule (recipe=bikd), so that they can be compared.")
-    except (checks.ConfigError, OSError) as error:
+        sys.exit(command.run(folder / "queue.json", folder / "results", folder, options, machine))
+    except (ConfigError, OSError) as error:
         sys.exit(f"error: {error}")
-    how = {"results": folder / "results", "runs": folder, "data_dir": options.data_dir, "minutes": options.minutes}
-    how["at_once"] = options.at_once or "auto"
-    words = [f"--{key}={value}" for key, value in how.items()] + ["--list"] * options.list
-    reproduce.main([str(folder / "queue.json"), *words])
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ def _read_folder(path, data_dir, subset):
         train=restored.logits(data.train, "train images"),
         class_counts=data.class_counts,
         class_names=data.source.class_names,
-        fractions=tuple(restored.config.groups.fractions),
+        fractions=restored.spec.data.group_fractions,
     )
 
 

@@ -25,20 +25,16 @@ def run(
     save: str | None = None,
     output: str = "audit.html",
 ) -> dict:
-    """Audits a model, and writes the page and the record beside it.
+    """Audits a model, writes the page and the record beside it, and returns the record, see `build_record`.
 
     Args:
-      path: of the model, see `inputs.read`.
-      compare: of a second model, such as its student.
+      path, compare: the model, and a second one such as its student; see `inputs.read`.
       counts, imbalance: see `inputs.class_counts`.
       fractions: of the classes, that are groups; by default the model's own.
       temperature: of distillation.
       data_dir, subset: see `inputs.read`.
       save: file to which the model's logits are written.
       output: the page; the record has the same name and ends in .json.
-
-    Returns:
-      The record, see `build_record`.
 
     Raises:
       ValueError: what is wrong with the input, and the remedy.

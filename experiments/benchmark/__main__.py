@@ -7,133 +7,118 @@
     python -m experiments.benchmark bilevel                      # the bilevel step beside naive differentiation
     python -m experiments.benchmark bilevel --repeats=0          # the compiler's counts alone
     python -m experiments.benchmark stream                       # images per second of a stream, of a plain loop
-    python -m experiments.benchmark --against=torch              # KD, LTKD and BiKD beside a plain PyTorch twin
+    python -m experiments.benchmark pytorch                      # KD, LTKD and BiKD beside a plain PyTorch twin
 
-What each of them counts stands in the modules of experiments/benchmark, what it found in docs/performance.md.
+The modules of experiments/benchmark say what each of them counts, docs/performance.md what it was.
 """
 
 import argparse
-import dataclasses
 import importlib.util
 import sys
 
 from experiments import runtime
 from experiments.benchmark import bilevel_step, input_pipeline, loss, profile, train_step
-from experiments.config import checks
+from experiments.config.validation import ConfigError
 
-_PAIR = {"teacher": "resnet32x4", "student": "resnet8x4"}
 _PRECISIONS = ("float32", "tf32", "bfloat16")
 
 
-def _listed(choices):
-    """A parser of names with commas between them."""
+def _names(choices):
+    """Returns a parser of names with commas between them."""
 
     def parse(text):
         names = [name for name in text.split(",") if name]
-        unknown = [name for name in names if name not in choices]
-        if unknown or not names:
+        if not names or not set(names) <= set(choices):
             raise argparse.ArgumentTypeError(f"{text!r}: give some of {', '.join(choices)}, with commas between them")
         return names
 
     return parse
 
 
-def _at_least(least):
+def _at_least(minimum):
     def parse(text):
-        try:
-            value = int(text)
-        except ValueError:
-            value = least - 1
-        if value < least:
-            raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least {least}")
-        return value
+        if not text.isdecimal() or int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least {minimum}")
+        return int(text)
 
     return parse
 
 
-def _pair_options(parser):
-    for name, default in _PAIR.items():
-        parser.add_argument(f"--{name}", default=default, help=f"default: {default}")
+def _add_models(parser):
+    parser.add_argument("--teacher", default="resnet32x4", help="a model")
+    parser.add_argument("--student", default="resnet8x4", help="a model")
 
 
-def _steps_options(parser, methods):
-    _pair_options(parser)
-    parser.add_argument("--methods", type=_listed(methods), default=list(methods), help=", ".join(methods))
-    parser.add_argument("--precisions", type=_listed(_PRECISIONS), default=["float32"], help=", ".join(_PRECISIONS))
-    parser.add_argument(
-        "--steps",
-        type=_at_least(1),
-        default=3,
-        help="that are timed together, at least; default: 3; bikd takes multiples of its k",
-    )
-    parser.add_argument("--repeats", type=_at_least(1), default=3, help="rounds, of which the best counts; default: 3")
+def _add_steps(parser, methods):
+    _add_models(parser)
+    parser.add_argument("--methods", type=_names(methods), default=list(methods), help=", ".join(methods))
+    parser.add_argument("--precisions", type=_names(_PRECISIONS), default=["float32"], help=", ".join(_PRECISIONS))
+    parser.add_argument("--steps", type=_at_least(1), default=3,
+                        help="steps that are timed together, at least; bikd takes multiples of its k")  # fmt: skip
+    parser.add_argument("--repeats", type=_at_least(1), default=3, help="rounds, of which the best counts")
 
 
-def _parser():
-    parser = argparse.ArgumentParser(prog="python -m experiments.benchmark", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    what = parser.add_subparsers(dest="what", required=True)
-
-    step = what.add_parser("train", help="the training step: rate, FLOPs, time to the first step, memory")
-    _steps_options(step, train_step.METHODS)
-    step.add_argument("--teachers", type=_listed(("table", "network")), default=["table", "network"],
-                      help="where the teacher's logits come from: its table, its network, or both")  # fmt: skip
-
-    traced = what.add_parser("profile", help="where the training step's time goes, by a trace")
-    _pair_options(traced)
-    traced.add_argument("--method", choices=train_step.METHODS, default="ltkd", help="default: ltkd")
-    traced.add_argument("--teacher_from", choices=["table", "network"], default="table", help="default: table")
-    traced.add_argument("--precision", choices=_PRECISIONS, default="float32", help="default: float32")
-    traced.add_argument("--steps", type=_at_least(1), default=3, help="that are traced, at least; default: 3")
-
-    twin = what.add_parser("torch", help="KD, LTKD and BiKD beside a plain PyTorch twin; also as --against=torch")
-    _steps_options(twin, ("kd", "ltkd", "bikd"))
-
-    alone = what.add_parser("loss", help="LTKD's loss and its gradient, beside the floor of its bytes")
-    alone.add_argument("--repeats", type=_at_least(1), default=5, help="default: 5")
-
-    pair = what.add_parser("bilevel", help="the bilevel step: FLOPs, memory and time beside naive differentiation")
-    least = {"batch_size": 1, "num_classes": 3}
-    for field in dataclasses.fields(bilevel_step.Pair):
-        kind = _at_least(least[field.name]) if field.name in least else field.type
-        pair.add_argument(f"--{field.name}", type=kind, default=field.default, help=f"default: {field.default}")
-    pair.add_argument("--repeats", type=_at_least(0), default=3, help="timed rounds after a first; 0 times nothing")
-
-    reading = what.add_parser("stream", help="images per second of a stream")
-    for name, default, at_least in (("images", 512, 1), ("size", 224, 8), ("batch_size", 64, 1), ("batches", 16, 1),
-                                    ("repeats", 2, 1)):  # fmt: skip
-        reading.add_argument(f"--{name}", type=_at_least(at_least), default=default, help=f"default: {default}")
-    reading.add_argument("--workers", type=int, nargs="*", default=[0, 2], help="0 reads by threads (default: 0 2)")
-    return parser
-
-
-def _bilevel(*, repeats, **pair):
-    return bilevel_step.report(bilevel_step.Pair(**pair), repeats)
-
-
-def _against_torch(**options):
+def _pytorch(**options):
     if importlib.util.find_spec("torch") is None:
-        sys.exit('error: there is no PyTorch here: pip install -e ".[train,torch]"')
+        sys.exit('error: PyTorch is not installed: pip install -e ".[train,torch]"')
     from experiments.benchmark import pytorch_comparison
 
     return pytorch_comparison.report(**options)
 
 
+def _parser():
+    parser = argparse.ArgumentParser(prog="python -m experiments.benchmark", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    commands = parser.add_subparsers(required=True)
+
+    def command(name, report, description):
+        added = commands.add_parser(name, help=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        added.set_defaults(report=report)
+        return added
+
+    train = command("train", train_step.report, "the training step: rate, FLOPs, time to the first step, memory")
+    _add_steps(train, train_step.METHODS)
+    sources = ("table", "network")
+    train.add_argument("--teachers", type=_names(sources), default=list(sources), help="of the teacher's logits")
+
+    traced = command("profile", profile.report, "where the training step's time goes, by a trace")
+    _add_models(traced)
+    traced.add_argument("--method", choices=train_step.METHODS, default="ltkd", help="a method")
+    traced.add_argument("--teacher_from", choices=sources, default="table", help="source of the teacher's logits")
+    traced.add_argument("--precision", choices=_PRECISIONS, default="float32", help="of the networks")
+    traced.add_argument("--steps", type=_at_least(1), default=3, help="steps that are traced, at least")
+
+    alone = command("loss", loss.report, "LTKD's loss and its gradient, beside the floor of its bytes")
+    alone.add_argument("--repeats", type=_at_least(1), default=5, help="timed calls, of which the best counts")
+
+    bilevel = command("bilevel", bilevel_step.report, "the bilevel step: FLOPs, memory, time, beside a naive one")
+    _add_models(bilevel)
+    bilevel.add_argument("--method", default="kd", help="whose terms are weighted")
+    bilevel.add_argument("--batch_size", type=_at_least(1), default=100, help="images")
+    bilevel.add_argument("--num_classes", type=_at_least(3), default=100, help="at least 3, one a group")
+    bilevel.add_argument("--precision", choices=_PRECISIONS, default="float32", help="of the networks")
+    bilevel.add_argument("--repeats", type=_at_least(0), default=3, help="timed rounds after a first; 0 times nothing")
+
+    stream = command("stream", input_pipeline.report, "images per second of a stream")
+    stream.add_argument("--images", type=_at_least(1), default=512, help="JPEGs that are written and read")
+    stream.add_argument("--size", type=_at_least(8), default=224, help="pixels of a crop's side")
+    stream.add_argument("--batch_size", type=_at_least(1), default=64, help="images")
+    stream.add_argument("--batches", type=_at_least(1), default=16, help="that are timed together")
+    stream.add_argument("--repeats", type=_at_least(1), default=2, help="rounds, of which the best counts")
+    stream.add_argument("--num_workers", type=_at_least(0), nargs="*", default=[0, 2], help="0 reads by threads")
+
+    twin = command("pytorch", _pytorch, "KD, LTKD and BiKD beside a plain PyTorch twin")
+    _add_steps(twin, ("kd", "ltkd", "bikd"))
+    return parser
+
+
 def main(argv=None):
-    words = ["torch" if word == "--against=torch" else word for word in (sys.argv[1:] if argv is None else argv)]
-    options = vars(_parser().parse_args(words))
-    reports = {
-        "train": train_step.report,
-        "profile": profile.report,
-        "torch": _against_torch,
-        "loss": loss.report,
-        "bilevel": _bilevel,
-    }
-    report = {**reports, "stream": input_pipeline.report}[options.pop("what")]
+    options = vars(_parser().parse_args(argv))
+    report = options.pop("report")
     runtime.initialize()
     try:
         print(report(**options))
-    except (ValueError, checks.ConfigError) as error:  # an unknown model, method or precision
+    except (ValueError, ConfigError) as error:  # an unknown model, method or precision
         sys.exit(f"error: {error}")
 
 

@@ -78,7 +78,7 @@ class WideResNet(nn.Module):
 
 
 def create(name, num_classes, seed=0):
-    """A model in evaluation mode whose weights and running statistics are random."""
+    """Returns a model in evaluation mode whose weights and running statistics are random."""
     torch.manual_seed(seed)
     if name.startswith("wrn_"):
         _, depth, widening = name.split("_")

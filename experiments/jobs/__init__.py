@@ -1,1 +1,1 @@
-"""Queues of runs and the processes that work on them."""
+"""Queues of runs, and the processes that work on them."""

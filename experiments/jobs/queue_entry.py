@@ -1,17 +1,27 @@
-"""The runs of a queue file: each an entry, resolved to its config."""
+"""The entries of a queue file, and the runs that they describe."""
 
 import dataclasses
-import importlib.util
 import json
 import pathlib
 import shlex
 
-from experiments.config import checks
+from experiments.config import load, names, spec
+from experiments.config.validation import ConfigError
+
+_KEYS = {"config", "set", "seeds", "group", "best_of"}
 
 
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """One run of a queue: a config, what is set in it, and its place."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class QueueEntry:
+    """One run of a queue.
+
+    Attributes:
+      config: "configs/x.py:argument", as `--config` takes it.
+      set: values of config keys, which are dotted paths.
+      seed: the student's.
+      group: the name by which other entries refer to this one's result.
+      best_of: the group whose best result gives this run its method's hyperparameters.
+    """
 
     config: str
     set: dict
@@ -19,77 +29,74 @@ class Entry:
     group: str | None = None
     best_of: str | None = None
 
+    def resolve(self, best: dict | None = None, **execution) -> spec.RunSpec:
+        """Returns the specification of this run.
 
-def read_queue(path) -> list[Entry]:
-    """The runs of a queue file, in order.
+        Args:
+          best: the result whose hyperparameters it takes, except for those that the entry sets itself.
+          **execution: values of further config keys, such as `**{"data.dir": folder}`.
+
+        Raises:
+          ConfigError: a config that cannot be loaded, or a key or value that it does not accept.
+        """
+        config = load.load_config(self.config)
+        chosen = best["config"]["method"] if best else {}
+        values = {f"method.{key}": chosen[key] for key in config.method if key != "name" and key in chosen}
+        values |= {**self.set, "seed": self.seed, **execution}
+        try:
+            config.update_from_flattened_dict(values)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"{self.config} with {values}: {error}") from None
+        return spec.resolve(config)
+
+    def command(self, run_spec: spec.RunSpec) -> str:
+        """Returns the command that repeats this run alone; `run_spec` is what `resolve` returned."""
+        values = {**self.set, "seed": self.seed}
+        if self.best_of:
+            values |= {f"method.{key}": value for key, value in run_spec.config["method"].items() if key != "name"}
+        words = [f"--config.{key}={value}" for key, value in values.items()]
+        return shlex.join(["python", "-m", "experiments.main", f"--config={self.config}", *words])
+
+
+def read_queue(path) -> list[QueueEntry]:
+    """Returns the entries of a queue file, one for each seed, in order.
 
     Raises:
-      checks.ConfigError: the file is not there, not JSON, or has a key that no run has.
+      ConfigError: the file cannot be read, has an unknown or a renamed key, or a `best_of` that cannot be chosen.
     """
+    entries = []
     try:
         queue = json.loads(pathlib.Path(path).read_text())
-        shared, entries = queue.get("set", {}), []
         for run in queue["runs"]:
-            unknown = set(run) - {"config", "set", "seeds", "group", "best_of"}
+            unknown = sorted(set(run) - _KEYS)
             if unknown:
-                raise ValueError(f"unknown key {sorted(unknown)[0]!r} in {json.dumps(run)}")
+                raise ValueError(f"unknown key {unknown[0]!r} in {json.dumps(run)}")
+            values = {**queue.get("set", {}), **run.get("set", {})}
             for seed in run.get("seeds", [0]):
-                values = {**shared, **run.get("set", {})}
-                entries.append(Entry(run["config"], values, seed, run.get("group"), run.get("best_of")))
+                entries.append(QueueEntry(run["config"], values, seed, run.get("group"), run.get("best_of")))
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise checks.ConfigError(f"cannot read the queue {path}: {error}") from None
+        raise ConfigError(f"cannot read the queue {path}: {error}") from None
     except KeyError as error:
-        raise checks.ConfigError(f"the queue {path} lacks the key {error}") from None
-    for entry in entries:
-        texts = (entry.config, *(name for name in (entry.group, entry.best_of) if name is not None))
-        if not all(isinstance(text, str) for text in texts) or not entry.config.partition(":")[0].endswith(".py"):
-            raise checks.ConfigError(f"queue {path}: {entry.config!r} must be configs/….py:ARGUMENT, a group a name")
-        if entry.best_of is not None and entry.best_of == entry.group:
-            raise checks.ConfigError(f"queue {path}: a run of group {entry.group!r} cannot be best_of its own group")
-    missing = {entry.best_of for entry in entries} - {entry.group for entry in entries} - {None}
-    if missing:
-        raise checks.ConfigError(f"queue {path}: best_of names {sorted(missing)[0]!r}, which is no run's group")
+        raise ConfigError(f"the queue {path} lacks the key {error}") from None
+    try:
+        _check(entries)
+    except ConfigError as error:
+        raise ConfigError(f"queue {path}: {error}") from None
     return entries
 
 
-def load_config(reference: str):
-    """The config of "configs/x.py:argument", as `--config` takes it."""
-    path, _, argument = reference.partition(":")
-    if not pathlib.Path(path).is_file():
-        raise checks.ConfigError(f"no config file {path!r}")
-    try:
-        spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module.get_config(argument).lock()
-    except ValueError as error:
-        raise checks.ConfigError(f"{reference}: {error}") from None
-    except Exception as error:  # a file of the user's raises what it likes
-        raise checks.ConfigError(
-            f"{path} is no config, a file with get_config(argument): {type(error).__name__}: {error}"
-        ) from error
-
-
-def resolve(entry: Entry, best: dict | None = None, data_dir: str = ""):
-    """The config of an entry; `best` is the result whose hyperparameters it takes."""
-    config = load_config(entry.config)
-    chosen = best["config"]["method"] if best else {}
-    values = {f"method.{key}": chosen[key] for key in config.method if key != "name" and key in chosen}
-    values |= {**entry.set, "seed": entry.seed}  # what the entry says itself goes before
-    if data_dir:
-        values["data.dir"] = data_dir
-    try:
-        config.update_from_flattened_dict(values)
-    except (KeyError, TypeError, ValueError) as error:
-        raise checks.ConfigError(f"{entry.config} with {values}: {error}") from None
-    checks.validate(config)
-    return config
-
-
-def command(entry: Entry, config) -> str:
-    """The command that does this run alone."""
-    values = {**entry.set, "seed": entry.seed}
-    if entry.best_of:
-        values |= {f"method.{key}": value for key, value in config.method.items() if key != "name"}
-    words = [f"--config.{key}={value}" for key, value in values.items()]
-    return shlex.join(["python", "-m", "experiments.main", f"--config={entry.config}", *words])
+def _check(entries):
+    groups = {entry.group for entry in entries}
+    chosen_from = {entry.best_of for entry in entries} - {None}
+    for entry in entries:
+        is_reference = isinstance(entry.config, str) and entry.config.partition(":")[0].endswith(".py")
+        if not is_reference or not all(isinstance(name, str | None) for name in (entry.group, entry.best_of)):
+            raise ConfigError(f"{entry.config!r} must be configs/….py:ARGUMENT, a group a name")
+        for key in entry.set:
+            names.check_key(key)
+        if entry.best_of and entry.group in chosen_from:
+            raise ConfigError(
+                f"a run of group {entry.group!r} cannot be best_of another: it is what others choose from"
+            )
+        if entry.best_of and entry.best_of not in groups:
+            raise ConfigError(f"best_of names {entry.best_of!r}, which is no run's group")

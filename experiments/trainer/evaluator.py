@@ -1,5 +1,7 @@
 """Evaluation of a model on a set of images, batch by batch, each example counted once."""
 
+from collections.abc import Iterator
+
 import jax
 import numpy as np
 
@@ -49,14 +51,25 @@ class Evaluator:
         return self._on_device[id(images)][1]
 
     def _put_batches(self, images):
-        """Yields this process's part of full batches; the last is filled up by an image that does not count."""
-        count = len(images)
-        starts = np.arange(0, count, self._batch_size)[:, None]
-        indices = starts + self._parallel.local_positions(self._batch_size)[None, :]
-        clipped = np.minimum(indices, count - 1)
-        if isinstance(images, Records):
-            batches = streaming.in_order(images, clipped)
-        else:
-            batches = ((images.images[row], images.labels[row]) for row in clipped)
-        for mask, batch in zip(indices < count, batches):
-            yield self._parallel.shard(steps.EvalBatch(*batch, mask), 0)
+        positions = self._parallel.local_positions(self._batch_size)
+        for batch in padded_batches(images, self._batch_size, positions):
+            yield self._parallel.shard(batch, 0)
+
+
+def padded_batches(images: Images | Records, batch_size: int, positions: np.ndarray) -> Iterator[steps.EvalBatch]:
+    """Yields a set in full batches, the last one padded with images that are masked out.
+
+    Args:
+      images: the set.
+      batch_size: of the global batch.
+      positions: of each batch that are read, such as those of one of several processes.
+    """
+    count = len(images)
+    indices = np.arange(0, count, batch_size)[:, None] + positions[None, :]
+    clipped = np.minimum(indices, count - 1)
+    if isinstance(images, Records):
+        batches = streaming.in_order(images, clipped)
+    else:
+        batches = ((images.images[row], images.labels[row]) for row in clipped)
+    for mask, batch in zip(indices < count, batches):
+        yield steps.EvalBatch(*batch, mask)

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from numpy.lib.npyio import NpzFile
 
 from ltkd_jax import files
 
@@ -33,7 +34,7 @@ _LOWEST = -1e30
 _SUM_TOLERANCE = 0.02
 # Examples that are checked at once, so that temporary arrays stay small.
 _CHECK_BLOCK = 4096
-# What zipfile raises for a broken archive; RuntimeError is an encrypted one, or an unsupported compression.
+# What a broken archive raises; RuntimeError is an encrypted one, or an unsupported compression.
 _DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError)
 _REMEDIES = {
     "logits": "hold NaN or infinite logits: leave them out, or give a masked class a finite logit such as -1e4",
@@ -215,21 +216,14 @@ class LogitsFile:
 
     def __init__(self, path: files.PathLike):
         self.path = pathlib.Path(path)
-        if not self.path.is_file():
-            raise LogitsError(f"{path}: no such file")
-        if not zipfile.is_zipfile(self.path):
-            raise LogitsError(
-                f"{path} cannot be read as an .npz file; write one by "
-                f'np.savez("{self.path.stem}.npz", logits=logits, labels=labels)'
-            )
         try:
-            with np.load(self.path, allow_pickle=False) as archive:
+            with open(self.path, "rb") as file, NpzFile(file) as archive:
                 self.names: tuple[str, ...] = tuple(archive.files)
-        except (ValueError, *_DAMAGED) as error:
-            raise self._damaged(error) from None
-
-    def _damaged(self, error: Exception) -> LogitsError:
-        return LogitsError(f"{self.path} is damaged and cannot be read ({error}): write it again")
+        except _DAMAGED as error:
+            raise LogitsError(
+                f"{path} cannot be read as an .npz file ({error}); write one by "
+                f'np.savez("{self.path.stem}.npz", logits=logits, labels=labels)'
+            ) from None
 
     def array(self, name: str) -> Array:
         """Returns an array.
@@ -238,17 +232,14 @@ class LogitsFile:
           LogitsError: it holds Python objects, is damaged, or does not fit in memory.
         """
         try:
-            with np.load(self.path, allow_pickle=False) as archive:
+            with open(self.path, "rb") as file, NpzFile(file) as archive:
                 return np.asarray(archive[name])
         except ValueError as error:
-            raise LogitsError(
-                f"{self.path}: {name} is not a plain array ({error}); give numbers, or names as "
-                "np.array(names, dtype=str)"
-            ) from None
-        except MemoryError as error:
-            raise LogitsError(f"{self.path}: {name} does not fit in memory ({error}): give fewer examples") from None
-        except _DAMAGED as error:
-            raise self._damaged(error) from None
+            remedy = "give numbers, or names as np.array(names, dtype=str)"
+            raise LogitsError(f"{self.path}: {name} is not a plain array ({error}); {remedy}") from None
+        except (MemoryError, *_DAMAGED) as error:
+            remedy = "write the file again, with fewer examples if memory is short"
+            raise LogitsError(f"{self.path}: {name} is damaged or too large ({error}): {remedy}") from None
 
     def has_logits(self, prefix: str = "") -> bool:
         """Returns whether there are logits, or probabilities, of that prefix."""
@@ -271,11 +262,15 @@ class LogitsFile:
             raise LogitsError(
                 f"{self.path} has the arrays {', '.join(self.names) or '(none)'}; it lacks {' and '.join(missing)}"
             )
-        keys = self.array(f"{prefix}keys") if f"{prefix}keys" in self.names else None
-        values, labels = self.array(prefix + kinds[0]), self.array(f"{prefix}labels")
         return from_arrays(
-            values, labels, kind=kinds[0], keys=keys, source=str(self.path), prefix=prefix, views=views
-        )  # fmt: skip
+            self.array(prefix + kinds[0]),
+            self.array(f"{prefix}labels"),
+            kind=kinds[0],
+            keys=self.array(f"{prefix}keys") if f"{prefix}keys" in self.names else None,
+            source=str(self.path),
+            prefix=prefix,
+            views=views,
+        )
 
 
 def save(

@@ -1,10 +1,10 @@
-"""Archives as the official ones are laid out, with random images."""
+"""Archives laid out as the official ones are, with random images."""
 
 import dataclasses
 import functools
+import gzip
 import hashlib
 import io
-import os
 import pickle
 import struct
 import tarfile
@@ -14,6 +14,8 @@ import numpy as np
 from ltkd_jax.data.prepare import archives, recipes
 
 TRAIN, TEST = 20, 10  # images of a fabricated archive
+LAYOUTS = {"cifar100": archives.CIFAR100, "cifar10": archives.CIFAR10}
+NUM_CLASSES = {"cifar100": {"coarse_label": 20, "label": 100}, "cifar10": {"label": 10}}
 
 
 class Python2Pickler(pickle._Pickler):
@@ -27,8 +29,10 @@ class Python2Pickler(pickle._Pickler):
     dispatch = pickle._Pickler.dispatch | {bytes: save_string, str: save_string}
 
 
-def md5(data):
-    return hashlib.md5(data, usedforsecurity=False).hexdigest()
+def dump_as_python_2(value):
+    file = io.BytesIO()
+    Python2Pickler(file, protocol=2).dump(value)
+    return file.getvalue().replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
 
 
 def sha256(data):
@@ -36,7 +40,7 @@ def sha256(data):
 
 
 def write_tar(path, members):
-    with tarfile.open(path, "w:gz") as tar:
+    with tarfile.open(path, "w:gz", compresslevel=1) as tar:
         for name, data in members.items():
             info = tarfile.TarInfo(name)
             info.size = len(data)
@@ -44,101 +48,75 @@ def write_tar(path, members):
     return path
 
 
-def fabricate(layout, seed=0):
-    """Random images and labels of a CIFAR layout: by split, planes `[N, 3072]` and labels by name."""
-    rng = np.random.default_rng(seed)
-    return {
-        split: (
-            rng.integers(0, 256, (size, 3072), dtype=np.uint8),
-            {name: rng.integers(0, classes, size) for name, classes in layout.num_classes.items()},
-        )
-        for split, size in (("train", TRAIN), ("test", TEST))
-    }
+def fabricate(name):
+    """Returns random images and labels: by split, planes `[N, 3072]` and labels by name."""
+    rng = np.random.default_rng(0)
+    data = {}
+    for split, size in (("train", TRAIN), ("test", TEST)):
+        labels = {label: rng.integers(0, classes, size) for label, classes in NUM_CLASSES[name].items()}
+        data[split] = rng.integers(0, 256, (size, 3072), dtype=np.uint8), labels
+    return data
 
 
-def class_names(layout, name):
-    return [f"{name}_{i}" for i in range(layout.num_classes[name])]
+def class_names(name, label):
+    return [f"{label}_{i}" for i in range(NUM_CLASSES[name][label])]
 
 
 def chunks(data, members):
-    """The part of a split that each of its members holds."""
+    """Yields the part of a split that each of its members holds."""
     planes, labels = data
     for member, rows in zip(members, np.array_split(np.arange(len(planes)), len(members))):
         yield member, planes[rows], {name: values[rows] for name, values in labels.items()}
 
 
-def dump_as_python_2(value):
-    file = io.BytesIO()
-    Python2Pickler(file, protocol=2).dump(value)
-    return file.getvalue().replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
-
-
-def pickle_archive(path, layout, data):
-    """An archive of pickles, and the layout with its checksums."""
-    members = {
-        layout.pickle_meta: {
-            key: [n.encode() for n in class_names(layout, name)] for name, key in layout.pickle_names.items()
-        }
-    }
-    for split, files in layout.pickle_splits.items():
-        for member, planes, labels in chunks(data[split], files):
-            named = {key: labels[name].tolist() for name, key in layout.pickle_labels.items()}
-            members[member] = {b"data": planes, b"filenames": [b"x.png"] * len(planes)} | named
-    members = {name: dump_as_python_2(value) for name, value in members.items()}
-    return write_tar(path, members), dataclasses.replace(
-        layout, pickle_md5={name: md5(value) for name, value in members.items()}
-    )
-
-
-def binary_archive(path, layout, data):
-    """An archive of binary records, and the layout with its checksum."""
-    members = {file: "\n".join(class_names(layout, n)).encode() + b"\n\n" for n, file in layout.binary_names.items()}
-    for split, files in layout.binary_splits.items():
-        for member, planes, labels in chunks(data[split], files):
-            leading = np.stack([labels[name] for name in layout.label_bytes], axis=1).astype(np.uint8)
-            members[member] = np.concatenate([leading, planes], axis=1).tobytes()
+def pickle_archive(path, name, data):
+    """Writes an archive of pickles, and returns the layout with its checksum."""
+    layout = LAYOUTS[name]
+    meta = {f"{key}_names".encode(): class_names(name, label) for label, key in layout.pickle_names.items()}
+    members = {f"{layout.pickle_folder}/{layout.pickle_meta}": dump_as_python_2(meta)}
+    for split, files in layout.splits.items():
+        for file, planes, labels in chunks(data[split], files):
+            batch = {f"{key}s".encode(): labels[label].tolist() for label, key in layout.pickle_names.items()}
+            members[f"{layout.pickle_folder}/{file}"] = dump_as_python_2(batch | {b"data": planes})
     write_tar(path, members)
-    return path, dataclasses.replace(layout, binary_sha256=sha256(path.read_bytes()))
+    return dataclasses.replace(layout, pickle_sha256=sha256(path.read_bytes()))
+
+
+def binary_archive(path, name, data):
+    """Writes an archive of binary records, and returns the layout with its checksum."""
+    layout = LAYOUTS[name]
+    members = {}
+    for label, file in layout.binary_names.items():
+        members[f"{layout.binary_folder}/{file}"] = "\n".join(class_names(name, label)).encode() + b"\n\n"
+    for split, files in layout.splits.items():
+        for file, planes, labels in chunks(data[split], files):
+            leading = np.stack([labels[label] for label in layout.binary_names], axis=1).astype(np.uint8)
+            members[f"{layout.binary_folder}/{file}.bin"] = np.concatenate([leading, planes], axis=1).tobytes()
+    write_tar(path, members)
+    return dataclasses.replace(layout, binary_sha256=sha256(path.read_bytes()))
+
+
+ARCHIVES = {"pickles": pickle_archive, "binary": binary_archive}
+
+
+def cifar_recipe(name, layout):
+    return recipes.Recipe(name, (), functools.partial(archives.read_cifar, cifar=layout))
 
 
 def idx(array):
-    """An array in the idx format, gzipped."""
+    """Returns an array as an idx file."""
     header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
     return header + array.astype(np.uint8).tobytes()
 
 
-def idx_files():
+def fashion_mnist():
+    """Returns the recipe of a small Fashion-MNIST, its images and labels by split, and its gzipped files by name."""
     rng = np.random.default_rng(0)
-    contents = {}
-    for prefix, size in (("train", TRAIN), ("t10k", TEST)):
-        contents[f"{prefix}-images-idx3-ubyte.gz"] = idx(rng.integers(0, 256, (size, 28, 28)))
-        contents[f"{prefix}-labels-idx1-ubyte.gz"] = idx(np.arange(size) % 10)
-    return contents
-
-
-def cifar_recipe(name, layout):
-    return recipes.Recipe(name, (), functools.partial(archives.read_cifar, layout=layout))
-
-
-LAYOUTS = {"cifar100": archives.cifar100("none"), "cifar10": archives.cifar10("none")}
-
-
-ARCHIVES = {"pickles": pickle_archive, "binary": binary_archive}
-
-
-def members_of(path):
-    with tarfile.open(path) as tar:
-        return {member.name: tar.extractfile(member).read() for member in tar}
-
-
-class Evil:
-    """Leaves a mark where it is unpickled."""
-
-    def __init__(self, mark):
-        self.mark = mark
-
-    def __reduce__(self):
-        return os.mkdir, (self.mark,)
-
-
-ARCHIVES = {"pickles": pickle_archive, "binary": binary_archive}
+    data, contents = {}, {}
+    for split, prefix, size in (("train", "train", TRAIN), ("test", "t10k", TEST)):
+        data[split] = rng.integers(0, 256, (size, 28, 28)), np.arange(size) % 10
+        for kind, array in zip(("images-idx3", "labels-idx1"), data[split]):
+            contents[f"{prefix}-{kind}-ubyte.gz"] = idx(array)
+    read = functools.partial(archives.read_idx, sha256={name: sha256(content) for name, content in contents.items()})
+    files = {name: gzip.compress(content) for name, content in contents.items()}
+    return recipes.Recipe("fashion_mnist", (), read), data, files

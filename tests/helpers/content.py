@@ -1,4 +1,6 @@
-"""A small random data set."""
+"""A small random data set, and a pickle with code."""
+
+import os
 
 import numpy as np
 
@@ -6,13 +8,20 @@ from ltkd_jax.data.prepare import archives
 
 
 def random_content(shape, num_classes, train=24, test=12, seed=0):
-    """A small data set in the form that an archive is read to."""
+    """Returns a small data set in the form that an archive is read to."""
     rng = np.random.default_rng(seed)
-    splits = {
-        split: (
-            rng.integers(0, 256, (size, *shape), dtype=np.uint8),
-            {"label": np.arange(size) % num_classes},
-        )
-        for split, size in (("train", train), ("test", test))
-    }
+    splits = {}
+    for split, size in (("train", train), ("test", test)):
+        images = rng.integers(0, 256, (size, *shape), dtype=np.uint8)
+        splits[split] = images, {"label": np.arange(size) % num_classes}
     return archives.Content(splits, class_names={})
+
+
+class Evil:
+    """Leaves a mark where it is unpickled."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (self.mark,)

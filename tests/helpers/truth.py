@@ -327,7 +327,3 @@ def draw(case, *, grouping="thirds", masking="none", temperature=4.0, seed=0, dt
         groups=groups_lib.ClassGroups.from_assignment(np.asarray(GROUPINGS[grouping])),
         temperature=dtype(temperature),
     )
-
-
-def groupings(loss):
-    return GROUPINGS if loss.grouped else ("thirds",)

@@ -1,163 +1,121 @@
-"""Teachers from files: the same runs as by the teacher that they were made of, and errors that say what is wrong."""
+"""Teachers from files: what is read of them, and errors that say what is wrong."""
 
-import json
+import functools
 
 import jax
 import numpy as np
 import pytest
 from flax import serialization
-from helpers.small_runs import run, tiny
+from helpers.small_runs import tiny
 
-from experiments.audit import restore
 from experiments.config import checks
-from experiments.trainer import build, dataset, loop
-from experiments.trainer import run as runs
-from experiments.trainer import teacher as teachers
+from experiments.trainer import dataset, external_teacher
+from ltkd_jax import files, models
 
 
 @pytest.fixture(scope="module")
-def drawn(tmp_path_factory):
-    """Variables that were drawn and not trained, and logits that know every label, as files."""
-    folder = tmp_path_factory.mktemp("drawn")
-    config = tiny(folder, "kd")
-    data, state = dataset.load(config), build.teacher_program(config).init(0)
-    (folder / "own.msgpack").write_bytes(serialization.msgpack_serialize(jax.device_get(state.variables)))
-    named = {"train_logits": data.source.train, "logits": data.source.test}
-    arrays = {name: 9 * np.eye(10, dtype=np.float16)[images.labels] for name, images in named.items()}
-    arrays |= {"train_labels": data.source.train.labels, "labels": data.source.test.labels}
-    np.savez(folder / "own.npz", **arrays)
-    return folder, arrays
-
-
-def test_logits_of_a_file_teach(drawn, tmp_path):
-    folder, _ = drawn
-    config = tiny(tmp_path, "kd", **{"teacher.checkpoint": str(folder / "own.npz"), "train.epochs": 1.0})
-    results = run(config, tmp_path / "run")
-    teacher, (record,) = results["teacher"], curves(tmp_path / "run")
-    assert teacher["test"]["all"] == 100.0 and results["teacher_logits"] == "table" and np.isfinite(record).all()
-    assert teacher["group_mass"]["balanced"]["head"] == pytest.approx(0.3, abs=1e-3)
-    assert results["config"]["teacher"] == {"model": f"logits {checks.file_hash(config.teacher.checkpoint)}"}
-    assert restore.restore(tmp_path / "run").name == "kd resnet8"
+def data(tmp_path_factory):
+    return dataset.load(tiny(tmp_path_factory.mktemp("none"), "kd"))
 
 
 @pytest.fixture(scope="module")
-def known(tmp_path_factory):
-    """A run by a teacher of the cache, and that teacher as a file of variables and one of logits."""
-    folder = tmp_path_factory.mktemp("known")
-    config = tiny(folder, "kd", **{"teacher.table": "always"})
-    results = run(config, folder / "run")
-    teacher, source = teachers.obtain(config, loop.StopRequest()), dataset.load(config).source
-    (folder / "own.msgpack").write_bytes(serialization.msgpack_serialize(teacher.variables))
-    everything = source.train.take(np.arange(len(source.train)))
-    table = teacher.table(everything, loop.StopRequest())
-    arrays = {"train_logits": table, "train_labels": source.train.labels}
-    np.savez(folder / "own.npz", **arrays)
-    return folder, results, arrays
+def arrays(data):
+    """Logits that tell every label, in the order of the data set."""
+    arrays = {}
+    for prefix, images in (("train_", data.source.train), ("", data.source.test)):
+        arrays[f"{prefix}logits"] = 9 * np.eye(10, dtype=np.float16)[images.labels]
+        arrays[f"{prefix}labels"] = images.labels
+    return arrays
 
 
-def curves(workdir):
-    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [(record["loss"], record["test"]["all"]) for record in records]
+def test_logits(data, arrays, tmp_path):
+    path = tmp_path / "own.npz"
+    np.savez(path, **arrays, train_keys=data.source.train.keys)
+    teacher = external_teacher.load_logits(path, data)
+    table = teacher.table(data.train)
+    assert table.dtype == np.float32 and teacher.variables is None
+    np.testing.assert_array_equal(table, 9 * np.eye(10)[data.train.labels][:, None])
+    assert teacher.results["hash"] == files.sha256(path)[:12] and teacher.results["hash"] in teacher.results["model"]
+    assert teacher.results["test"]["all"] == 100.0
+    mass = teacher.results["group_mass"]
+    assert mass["balanced"]["head"] == pytest.approx(0.3, abs=1e-3)
+    share = data.class_counts[np.asarray(data.groups.assignment) == 0].sum() / data.class_counts.sum()
+    assert mass["long_tailed"]["head"] == pytest.approx(share, abs=2e-3)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["msgpack", "npz"])
-def test_a_file_teaches_as_the_teacher_that_it_was_made_of(known, tmp_path, kind):
-    folder, results, _ = known
-    config = tiny(tmp_path, "kd", **{"teacher.table": "auto" if kind == "npz" else "always"})
-    config.teacher.checkpoint = str(folder / f"own.{kind}")
-    config.seed_teacher = 5  # of no consequence
-    found = run(config, tmp_path / "run")
-    assert curves(tmp_path / "run") == curves(folder / "run") and found["test"] == results["test"]
-    assert found["config_hash"] != results["config_hash"] and found["seeds"]["teacher"] is None
-    mass = {"msgpack": ("long_tailed", "balanced"), "npz": ("long_tailed",)}[kind]
-    assert found["teacher"]["group_mass"].keys() == set(mass)
-    if kind == "msgpack":
-        assert found["teacher"]["group_mass"] == results["teacher"]["group_mass"]
-    else:  # of all training images, where the network is evaluated on as many as the test set has
-        assert sum(found["teacher"]["group_mass"]["long_tailed"].values()) == pytest.approx(1.0)
-    assert runs.default_workdir(config).endswith("-own-resnet8-s0")
-    folders = [tmp_path / "run", *(path.parent for path in (tmp_path / "teachers").glob("*/results.json"))]
-    restored_names = [restore.restore(folder).name for folder in folders]
-    assert restored_names == ["kd resnet8", "teacher resnet8"][: 2 if kind == "msgpack" else 1]
-    assert (
-        found["config"]["teacher"]
-        .get("variables", found["config"]["teacher"]["model"])
-        .endswith(checks.file_hash(config.teacher.checkpoint))
-    )
+def test_logits_of_views(data, arrays, tmp_path):
+    views = np.repeat(arrays["train_logits"][:, None], data.source.views.num, 1)
+    views += np.arange(data.source.views.num, dtype=np.float16)[:, None]
+    np.savez(tmp_path / "own.npz", train_logits=views, train_labels=arrays["train_labels"])
+    teacher = external_teacher.load_logits(tmp_path / "own.npz", data)
+    indices = np.searchsorted(data.source.train.keys, data.train.keys)
+    np.testing.assert_array_equal(teacher.table(data.train), views[indices])
+    assert "test" not in teacher.results and teacher.results["group_mass"].keys() == {"long_tailed"}
 
 
-@pytest.mark.slow
-def test_logits_without_views_are_those_of_every_view(known, tmp_path):
-    folder, _, arrays = known
-    config = tiny(tmp_path, "kd", **{"teacher.checkpoint": str(tmp_path / "one.npz"), "train.epochs": 1.0})
-    data = dataset.load(config)
-    one = arrays["train_logits"][:, data.source.views.identity]
-    test_logits = np.eye(10, dtype=np.float16)[data.source.test.labels]
-    np.savez(
-        config.teacher.checkpoint, **arrays | {"train_logits": one}, logits=test_logits, labels=data.source.test.labels
-    )
-    single = run(config, tmp_path / "one")
-    assert single["teacher"]["test"]["all"] == 100.0 and single["teacher_logits"] == "table"
-    config.teacher.checkpoint = str(tmp_path / "all.npz")
-    np.savez(config.teacher.checkpoint, **arrays | {"train_logits": np.repeat(one[:, None], data.source.views.num, 1)})
-    run(config, tmp_path / "all")
-    assert curves(tmp_path / "one") == curves(tmp_path / "all")
+def test_probabilities(data, arrays, tmp_path):
+    p = np.full((len(data.source.train), 10), 0.05, np.float32) + 0.5 * np.eye(10)[data.source.train.labels]
+    np.savez(tmp_path / "own.npz", train_probabilities=p, train_labels=arrays["train_labels"])
+    table = external_teacher.load_logits(tmp_path / "own.npz", data).table(data.train)
+    np.testing.assert_allclose(jax.nn.softmax(table[:, 0]).max(axis=1), 0.55, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    "name, change, message",
     [
-        ({"train_logits": None}, "lacks 'train_logits'; it holds labels, logits, train_labels"),
-        ({"train_labels": None}, "lacks 'train_labels'"),
-        ({"train_logits": lambda x: x[1:]}, r"train_logits is float16\[1096, 10\], but must be floats of \[1097, 10\]"),
-        ({"train_logits": lambda x: x.astype(int)}, "train_logits is int64"),
-        ({"train_logits": lambda x: np.where(np.arange(10) == 3, np.nan, x)}, "not finite"),
-        ({"train_labels": lambda y: np.roll(y, 1)}, "are not those of the data set"),
-        ({"train_keys": lambda _: np.array(["digits_0001"] * 1097)}, "its keys are not those of the data set"),
-        ({"labels": None}, "lacks 'labels'"),
+        ("train_logits", None, "lacks train_logits"),
+        ("train_labels", None, "lacks train_labels"),
+        ("labels", None, "lacks labels"),
+        ("train_logits", lambda x: x[1:], "train_labels holds 1097 labels for 1096 rows"),
+        ("train_logits", lambda x: x[:, :, None], r"train_logits is of shape \[1097, 10, 1\]|1 row and 2 classes"),
+        ("train_logits", lambda x: np.repeat(x, 2, axis=1), r"shape \[1097, 20\], but must be \[1097, 10\] or"),
+        ("logits", lambda x: x[:, None], r"logits is float16\[\d+, 1, 10\]; give floats \[N, C\]"),
+        ("train_logits", lambda x: x.astype(int), "train_logits is int64"),
+        ("train_logits", lambda x: np.where(np.arange(10) == 3, np.nan, x), "1097 of 1097 rows hold NaN"),
+        ("train_labels", lambda y: np.roll(y, 1), "labels of train_logits are not those of the data set"),
+        (
+            "train_keys",
+            lambda _: np.array(["digits_0001"] * 1097),
+            "keys of train_logits are not those of the data set",
+        ),
     ],
 )
-def test_logits_that_do_not_fit(drawn, tmp_path, change, message):
-    _, arrays = drawn
+def test_logits_that_do_not_fit(data, arrays, tmp_path, name, change, message):
     arrays = dict(arrays)
-    for name, changed in change.items():
-        arrays[name] = changed(arrays.get(name)) if changed else None
-    np.savez(tmp_path / "bad.npz", **{name: array for name, array in arrays.items() if array is not None})
-    config = tiny(tmp_path, "kd", **{"teacher.checkpoint": str(tmp_path / "bad.npz")})
-    with pytest.raises(checks.ConfigError, match=message):
-        teachers.obtain(config, loop.StopRequest())
+    array = arrays.pop(name, None)
+    if change:
+        arrays[name] = change(array)
+    np.savez(tmp_path / "bad.npz", **arrays)
+    with pytest.raises(ValueError, match=f"teacher.checkpoint: .*bad.npz.*({message})"):
+        external_teacher.load_logits(tmp_path / "bad.npz", data)
 
 
-@pytest.mark.parametrize("name", ["bad.npz", "bad.msgpack"])
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"not a file of arrays", None])
-def test_files_that_cannot_be_read(tmp_path, name, content):
-    path = tmp_path / name
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(checks.ConfigError, match="cannot be read|cannot read|is not of"):
-        teachers.obtain(tiny(tmp_path, "kd", **{"teacher.checkpoint": str(path)}), loop.StopRequest())
+def test_variables(data, tmp_path):
+    init = jax.jit(functools.partial(models.create("resnet8", num_classes=10).init, train=False))
+    variables = jax.device_get(init(jax.random.key(0), np.ones((1, *data.image_shape))))
+    path = tmp_path / "own.msgpack"
+    path.write_bytes(serialization.msgpack_serialize(variables))
+    read = external_teacher.read_variables(path, "resnet8", data)
+    jax.tree.map(np.testing.assert_array_equal, read, variables)
+    with pytest.raises(ValueError, match="teacher.checkpoint.*'resnet14'.*own.msgpack is not of resnet14"):
+        external_teacher.read_variables(path, "resnet14", data)
 
 
-def test_an_array_is_no_archive(tmp_path):
-    with open(tmp_path / "array.npz", "wb") as file:
-        np.save(file, np.zeros((1097, 10)))
-    with pytest.raises(checks.ConfigError, match="cannot be read as an npz file"):
-        teachers.obtain(tiny(tmp_path, "kd", **{"teacher.checkpoint": str(tmp_path / "array.npz")}), loop.StopRequest())
-
-
-def test_variables_of_another_model(drawn, tmp_path):
-    folder, _ = drawn
-    own = {"teacher.checkpoint": str(folder / "own.msgpack"), "teacher.model": "resnet14"}
-    with pytest.raises(checks.ConfigError, match="is not of resnet14 with 10 classes"):
-        teachers.obtain(tiny(tmp_path, "kd", **own), loop.StopRequest())
-    assert not list((tmp_path / "teachers").glob("*/results.json"))
+@pytest.mark.parametrize("content", [b"", b"not a file of arrays", None])
+def test_files_that_cannot_be_read(data, tmp_path, content):
+    for name in ("bad.npz", "bad.msgpack"):
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match="teacher.checkpoint.*bad.npz"):
+        external_teacher.load_logits(tmp_path / "bad.npz", data)
+    with pytest.raises(ValueError, match="teacher.checkpoint.*(cannot read|is not of).*"):
+        external_teacher.read_variables(tmp_path / "bad.msgpack", "resnet8", data)
 
 
 @pytest.mark.parametrize("argument, reason", [("kd,mixup=0.2", "no end"), ("reviewkd", "features"), ("kd", "never")])
-def test_logits_where_nothing_is_looked_up(drawn, argument, reason, tmp_path):
-    folder, _ = drawn
+def test_logits_where_nothing_is_looked_up(argument, reason, tmp_path):
+    (tmp_path / "own.npz").touch()
     table = {"teacher.table": "never"} if reason == "never" else {}
-    config = tiny(tmp_path, argument, **{"teacher.checkpoint": str(folder / "own.npz")}, **table)
+    config = tiny(tmp_path, argument, **{"teacher.checkpoint": str(tmp_path / "own.npz")}, **table)
     with pytest.raises(checks.ConfigError, match=f"holds logits of images.*{reason}"):
         checks.validate(config)

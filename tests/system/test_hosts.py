@@ -115,7 +115,11 @@ def test_each_process_reads_its_share_alone(together):
 
 
 def test_one_process_needs_no_meeting():
-    assert hosts.is_primary() and hosts.all_gather("x") == ["x"] and hosts.run_on_primary(lambda: 1) == hosts.run_on_all(lambda: 1) == 1
+    assert (
+        hosts.is_primary()
+        and hosts.all_gather("x") == ["x"]
+        and hosts.run_on_primary(lambda: 1) == hosts.run_on_all(lambda: 1) == 1
+    )
     with pytest.raises(ZeroDivisionError):
         hosts.run_on_all(lambda: 1 // 0)
 

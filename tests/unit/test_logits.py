@@ -122,13 +122,13 @@ def test_file_that_is_no_archive(tmp_path, content):
     path = tmp_path / "x.npz"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(LogitsError, match="x.npz: no such file|x.npz cannot be read as an .npz file"):
+    with pytest.raises(LogitsError, match="x.npz cannot be read as an .npz file"):
         LogitsFile(path)
 
 
 def test_file_of_one_array(tmp_path):
     np.save(tmp_path / "x.npy", np.zeros((40, C)))
-    with pytest.raises(LogitsError, match=r"x.npy cannot be read as an .npz file; write one by np.savez\(\"x.npz\""):
+    with pytest.raises(LogitsError, match=r"x.npy cannot be read .*; write one by np.savez\(\"x.npz\""):
         LogitsFile(tmp_path / "x.npy")
 
 
@@ -138,7 +138,7 @@ def test_file_that_is_damaged(tmp_path):
     content = bytearray((tmp_path / "x.npz").read_bytes())
     content[1000] ^= 1
     (tmp_path / "x.npz").write_bytes(content)
-    with pytest.raises(LogitsError, match="x.npz is damaged .*CRC"):
+    with pytest.raises(LogitsError, match="x.npz: logits is damaged .*CRC"):
         LogitsFile(tmp_path / "x.npz").logits()
 
 

@@ -24,7 +24,7 @@ def make(per_class=60, num_classes=10, *, order_seed=0):
 
 
 @pytest.mark.parametrize("size, totals", TOTALS.items(), ids=["cifar100", "cifar10", "tiny_imagenet"])
-def test_counts_have_the_published_totals(size, totals):
+def test_counts_published_totals(size, totals):
     n_max, num_classes = size
     for imbalance, total in zip(IMBALANCES, totals, strict=True):
         counts = longtail.counts(n_max, imbalance, num_classes)
@@ -34,13 +34,13 @@ def test_counts_have_the_published_totals(size, totals):
         assert (np.diff(counts) <= 0).all()
 
 
-def test_counts_with_validation_images_taken_out():
+def test_counts_with_held_out_images():
     assert longtail.counts(490, 100, 100).sum() == 10_626
     assert longtail.counts(490, 100, 100)[-1] == 4
 
 
 @hypothesis.given(st.integers(1, 3000), st.integers(1, 300))
-def test_whole_ratios_survive_rounding(last, imbalance):
+def test_counts_whole_ratios(last, imbalance):
     """n_max / γ is a whole number here, which floating point may put just below itself."""
     assert longtail.counts(last * imbalance, imbalance, 7)[-1] == last
 
@@ -68,7 +68,9 @@ def test_counts_refuses(arguments, message):
 
 def test_split_sizes_and_types():
     labels, keys = make()
-    split = longtail.split(labels, keys, num_classes=10, imbalance=10, outer_per_class=4, validation_per_class=6, seed=1)
+    split = longtail.split(
+        labels, keys, num_classes=10, imbalance=10, outer_per_class=4, validation_per_class=6, seed=1
+    )
     assert np.bincount(labels[split.train]).tolist() == longtail.counts(50, 10, 10).tolist()
     assert np.bincount(labels[split.outer]).tolist() == [4] * 10
     assert np.bincount(labels[split.validation]).tolist() == [6] * 10
@@ -78,13 +80,13 @@ def test_split_sizes_and_types():
         assert indices.dtype == np.int64 and (np.diff(indices) > 0).all()
 
 
-def test_nothing_held_out_gives_empty_sets():
+def test_split_nothing_held_out():
     labels, keys = make()
     split = longtail.split(labels, keys, num_classes=10, imbalance=1)
     assert len(split.train) == 600 and len(split.outer) == len(split.validation) == 0
 
 
-def test_the_draw_depends_on_keys_and_not_on_the_order_of_records():
+def test_split_does_not_depend_on_the_order():
     draws = []
     for order_seed in (0, 1):
         labels, keys = make(order_seed=order_seed)
@@ -93,7 +95,7 @@ def test_the_draw_depends_on_keys_and_not_on_the_order_of_records():
     assert draws[0] == draws[1]
 
 
-def test_the_seed_changes_the_draw_and_nothing_else():
+def test_split_seed():
     labels, keys = make()
     a, b = (longtail.split(labels, keys, num_classes=10, imbalance=20, seed=seed).train for seed in (0, 1))
     assert len(a) == len(b) and set(a) != set(b)
@@ -101,7 +103,7 @@ def test_the_seed_changes_the_draw_and_nothing_else():
     np.testing.assert_array_equal(a, again)
 
 
-def test_the_draw_is_frozen():
+def test_split_is_frozen():
     """A change of the hash would silently change every reported split."""
     labels, keys = make(4, 2)
     split = longtail.split(labels, keys, num_classes=2, imbalance=2, outer_per_class=1, validation_per_class=1)
@@ -110,13 +112,13 @@ def test_the_draw_is_frozen():
     assert sorted(keys[split.validation]) == ["train_00003", "train_00007"]
 
 
-def test_sets_are_nested_as_the_imbalance_grows():
+def test_split_nested_by_imbalance():
     labels, keys = make()
     draw = [set(longtail.split(labels, keys, num_classes=10, imbalance=i).train) for i in (1, 10, 20, 50)]
     assert draw[3] < draw[2] < draw[1] < draw[0]
 
 
-def test_holding_out_does_not_change_the_training_set():
+def test_split_train_does_not_depend_on_held_out():
     labels, keys = make()
     options = dict(num_classes=10, imbalance=10, n_max=40)
     alone = longtail.split(labels, keys, **options)
@@ -124,7 +126,7 @@ def test_holding_out_does_not_change_the_training_set():
     np.testing.assert_array_equal(alone.train, with_held_out.train)
 
 
-def test_an_example_is_as_likely_as_another_to_be_drawn():
+def test_split_is_uniform():
     labels, keys = make(20, 1)
     times = np.zeros(20)
     for seed in range(400):
@@ -133,14 +135,14 @@ def test_an_example_is_as_likely_as_another_to_be_drawn():
     assert np.abs(times - 100).max() < 5 * np.sqrt(400 * 0.25 * 0.75)
 
 
-def test_n_max_of_zero_is_what_is_left_of_the_smallest_class():
+def test_split_default_n_max():
     labels = np.array([0] * 30 + [1] * 20)
     keys = np.array([str(i) for i in range(50)])
     split = longtail.split(labels, keys, num_classes=2, imbalance=2, validation_per_class=4)
     assert np.bincount(labels[split.train]).tolist() == [16, 8]
 
 
-def test_a_small_class_serves_a_tail():
+def test_split_small_tail_class():
     labels = np.array([0] * 30 + [1] * 5)
     keys = np.array([str(i) for i in range(35)])
     split = longtail.split(labels, keys, num_classes=2, imbalance=6, n_max=30)
@@ -173,3 +175,46 @@ def test_balanced_set():
     labels, keys = make()
     chosen = longtail.balanced(labels, keys, num_classes=10, per_class=7, seed=3)
     assert np.bincount(labels[chosen]).tolist() == [7] * 10
+
+
+# Lists and sets as they are.
+
+
+def test_split_listed(tmp_path):
+    path = tmp_path / "ImageNet_LT_train.txt"
+    path.write_text("train/n01/n01_b.JPEG 0\n\ntrain/n02/n02 c.JPEG 1\n")
+    listed = longtail.read_list(path)
+    keys = np.array(["n01_a.JPEG", "n01_b.JPEG", "n02 c.JPEG", "n02_d.JPEG", "e", "f"])
+    labels = np.array([0, 0, 1, 1, 0, 1])
+    split = longtail.split_listed(listed, labels, keys, num_classes=2)
+    assert split.train.tolist() == [1, 2] and not len(split.outer) and not len(split.validation)
+    split = longtail.split_listed(listed, labels, keys, num_classes=2, outer_per_class=1)
+    assert split.train.tolist() == [1, 2] and np.bincount(labels[split.outer]).tolist() == [1, 1]
+    assert not set(split.outer) & set(split.train)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("a.JPEG", "list.txt:1: 'a.JPEG'"),
+        ("a.JPEG 0\nb.JPEG one", "list.txt:2"),
+        ("", "is empty"),
+        ("a.JPEG 0\nx/gone.JPEG 1\nx/gone2.JPEG 1", "'x/gone.JPEG' and 1 more of its 3 images"),
+        ("a.JPEG 1", "'a.JPEG' has label 1, but 0"),
+        ("a.JPEG 0\nx/a.JPEG 0", "'x/a.JPEG' is the image 'a.JPEG' again"),
+    ],
+)
+def test_list_refused(tmp_path, text, message):
+    (tmp_path / "list.txt").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        listed = longtail.read_list(tmp_path / "list.txt")
+        longtail.find_listed(listed, np.array([0, 1]), np.array(["a.JPEG", "b.JPEG"]))
+
+
+def test_split_without_imbalance():
+    labels, keys = np.repeat([0, 1, 2], (9, 5, 3)), np.arange(17).astype(str)
+    split = longtail.split(labels, keys, num_classes=3, imbalance=None, outer_per_class=1, validation_per_class=1)
+    assert np.bincount(labels[split.train]).tolist() == [7, 3, 1]
+    assert len(set(np.concatenate(split))) == 17
+    with pytest.raises(ValueError, match="class 2 has only 3 images"):
+        longtail.split(labels, keys, num_classes=3, imbalance=None, outer_per_class=3)

@@ -3,37 +3,24 @@
 import dataclasses
 import functools
 import inspect
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import truth
+from helpers.loss_family import assert_close, by_student, close, evaluate, evaluated, select, values
 from helpers.truth import BATCHED, FAMILY, B, C, draw
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ltkd_jax import losses
 from ltkd_jax.groups import ClassGroups
 
-
-def family(keep=lambda loss: True):
-    return pytest.mark.parametrize("loss", [loss for loss in FAMILY.values() if keep(loss)], ids=lambda loss: loss.name)
-
-
-every_loss = family()
-batch_losses = family(lambda loss: loss.batch)
-label_losses = family(lambda loss: "labels" in loss.args)
-close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
-
-
-@functools.cache
-def jitted(name):
-    return jax.jit(lambda x: FAMILY[name].call(losses, x))
-
-
-def by_student(loss, x):
-    """The sum of the losses as a function of the student's logits."""
-    return lambda student: loss.call(losses, x._replace(student=student)).sum()
+BATCH_LOSSES = select(lambda loss: loss.batch)
+EXAMPLE_LOSSES = select(lambda loss: not loss.batch)
+LABEL_LOSSES = select(lambda loss: "labels" in loss.args)
+TEACHER_LOSSES = select(lambda loss: loss.teacher)
 
 
 def map_batched(function, *inputs):
@@ -44,68 +31,72 @@ def map_batched(function, *inputs):
 # --- One body for the whole family --------------------------------------------------------------
 
 
-@every_loss
-def test_contract(loss):
+def test_contract():
     x = draw("random", masking="examples")
-    out = loss.call(losses, x)
-    assert out.shape == (B,) and out.dtype == jnp.float32
-    assert np.isfinite(out).all() and (np.asarray(out) >= -1e-5).all()
-    close(jitted(loss.name)(x), out, err_msg="jit, all of it traced, groups included")
-
-    # Lower precision: the loss of the same values in float32.
-    low = {f: jnp.asarray(getattr(x, f), jnp.bfloat16) for f in ("student", "teacher")}
-    out_low = jitted(loss.name)(x._replace(**low))
-    assert out_low.dtype == jnp.float32
-    close(out_low, jitted(loss.name)(x._replace(**{f: a.astype(jnp.float32) for f, a in low.items()})), rtol=1e-6)
-
+    eager = values(x)
+    for name, out in eager.items():
+        assert out.shape == (B,) and out.dtype == jnp.float32, name
+        assert np.isfinite(out).all() and (np.asarray(out) >= -1e-5).all(), name
+    assert_close(evaluated(x), eager)  # jit, all of it traced, groups included
     # A matmul's precision would depend on a global setting.
-    assert "dot_general" not in str(jax.make_jaxpr(lambda x: loss.call(losses, x))(x))
+    assert "dot_general" not in str(jax.make_jaxpr(values)(x))
 
 
-@every_loss
-def test_vmap(loss):
-    inputs = [draw("random", masking="examples", seed=seed) for seed in (1, 2)]
-    mapped = jax.jit(jax.vmap(lambda x: loss.call(losses, x), in_axes=(BATCHED,)))
-    out = mapped(map_batched(lambda *a: np.stack(a), *inputs))
-    for got, x in zip(out, inputs, strict=True):
-        close(got, jitted(loss.name)(x))
-
-
-@every_loss
-def test_forward_mode_is_reverse_mode(loss):
+def test_bfloat16():
+    """The loss of the same values in float32."""
     x = draw("random", masking="examples")
-    v = np.random.default_rng(1).normal(size=(B, C)).astype(np.float32)
-    gradient, tangent = jax.jit(
-        lambda z, v: (jax.grad(by_student(loss, x))(z), jax.jvp(by_student(loss, x), (z,), (v,))[1])
-    )(x.student, v)
-    close(tangent, np.vdot(gradient, v), rtol=1e-4)
+    low = x._replace(student=jnp.asarray(x.student, jnp.bfloat16), teacher=jnp.asarray(x.teacher, jnp.bfloat16))
+    out = jax.jit(values)(low)
+    assert all(value.dtype == jnp.float32 for value in out.values())
+    same = x._replace(student=low.student.astype(jnp.float32), teacher=low.teacher.astype(jnp.float32))
+    assert_close(out, evaluated(same), rtol=1e-6)
 
 
-@every_loss
-def test_gradient_of_the_gradient(loss):
+def test_vmap():
+    inputs = [draw("random", masking="examples", seed=seed) for seed in (1, 2)]
+    mapped = jax.jit(jax.vmap(values, in_axes=(BATCHED,)))(map_batched(lambda *a: np.stack(a), *inputs))
+    for number, x in enumerate(inputs):
+        assert_close({name: out[number] for name, out in mapped.items()}, evaluated(x))
+
+
+def test_forward_mode():
+    x = draw("random", masking="examples")
+    direction = np.random.default_rng(1).normal(size=(B, C)).astype(np.float32)
+
+    @jax.jit
+    def tangents(z, v):
+        return {name: jax.jvp(by_student(loss, x), (z,), (v,))[1] for name, loss in FAMILY.items()}
+
+    expected = {name: np.vdot(gradient, direction) for name, (_, gradient) in evaluate(x).items()}
+    assert_close(tangents(x.student, direction), expected, rtol=1e-4)
+
+
+def test_second_derivative():
     """Against central differences of the gradient, ties included; finite at the extremes."""
-    v, step = np.random.default_rng(1).normal(size=(B, C)), 1e-5
+    direction, step = np.random.default_rng(1).normal(size=(B, C)), 1e-5
 
     @jax.jit
     def second(x):
-        def slope(z):
-            gradient = jax.grad(by_student(loss, x))(z)
-            return jnp.sum(gradient * v), gradient
+        def one(loss):
+            return jax.grad(lambda z: jnp.sum(jax.grad(by_student(loss, x))(z) * direction))(x.student)
 
-        return jax.grad(slope, has_aux=True)(x.student)
+        return {name: one(loss) for name, loss in FAMILY.items()}
 
     with jax.enable_x64(True):
         for case in ("random", "tied", "one_hot", "wide", "uniform_1e4"):
             x = draw(case, masking="examples", dtype=np.float64)
-            actual = second(x)[0]
-            assert np.isfinite(actual).all(), case
-            if case in ("random", "tied", "one_hot") and not loss.held:  # a held factor moves in the differences
-                up, down = (second(x._replace(student=x.student + s * v))[1] for s in (step, -step))
-                close(actual, (up - down) / (2 * step), rtol=1e-6, atol=1e-7, err_msg=case)
+            actual = second(x)
+            up, down = (evaluate(x._replace(student=x.student + s * direction)) for s in (step, -step))
+            for name, loss in FAMILY.items():
+                assert np.isfinite(actual[name]).all(), (name, case)
+                # A held factor moves in the differences.
+                if case in ("random", "tied", "one_hot") and not loss.held:
+                    expected = (up[name][1] - down[name][1]) / (2 * step)
+                    close(actual[name], expected, rtol=1e-6, atol=1e-7, err_msg=f"{name} {case}")
 
 
 @pytest.mark.parametrize("grouping", ["thirds", "each"])
-def test_one_matrix_of_groups_is_a_mask_for_each_example(grouping):
+def test_groups_of_all_or_of_each_example(grouping):
     """On CPU the former is products and a loop, the latter masked reductions, as on other devices."""
     loss = FAMILY["ltkd"]
     v = np.random.default_rng(1).normal(size=(B, C))
@@ -128,40 +119,42 @@ def test_one_matrix_of_groups_is_a_mask_for_each_example(grouping):
                     np.testing.assert_allclose(actual / scale, expected / scale, atol=tolerance, rtol=0, err_msg=case)
 
 
-@family(lambda loss: loss.teacher)
-def test_no_gradient_into_the_teacher(loss):
+def test_no_gradient_into_the_teacher():
     x = draw("random", masking="examples")
 
-    def by_teacher(z):
-        return loss.call(losses, x._replace(teacher=z)).sum()
+    @jax.jit
+    def derivatives(teacher):
+        def one(loss):
+            total = lambda z: loss.call(losses, x._replace(teacher=z)).sum()  # noqa: E731
+            return jax.grad(total)(teacher), jax.jvp(total, (teacher,), (teacher,))[1]
 
-    assert (jax.jit(jax.grad(by_teacher))(x.teacher) == 0).all()
-    assert jax.jit(lambda z: jax.jvp(by_teacher, (z,), (z,))[1])(x.teacher) == 0
+        return {name: one(loss) for name, loss in TEACHER_LOSSES.items()}
+
+    for name, (gradient, tangent) in derivatives(x.teacher).items():
+        assert (gradient == 0).all() and tangent == 0, name
 
 
-@family(lambda loss: not loss.batch)
-def test_any_leading_shape(loss):
+def test_any_leading_shape():
     x = draw("random", masking="examples")
-    flat = jitted(loss.name)(x)
-    square = jitted(loss.name)(map_batched(lambda a: a.reshape((2, 3) + a.shape[1:]), x))
-    assert square.shape == (2, 3)
-    close(square.ravel(), flat)
-    single = jitted(loss.name)(map_batched(lambda a: a[4], x))
-    assert single.shape == ()
-    close(single, flat[4])
+    flat = evaluated(x)
+    by_example = jax.jit(functools.partial(values, family=EXAMPLE_LOSSES))
+    square = by_example(map_batched(lambda a: a.reshape((2, 3) + a.shape[1:]), x))
+    single = by_example(map_batched(lambda a: a[4], x))
+    for name in EXAMPLE_LOSSES:
+        assert square[name].shape == (2, 3) and single[name].shape == (), name
+        close(square[name].ravel(), flat[name], err_msg=name)
+        close(single[name], flat[name][4], err_msg=name)
 
 
-@every_loss
-def test_where_broadcasts(loss):
+def test_where_broadcasts():
     x = draw("random")
-    close(jitted(loss.name)(x._replace(where=None)), jitted(loss.name)(x), err_msg="None is all")
+    assert_close(jax.jit(values)(x._replace(where=None)), evaluated(x))
     x = draw("random", masking="classes")
-    close(jitted(loss.name)(x._replace(where=x.where[0])), jitted(loss.name)(x))
+    assert_close(jax.jit(values)(x._replace(where=x.where[0])), evaluated(x))
 
 
-@every_loss
 @pytest.mark.parametrize("grouping", ["thirds", "lone"])
-def test_masked_classes_are_as_good_as_absent(loss, grouping):
+def test_masked_classes_are_as_good_as_absent(grouping):
     x = draw("random", masking="classes", grouping=grouping)
     keep = x.where[0]
     left = np.asarray(x.groups.assignment)[keep]
@@ -175,48 +168,53 @@ def test_masked_classes_are_as_good_as_absent(loss, grouping):
         # A group without classes is gone: the 'lone' one is.
         groups=ClassGroups.from_assignment(np.unique(left, return_inverse=True)[1]),
     )
-    expected = jitted(loss.name)(absent)
-    close(jitted(loss.name)(x), expected)
+    expected = jax.jit(values)(absent)
+    assert_close(evaluated(x), expected)
     noise = np.where(keep, 0, np.array([1e4, -1e4])[np.arange(C) % 2]).astype(np.float32)
-    close(jitted(loss.name)(x._replace(student=x.student + noise, teacher=x.teacher - noise)), expected)
+    assert_close(evaluated(x._replace(student=x.student + noise, teacher=x.teacher - noise)), expected)
 
 
-@batch_losses
-def test_masked_examples_are_as_good_as_absent(loss):
+def test_masked_examples_are_as_good_as_absent():
+    batch_values = jax.jit(functools.partial(values, family=BATCH_LOSSES))
     x = draw("random", masking="examples")
     keep = x.example_mask
-    out = jitted(loss.name)(x)
-    assert (out[~keep] == 0).all() and out[keep].any()
-    close(out[keep], jitted(loss.name)(map_batched(lambda a: a[keep], x)))
-    close(jitted(loss.name)(draw("random")._replace(example_mask=None)), jitted(loss.name)(draw("random")))
-    assert not np.allclose(out[keep], jitted(loss.name)(x._replace(example_mask=np.ones(B, bool)))[keep])
+    absent = batch_values(map_batched(lambda a: a[keep], x))
+    masked, unmasked = evaluated(x), evaluated(x._replace(example_mask=np.ones(B, bool)))
+    for name in BATCH_LOSSES:
+        assert (masked[name][~keep] == 0).all() and masked[name][keep].any(), name
+        close(masked[name][keep], absent[name], err_msg=name)
+        assert not np.allclose(masked[name][keep], unmasked[name][keep]), name
+    assert_close(batch_values(draw("random")._replace(example_mask=None)), evaluated(draw("random")))
 
 
-@every_loss
-def test_shift_invariance(loss):
+def test_shift_invariance():
     """Numbers that float32 holds exactly with and without the offset, so that the losses must agree."""
     x = draw("random", masking="examples")
-    x = x._replace(**{f: np.round(getattr(x, f) * 64) / 64 for f in ("student", "teacher")})
+    x = x._replace(student=np.round(x.student * 64) / 64, teacher=np.round(x.teacher * 64) / 64)
     offset = np.array([-4096, -64, 0, 1, 64, 4096], np.float32)[:, None]
     shifted = x._replace(student=x.student + offset, teacher=x.teacher - 2 * offset)
-    close(jitted(loss.name)(shifted), jitted(loss.name)(x), rtol=2e-6, atol=2e-6)
+    assert_close(evaluated(shifted), evaluated(x), rtol=2e-6, atol=2e-6)
 
 
-@every_loss
 @pytest.mark.parametrize("case", [*truth.CASES, *truth.EXTREME])
-def test_nonnegative_and_zero_at_equality(loss, case):
+def test_nonnegative_and_zero_at_equality(case):
     for masking in truth.MASKINGS:
         x = draw(case, masking=masking)
-        assert (np.asarray(jitted(loss.name)(x)) >= -2e-5 * loss.terms).all()
-        if loss.is_kl:
-            np.testing.assert_array_equal(jitted(loss.name)(x._replace(student=x.teacher)), np.zeros(B))
+        at_equality = evaluated(x._replace(student=x.teacher))
+        for name, out in evaluated(x).items():
+            assert (np.asarray(out) >= -2e-5 * FAMILY[name].terms).all(), (name, masking)
+            assert not FAMILY[name].is_kl or (at_equality[name] == 0).all(), (name, masking)
 
 
-@family(lambda loss: loss.options)
-def test_traced_options(loss):
+def test_traced_options():
     x = draw("random")
-    traced = jax.jit(lambda options: dataclasses.replace(loss, options=options).call(losses, x))(loss.options)
-    close(traced, jitted(loss.name)(x))
+    options = {name: loss.options for name, loss in FAMILY.items() if loss.options}
+
+    @jax.jit
+    def traced(options):
+        return values(x, {name: dataclasses.replace(FAMILY[name], options=options[name]) for name in options})
+
+    assert_close(traced(options), evaluated(x))
 
 
 @pytest.mark.parametrize("name", sorted({loss.function or loss.name for loss in FAMILY.values()} | {"rebalance"}))
@@ -234,28 +232,29 @@ def test_signature(name):
 # --- Identities ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("grouping", truth.GROUPINGS)
-@pytest.mark.parametrize("masking", truth.MASKINGS)
-@pytest.mark.parametrize("case", ["random", "underflow", "wide"])
-def test_split_is_the_whole(grouping, masking, case):
-    x = draw(case, grouping=grouping, masking=masking, temperature=2.0)
-    inter, intra, log_mass = jitted_split(x)
-    assert intra.shape == log_mass.shape == (B, x.groups.num_groups)
-    exists = np.stack([x.where[:, np.asarray(x.groups.assignment) == g].any(-1) for g in range(x.groups.num_groups)], 1)
-    np.testing.assert_array_equal(np.isneginf(log_mass), ~exists)
-    assert (intra[~exists] == 0).all()
-    close(np.exp(log_mass).sum(-1), 1)
-    close(4 * (inter + (np.exp(log_mass) * intra).sum(-1)), jitted("kd")(x))
-    close(4 * intra.sum(-1), jitted("uniform_intra_group")(x))
-    if grouping == "one":
-        assert (np.asarray(inter) == 0).all()
-    if grouping == "each":
-        assert (np.asarray(intra) == 0).all()
-
-
 @jax.jit
-def jitted_split(x):
+def split(x):
     return losses.group_kl(x.student, x.teacher, x.groups, temperature=x.temperature, where=x.where)
+
+
+@pytest.mark.parametrize("grouping", truth.GROUPINGS)
+def test_split_is_the_whole(grouping):
+    for masking, case in itertools.product(truth.MASKINGS, ("random", "underflow", "wide")):
+        x = draw(case, grouping=grouping, masking=masking, temperature=2.0)
+        inter, intra, log_mass = split(x)
+        assert intra.shape == log_mass.shape == (B, x.groups.num_groups)
+        members = [np.asarray(x.groups.assignment) == group for group in range(x.groups.num_groups)]
+        exists = np.stack([x.where[:, member].any(-1) for member in members], 1)
+        np.testing.assert_array_equal(np.isneginf(log_mass), ~exists)
+        assert (intra[~exists] == 0).all()
+        close(np.exp(log_mass).sum(-1), 1)
+        whole = evaluated(x)
+        close(4 * (inter + (np.exp(log_mass) * intra).sum(-1)), whole["kd"])
+        close(4 * intra.sum(-1), whole["uniform_intra_group"])
+        if grouping == "one":
+            assert (np.asarray(inter) == 0).all()
+        if grouping == "each":
+            assert (np.asarray(intra) == 0).all()
 
 
 @jax.jit
@@ -294,12 +293,9 @@ def test_identities(masking):
         close(left, right, err_msg=what)
 
 
-def test_cross_entropy_of_known_numbers():
-    close(losses.cross_entropy(np.log([[0.2, 0.5, 0.3]]), np.array([1])), [np.log(2)])
-    close(losses.balanced_softmax(np.zeros((1, 2)), np.array([1]), [3, 1]), [np.log(4)])
-
-
 # --- Rebalancing --------------------------------------------------------------------------------
+
+rebalance = jax.jit(losses.rebalance)
 
 
 def batch_with_sums(sums, size=64):
@@ -315,7 +311,7 @@ def test_rebalance_of_the_published_batch():
     """Batch sums 27.88 / 19.28 / 16.83 of 64: c_G = mean / sum, and c_G p_G has equal batch sums."""
     sums = np.array([27.88, 19.28, 16.83]) * 64 / 63.99
     mass = batch_with_sums(sums)
-    rebalanced = np.exp(losses.rebalance(np.log(mass)))
+    rebalanced = np.exp(rebalance(np.log(mass)))
     close(rebalanced.sum(-1), 1)
     scaled = mass * (64 / 3) / sums
     close(rebalanced, scaled / scaled.sum(-1, keepdims=True), rtol=1e-4)
@@ -331,22 +327,22 @@ def test_rebalance_of_the_published_batch():
 
 def test_rebalance_in_closed_form():
     mass = batch_with_sums([1.0, 4.0, 3.0], 8)
-    close(np.exp(losses.rebalance(np.log(mass[:1]))), np.full((1, 3), 1 / 3), err_msg="one example")
+    close(np.exp(rebalance(np.log(mass[:1]))), np.full((1, 3), 1 / 3), err_msg="one example")
     even = batch_with_sums([2.0, 2.0, 2.0], 6)
-    close(np.exp(losses.rebalance(np.log(even))), even, rtol=1e-4, err_msg="nothing to do")
+    close(np.exp(rebalance(np.log(even))), even, rtol=1e-4, err_msg="nothing to do")
     # An underflowing group: its two examples share it as e : 1, whatever its size.
     log_mass = np.array([[0.0, -1000.0], [0.0, -1001.0]], np.float32)
     share = np.array([np.e, 1]) / (np.e + 1)
-    close(np.exp(losses.rebalance(log_mass))[:, 1], share / (share + 0.5))
+    close(np.exp(rebalance(log_mass))[:, 1], share / (share + 0.5))
 
 
 def test_rebalance_takes_the_split_of_masked_classes():
     """A group that does not exist has a log mass of -inf, also where `where` is not given."""
     x = draw("random", grouping="lone", masking="classes")
-    log_mass = jitted_split(x).teacher_log_mass
-    out = losses.rebalance(log_mass)
+    log_mass = split(x).teacher_log_mass
+    out = rebalance(log_mass)
     assert np.isneginf(out[:, 1]).all()
-    close(out[:, [0, 2]], losses.rebalance(log_mass[:, [0, 2]]))
+    close(out[:, [0, 2]], rebalance(log_mass[:, [0, 2]]))
 
 
 # --- Eight devices ------------------------------------------------------------------------------
@@ -372,7 +368,7 @@ def batch_losses_and_gradients(x, **more):
         gradient, out = jax.grad(total, has_aux=True)(x.student)
         return jnp.concatenate([out[:, None], gradient], 1)
 
-    return {loss.name: one(loss) for loss in FAMILY.values() if loss.batch}
+    return {name: one(loss) for name, loss in BATCH_LOSSES.items()}
 
 
 @pytest.mark.parametrize("how", ["pmap", "shard_map", "jit"])
@@ -387,17 +383,15 @@ def test_eight_devices_are_one(how):
         split = map_batched(lambda a: a.reshape((8, 2) + a.shape[1:]), x)
         actual = jax.pmap(on_devices, "devices", in_axes=(BATCHED,))(split)
     elif how == "shard_map":
-        out_specs = PartitionSpec("devices")
-        actual = jax.jit(jax.shard_map(on_devices, mesh=mesh, in_specs=(specs,), out_specs=out_specs, check_vma=False))(
-            x
-        )
+        sharding = dict(mesh=mesh, in_specs=(specs,), out_specs=PartitionSpec("devices"), check_vma=False)
+        actual = jax.jit(jax.shard_map(on_devices, **sharding))(x)
     else:  # one global array: no axis name
         shardings = jax.tree.map(functools.partial(NamedSharding, mesh), specs)
         actual = jax.jit(batch_losses_and_gradients, in_shardings=(shardings,))(x)
+    alone = jax.jit(functools.partial(values, family=BATCH_LOSSES))(map_batched(lambda a: a[:2], x))
     for name, one_device in expected.items():
         close(actual[name].reshape(one_device.shape), one_device)
-        alone = jitted(name)(map_batched(lambda a: a[:2], x))
-        assert not np.allclose(alone, one_device[:2, 0]), "the other devices' examples must matter"
+        assert not np.allclose(alone[name], one_device[:2, 0]), "the other devices' examples must matter"
 
 
 def test_rebalance_on_eight_devices():
@@ -447,24 +441,25 @@ def test_errors_name_the_argument(loss, name, fields):
         loss.call(losses, draw("random")._replace(**fields))
 
 
-@label_losses
 @pytest.mark.parametrize("label", [-1, C, -C - 1])
-def test_labels_out_of_range(loss, label):
+def test_labels_out_of_range(label):
     x = draw("random")
     labels = x.labels.copy()
     labels[3] = label
-    for concrete in (labels, jnp.asarray(labels)):
-        with pytest.raises(ValueError, match="labels"):
-            loss.call(losses, x._replace(labels=concrete))
-    out = jitted(loss.name)(x._replace(labels=labels))
-    np.testing.assert_array_equal(np.isnan(out), np.arange(B) == 3)
+    for loss in LABEL_LOSSES.values():
+        for concrete in (labels, jnp.asarray(labels)):
+            with pytest.raises(ValueError, match="labels"):
+                loss.call(losses, x._replace(labels=concrete))
+    out = evaluated(x._replace(labels=labels))
+    for name in LABEL_LOSSES:
+        np.testing.assert_array_equal(np.isnan(out[name]), np.arange(B) == 3)
 
 
-@label_losses
-def test_labels_may_be_constants_of_a_jitted_function(loss):
+def test_labels_as_constants_of_a_jitted_function():
     x = draw("random")
-    x = x._replace(labels=jnp.asarray(x.labels))
-    close(jax.jit(lambda z: loss.call(losses, x._replace(student=z)))(x.student), jitted(loss.name)(x))
+    constants = x._replace(labels=jnp.asarray(x.labels))
+    out = jax.jit(lambda z: values(constants._replace(student=z), LABEL_LOSSES))(x.student)
+    assert_close(out, evaluated(x))
 
 
 @pytest.mark.parametrize("counts", [[3, 0], [3, -1]])
@@ -492,5 +487,5 @@ def test_what_is_no_logit_or_no_mask():
 @pytest.mark.parametrize("size", [1e15, 1e30])
 def test_finite_for_large_logits(size):
     student, teacher = jnp.array([[size, -size, 0.0]]), jnp.array([[-size, size, 0.0]])
-    value, gradient = jax.value_and_grad(lambda z: losses.kd(z, teacher).sum())(student)
+    value, gradient = jax.jit(jax.value_and_grad(lambda z: losses.kd(z, teacher).sum()))(student)
     assert jnp.isfinite(value) and jnp.isfinite(gradient).all()

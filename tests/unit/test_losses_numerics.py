@@ -1,50 +1,34 @@
-"""Every loss against the float64 truth: values, gradients, extremes, and what stays finite."""
+"""Every loss against the truth in extended precision: values, gradients, extremes, and what stays finite."""
 
-import functools
+import itertools
 
 import jax
 import numpy as np
 import pytest
 from helpers import truth
+from helpers.loss_family import evaluate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from ltkd_jax import losses
 
-every_loss = pytest.mark.parametrize("loss", truth.FAMILY.values(), ids=truth.FAMILY)
+every_case = pytest.mark.parametrize("case", truth.CASES)
 TEMPERATURES = (1.0, 2.0, 4.0)
 
 
-@functools.cache
-def jitted(name):
-    """One compilation for each loss, dtype and number of groups: the temperature and the masks are traced."""
-    return jax.jit(lambda x: truth.FAMILY[name].call(losses, x))
+def draws(case, *, dtype=np.float32, temperatures=TEMPERATURES):
+    """Yields the case under every grouping, masking and temperature, the losses that it is for, and a message."""
+    for grouping, masking, temperature in itertools.product(truth.GROUPINGS, truth.MASKINGS, temperatures):
+        variant = dict(grouping=grouping, masking=masking, temperature=temperature)
+        family = [loss for loss in truth.FAMILY.values() if loss.grouped or grouping == "thirds"]
+        yield truth.draw(case, dtype=dtype, **variant), family, f"{case} {variant}"
 
 
-@functools.cache
-def gradient(name):
-    """Per-example gradients by the student's logits. Examples meet in the teacher's statistics only."""
-
-    def total(student, x):
-        return truth.FAMILY[name].call(losses, x._replace(student=student)).sum()
-
-    return jax.jit(lambda x: jax.grad(total)(x.student, x))
-
-
-def variants(loss, case, dtype=np.float32, temperatures=TEMPERATURES):
-    """The case under every grouping, masking and temperature."""
-    for grouping in truth.groupings(loss):
-        for masking in truth.MASKINGS:
-            for temperature in temperatures:
-                labels = dict(grouping=grouping, masking=masking, temperature=temperature)
-                yield truth.draw(case, dtype=dtype, **labels), f"{loss.name} {case} {labels}"
-
-
-def assert_true(loss, x, rtol, atol, message=""):
+def assert_true(loss, x, actual, rtol, atol, message=""):
     expected = loss.call(truth, x)
-    actual = jitted(loss.name)(x)
-    assert actual.dtype == x.student.dtype
+    message = f"{loss.name} {message}"
+    assert actual.dtype == x.student.dtype, message
     assert np.isfinite(expected).all() and np.isfinite(actual).all(), message
     np.testing.assert_allclose(np.asarray(actual, truth.REAL), expected, rtol, atol, err_msg=message)
 
@@ -57,74 +41,67 @@ def rounding(loss, x):
     return 1e-6 * loss.terms * (4 if loss.batch else 1) * (float(x.temperature) ** 2 if loss.squared else 1)
 
 
-@every_loss
-@pytest.mark.parametrize("case", truth.CASES)
-def test_float32(loss, case):
-    for x, message in variants(loss, case):
-        assert_true(loss, x, 1e-5, rounding(loss, x), message)
-
-
-@every_loss
-@pytest.mark.parametrize("case", truth.EXTREME)
-def test_float32_at_1e4(loss, case):
-    for x, message in variants(loss, case):
-        # A rebalanced mass has the relative error of a log mass, which is rounded at 1e-3 where it is 2e4.
-        assert_true(loss, x, 1e-3 if loss.batch else 1e-4, rounding(loss, x), message)
-
-
-@every_loss
-@pytest.mark.parametrize("case", truth.CASES)
-def test_float64(loss, case):
-    with jax.enable_x64(True):
-        for x, message in variants(loss, case, np.float64):
-            assert_true(loss, x, 1e-10, 1e-12, message)
-
-
-@every_loss
 @pytest.mark.parametrize("case", [*truth.CASES, *truth.EXTREME])
-def test_gradients_are_finite_and_zero_where_nothing_exists(loss, case):
-    for x, message in variants(loss, case, temperatures=(1.0,)):
-        g = np.asarray(gradient(loss.name)(x))
-        assert np.isfinite(g).all(), message
-        assert (g[~x.where] == 0).all(), message
-        if loss.batch:
-            assert (g[~x.example_mask] == 0).all(), message
+def test_float32(case):
+    """Values are the truth's; gradients are finite, and 0 where no class or no example exists."""
+    for x, family, message in draws(case):
+        results = evaluate(x)
+        for loss in family:
+            value, gradient = map(np.asarray, results[loss.name])
+            tolerance = 1e-5
+            if case in truth.EXTREME:
+                # A rebalanced mass has the relative error of a log mass, which is rounded at 1e-3 where it is 2e4.
+                tolerance = 1e-3 if loss.batch else 1e-4
+            assert_true(loss, x, value, tolerance, rounding(loss, x), message)
+            assert np.isfinite(gradient).all(), f"{loss.name} {message}"
+            assert (gradient[~x.where] == 0).all(), f"{loss.name} {message}"
+            assert not loss.batch or (gradient[~x.example_mask] == 0).all(), f"{loss.name} {message}"
+
+
+@every_case
+def test_float64(case):
+    with jax.enable_x64(True):
+        for x, family, message in draws(case, dtype=np.float64):
+            results = evaluate(x)
+            for loss in family:
+                assert_true(loss, x, results[loss.name][0], 1e-10, 1e-12, message)
 
 
 def true_gradient(loss, x, step=1e-5):
     """Central differences of the truth; examples do not mix, so one class moves in all of them at once."""
     moves = step * np.eye(truth.C, dtype=truth.REAL)[:, None, :]  # [C, 1, C] on [B, C]
     held = {"held_logits": x.student} if loss.held else {}
-    up, down = (loss.call(truth, x._replace(student=x.student + m), **held) for m in (moves, -moves))
+    up, down = (loss.call(truth, x._replace(student=x.student + move), **held) for move in (moves, -moves))
     return ((up - down) / (2 * step)).T
 
 
-@every_loss
-@pytest.mark.parametrize("case", truth.CASES)
-def test_gradients_are_the_truths(loss, case):
-    for x, message in variants(loss, case, np.float64, temperatures=(1.0, 4.0)):
+@every_case
+def test_gradients_float64(case):
+    for x, family, message in draws(case, dtype=np.float64, temperatures=(1.0, 4.0)):
         x = x._replace(student=np.clip(x.student, -50, 50), teacher=np.clip(x.teacher, -50, 50))
-        expected = np.where(x.where, true_gradient(loss, x), 0)
         with jax.enable_x64(True):
-            actual = gradient(loss.name)(x)
-        np.testing.assert_allclose(actual, expected.astype(float), 1e-7, 1e-8, err_msg=message)
+            results = evaluate(x)
+        for loss in family:
+            expected = np.where(x.where, true_gradient(loss, x), 0).astype(float)
+            np.testing.assert_allclose(results[loss.name][1], expected, 1e-7, 1e-8, err_msg=f"{loss.name} {message}")
 
 
-@every_loss
-@pytest.mark.parametrize("case", truth.CASES)
-def test_float32_gradients(loss, case):
-    for x, message in variants(loss, case, temperatures=(4.0,)):
+@every_case
+def test_gradients_float32(case):
+    real = ("student", "teacher", "weights", "temperature")
+    for x, family, message in draws(case, temperatures=(4.0,)):
+        results = evaluate(x)
         with jax.enable_x64(True):
-            real = ("student", "teacher", "weights", "temperature")
-            expected = gradient(loss.name)(x._replace(**{f: getattr(x, f).astype(np.float64) for f in real}))
-        np.testing.assert_allclose(gradient(loss.name)(x), expected, 1e-5, rounding(loss, x), err_msg=message)
+            expected = evaluate(x._replace(**{field: getattr(x, field).astype(np.float64) for field in real}))
+        for loss in family:
+            actual, exact = results[loss.name][1], expected[loss.name][1]
+            np.testing.assert_allclose(actual, exact, 1e-5, rounding(loss, x), err_msg=f"{loss.name} {message}")
 
 
-def test_a_batch_of_padding_only_is_zero():
-    x = truth.draw("random")._replace(example_mask=np.zeros(truth.B, bool))
+def test_batch_of_padding():
+    results = evaluate(truth.draw("random")._replace(example_mask=np.zeros(truth.B, bool)))
     for name in ("rebalanced_inter_group", "ltkd"):
-        np.testing.assert_array_equal(jitted(name)(x), np.zeros(truth.B))
-        np.testing.assert_array_equal(gradient(name)(x), np.zeros((truth.B, truth.C)))
+        assert not np.any(results[name][0]) and not np.any(results[name][1])
 
 
 def test_effective_number_weights():
@@ -147,13 +124,12 @@ def test_rebalance(masking, spread):
         where, example_mask = rng.random((8, 4)) < 0.7, rng.random(8) < 0.7
         where[:, 0] = example_mask[0] = True
     log_mass = np.where(where, log_mass, -np.inf).astype(np.float32)
-    expected = truth.rebalance(log_mass, where=where, example_mask=example_mask)
-    actual = jax.jit(losses.rebalance)(log_mass, where=where, example_mask=example_mask)
-    rows = example_mask
-    np.testing.assert_array_equal(np.isneginf(actual)[rows], ~where[rows])
+    expected = truth.rebalance(log_mass, where=where, example_mask=example_mask)[example_mask]
+    actual = jax.jit(losses.rebalance)(log_mass, where=where, example_mask=example_mask)[example_mask]
+    np.testing.assert_array_equal(np.isneginf(actual), ~where[example_mask])
     # The scaled masses are as large as 2 · spread, and are rounded as such.
-    np.testing.assert_allclose(actual[rows], expected[rows].astype(float), 1e-6, 4e-7 * max(spread, 2))
-    np.testing.assert_allclose(np.exp(actual[rows]).sum(-1), 1, 1e-5)
+    np.testing.assert_allclose(actual, expected.astype(float), 1e-6, 4e-7 * max(spread, 2))
+    np.testing.assert_allclose(np.exp(actual).sum(-1), 1, 1e-5)
 
 
 LOGITS = hnp.arrays(
@@ -163,11 +139,11 @@ LOGITS = hnp.arrays(
 )
 
 
-@every_loss
 @settings(max_examples=15, derandomize=True, deadline=None)
 @given(logits=LOGITS, temperature=st.sampled_from(TEMPERATURES), masking=st.sampled_from(truth.MASKINGS))
-def test_any_logits(loss, logits, temperature, masking):
+def test_any_logits(logits, temperature, masking):
     x = truth.draw("random", temperature=temperature, masking=masking)
     x = x._replace(student=logits[0], teacher=logits[1])
-    assert_true(loss, x, 1e-5, rounding(loss, x))
-    assert np.isfinite(gradient(loss.name)(x)).all()
+    for name, (value, gradient) in evaluate(x).items():
+        assert_true(truth.FAMILY[name], x, value, 1e-5, rounding(truth.FAMILY[name], x))
+        assert np.isfinite(gradient).all(), name

@@ -22,7 +22,7 @@ from ltkd_jax.data import records, resize
 from ltkd_jax.data.prepare import folders
 
 _BLOCK = 256  # images that are checked side by side
-_SHARD = 256 << 20  # bytes
+SHARD_SIZE = 256 << 20  # bytes
 _Shape = tuple[int | None, int | None, int]  # height, width and channels; None where images differ
 _log = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ class _Shards:
             # One record a group: any of them is read without its neighbours.
             self._writer = array_record_module.ArrayRecordWriter(str(self._path(len(self.lengths))), "group_size:1")
             self.lengths.append(0)
-            self._room = _SHARD
+            self._room = SHARD_SIZE
         self._writer.write(record)
         self.lengths[-1] += 1
         self.num_bytes += len(record)

@@ -1,0 +1,196 @@
+"""Queue files, the queue's order of work, and the processes that share it; no run is trained."""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+
+import pytest
+from helpers.small_runs import ROOT
+
+from experiments import reproduce
+from experiments.config.validation import ConfigError
+from experiments.jobs import queue_runner, workers
+from experiments.jobs.queue_entry import QueueEntry, read_queue
+from experiments.trainer import run
+from experiments.trainer.interrupts import Stopped
+
+DIGITS = "configs/digitslt.py"
+
+
+def queue_file(tmp_path, *runs, **shared):
+    path = tmp_path / "queue.json"
+    path.write_text(json.dumps({"about": "a test", "set": shared, "runs": runs}))
+    return str(path)
+
+
+def queue_of(tmp_path, *runs):
+    return queue_runner.Queue(read_queue(queue_file(tmp_path, *runs)), queue_runner.Results(tmp_path / "r"), tmp_path)
+
+
+def exit_status(tmp_path, *arguments):
+    with pytest.raises(SystemExit) as caught:
+        reproduce.main([*arguments, f"--results={tmp_path / 'results'}", f"--runs={tmp_path / 'runs'}"])
+    return caught.value.code
+
+
+@pytest.fixture
+def fake_run(monkeypatch):
+    """Replaces training; a test sets `fake_run.result` to a function of the specification."""
+
+    class Fake:
+        def __call__(self, spec, workdir, **_):
+            return self.result(spec)
+
+    fake = Fake()
+    monkeypatch.setattr(run, "run", fake)
+    return fake
+
+
+def test_project_queues_are_readable():
+    for path in sorted((ROOT / "experiments" / "queues").glob("*.json")):
+        entries = read_queue(path)
+        specs = {entry: entry.resolve() for entry in entries if not entry.best_of}
+        assert len({spec.hash for spec in specs.values()}) == len(specs), path
+        for group in {entry.best_of for entry in entries} - {None}:
+            searched = [spec for entry, spec in specs.items() if entry.group == group]
+            assert 0 < len(searched) <= 12
+            assert len({spec.teacher_hash for spec in searched}) == 1
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("{", "cannot read the queue"),
+        ('{"runs": [{"config": "configs/digitslt.py", "sets": {}}]}', "unknown key 'sets'"),
+        ('{"runs": [{"config": "configs/digitslt.py", "set": 3}]}', "cannot read the queue"),
+        ('{"runs": [{"seeds": [0]}]}', "lacks the key 'config'"),
+        ('{"runs": [{"config": "configs/digitslt.py", "best_of": "x"}]}', "no run's group"),
+        ('{"runs": [{"config": "configs/digitslt.py", "group": "x", "best_of": "x"}]}', "group 'x'"),
+        ('{"runs": [{"config": 3}]}', "must be configs/"),
+        ('{"runs": [{"config": "README.md"}]}', "must be configs/"),
+        ('{"runs": [{"config": "configs/none.py"}]}', "no config file"),
+        ('{"runs": [{"config": "configs/digits_lt.py"}]}', "configs/digitslt.py"),
+        ('{"runs": [{"config": "configs/digitslt.py", "set": {"train.lrr": 1}}]}', "train.lrr"),
+        ('{"runs": [{"config": "configs/digitslt.py"}], "set": {"seed_split": 1}}', "split_seed"),
+    ],
+)
+def test_bad_queue_is_refused(tmp_path, content, message):
+    path = tmp_path / "queue.json"
+    path.write_text(content)
+    assert message in str(exit_status(tmp_path, str(path)))
+
+
+@pytest.mark.parametrize("number", ["0", "auto", "-1"])
+def test_num_workers_is_a_number(tmp_path, capsys, number):
+    assert exit_status(tmp_path, queue_file(tmp_path), f"--num_workers={number}") == 2
+    assert "--num_workers" in capsys.readouterr().err and not (tmp_path / "runs").exists()
+
+
+def test_entry_overrides_the_chosen_hyperparameters():
+    entry = QueueEntry(f"{DIGITS}:ltkd", {"method.beta": 0.0}, 7, None, "search")
+    spec = entry.resolve({"config": {"method": {"name": "ltkd", "alpha": 4.0, "beta": 2.0}}})
+    assert (spec.config["method"]["alpha"], spec.config["method"]["beta"], spec.seed) == (4.0, 0.0, 7)
+    words = entry.command(spec).split()
+    assert {"--config.method.alpha=4.0", "--config.method.beta=0.0", "--config.seed=7"} <= set(words)
+
+
+def test_group_without_validation_cannot_be_chosen_from(tmp_path):
+    queue = queue_of(tmp_path, {"config": DIGITS, "group": "g"}, {"config": DIGITS, "best_of": "g", "seeds": [1]})
+    entry, waiting = queue.missing()
+    assert not queue.run(waiting)
+    queue_runner.Results(tmp_path / "r").add(queue.spec(entry), {"validation": None}, "g")
+    with pytest.raises(ConfigError, match="data.validation_per_class"):
+        queue.spec(waiting)
+
+
+def test_teacher_is_shared_by_the_runs_that_read_its_table(tmp_path):
+    queue = queue_of(tmp_path, {"config": f"{DIGITS}:kd", "seeds": [0, 1]}, {"config": f"{DIGITS}:ce"})
+    assert {queue.spec(entry).config["teacher"]["table_runs"] for entry in queue.missing()} == {2}
+
+
+def test_changed_default_is_a_run_to_do(tmp_path, capsys):
+    for key in ({}, {"train.weight_decay": 1e-3}):
+        queue = queue_of(tmp_path, {"config": f"{DIGITS}:ce", "set": key})
+        (entry,) = queue.missing()
+        queue_runner.Results(tmp_path / "r").add(queue.spec(entry), {}, None)
+        assert not queue.missing()
+    assert len(list((tmp_path / "r").glob("*.json"))) == 2
+    assert exit_status(tmp_path, queue_file(tmp_path, {"config": f"{DIGITS}:ce"}), "--list") == 0
+    assert capsys.readouterr().out.startswith(f"{DIGITS}:ce seed=0")
+
+
+def test_runs_of_another_process_are_left_to_it_and_taken_over(tmp_path, fake_run):
+    """Each run is in use at first. Another process finishes that of seed 0 and gives up the others."""
+    queue = queue_of(tmp_path, {"config": f"{DIGITS}:ce", "seeds": [0, 1, 2]})
+    results = queue_runner.Results(tmp_path / "r")
+    attempts = []
+
+    def result(spec):
+        attempts.append(spec.seed)
+        if len(attempts) == 3:
+            results.add(queue.spec(queue.missing()[0]), {"by": "another"}, None)
+        if attempts.count(spec.seed) == 1:
+            raise run.InUse("in use")
+        return {"by": "this"}
+
+    fake_run.result = result
+    assert queue_runner.run_missing(queue, poll_seconds=0.0) == 0
+    assert attempts == [0, 1, 2, 1, 2]
+    assert [result["by"] for result in queue.results()] == ["another", "this", "this"]
+
+
+@pytest.mark.parametrize("options, status", [([], 75), (["--time_limit=1e-9"], 0)])
+def test_exit_status_of_a_stopped_queue(tmp_path, fake_run, options, status):
+    def result(spec):
+        raise Stopped("stopped by SIGTERM")
+
+    fake_run.result = result
+    assert exit_status(tmp_path, queue_file(tmp_path, {"config": f"{DIGITS}:ce"}), *options) == status
+
+
+def test_entry_that_waits_for_a_failed_group_is_reported(tmp_path, capsys, fake_run):
+    def result(spec):
+        raise ConfigError("no such thing")
+
+    fake_run.result = result
+    runs = {"config": DIGITS, "group": "search"}, {"config": DIGITS, "best_of": "search"}
+    assert exit_status(tmp_path, queue_file(tmp_path, *runs)) == 1
+    errors = capsys.readouterr().err
+    assert "no such thing" in errors and "'search'" in errors
+
+
+def test_worker_sees_one_device():
+    gpus = workers.Machine("gpu", 2)
+    assert gpus.environment(1, {"A": "b"}) == {"A": "b", "CUDA_VISIBLE_DEVICES": "1"}
+    assert gpus.environment(1, {"CUDA_VISIBLE_DEVICES": "4,6"})["CUDA_VISIBLE_DEVICES"] == "6"
+    environments = [workers.Machine("tpu", 4).environment(slot, {}) for slot in range(4)]
+    for name in ("TPU_VISIBLE_DEVICES", "TPU_MESH_CONTROLLER_PORT", "TPU_MESH_CONTROLLER_ADDRESS"):
+        assert len({environment[name] for environment in environments}) == 4
+
+
+@pytest.mark.parametrize("action, failed", [("time.sleep(60)", 0), ("sys.exit(75)", 0), ("sys.exit(3)", 2)])
+def test_workers_end(tmp_path, action, failed):
+    """A signal to the parent is passed on, and a worker that it ends has not failed."""
+    code = f"import sys, time; print('up', flush=True); {action}"
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def stop_when_up():
+        logs = [tmp_path / f"device-{slot}.log" for slot in range(2)]
+        while not all(log.exists() and "up" in log.read_text() for log in logs):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    if "sleep" in action:
+        threading.Thread(target=stop_when_up, daemon=True).start()
+    command = [sys.executable, "-c", code]
+    assert workers.run(command, workers.Machine("cpu", 2), 2, tmp_path, lambda: 1) == failed
+    assert signal.getsignal(signal.SIGTERM) is handler
+
+
+def test_more_workers_than_devices_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "count_devices", lambda: workers.Machine("cpu", 2))
+    message = exit_status(tmp_path, queue_file(tmp_path), "--num_workers=3")
+    assert "--num_workers=3" in message and "2 devices" in message
