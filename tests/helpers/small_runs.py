@@ -12,6 +12,7 @@ import pytest
 from experiments.config.spec import resolve
 from experiments.trainer import run as runs
 from experiments.trainer.interrupts import Stopped
+from experiments.trainer.loop import Diverged
 from experiments.trainer.trainer import trainer
 from helpers import pictures
 from ltkd_jax.data.prepare import recipes
@@ -127,3 +128,23 @@ def with_infinity(tree):
     largest = max(range(len(leaves)), key=lambda i: leaves[i].size)
     leaves[largest] = leaves[largest].at[(0,) * leaves[largest].ndim].set(jnp.inf)
     return jax.tree.unflatten(structure, leaves)
+
+
+def spoil(monkeypatch, student, change, *, at_step=None):
+    """Makes a step of a trainer leave `change(state)`; the last one of the first epoch unless given."""
+    at_step = student.steps_per_epoch - 1 if at_step is None else at_step
+    train_steps = student.train_steps
+
+    def spoiled(step, *arguments):
+        state = train_steps(step, *arguments)
+        return change(state) if step == at_step else state
+
+    monkeypatch.setattr(student, "train_steps", spoiled)
+
+
+def assert_diverges(workdir, message, train):
+    """Checks that `train` is stopped by a number that is not finite, and leaves the checkpoints as they were."""
+    saved = sorted((workdir / "checkpoints").rglob("*"))
+    with pytest.raises(Diverged, match=message):
+        train()
+    assert sorted((workdir / "checkpoints").rglob("*")) == saved

@@ -6,7 +6,6 @@ from helpers import small_runs
 from helpers.small_runs import assert_same_bits, run, tiny
 
 from experiments.config.spec import resolve
-from experiments.trainer import loop
 from experiments.trainer.trainer import trainer
 
 WEIGHTED = {"loss_weighting.update_every": 2, "train.epochs": 2.0, "devices": 1}
@@ -44,22 +43,20 @@ def test_resume_is_bit_for_bit(learned, tmp_path):
     assert_same_bits(config, tmp_path / "run", folder / "run")
 
 
-@pytest.mark.parametrize("part, message", [("sums", "outer loss.*not finite"), ("meta", r"meta.* not finite.* step 1$")])
-def test_state_that_is_not_finite(learned, tmp_path, monkeypatch, part, message):
+def spoil_outer_loss(state):
+    learned = state.sums.learned._replace(outer_loss=state.sums.learned.outer_loss * np.float32("nan"))
+    return state._replace(sums=state.sums._replace(learned=learned))
+
+
+def spoil_weight_net(state):
+    return state._replace(meta=small_runs.with_infinity(state.meta))
+
+
+@pytest.mark.parametrize("change, message", [(spoil_outer_loss, "outer loss"), (spoil_weight_net, "meta")])
+def test_state_that_is_not_finite(learned, tmp_path, monkeypatch, change, message):
     config = tiny(learned[0], "bikd", **WEIGHTED)
-    small_runs.run_one_call(config, tmp_path / "run")
-    saved = sorted((tmp_path / "run" / "checkpoints").rglob("*"))
-    student = trainer(resolve(config).student_training("network"))
-    train_steps = student.train_steps
-
-    def spoiled(step, state, data, inputs):
-        state = train_steps(step, state, data, inputs)
-        if part == "sums":
-            outer_loss = state.sums.learned.outer_loss * np.float32("nan")
-            return state._replace(sums=state.sums._replace(learned=state.sums.learned._replace(outer_loss=outer_loss)))
-        return state._replace(meta=small_runs.with_infinity(state.meta))
-
-    monkeypatch.setattr(student, "train_steps", spoiled)
-    with pytest.raises(loop.Diverged, match=message):
-        run(config, tmp_path / "run")
-    assert sorted((tmp_path / "run" / "checkpoints").rglob("*")) == saved
+    workdir = tmp_path / "run"
+    small_runs.run_one_call(config, workdir)
+    small_runs.spoil(monkeypatch, trainer(resolve(config).student_training("network")), change)
+    message = f"{message}.* not finite.* step 1$"
+    small_runs.assert_diverges(workdir, message, lambda: run(config, workdir))

@@ -11,7 +11,7 @@ from helpers.small_runs import assert_same_bits, run, tiny
 
 from experiments.config.spec import resolve
 from experiments.config.validation import ConfigError
-from experiments.trainer import dataset, loop
+from experiments.trainer import dataset
 from experiments.trainer import run as runs
 from experiments.trainer import teacher as teachers
 from experiments.trainer.interrupts import Stopped, StopRequest
@@ -147,7 +147,7 @@ def test_run_that_cannot_start_claims_nothing(tmp_path):
     with pytest.raises(ConfigError, match="cutout"):  # before the teacher is trained
         run(tiny(tmp_path, "ltkd", **{"augment.cutout": 8}), tmp_path / "run")
     assert not (tmp_path / "teachers").exists()
-    run(tiny(tmp_path, "ce", **{"train.max_steps": 1}), tmp_path / "run")
+    small_runs.run_one_call(tiny(tmp_path, "ce"), tmp_path / "run")
 
 
 # Interruptions.
@@ -181,42 +181,27 @@ def flip_a_byte(folder):
     path.write_bytes(data)
 
 
-def assert_diverges(workdir, message, diverge):
-    """Checks that `diverge` is stopped and leaves the checkpoints as they are."""
-    saved = sorted((workdir / "checkpoints").rglob("*"))
-    with pytest.raises(loop.Diverged, match=message):
-        diverge()
-    assert sorted((workdir / "checkpoints").rglob("*")) == saved
-
-
-def test_loss_that_is_not_finite(tmp_path):
-    workdir = tmp_path / "run"
-    small_runs.run_one_call(tiny(tmp_path, "ce"), workdir)
-    hot = trainer(resolve(tiny(tmp_path, "ce", **{"train.lr": 1e30})).student_training("none"))
-    options = loop.LoopOptions("x", eval_every=1, checkpoint_every=1)
-
-    def diverge():
-        loop.fit(hot, hot.device_data(None), 0, workdir, StopRequest(), options)
-
-    assert_diverges(workdir, "x: the loss of step .*ce.*last good checkpoint is step 1$", diverge)
-
-
-@pytest.mark.parametrize("part", ["params", "batch_stats", "opt_state"])
-def test_state_that_is_not_finite(tmp_path, part, monkeypatch):
-    """Where every loss was finite: at the end of the epoch."""
+@pytest.mark.parametrize(
+    "part, at_step, message",
+    [
+        ("params", 1, "the loss of step 2 .*ce.* not finite"),
+        ("params", None, "params.* not finite"),
+        ("batch_stats", None, "batch_stats.* not finite"),
+        ("opt_state", None, "opt_state.* not finite"),
+    ],
+)
+def test_numbers_that_are_not_finite(tmp_path, part, at_step, message, monkeypatch):
+    """Of a loss within the epoch, of the state at its end."""
     config = tiny(tmp_path, "ce")
-    small_runs.run_one_call(config, tmp_path / "run")
+    workdir = tmp_path / "run"
+    small_runs.run_one_call(config, workdir)
     student = trainer(resolve(config).student_training("none"))
-    train_steps = student.train_steps
 
-    def spoiled(step, state, data, inputs):
-        state = train_steps(step, state, data, inputs)
-        if step != student.steps_per_epoch - 1:
-            return state
+    def change(state):
         return state._replace(**{part: small_runs.with_infinity(getattr(state, part))})
 
-    monkeypatch.setattr(student, "train_steps", spoiled)
-    assert_diverges(tmp_path / "run", f"{part}.* not finite.* step 1$", lambda: run(config, tmp_path / "run"))
+    small_runs.spoil(monkeypatch, student, change, at_step=at_step)
+    small_runs.assert_diverges(workdir, f"ce s0: .*{message}.* step 1$", lambda: run(config, workdir))
 
 
 # Teachers.
@@ -321,7 +306,7 @@ def test_table_that_is_damaged_stopped_or_without_room(copied_teacher, tmp_path,
     continued = np.array(table())
     assert starts[0] == 0 and 0 < starts[1] < 2700
     assert not [*teacher.folder.glob("*.tmp"), *teacher.folder.glob("*.done")]
-    (path,) = teacher.folder.glob("table-*.npy")
+    (path,) = teacher.folder.glob("table-*-300x9x10-*.npy")
     for damage in (lambda data: data[:-40] + bytes(40), lambda data: data[:500]):
         path.write_bytes(damage(path.read_bytes()))
         np.testing.assert_allclose(table(), continued, rtol=1e-5, atol=1e-5)
