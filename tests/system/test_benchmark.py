@@ -24,7 +24,7 @@ def cheap_variants(monkeypatch):
         (["train", "--methods=ce,bikd", "--teachers=table", *QUICK], ["ce ", "bikd ", "TFLOP/s"]),
         (["profile", "--method=ltkd", "--steps=1", *SMALL], ["conv_general_dilated, backward", "the rest"]),
         (["bilevel", "--batch_size=8", "--repeats=1", *SMALL], ["official algorithm", "naive, teacher in the step"]),
-        (["pytorch", *QUICK], ["bikd ", "PyTorch / ours", "[4096, 10000]"]),
+        (["pytorch", "--methods=kd", *QUICK], ["kd ", "PyTorch / ours", "[4096, 10000]"]),
     ],
     ids=["train", "profile", "bilevel", "pytorch"],
 )
