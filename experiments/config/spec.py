@@ -324,6 +324,17 @@ def _check_keys(tree):
     missing += [f"{section}.name" for section in ("method", "loss_weighting") if f"{section}.name" not in keys]
     if missing:
         raise ConfigError(f"the config lacks the key {missing[0]!r}: configs/common.py has all keys and defaults")
+    _check_types(flatten(tree), expected)
+
+
+def _check_types(values, defaults):
+    """Refuses values that are not of their default's type, which no config file but a dictionary can hold."""
+    of_learned_weights = {f"loss_weighting.{key}": value for key, value in common.bilevel().items()}
+    defaults = defaults | of_learned_weights | {"method.num_groups": 0}
+    for key, value in values.items():
+        expected = type(defaults.get(key, 0.0))  # the other hyperparameters of methods are floats
+        if type(value) is not expected:
+            raise ConfigError(f"config.{key}={value!r} must be of type {expected.__name__}")
 
 
 def _with_tuples(value):

@@ -114,8 +114,8 @@ def test_profile_counts_operations_by_primitive():
 
 @pytest.mark.parametrize("method, number, outer", [("ltkd", 10_847, 0), ("bikd", 10_626, 1_000)])
 def test_noise_has_the_papers_number_of_images(method, number, outer):
-    data = train_step.noise(train_step.config_of(train_step.Case(method, "none")))
-    assert (len(data.train), len(data.meta)) == (number, outer)
+    data = train_step.noise(train_step.spec_of(train_step.Case(method, "none")))
+    assert (len(data.train), len(data.outer)) == (number, outer)
 
 
 def test_pytorch_losses_are_ours():

@@ -1,32 +1,33 @@
-"""Anything goes in: what comes out is right, or an error that says what was wrong."""
+"""Random inputs of losses, groups and configs: the result is right, or an error says what was wrong.
+
+More examples than the usual ones, which are always the same: LTKD_FUZZ_EXAMPLES=3000.
+"""
 
 import functools
+import json
+import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from helpers import truth
-from helpers.small_runs import config_of
+from helpers.small_runs import changed, config_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from configs import common
-from experiments.config import checks
+from experiments.config.spec import resolve
+from experiments.config.trees import at, flatten
 from ltkd_jax import losses, methods, models
 from ltkd_jax.groups import ClassGroups, shots
 
+EXAMPLES = int(os.environ.get("LTKD_FUZZ_EXAMPLES", 40))
 SEEDS = st.integers(0, 2**32 - 1)
 
 
-def times(few, many):
-    """A few cases that are always the same, and in the slow suite many that are not."""
-    return pytest.mark.parametrize("number", [few, pytest.param(many, marks=pytest.mark.slow)])
-
-
-def fuzz(number, check, **strategies):
-    kind = dict(deadline=None, database=None, suppress_health_check=list(HealthCheck))
-    settings(max_examples=number, derandomize=number < 100, **kind)(given(**strategies)(check))()
+def fuzz(check, **strategies):
+    options = dict(deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    settings(max_examples=EXAMPLES, derandomize=EXAMPLES < 100, **options)(given(**strategies)(check))()
 
 
 # Losses.
@@ -94,20 +95,21 @@ def any_inputs(seed, temperature, shape, dtype):
     )
 
 
-@times(20, 4000)
-def test_losses_are_finite_not_negative_and_leave_the_teacher_alone(number):
+def test_losses():
+    """They are finite and not negative, and give the teacher no gradient."""
+
     def check(seed, temperature, form):
         x = any_inputs(seed, temperature, *form)
         for name, ((by_student, by_teacher), loss) in jax.device_get(every_loss()(x)).items():
-            known = truth.FAMILY.get(name)
-            squared = temperature**2 if known and known.squared else 1.0
+            entry = truth.FAMILY.get(name)
+            squared = temperature**2 if entry and entry.squared else 1.0
             assert np.isfinite(loss).all() and loss.dtype == np.float32, name
-            assert (loss >= -1e-5 * squared * (known.terms if known else 1)).all(), (name, loss)
+            assert (loss >= -1e-5 * squared * (entry.terms if entry else 1)).all(), (name, loss)
             assert np.isfinite(by_student.astype(np.float32)).all(), name
             assert not by_teacher.any(), name
 
-    forms = FORMS if number > 100 else FORMS[1:2]  # a compilation takes seconds
-    fuzz(number, check, seed=SEEDS, temperature=st.floats(0.1, 100), form=st.sampled_from(forms))
+    forms = FORMS if EXAMPLES >= 100 else FORMS[1:2]  # a compilation takes seconds
+    fuzz(check, seed=SEEDS, temperature=st.floats(0.1, 100), form=st.sampled_from(forms))
 
 
 # Groups.
@@ -119,42 +121,44 @@ NUMBERS = st.one_of(
 )
 GARBAGE = st.one_of(NUMBERS, st.lists(NUMBERS, max_size=6), st.lists(NUMBERS, max_size=6).map(tuple), st.text())
 COUNTS = st.one_of(st.lists(st.integers(1, 500), min_size=1, max_size=12), GARBAGE)
-PARTS = st.lists(st.integers(1, 5), min_size=1, max_size=5).map(lambda parts: [p / sum(parts) for p in parts])
+FRACTIONS = st.lists(st.integers(1, 5), min_size=1, max_size=5).map(lambda parts: [p / sum(parts) for p in parts])
 NAMES = st.one_of(st.none(), st.lists(st.text(max_size=2), max_size=5).map(tuple), GARBAGE)
 
 
-def refuses(call, *about):
-    """What it gives; or None, where it raises an error that says what it is about."""
+def try_to(call, *arguments):
+    """Returns what it returns; or None where it raises an error that names an argument."""
     try:
         return call()
     except ValueError as error:
-        assert any(word in str(error) for word in about), error
+        assert any(name in str(error) for name in arguments), error
 
 
-@times(20, 3000)
-def test_groups_are_a_partition_or_an_error(number):
-    def partition(groups, length):
-        if groups is not None:
-            assert groups.assignment.shape == (length,) and groups.assignment.dtype == np.int32
-            assert set(groups.assignment.tolist()) == set(range(groups.num_groups))
-            assert len({*groups.names}) == groups.num_groups and all(isinstance(n, str) for n in groups.names)
+def check_partition(groups, length):
+    assert groups.assignment.shape == (length,) and groups.assignment.dtype == np.int32
+    assert set(groups.assignment.tolist()) == set(range(groups.num_groups))
+    assert len({*groups.names}) == groups.num_groups and all(isinstance(name, str) for name in groups.names)
+
+
+def test_groups():
+    """They are a partition of the classes."""
 
     def check(counts, fractions, names, assignment, few, many):
-        about = ("class_counts", "fractions", "names", "group")
-        found = refuses(lambda: ClassGroups.from_counts(counts, fractions=fractions, names=names), *about)
-        partition(found, found and len(counts))
-        found = refuses(lambda: ClassGroups.from_assignment(assignment, names=names), "assignment", *about)
-        partition(found, found and len(assignment))
-        if found:
-            np.testing.assert_array_equal(found.assignment, assignment)
-        masks = refuses(lambda: shots(counts, many=many, few=few), "class_counts", "few=")
+        arguments = ("class_counts", "fractions", "names", "group")
+        groups = try_to(lambda: ClassGroups.from_counts(counts, fractions=fractions, names=names), *arguments)
+        if groups:
+            check_partition(groups, len(counts))
+        groups = try_to(lambda: ClassGroups.from_assignment(assignment, names=names), "assignment", *arguments)
+        if groups:
+            check_partition(groups, len(assignment))
+            np.testing.assert_array_equal(groups.assignment, assignment)
+        masks = try_to(lambda: shots(counts, many=many, few=few), "class_counts", "few=")
         if masks:
             assert (sum(mask.astype(int) for mask in masks.values()) == np.ones(len(counts))).all()
 
     assignment = st.one_of(st.lists(st.integers(0, 3), min_size=1, max_size=9), GARBAGE)
-    fractions, limits = st.one_of(PARTS, GARBAGE), st.one_of(st.integers(-1, 300), st.floats())
-    strategies = dict(counts=COUNTS, fractions=fractions, names=NAMES, assignment=assignment, few=limits, many=limits)
-    fuzz(number, check, **strategies)
+    limits = st.one_of(st.integers(-1, 300), st.floats())
+    fractions = st.one_of(FRACTIONS, GARBAGE)
+    fuzz(check, counts=COUNTS, fractions=fractions, names=NAMES, assignment=assignment, few=limits, many=limits)
 
 
 # The config's argument.
@@ -174,13 +178,7 @@ TEXTS = st.one_of(
 )
 
 
-def paths_of(tree, prefix=""):
-    """Of a config's values."""
-    for key, value in tree.items():
-        yield from paths_of(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + key]
-
-
-EVERY = sorted({path for method in ("ltkd", "bikd") for path in paths_of(config_of("digitslt", method).to_dict())})
+PATHS = sorted({path for method in ("ltkd", "bikd") for path in flatten(config_of("digitslt", method).to_dict())})
 NAMED = st.sampled_from([*sorted(models.REGISTRY), "all", "never", "gpu", "pmap", "tf32", "hard", "ltkd"]) | st.text()
 VALUES = {
     bool: st.booleans(),
@@ -189,7 +187,7 @@ VALUES = {
     str: NAMED,
     tuple: st.lists(st.floats(0, 1) | st.integers(1, 9) | NAMED, max_size=4).map(tuple),
 }
-KEYS = st.sampled_from([*common.SHORT, *EVERY])
+KEYS = st.sampled_from([*common.SHORT, *PATHS])
 PAIR = st.one_of(
     st.tuples(KEYS | st.sampled_from(["terms", "recipe", "alpha", "data", ""]), TEXTS).map("=".join),
     st.tuples(KEYS, st.integers(1, 20).map(str)).map("=".join),
@@ -203,33 +201,29 @@ MUTATED = st.tuples(ARGUMENTS, st.integers(0, 40), st.sampled_from([*",=().\n \0
 )
 
 
-@times(20, 4000)
-def test_an_argument_is_refused_or_makes_a_config_with_a_lasting_hash(number, tmp_path):
-    """Whatever is put in place of its values afterwards, too."""
+def test_config():
+    """An argument, and values put in place of others, are refused or make a config with a lasting hash."""
 
-    def resolve(name, argument, paths, values):
+    def resolved(name, argument, paths, values):
         config = config_of(name, argument)
-        for path in set(paths) & set(paths_of(config.to_dict())):
-            config.update_from_flattened_dict({path: values[type(checks._at(config, path))]})
-        config.data.dir, config.teacher.checkpoint = str(tmp_path), ""
-        checks.validate(config)
-        return checks.identity(config), checks.config_hash(config)
+        for path in set(paths) & set(flatten(config.to_dict())):
+            changed(config, **{path: values[type(at(config.to_dict(), path))]})
+        # No file is read: the paths are anyone's.
+        return resolve(changed(config, **{"data.dir": "/nowhere", "teacher.checkpoint": ""}))
 
     def check(name, argument, paths, values):
         try:
-            first = resolve(name, argument, paths, values)
+            spec = resolved(name, argument, paths, values)
         except ValueError as error:
             assert str(error)
             return
-        again = resolve(name, argument, paths, values)
-        assert again[1] == first[1] and checks.identity_hash(first[0]) == first[1] and len(first[1]) == 12
-        assert not any(tmp_path.iterdir())
+        from_results = resolve(json.loads(json.dumps(spec.config)))
+        assert spec.hash == resolved(name, argument, paths, values).hash == from_results.hash and len(spec.hash) == 12
 
     fuzz(
-        number,
         check,
         name=st.sampled_from(["digitslt", "cifar100lt", "folderlt"]),
         argument=ARGUMENTS | MUTATED,
-        paths=st.lists(st.sampled_from(EVERY), max_size=2),
+        paths=st.lists(st.sampled_from(PATHS), max_size=2),
         values=st.fixed_dictionaries(VALUES),
     )

@@ -3,34 +3,65 @@
 import json
 import resource
 import shutil
-import time
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.small_runs import parameters, run, tiny
+from helpers import small_runs
+from helpers.small_runs import assert_same_bits, run, tiny
 
-from experiments.config import checks
-from experiments.trainer import build, dataset, loop
+from experiments.config.spec import resolve
+from experiments.config.validation import ConfigError
+from experiments.trainer import dataset
 from experiments.trainer import run as runs
 from experiments.trainer import teacher as teachers
+from experiments.trainer.interrupts import Stopped, StopRequest
+from experiments.trainer.metrics_log import MetricsLog
+from experiments.trainer.trainer import trainer
 from ltkd_jax import files
+from ltkd_jax.training import teacher_table
 from ltkd_jax.training.checkpoint import Checkpoints
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory):
-    """A finished LTKD run, its config and its folder."""
+def heard():
+    """What `on_record` of the finished run was called with."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory, heard):
+    """A finished LTKD run: its folder and its results."""
     folder = tmp_path_factory.mktemp("done")
-    config = tiny(folder)
-    return config, folder, run(config, folder / "run")
+    return folder, run(tiny(folder), folder / "run", on_record=heard.append)
 
 
-def test_results_hold_what_they_promise(done):
-    config, folder, results = done
-    assert json.loads((folder / "run" / "results.json").read_text()) == json.loads(json.dumps(results))
-    assert results["config_hash"] == checks.config_hash(config) and results["config"]["method"]["name"] == "ltkd"
+@pytest.fixture
+def copied(done, tmp_path):
+    """A copy of the finished run's work directory."""
+    return shutil.copytree(done[0] / "run", tmp_path / "run")
+
+
+@pytest.fixture
+def copied_teacher(done, tmp_path):
+    """A copy of the finished run's teacher."""
+    return shutil.copytree(done[0] / "teachers" / resolve(tiny(tmp_path)).teacher_hash, tmp_path / "teacher")
+
+
+def with_teacher(folder, checkpoint, **values):
+    """Returns the specification of a run with a teacher's folder."""
+    return resolve(tiny(folder, "kd", **{"teacher.checkpoint": str(checkpoint), **values}))
+
+
+# What a run leaves.
+
+
+def test_results(done):
+    folder, results = done
+    spec = resolve(tiny(folder))
+    as_json = json.loads(json.dumps(results))
+    assert json.loads((folder / "run" / "results.json").read_text()) == as_json
+    assert resolve({**as_json["config"]}).hash == results["config_hash"] == spec.hash
+    assert results["content"] == {"teacher": None, "subset": None, "data": None}
     assert results["seeds"] == {"split": 0, "teacher": 0, "student": 0}
     assert results["train_images"] == sum(results["class_counts"]) and results["class_counts"][0] == 12
     assert results["epochs"] == 3.0
@@ -41,347 +72,242 @@ def test_results_hold_what_they_promise(done):
         assert part["all"] == pytest.approx(np.mean(part["per_class"]))
     mass = results["teacher"]["group_mass"]
     assert all(sum(mass[kind].values()) == pytest.approx(1) for kind in ("long_tailed", "balanced"))
-    assert results["teacher"]["hash"] == checks.teacher_hash(config)
+    assert results["teacher"]["hash"] == spec.teacher_hash
     assert {"device", "precision", "versions", "commit", "timing", "command"} <= set(results)
 
 
-def test_metrics_are_logged_per_epoch(done):
-    _, folder, results = done
-    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["epoch"] for line in lines] == [1.0, 2.0, 3.0]
+def test_records(done, heard):
+    folder, results = done
+    lines = small_runs.records(folder / "run")
+    assert heard == lines and [line["epoch"] for line in lines] == [1.0, 2.0, 3.0]
     assert set(lines[0]["terms"]) == {"ce", "inter", "intra"}
     assert lines[0]["loss"] == pytest.approx(sum(lines[0]["terms"].values()), rel=1e-4)
     assert lines[-1]["test"]["all"] == results["test"]["all"]
 
 
-def test_a_hook_hears_of_every_record(tmp_path):
-    heard = []
-    runs.run(tiny(tmp_path, "ce"), tmp_path / "run", command="the test", on_record=heard.append)
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    assert heard == [json.loads(line) for line in lines] and len(heard) == 3
+def test_records_that_are_damaged(tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\nwhat\n[3]\n\xff\xfe\n{"step": "a"}\n{"step": 2}\n{"step": 3}\n{"ste')
+    MetricsLog(path).truncate(2, epochs=2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n' and not caplog.text
+    MetricsLog(path).truncate(2, epochs=3)
+    assert "metrics.jsonl has 2 of the 3 epochs" in caplog.text
 
 
-def test_a_finished_run_is_not_repeated(done):
-    config, folder, results = done
+def test_finished_run_is_not_repeated(done):
+    folder, results = done
     before = (folder / "run" / "metrics.jsonl").stat().st_mtime_ns
-    assert run(config, folder / "run") == json.loads(json.dumps(results))
+    assert run(tiny(folder), folder / "run") == json.loads(json.dumps(results))
     assert (folder / "run" / "metrics.jsonl").stat().st_mtime_ns == before
 
 
-def test_a_work_directory_of_another_config_is_refused(done):
-    config, folder, _ = done
-    other = tiny(folder, "kd", seed=5)
-    with pytest.raises(checks.ConfigError, match="holds a run of another config .*method"):
-        run(other, folder / "run")
+# Whose work directory it is.
 
 
-def test_a_work_directory_in_use_is_refused(done):
-    config, folder, _ = done
-    with files.lock(folder / "run" / ".lock"):
-        with pytest.raises(checks.ConfigError, match="in use by another run"):
-            run(config, folder / "run")
+def test_workdir_of_another_config(done):
+    folder, _ = done
+    with pytest.raises(ConfigError, match="another config .*method.*'ltkd' there, 'kd' here.*--workdir"):
+        run(tiny(folder, "kd"), folder / "run")
 
 
-def test_table_and_network_teacher_give_the_same_run(done):
-    config, folder, results = done
-    assert results["teacher_logits"] == "network"
-    other = tiny(folder, **{"teacher.table": "always"})
-    assert checks.config_hash(other) == checks.config_hash(config)
-    looked_up = run(other, folder / "by_table")
-    assert looked_up["teacher_logits"] == "table"
-    for name in ("run", "by_table"):
-        assert (folder / name / "metrics.jsonl").exists()
-    a, b = (json.loads((folder / n / "metrics.jsonl").read_text().splitlines()[0]) for n in ("run", "by_table"))
-    assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
+def test_workdir_in_use(done):
+    folder, _ = done
+    with files.lock(folder / "run" / ".lock"), pytest.raises(runs.InUse, match="in use.*--workdir"):
+        run(tiny(folder), folder / "run")
 
 
-@pytest.mark.slow
-def test_pmap_gives_the_same_run(done):
-    _, folder, _ = done
-    run(tiny(folder, parallel="pmap"), folder / "pmap")
-    a, b = (json.loads((folder / n / "metrics.jsonl").read_text().splitlines()[0]) for n in ("run", "pmap"))
-    assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
-
-
-def test_the_teacher_is_shared(done):
-    config, folder, results = done
-    before = sorted((folder / "teachers").glob("*/results.json"))
-    assert [path.parent.name for path in before] == [checks.teacher_hash(config)]
-    stamp = before[0].stat().st_mtime_ns
-    other = run(tiny(folder, "kd", seed=2), folder / "kd")
-    assert other["teacher"] == results["teacher"] and before[0].stat().st_mtime_ns == stamp
-    assert not list((folder / "teachers").glob("*.unfinished"))
+def write_old_config(folder):
+    """Writes `config.json` as version 0.1 did."""
+    (folder / "config.json").write_text(json.dumps({"config_hash": "x", "config": {"seed_split": 0, "method": {}}}))
 
 
 @pytest.mark.parametrize(
-    "values, message",
+    "damage, message",
     [
-        ({"teacher.model": "resnet14"}, "has model='resnet8', the config wants 'resnet14'"),
-        ({"teacher.checkpoint": "/nowhere"}, "holds no finished teacher"),
+        (lambda d: (d / "config.json").write_text("{"), "config.json is damaged.*--workdir, or remove "),
+        (lambda d: (d / "config.json").unlink(), "no config.json.*--workdir"),
+        (write_old_config, "config.json is of another version.*--workdir"),
+        (lambda d: (d / "results.json").write_text('{"config_ha'), "results.json is damaged.*remove it"),
+        (lambda d: (d / "results.json").write_bytes(b"\xff\xfe"), "results.json is damaged.*remove it"),
+        (lambda d: (d / "results.json").write_text("{}"), "results.json is damaged.*remove it"),
+        (lambda d: (shutil.rmtree(d), d.write_text("")), "is a file: give --workdir"),
     ],
 )
-def test_a_teacher_that_does_not_fit(done, values, message):
-    config, folder, _ = done
-    own = {"teacher.checkpoint": str(folder / "teachers" / checks.teacher_hash(config))}
-    with pytest.raises(checks.ConfigError, match=message):
-        teachers.obtain(tiny(folder, "kd", **{**own, **values}), loop.StopRequest())
+def test_workdir_that_is_damaged(done, copied, damage, message):
+    """It is refused, rather than another run's result returned as this one's."""
+    damage(copied)
+    with pytest.raises(ConfigError, match=message):
+        run(tiny(done[0]), copied)
 
 
-def test_a_teacher_of_another_class_count(done, tmp_path):
-    config, folder, _ = done
-    other = tmp_path / "other"
-    other.mkdir()
-    own = folder / "teachers" / checks.teacher_hash(config) / "results.json"
-    (other / "results.json").write_text(json.dumps({**json.loads(own.read_text()), "num_classes": 100}))
-    with pytest.raises(checks.ConfigError, match="num_classes=100, the config wants 10"):
-        teachers.obtain(tiny(folder, "kd", **{"teacher.checkpoint": str(other)}), loop.StopRequest())
+def test_run_that_cannot_start_claims_nothing(tmp_path):
+    with pytest.raises(ConfigError, match="devices=9"):
+        run(tiny(tmp_path, "ce", devices=9), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ConfigError, match="cutout"):  # before the teacher is trained
+        run(tiny(tmp_path, "ltkd", **{"augment.cutout": 8}), tmp_path / "run")
+    assert not (tmp_path / "teachers").exists()
+    small_runs.run_one_call(tiny(tmp_path, "ce"), tmp_path / "run")
 
 
-def copy_of_teacher(done, tmp_path):
-    """A copy of the finished run's teacher, and a config that uses it."""
-    config, folder, _ = done
-    place = tmp_path / "teacher"
-    shutil.copytree(folder / "teachers" / checks.teacher_hash(config), place)
-    return place, tiny(folder, "kd", **{"teacher.checkpoint": str(place)})
+# Interruptions.
 
 
-def test_a_teacher_whose_last_checkpoint_is_damaged_is_not_replaced_by_an_earlier_one(done, tmp_path):
-    place, config = copy_of_teacher(done, tmp_path)
-    assert len(Checkpoints(place / "checkpoints").steps()) == 2
-    newest = place / "checkpoints" / f"step_{Checkpoints(place / 'checkpoints').steps()[0]}"
-    victim = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
-    victim.write_bytes(victim.read_bytes()[:-1] + b"x")
-    with pytest.raises(checks.ConfigError, match="last checkpoint in .* is damaged: remove the folder"):
-        teachers.obtain(config, loop.StopRequest())
-    assert newest.exists()
+def test_resume_is_bit_for_bit(done, tmp_path):
+    """Stopped after every step."""
+    folder, results = done
+    resumed, stops = small_runs.run_with_stops(tiny(folder, checkpoint_every=100), tmp_path / "run")
+    assert stops >= 11 and resumed["test"] == results["test"]
+    assert_same_bits(tiny(folder), tmp_path / "run", folder / "run")
 
 
-def test_a_teacher_from_elsewhere_is_part_of_the_identity(done, tmp_path):
+def test_resume_from_a_damaged_checkpoint(done, copied, caplog):
+    """The one before it is taken; the run ends with the same bits."""
+    folder, results = done
+    (copied / "results.json").unlink()
+    newest, _ = Checkpoints(copied / "checkpoints").steps()
+    flip_a_byte(copied / "checkpoints" / f"step_{newest}")
+    with caplog.at_level("WARNING"):
+        resumed = run(tiny(folder), copied)
+    assert f"step_{newest} is damaged" in caplog.text and resumed["test"] == results["test"]
+    assert_same_bits(tiny(folder), copied, folder / "run")
+
+
+def flip_a_byte(folder):
+    """Damages the largest file."""
+    path = max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "part, at_step, message",
+    [
+        ("params", 1, "the loss of step 2 .*ce.* not finite"),
+        ("params", None, "params.* not finite"),
+        ("batch_stats", None, "batch_stats.* not finite"),
+        ("opt_state", None, "opt_state.* not finite"),
+    ],
+)
+def test_numbers_that_are_not_finite(tmp_path, part, at_step, message, monkeypatch):
+    """Of a loss within the epoch, of the state at its end."""
+    config = tiny(tmp_path, "ce")
+    workdir = tmp_path / "run"
+    small_runs.run_one_call(config, workdir)
+    student = trainer(resolve(config).student_training("none"))
+
+    def change(state):
+        return state._replace(**{part: small_runs.with_infinity(getattr(state, part))})
+
+    small_runs.spoil(monkeypatch, student, change, at_step=at_step)
+    small_runs.assert_diverges(workdir, f"ce s0: .*{message}.* step 1$", lambda: run(config, workdir))
+
+
+# Teachers.
+
+
+def test_teacher_is_shared(done):
+    """By all methods and seeds."""
+    folder, results = done
+    (path,) = (folder / "teachers").glob("*/results.json")
+    stamp = path.stat().st_mtime_ns
+    teacher = teachers.obtain(resolve(tiny(folder, "kd", seed=2)), StopRequest())
+    assert teacher.results == json.loads(json.dumps(results["teacher"])) and path.stat().st_mtime_ns == stamp
+    assert sorted(path.name for path in (folder / "teachers").iterdir() if path.is_dir()) == [path.parent.name]
+
+
+@pytest.mark.parametrize(
+    "values, changed, message",
+    [
+        ({"teacher.model": "resnet14"}, {}, "model='resnet8'.*'resnet14'"),
+        ({}, {"num_classes": 100}, "num_classes=100.*10"),
+        ({}, {"image_shape": [9, 9, 1]}, r"image_shape=\[9, 9, 1\].*\[8, 8, 1\]"),
+    ],
+)
+def test_teacher_that_does_not_fit(copied_teacher, tmp_path, values, changed, message):
+    path = copied_teacher / "results.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
+    with pytest.raises(ConfigError, match=message):
+        teachers.obtain(with_teacher(tmp_path, copied_teacher, **values), StopRequest())
+
+
+def test_teacher_that_is_damaged(copied_teacher, tmp_path):
+    """It is not replaced by an earlier checkpoint of its training."""
+    spec = with_teacher(tmp_path, copied_teacher)
+    newest, _ = Checkpoints(copied_teacher / "checkpoints").steps()
+    flip_a_byte(copied_teacher / "checkpoints" / f"step_{newest}")
+    with pytest.raises(ConfigError, match="is damaged: remove the folder"):
+        teachers.obtain(spec, StopRequest())
+    (copied_teacher / "results.json").write_text("{")
+    with pytest.raises(ConfigError, match="results.json is damaged"):
+        with_teacher(tmp_path, copied_teacher)
+    with pytest.raises(ConfigError, match="/nowhere holds no finished teacher"):
+        with_teacher(tmp_path, "/nowhere")
+
+
+def test_teacher_from_elsewhere_is_part_of_the_identity(copied_teacher, tmp_path):
     """By what it is, not by where it lies."""
-    place, config = copy_of_teacher(done, tmp_path)
-    own, there = tiny(tmp_path, "kd"), checks.config_hash(config)
-    assert there != checks.config_hash(own)
-    assert checks.teacher_hash(config) == checks.teacher_hash(own)
-    moved = place.rename(tmp_path / "moved")
-    again = tiny(tmp_path, "kd", **{"teacher.checkpoint": str(moved)})
-    assert checks.config_hash(again) == there
+    own = resolve(tiny(tmp_path, "kd"))
+    other = with_teacher(tmp_path, copied_teacher)
+    assert other.hash != own.hash and other.teacher_hash == own.teacher_hash
+    moved = copied_teacher.rename(tmp_path / "moved")
+    assert with_teacher(tmp_path, moved).hash == other.hash
     results = json.loads((moved / "results.json").read_text())
     (moved / "results.json").write_text(json.dumps({**results, "hash": "another"}))
-    assert checks.config_hash(again) != there
-    (moved / "results.json").write_text("{")
-    with pytest.raises(checks.ConfigError, match="is damaged"):
-        checks.config_hash(again)
+    assert with_teacher(tmp_path, moved).hash != other.hash
 
 
-def test_a_damaged_table_is_built_again(done, tmp_path):
-    _, config = copy_of_teacher(done, tmp_path)
-    teacher = teachers.obtain(config, loop.StopRequest())
-    good = np.array(teacher.table(dataset.load(config).train, loop.StopRequest()))
-    (path,) = teacher.folder.glob("table-*.npy")
-    for damage in (lambda content: content[:-40] + bytes(40), lambda content: content[:500]):
-        path.write_bytes(damage(path.read_bytes()))
-        np.testing.assert_array_equal(teacher.table(dataset.load(config).train, loop.StopRequest()), good)
-
-
-def test_a_table_that_was_stopped_is_gone_on_with(done, tmp_path, monkeypatch):
-    _, config = copy_of_teacher(done, tmp_path)
-    teacher = teachers.obtain(config, loop.StopRequest())
-    good = np.array(teacher.table(dataset.load(config).train, loop.StopRequest()))
-    (path,) = teacher.folder.glob("table-*.npy")
-    path.unlink()
-    monkeypatch.setattr(teachers, "_TABLE_BATCH", 50)
-    with pytest.raises(loop.Stopped, match="at 50 of"):
-        teacher.table(dataset.load(config).train, loop.StopRequest(deadline=0))
-    starts, build_table = [], teacher.teacher_table.build
-
-    def noting(*arguments, start, **keywords):
-        starts.append(start)
-        build_table(*arguments, start=start, **keywords)
-
-    monkeypatch.setattr(teacher.teacher_table, "build", noting)
-    np.testing.assert_allclose(
-        teacher.table(dataset.load(config).train, loop.StopRequest()), good, rtol=1e-5, atol=1e-5
-    )
-    assert starts == [50] and not list(teacher.folder.glob("*.tmp")) and not list(teacher.folder.glob("*.done"))
-
-
-def test_a_stop_is_heard_while_waiting_for_another_run(tmp_path, capsys):
-    config = tiny(tmp_path, "kd")
-    lock = (tmp_path / "teachers" / checks.teacher_hash(config)).with_suffix(".lock")
-    with files.lock(lock), pytest.raises(loop.Stopped, match="while waiting for the teacher of another run"):
-        teachers.obtain(config, loop.StopRequest(deadline=0))
+def test_stop_while_waiting_for_a_teacher(tmp_path, capsys):
+    spec = resolve(tiny(tmp_path, "kd"))
+    lock = (tmp_path / "teachers" / spec.teacher_hash).with_suffix(".lock")
+    with files.lock(lock), pytest.raises(Stopped, match="waiting for the teacher"):
+        teachers.obtain(spec, StopRequest(deadline=0))
     assert "waiting for the teacher" in capsys.readouterr().err
 
 
-def test_a_run_that_could_not_start_claims_nothing(tmp_path):
-    with pytest.raises(checks.ConfigError):
-        run(tiny(tmp_path, "ce", **{"groups.fractions": (0.5, 0.6)}), tmp_path / "run")
-    run(tiny(tmp_path, "ce", **{"groups.fractions": (0.5, 0.5), "train.max_steps": 1}), tmp_path / "run")
+def test_table_and_network_agree(done):
+    folder, results = done
+    assert results["teacher_logits"] == "network"
+    config = tiny(folder, **{"teacher.table": "always"})
+    assert resolve(config).hash == results["config_hash"]
+    assert run(config, folder / "by_table")["teacher_logits"] == "table"
+    by_table, by_network = (small_runs.records(folder / name)[0] for name in ("by_table", "run"))
+    assert by_table["loss"] == pytest.approx(by_network["loss"], rel=1e-3)
 
 
-@pytest.mark.parametrize("name", ["results.json", "config.json"])
-def test_a_damaged_file_of_a_finished_run_is_named(done, tmp_path, name):
-    config, folder, _ = done
-    shutil.copytree(folder / "run", tmp_path / "run")
-    path = tmp_path / "run" / name
-    path.write_text(path.read_text()[:40])
-    remedy = "remove it" if name == "results.json" else "give another --workdir, or remove "
-    with pytest.raises(checks.ConfigError, match=f"{name} is damaged .*: {remedy}"):
-        run(config, tmp_path / "run")
+def test_table_that_is_damaged_stopped_or_without_room(copied_teacher, tmp_path, monkeypatch):
+    """It is built again, continued, or an error; a memory map of a full disk would kill the process."""
+    spec = with_teacher(tmp_path, copied_teacher, **{"data.n_max": 30, "data.imbalance": 1.0})  # 2,700 views
+    teacher = teachers.obtain(spec, StopRequest())
+    images = dataset.load(spec.data).train
 
+    def table(deadline=None):
+        return teacher.table(images, StopRequest(deadline))
 
-def test_garbage_in_the_metrics_is_dropped(tmp_path, caplog):
-    path = tmp_path / "metrics.jsonl"
-    path.write_bytes(b'{"step": 1}\nwhat\n[3]\n\xff\xfe\n{"step": "a"}\n{"step": 2}\n{"step": 3}\n{"ste')
-    loop.MetricsLog(path).keep_until(2, 2)
-    assert path.read_text() == '{"step": 1}\n{"step": 2}\n' and not caplog.text
-    loop.MetricsLog(path).keep_until(2, 3)
-    assert "metrics.jsonl has 2 of the 3 epochs until step 2" in caplog.text
-
-
-@pytest.mark.parametrize(
-    "spoil, message",
-    [
-        (lambda d: (d / "config.json").unlink(), "holds a run, and no config.json that says of what: give another"),
-        (
-            lambda d: (d / "results.json").write_text("{}"),
-            r"results.json is damaged \(no result of this config\): remove",
-        ),
-        (lambda d: (d / "results.json").write_bytes(b"\xff\xfe"), "results.json is damaged .*: remove it"),
-        (lambda d: (shutil.rmtree(d), d.write_text("")), "is a file: give --workdir a folder"),
-    ],
-)
-def test_a_work_directory_that_says_not_whose_it_is(done, tmp_path, spoil, message):
-    """It is refused, rather than another run's result given out as this one's."""
-    config, folder, _ = done
-    shutil.copytree(folder / "run", tmp_path / "run")
-    spoil(tmp_path / "run")
-    with pytest.raises(checks.ConfigError, match=message):
-        run(config, tmp_path / "run")
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_before_anything_is_lost(tmp_path):
-    config = tiny(tmp_path, "ce")
-    with pytest.raises(loop.Stopped):
-        runs.run(config, tmp_path / "run", command="", deadline=time.monotonic())
-    (good,) = Checkpoints(tmp_path / "run" / "checkpoints").steps()
-    saved = sorted((tmp_path / "run" / "checkpoints").rglob("*"))
-    program = build.student_program(tiny(tmp_path, "ce", **{"train.lr": 1e30}), "none")
-    with pytest.raises(loop.Diverged, match="x: the loss of step .*ce.*last good checkpoint is step") as caught:
-        loop.fit(program, program.train_data(None), 0, tmp_path / "run", loop.StopRequest(), config=config, label="x")
-    assert f"last good checkpoint is step {good}" in str(caught.value)
-    assert sorted((tmp_path / "run" / "checkpoints").rglob("*")) == saved
-
-
-@pytest.mark.parametrize(
-    "method, part",
-    [
-        ("ce", "params"),
-        ("ce", "batch_stats"),
-        ("ce", "opt_state"),
-        pytest.param("bikd", "meta", marks=pytest.mark.slow),
-    ],
-)
-def test_a_state_that_is_not_finite_stops_the_run_before_anything_is_lost(done, tmp_path, method, part, monkeypatch):
-    """Where every loss was finite: at the end of the epoch."""
-    _, folder, _ = done
-    config = tiny(folder, method, **{"train.epochs": 2.0})
-    with pytest.raises(loop.Stopped):
-        runs.run(config, tmp_path / "run", command="", deadline=time.monotonic())
-    saved = sorted((tmp_path / "run" / "checkpoints").rglob("*"))
-    program = build.student_program(config, build.teacher_kind(config, dataset.load(config)))
-    chunk = program.chunk
-
-    def spoiled(step, state, *rest):
-        state = chunk(step, state, *rest)
-        leaves, structure = jax.tree.flatten(getattr(state, part))
-        largest = max(range(len(leaves)), key=lambda i: leaves[i].size)
-        leaves[largest] = leaves[largest].at[(0,) * leaves[largest].ndim].set(jnp.inf)
-        return state._replace(**{part: jax.tree.unflatten(structure, leaves)})
-
-    spoils = program.steps_per_epoch - 1
-    monkeypatch.setattr(program, "chunk", lambda step, *rest: (spoiled if step == spoils else chunk)(step, *rest))
-    with pytest.raises(loop.Diverged, match=rf"after step {spoils + 1}, .*{part}.* not finite: .* is step 1$"):
-        runs.run(config, tmp_path / "run", command="")
-    assert sorted((tmp_path / "run" / "checkpoints").rglob("*")) == saved
-
-
-@pytest.mark.parametrize("damage", ["flip a byte", pytest.param("truncate", marks=pytest.mark.slow), "an empty step"])
-def test_from_a_damaged_checkpoint_the_run_goes_on_from_the_one_before(done, tmp_path, damage, caplog):
-    """And ends with the same bits."""
-    config, folder, _ = done
-    shutil.copytree(folder / "run", tmp_path / "run")
-    (tmp_path / "run" / "results.json").unlink()
-    checkpoints = tmp_path / "run" / "checkpoints"
-    newest, older = Checkpoints(checkpoints).steps()
-    victim = max(
-        (p for p in (checkpoints / f"step_{newest}").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size
-    )
-    content = bytearray(victim.read_bytes())
-    if damage == "flip a byte":
-        content[len(content) // 2] ^= 1
-    victim.write_bytes(content[:100] if damage == "truncate" else content)
-    if damage == "an empty step":
-        shutil.rmtree(checkpoints / f"step_{newest}")
-        (checkpoints / f"step_{newest}").mkdir()
-    with caplog.at_level("WARNING"):
-        resumed = run(config, tmp_path / "run")
-    assert f"step_{newest} is damaged or incomplete: passing it over for an older one" in caplog.text
-    assert resumed["test"] == done[2]["test"] and parameters(tmp_path / "run") == parameters(folder / "run")
-
-
-def test_a_table_that_the_disk_does_not_hold(done, tmp_path):
-    """An error, where a memory map of a full disk would kill the process; with room it is built."""
-    _, config = copy_of_teacher(done, tmp_path)
-    teacher = teachers.obtain(config, loop.StopRequest())
-    for path in teacher.folder.glob("table-*"):
-        path.unlink()
-    old = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, old[1]))
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))
     try:
         with pytest.raises(OSError, match="File too large"):
-            teacher.table(dataset.load(config).train, loop.StopRequest())
+            table()
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, old)
-    assert np.isfinite(teacher.table(dataset.load(config).train, loop.StopRequest())).all()
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
 
+    starts = []
+    build = teacher_table.build
 
-@pytest.mark.parametrize(
-    "values, message",
-    [
-        ({"platform": "gpu"}, "config.platform='gpu' but jax finds 8 × cpu here: install the jax of the machine"),
-        ({"platform": "cuda"}, r"config.platform='cuda' must be one of \('', 'cpu', 'gpu', 'tpu'\)"),
-        ({"devices": 9}, "config.devices=9 is more than the 8 that there are"),
-        ({"train.batch_size": 20}, "train.batch_size=20 must be a multiple of the 8 devices: .* config.devices=5"),
-        ({"train.batch_size": 20, "devices": 6}, "multiple of the 6 devices: .* config.devices=5"),
-    ],
-)
-def test_devices_that_are_not_there(tmp_path, values, message):
-    with pytest.raises(checks.ConfigError, match=message):
-        run(tiny(tmp_path, "ce", **values), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
+    def build_noting_start(*arguments, start, **options):
+        starts.append(start)
+        build(*arguments, start=start, **options)
 
-
-@pytest.mark.slow
-def test_fewer_devices_give_the_same_run(done, tmp_path):
-    _, folder, results = done
-    config = tiny(folder, devices=2, platform="cpu")
-    fewer = run(config, tmp_path / "run")
-    assert build.student_program(config, "network").parallel.num_devices == 2
-    a, b = (json.loads((f / "run" / "metrics.jsonl").read_text().splitlines()[0]) for f in (folder, tmp_path))
-    assert a["loss"] == pytest.approx(b["loss"], rel=1e-3) and fewer["config_hash"] == results["config_hash"]
-
-
-def test_a_deadline_stops_and_the_next_call_goes_on(done, tmp_path):
-    """Stopped at every chunk and resumed each time: the same bits as in one go."""
-    config, folder, results = done
-    config = tiny(folder, checkpoint_every=100)
-    for _ in range(1000):
-        try:
-            resumed = runs.run(config, tmp_path / "run", command="", deadline=time.monotonic() + 0.01)
-            break
-        except loop.Stopped:
-            pass
-    assert resumed["test"] == results["test"]
-    assert (tmp_path / "run" / "metrics.jsonl").read_text() == (folder / "run" / "metrics.jsonl").read_text()
-    assert parameters(tmp_path / "run") == parameters(folder / "run")
+    monkeypatch.setattr(teacher_table, "build", build_noting_start)
+    with pytest.raises(Stopped, match="table.* of 2700"):
+        table(deadline=0)
+    continued = np.array(table())
+    assert starts[0] == 0 and 0 < starts[1] < 2700
+    assert not [*teacher.folder.glob("*.tmp"), *teacher.folder.glob("*.done")]
+    (path,) = teacher.folder.glob("table-*-300x9x10-*.npy")
+    for damage in (lambda data: data[:-40] + bytes(40), lambda data: data[:500]):
+        path.write_bytes(damage(path.read_bytes()))
+        np.testing.assert_allclose(table(), continued, rtol=1e-5, atol=1e-5)
+    assert starts[2:] == [0, 0]

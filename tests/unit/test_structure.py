@@ -35,7 +35,7 @@ EXPERIMENTS_RULES = {
     "config": set(),
     "trainer": {"config", "provenance"},
     "reporting": {"config"},
-    "jobs": {"config", "trainer"},
+    "jobs": {"config", "trainer", "reporting", "runtime"},
     "audit": {"config", "trainer", "reporting", "runtime"},
     "benchmark": {"config", "trainer", "reporting", "provenance", "runtime"},
 }

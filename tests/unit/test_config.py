@@ -1,0 +1,379 @@
+"""Configs: the argument, the checks, the names of version 0.1, the identity of a result, the rule for the table."""
+
+import dataclasses
+import importlib
+import json
+
+import numpy as np
+import pytest
+from helpers.small_runs import ROOT, changed, config_of, tiny
+
+from experiments.config import identity, names, validation
+from experiments.config.load import load_config
+from experiments.config.spec import resolve
+from experiments.config.validation import ConfigError
+from experiments.trainer import dataset, teacher
+from ltkd_jax import methods
+from ltkd_jax.data import longtail
+
+CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*lt.py"))
+
+
+def argument_for(name, argument):
+    """Returns the argument, with a data set's name for the config that has none of its own."""
+    return f"{argument},name=birds,subset=exponential" if name == "folderlt" else argument
+
+
+def is_json(tree):
+    return json.loads(json.dumps(tree)) == tree
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_config_takes_every_method(name):
+    assert f"configs/{name}.py" in importlib.import_module(f"configs.{name}").__doc__
+    for method in methods.METHODS:
+        values = f"{method},imbalance=20,seed=3,teacher=resnet14,train.lr=0.1"
+        spec = resolve(config_of(name, argument_for(name, values)))
+        assert (spec.method.name, spec.data.imbalance, spec.seed) == (method, 20.0, 3)
+        assert (spec.teacher.model, spec.train.lr, spec.loss_weighting) == ("resnet14", 0.1, None)
+        assert spec.label == method and spec.name.endswith("-s3") and is_json(spec.identity)
+        smoke = resolve(config_of(name, argument_for(name, f"{method},smoke")))
+        assert smoke.train.max_steps == smoke.teacher.train.max_steps == 20 and smoke.name.endswith("-smoke")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_config_takes_learned_weights(name):
+    for terms in ("kd", "ltkd", "dkd"):
+        config = config_of(name, argument_for(name, f"bikd,terms={terms},seed=3,lookahead=2,update_every=4"))
+        # Nothing is there that the run would not use.
+        assert set(config.method) == {"name", "temperature", *(["num_groups"] if terms == "ltkd" else [])}
+        spec = resolve(config)
+        assert (spec.method.name, spec.seed) == (terms, 3)
+        assert (spec.loss_weighting.lookahead, spec.loss_weighting.update_every) == (2, 4)
+        assert spec.label == ("bikd" if terms == "kd" else f"bikd over {terms}")
+
+
+@pytest.mark.parametrize(
+    "name, n_max, outer_per_class, update_every, outer_loss, hidden",
+    [("cifar100lt", 490, 10, 5, "hard", (64, 64)), ("cifar10lt", 4900, 100, 1, "mix", (64,))],
+)
+def test_bikd_recipe(name, n_max, outer_per_class, update_every, outer_loss, hidden):
+    spec = resolve(config_of(name, "bikd"))
+    assert (spec.data.n_max, spec.data.outer_per_class) == (n_max, outer_per_class)
+    weighting = spec.loss_weighting
+    assert (weighting.update_every, weighting.outer_loss, weighting.hidden) == (update_every, outer_loss, hidden)
+    assert weighting.features == ("student_ce", "teacher_ce") and weighting.lookahead == 1
+    assert (weighting.lr, weighting.weight_decay, weighting.lr_decay) == (1e-3, 1e-4, 0.8)
+    for recipe in (spec.train, spec.teacher.train):
+        assert (recipe.epochs, recipe.batch_size, recipe.lr, recipe.lr_decay) == (120.0, 100, 0.1, 0.1)
+        assert (recipe.momentum, recipe.weight_decay) == (0.9, 5e-4)
+        assert [round(120 * milestone) for milestone in recipe.milestones] == [80, 100]
+    assert spec.method.hyperparameters["temperature"] == 4.0
+
+
+def test_recipe_of_a_baseline():
+    """By BiKD's recipe it has the same data and the same teacher; without, it has LTKD's recipe."""
+    kd = resolve(config_of("cifar100lt", "kd,recipe=bikd"))
+    bikd = resolve(config_of("cifar100lt", "bikd"))
+    assert kd.data == bikd.data and kd.train == bikd.train and kd.teacher_hash == bikd.teacher_hash
+    assert longtail.counts(490, bikd.data.imbalance, 100).sum() == 10_626  # the paper's number
+    assert config_of("cifar100lt", "kd").train.epochs == 240.0
+    assert config_of("cifar10lt", "kd").data == config_of("cifar10lt", "bikd").data
+    assert config_of("cifar10lt", "kd,recipe=base").train == config_of("cifar100lt", "kd").train
+
+
+@pytest.mark.parametrize(
+    "argument, message",
+    [
+        ("bikdd", "'bikd'"),
+        ("bikd,terms=kdd", "'kdd'.*'kd'"),
+        ("bikd,terms=bikd", "'bikd'.*'bkd'"),
+        ("bikd,alpha=2", "'alpha' is a static weight"),
+        ("kd,recipe=ltkd", "recipe='ltkd'"),
+        ("kd,update_every=2", "unknown key 'update_every'"),
+        ("kd,terms=ltkd", "unknown key 'terms'"),
+        ("bikd,update_every=2.5", "update_every='2.5' .*int"),
+        ("ltkx", "'ltkx'.*'ltkd'"),
+        ("kd,dkd", "several methods"),
+        ("kd,imbalanc=3", "'imbalance'"),
+        ("kd,alpha=3", "unknown key 'alpha'"),
+        ("kd,imbalance=many", "imbalance='many' .*float"),
+        ("kd,seed=1.5", "seed='1.5' .*int"),
+        ("kd,train.batch=3", "unknown key 'train.batch'"),
+        ("kd,temperature=2,temperature=9", "'temperature' twice"),
+        ("kd,epochs=2,train.epochs=9", "'train.epochs' twice"),
+        ("kd,subset=all,imbalance=5", "imbalance=5 .*subset='all'"),
+        # Names of version 0.1.
+        ("bikd,every=2", "'every' .*'update_every'"),
+        ("bikd,outer=mix", "'outer' .*'outer_loss'"),
+        ("logit_adjusted,strength=2", "'strength' .*'tau'"),
+        ("kd,seed_split=1", "'seed_split' .*'split_seed'"),
+        ("bikd,weighting.hidden=(8,)", "'weighting.hidden' .*'loss_weighting.hidden'"),
+    ],
+)
+def test_bad_argument(argument, message):
+    with pytest.raises(ValueError, match=message):
+        config_of("digitslt", argument)
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("data.imbalance", 0.5),
+        ("data.n_max", -1),
+        ("data.num_workers", -1),
+        ("data.image_size", 4),
+        ("data.subset", "none.txt"),
+        ("data.name", ""),
+        ("augment.policy", "randaugment"),
+        ("augment.mixup", -0.2),
+        ("train.batch_size", 0),
+        ("train.lr", 0.0),
+        ("train.epochs", -1.0),
+        ("train.epochs", float("inf")),
+        ("train.milestones", (0.5, 2.0)),
+        ("train.milestones", (0.5, "x")),
+        ("teacher.train.momentum", 1.0),
+        ("teacher.train.lr_decay", 0.0),
+        ("teacher.table", "maybe"),
+        ("teacher.table_memory", 2.0),
+        ("precision", "float16"),
+        ("parallel", "ddp"),
+        ("platform", "cuda"),
+        ("eval_every", 0),
+        ("eval_batch_size", 0),
+        ("seed", -1),
+        ("split_seed", 2**31),
+        ("student.model", "resnet9"),
+        ("teacher.model", "vgg12"),
+        ("method.temperature", 0.0),
+        ("method.name", "kdd"),
+        ("method.name", "kd"),
+        ("method.warmup_epochs", -1.0),
+    ],
+)
+def test_bad_value(key, value):
+    with pytest.raises(ConfigError) as caught:
+        resolve(changed(config_of("digitslt"), **{key: value}))
+    # A model or a method is named by its value; every other error names its key too.
+    assert str(value) in str(caught.value)
+    assert key.endswith((".model", ".name")) or key.split(".")[-1] in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("lookahead", 0, "at least 1"),
+        ("update_every", 0, "at least 1"),
+        ("outer_loss", "harder", "hard, soft, mix"),
+        ("features", ("student_ce", "inter"), "'inter'.* student_ce, teacher_ce, ce"),
+        ("features", (), "at least one"),
+        ("features", ("ce", "ce"), "once"),
+        ("hidden", (64, 0), "positive whole numbers"),
+        ("hidden", (True,), "positive whole numbers"),
+        ("scales", (1.0, 2.0, 3.0), "ce, kd"),
+        ("scales", ("a", "b"), "positive numbers"),
+        ("scales", (0.0, 1.0), "positive numbers"),
+        ("lr", 0.0, "positive"),
+        ("weight_decay", -1.0, "not be negative"),
+        ("lr_decay", float("nan"), "must be"),
+        ("name", "learned", "static, bilevel"),
+        ("name", "static", ":bikd"),
+    ],
+)
+def test_bad_learned_weights(key, value, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        resolve(changed(config_of("digitslt", "bikd"), **{f"loss_weighting.{key}": value}))
+    assert "loss_weighting" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "argument, values, message",
+    [
+        ("kd", {"loss_weighting.name": "bilevel"}, ":bikd,terms=METHOD"),
+        ("bikd", {"data.outer_per_class": 0}, "data.outer_per_class=0"),
+        ("ltkd", {"augment.cutout": 3, "teacher.table": "always"}, "'always'.*views"),
+        ("reviewkd", {"teacher.table": "always"}, "'always'.*features"),
+        ("ltkd", {"augment.policy": "autoaugment"}, "policy='autoaugment'"),
+        ("ltkd", {"data.stream": True, "data.image_size": 8}, "data.stream=True .*digits"),
+        ("ltkd", {"data.stream": True, "data.name": "birds"}, "data.image_size=0"),
+        ("kd", {"teacher.checkpoint": "x.npz", "teacher.table": "never"}, "x.npz.*'never'"),
+    ],
+)
+def test_values_that_exclude_each_other(argument, values, message):
+    with pytest.raises(ConfigError, match=message):
+        resolve(changed(config_of("digitslt", argument), **values))
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"platform": "gpu"}, "platform='gpu' .*8 × cpu"),
+        ({"devices": 9}, "devices=9 .* 8 "),
+        ({"train.batch_size": 20}, "train.batch_size=20 .* 8 devices.*config.devices=5"),
+        ({"teacher.train.batch_size": 20}, "teacher.train.batch_size=20 .* 8 devices"),
+        ({"train.batch_size": 20, "devices": 6}, " 6 devices.*config.devices=5"),
+    ],
+)
+def test_bad_devices(tmp_path, values, message):
+    """A matter of the machine, so the config itself can be read on any."""
+    spec = resolve(tiny(tmp_path, "ce", **values))
+    with pytest.raises(ConfigError, match=message):
+        validation.validate_devices(spec.config)
+
+
+def test_config_of_another_shape():
+    """A dictionary that was written by hand, or by another version."""
+    tree = config_of("digitslt").to_dict()
+    for edit, message in (
+        (lambda tree: tree.update(seed_split=tree.pop("split_seed")), "'seed_split' .*'split_seed'"),
+        (lambda tree: tree["train"].update(decay=0.1), "'train.decay' .*'train.lr_decay'"),
+        (lambda tree: tree.update(weighting={"name": "static"}), "'weighting.name' .*'loss_weighting.name'"),
+        (lambda tree: tree["train"].update(ls=0.1), "'train.ls'.*'train.lr'"),
+        (lambda tree: tree["data"].pop("n_max"), "lacks .*'data.n_max'"),
+        (lambda tree: tree["method"].pop("name"), "lacks .*'method.name'"),
+    ):
+        other = json.loads(json.dumps(tree))
+        edit(other)
+        with pytest.raises(ConfigError, match=message):
+            resolve(other)
+
+
+@pytest.mark.parametrize(
+    "value, key", [("x", "seed"), (None, "split_seed"), ("0.1", "train.lr"), (3, "train"), ([], "data.name")]
+)
+def test_config_of_wrong_types(value, key):
+    tree = json.loads(json.dumps(config_of("digitslt").to_dict()))
+    *sections, leaf = key.split(".")
+    node = tree
+    for section in sections:
+        node = node[section]
+    node[leaf] = value
+    with pytest.raises(ConfigError, match=leaf):
+        resolve(tree)
+
+
+def test_load_config(tmp_path):
+    assert load_config(f"{ROOT}/configs/digitslt.py:kd,seed=4").seed == 4
+    (tmp_path / "bad.py").write_text("import nothing_of_this_name")
+    for reference, message in (
+        (f"{ROOT}/configs/digitlt.py", "digitlt.py.*digitslt.py"),
+        (f"{ROOT}/configs/digitslt.py:kdd", "'kdd'"),
+        (str(tmp_path / "bad.py"), "bad.py.*nothing_of_this_name"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load_config(reference)
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("seed_teacher", "teacher_seed"),
+        ("eval_batch", "eval_batch_size"),
+        ("data.workers", "data.num_workers"),
+        ("data.meta_per_class", "data.outer_per_class"),
+        ("teacher.train.decay", "teacher.train.lr_decay"),
+        ("teacher.cache", "teacher.dir"),
+        ("weighting.decay", "loss_weighting.lr_decay"),
+        ("weighting.lr", "loss_weighting.lr"),
+    ],
+)
+def test_renamed_key(old, new):
+    assert names.new_name(new) is None
+    with pytest.raises(ConfigError, match=f"'{old}' .*'{new}'"):
+        names.check_key(old)
+
+
+def test_identity_holds_what_is_computed():
+    """And not how it is executed; a teacher does not depend on the student."""
+    base = resolve(config_of("digitslt"))
+    for key, value, same, same_teacher in [
+        ("seed", 1, False, True), ("train.lr", 0.1, False, True), ("method.alpha", 2.0, False, True),
+        ("student.model", "resnet14", False, True), ("teacher_seed", 1, False, False), ("split_seed", 1, False, False),
+        ("teacher.train.lr", 0.1, False, False), ("data.imbalance", 10.0, False, False),
+        ("precision", "tf32", False, False),
+        ("data.dir", "x", True, True), ("teacher.table", "never", True, True), ("parallel", "pmap", True, True),
+        ("checkpoint_every", 3, True, True), ("teacher.table_runs", 9, True, True), ("teacher.dir", "x", True, True),
+    ]:  # fmt: skip
+        spec = resolve(changed(config_of("digitslt"), **{key: value}))
+        assert (spec.hash == base.hash) is same, key
+        assert (spec.teacher_hash == base.teacher_hash) is same_teacher, key
+    assert len({resolve(config_of("digitslt", method)).teacher_hash for method in methods.METHODS}) == 1
+
+
+@pytest.mark.parametrize("argument", ["ltkd", "bikd,terms=dkd,loss_weighting.scales=(1.0,2.0,3.0)"])
+def test_results_hold_the_whole_config(argument, tmp_path):
+    """What `results.json` keeps resolves to the same run."""
+    spec = resolve(tiny(tmp_path, argument, **{"data.dir": str(tmp_path)}))
+    results = json.loads(json.dumps({"config": spec.config, "content": spec.content}))
+    assert results["config"]["data"]["dir"] == ""
+    again = resolve(results["config"])
+    for field in dataclasses.fields(spec):
+        if field.name != "data":
+            assert getattr(again, field.name) == getattr(spec, field.name), field.name
+    assert identity.hash_of(identity.of_results(results)) == again.hash == spec.hash
+
+
+def test_identity_without_what_is_off():
+    """Results stay valid when the program gets a new option."""
+    static = resolve(config_of("digitslt", "kd"))
+    assert "loss_weighting" not in static.identity and "augment" not in static.identity
+    assert "loss_weighting" in resolve(config_of("digitslt", "bikd")).identity
+    assert static.hash == "0e68e06baf35"
+
+
+def test_identity_of_a_teacher_and_held_out_images():
+    """They make another teacher only where they change its images."""
+
+    def teacher_hash(**values):
+        return resolve(changed(config_of("digitslt", "kd"), **values)).teacher_hash
+
+    assert config_of("digitslt").data.n_max == 100
+    assert teacher_hash() == teacher_hash(**{"data.outer_per_class": 8})
+    assert teacher_hash() == teacher_hash(**{"data.validation_per_class": 3})
+    for other in ({"data.n_max": 0}, {"data.subset": "all"}):
+        assert teacher_hash(**other) != teacher_hash(**other, **{"data.outer_per_class": 8})
+    plain, with_outer_set = (dataset.load(resolve(config_of("digitslt", name)).data) for name in ("kd", "bikd"))
+    np.testing.assert_array_equal(with_outer_set.train.keys, plain.train.keys)
+
+
+@pytest.mark.parametrize(
+    "values, source",
+    [
+        ({}, "table"),
+        ({"train.epochs": 4.0}, "network"),
+        ({"train.epochs": 4.0, "teacher.table_runs": 3}, "table"),
+        ({"train.max_steps": 1, "teacher.table_runs": 3}, "network"),
+        ({"teacher.table_memory": 1e-9}, "network"),
+        ({"teacher.table_memory": 1e-9, "teacher.table": "always"}, "table"),
+        ({"teacher.table": "never"}, "network"),
+        ({"augment.cutout": 2}, "network"),
+    ],
+)
+def test_choose_source(values, source):
+    """A table is used if views <= epochs × runs, and it fits."""
+    spec = resolve(changed(config_of("digitslt", "kd"), **values))
+    data = dataset.load(spec.data)
+    assert data.source.views.num == 9 and teacher.choose_source(spec, data) == source
+
+
+def test_choose_source_of_methods():
+    data = dataset.load(resolve(config_of("digitslt", "kd")).data)
+    for method, source in (("ce", "none"), ("reviewkd", "features"), ("bikd", "table")):
+        assert teacher.choose_source(resolve(config_of("digitslt", method)), data) == source
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"data.imbalance": 500.0}, "imbalance"),
+        ({"data.n_max": 100_000}, "n_max"),
+        ({"data.validation_per_class": 500}, "validation_per_class"),
+        ({"groups.fractions": (1 / 11,) * 11}, "11 .*10 classes"),
+        ({"groups.fractions": (0.5, 0.1)}, "sum"),
+        ({"data.image_size": 8}, "digits"),
+    ],
+)
+def test_data_that_cannot_be_drawn(values, message):
+    with pytest.raises(ConfigError, match=message):
+        dataset.load(resolve(changed(config_of("digitslt"), **values)).data)
