@@ -95,21 +95,15 @@ class Training:
       method: whose terms are the loss.
       parallel: one device by default.
       lookahead: virtual steps through which the terms' weights are learned; 0 leaves them static.
-      tables: the teacher's logits of the training images, and of the outer set.
+      table: whether the teacher is looked up.
     """
 
-    def __init__(self, method, parallel=None, *, lookahead=0, tables=None):
+    def __init__(self, method, parallel=None, *, lookahead=0, table=False):
         self.parallel = parallel or Parallel("jit", jax.devices()[:1])
         self._lookahead = lookahead
         self._objective = methods.create(method, COUNTS, GROUPS)
         self._weighting = weighting(self._objective) if lookahead else None
-        teacher = outer_teacher = teacher_variables(jax.config.jax_enable_x64)
-        teacher_fn = steps.network_teacher(SmallNet())
-        if tables:
-            teacher, outer_teacher = tables
-            teacher_fn = steps.table_teacher
-        outer = steps.TrainData(OUTER_IMAGES, OUTER_LABELS, outer_teacher) if lookahead else None
-        self._data = self.parallel.replicate(steps.TrainData(IMAGES, LABELS, teacher, outer))
+        teacher_fn = steps.table_teacher if table else steps.network_teacher(SmallNet())
         self._make_batch = functools.partial(
             steps.make_batch, views=VIEWS, preprocess=preprocess, teacher_fn=teacher_fn
         )
@@ -122,10 +116,18 @@ class Training:
             state = self._weighting.add_to(state, 0)
         return double(state) if jax.config.jax_enable_x64 else state
 
-    def run(self, num_steps, *, steps_per_call=1, start=None):
-        """Returns the state after so many steps, on the host; of a `start` the steps that remain are taken."""
+    def run(self, num_steps, *, steps_per_call=1, start=None, tables=None):
+        """Returns the state after so many steps, on the host.
+
+        Args:
+          num_steps: counted from the first one, also where a `start` has taken some of them.
+          steps_per_call: of the compiled function.
+          start: a state to go on from.
+          tables: the teacher's logits of the training images and of the outer set, where it is looked up.
+        """
         first_step = int(start.step) if start else 0
         state = self.parallel.replicate(start or self.init())
+        data = self._data(tables)
         inputs = self._inputs(num_steps)
         for step in range(first_step, num_steps, steps_per_call):
             stop = min(step + steps_per_call, num_steps)
@@ -133,8 +135,13 @@ class Training:
             update_weight_net = None
             if self._weighting and steps_per_call == 1:
                 update_weight_net = stop % self._weighting.update_every == 0
-            state = self._compiled(update_weight_net)(state, self._data, self.parallel.shard(call_inputs, 1))
+            state = self._compiled(update_weight_net)(state, data, self.parallel.shard(call_inputs, 1))
         return jax.device_get(self.parallel.first(state))
+
+    def _data(self, tables):
+        teacher, outer_teacher = tables or [teacher_variables(jax.config.jax_enable_x64)] * 2
+        outer = steps.TrainData(OUTER_IMAGES, OUTER_LABELS, outer_teacher) if self._weighting else None
+        return self.parallel.replicate(steps.TrainData(IMAGES, LABELS, teacher, outer))
 
     def _step_fn(self, update_weight_net):
         options = dict(
@@ -183,6 +190,45 @@ class Training:
         train = jax.tree.map(lambda *parts: np.concatenate(parts)[:num_steps], *by_epoch)
         positions = self.parallel.local_positions(BATCH)
         return jax.tree.map(lambda x: np.asarray(x)[:, positions], steps.StepInputs(train, outer=outer))
+
+
+# LTKD's terms have batch statistics over all devices; KD's compile sooner, which matters for three virtual steps.
+CASES = {
+    "ce": dict(method="ce"),
+    "ltkd": dict(method="ltkd"),
+    "one virtual step": dict(method="ltkd", lookahead=1),
+    "three virtual steps": dict(method="kd", lookahead=3),
+}
+
+
+@functools.cache
+def on_one_device(case, num_steps, in_double=True):
+    """Returns the state of a case after single steps with the teacher in them."""
+    with jax.enable_x64(in_double):
+        return Training(**CASES[case]).run(num_steps)
+
+
+def assert_eight_devices_are_one(case, mode):
+    """Checks batch norm, group rebalancing, virtual and outer gradients over the global batch, in float64."""
+    expected = on_one_device(case, 20)
+    with jax.enable_x64(True):
+        state = Training(parallel=Parallel(mode), **CASES[case]).run(20)
+    assert_close(parameters(state), parameters(expected), rtol=1e-9, atol=1e-9)
+    assert_close(state.sums, expected.sums, rtol=1e-6)
+    assert state.step == 20
+
+
+def assert_same_first_gradients(case, mode):
+    """Checks them in float32, to 1e-5 of the largest: of the student, in its momentum, and of the weight net."""
+    states = Training(parallel=Parallel(mode), **CASES[case]).run(1), on_one_device(case, 1, in_double=False)
+    gradients = [(state.opt_state, state.meta.gradients if state.meta else ()) for state in states]
+    for part, expected_part in zip(*gradients):
+        leaves = zip(jax.tree.leaves(part), jax.tree.leaves(expected_part))
+        floats = [(x, expected) for x, expected in leaves if x.dtype == np.float32]
+        largest = max((np.abs(expected).max() for _, expected in floats), default=1.0)
+        assert largest > 1e-3
+        for x, expected in floats:
+            np.testing.assert_allclose(x, expected, rtol=0, atol=1e-5 * largest)
 
 
 def parameters(state):

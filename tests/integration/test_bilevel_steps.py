@@ -19,6 +19,7 @@ from helpers.small_net import (
     Training,
     assert_close,
     double,
+    on_one_device,
     parameters,
     table,
     teacher_variables,
@@ -31,30 +32,27 @@ from ltkd_jax.data import longtail, sampling
 STEPS = 20
 
 
-@pytest.fixture(scope="module")
-def expected():
-    """The state after single steps with the teacher in them."""
-    with jax.enable_x64(True):
-        return Training("ltkd", lookahead=1).run(STEPS)
+def assert_as_on_one_device(state):
+    assert_close(parameters(state), parameters(on_one_device("one virtual step", STEPS)), rtol=1e-9, atol=1e-9)
 
 
-def test_many_steps_in_one_call(expected):
+def test_many_steps_in_one_call():
     """Whether the weight net is updated is then decided on the device, inside a compiled loop."""
     with jax.enable_x64(True):
         state = Training("ltkd", lookahead=1).run(STEPS, steps_per_call=10)
-    assert_close(parameters(state), parameters(expected), rtol=1e-9, atol=1e-9)
+    assert_as_on_one_device(state)
 
 
-def test_tables_are_the_teacher_in_the_step(expected):
+def test_tables_are_the_teacher_in_the_step():
     """Of the training images and of the outer set; and the comparison can fail."""
     with jax.enable_x64(True):
         teacher = teacher_variables(in_double=True)
         train, outer = table(teacher), table(teacher, OUTER_IMAGES, OUTER_LABELS)
-        state = Training("ltkd", lookahead=1, tables=(train, outer)).run(STEPS)
-        other = Training("ltkd", lookahead=1, tables=(train, outer + 1e-3 * np.arange(CLASSES))).run(STEPS)
-    assert_close(parameters(state), parameters(expected), rtol=1e-9, atol=1e-9)
+        training = Training("ltkd", lookahead=1, table=True)
+        assert_as_on_one_device(training.run(STEPS, tables=(train, outer)))
+        other = training.run(STEPS, tables=(train, outer + 1e-3 * np.arange(CLASSES)))
     with pytest.raises(AssertionError):
-        assert_close(parameters(other), parameters(expected), rtol=1e-9, atol=1e-9)
+        assert_as_on_one_device(other)
 
 
 def test_lookahead_over_the_end_of_an_epoch():
@@ -78,8 +76,8 @@ def test_outer_batches_are_a_sequence_of_their_own():
     assert not np.array_equal(outer[:2], train[:2] % NUM_OUTER)
 
 
-def test_learned_weights_are_summed_by_group(expected):
-    learned = expected.sums.learned
+def test_learned_weights_are_summed_by_group():
+    learned = on_one_device("one virtual step", STEPS).sums.learned
     assert learned.examples.sum() == (STEPS % STEPS_PER_EPOCH) * BATCH  # of the last epoch
     mean = learned.weights / learned.examples[:, None]
     assert mean.shape == (3, 3) and ((mean > 0) & (mean < np.array([[1.0, 0.5, 2.0]]))).all()  # below the scales
