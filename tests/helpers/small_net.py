@@ -136,6 +136,7 @@ class Training:
             if self._weighting and steps_per_call == 1:
                 update_weight_net = stop % self._weighting.update_every == 0
             state = self._compiled(update_weight_net)(state, data, self.parallel.shard(call_inputs, 1))
+            jax.block_until_ready(state)  # collectives of several calls in flight can starve each other of threads
         return jax.device_get(self.parallel.first(state))
 
     def _data(self, tables):

@@ -84,11 +84,6 @@ def test_table_batches():
     assert pairs[:15] == [(i, v) for i in range(5) for v in range(3)] and pairs[15:] == [(4, 2)]
 
 
-@pytest.mark.parametrize("epochs, runs, worthwhile", [(240, 1, True), (60, 3, True), (60, 2, False)])
-def test_table_is_worthwhile(epochs, runs, worthwhile):
-    assert teacher_table.is_worthwhile(162, epochs=epochs, runs=runs) == worthwhile
-
-
 def flops(teacher_fn, teacher):
     """Returns the compiler's count for a step of KD on CIFAR-100."""
     objective, model = methods.create("kd", np.ones(100)), models.create("resnet8x4", 100)
