@@ -10,7 +10,7 @@ from helpers.small_runs import ROOT, tiny
 
 from experiments.config.spec import resolve
 
-STEPS = 1000
+STEPS = 2000
 # A run in a process of its own, which notes its memory after every step.
 SCRIPT = """
 import json, os, sys
@@ -44,7 +44,8 @@ def test_memory_does_not_grow(tmp_path):
         "teacher.train.max_steps": 5,
         "train.epochs": float(STEPS),
         "train.max_steps": STEPS,
-        "checkpoint_every": 2,
+        "eval_every": 4,
+        "checkpoint_every": 8,
     }
     config = json.dumps(resolve(tiny(tmp_path, **values)).config)
     environment = {**os.environ, "LTKD_CACHE": os.environ.get("LTKD_CACHE", str(ROOT / ".jax_cache"))}
