@@ -82,17 +82,20 @@ copybutton_exclude = ".linenos, .gp, .go"
 
 
 def _markup(app, what, name, obj, options, lines):
-    """A docstring is plain text: an indented paragraph is a formula, shown as it is typed, and a bar is a bar."""
-    found, last, formula, example = [], "", False, False
+    """A docstring is plain text: an indented paragraph is a formula, shown as it is typed; bars and asterisks stay."""
+    marked_up = []
+    last = ""
+    formula = False
+    example = False
     for line in lines:
         if line.strip():
-            begins = line.startswith("    ") and last and not last.startswith(" ") and not found[-1].strip()
-            found += [".. code-block:: text", ""] if begins else []
+            begins = line.startswith("    ") and last and not last.startswith(" ") and not marked_up[-1].strip()
+            marked_up += [".. code-block:: text", ""] if begins else []
             formula = bool(begins) or (formula and line.startswith("    "))
             last = line
         example = line.lstrip().startswith(">>>") or (example and bool(line.strip()))
-        found.append(line if formula or example else line.replace("|", r"\|"))
-    lines[:] = found
+        marked_up.append(line if formula or example else line.replace("|", r"\|").replace("**", r"\*\*"))
+    lines[:] = marked_up
 
 
 def _skip_fields(app, what, name, obj, skip, options):

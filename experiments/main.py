@@ -30,7 +30,7 @@ def main(argv):
     from experiments import runtime
     from experiments.config.spec import resolve
     from experiments.config.validation import ConfigError
-    from experiments.reporting import load, tables, write_report
+    from experiments.reporting import load, report_page, tables
     from experiments.trainer import run
     from experiments.trainer.interrupts import Stopped
     from experiments.trainer.loop import Diverged
@@ -42,7 +42,7 @@ def main(argv):
         workdir = pathlib.Path(_WORKDIR.value or pathlib.Path("runs") / spec.name)
         results = run.run(spec, workdir, command=runtime.command_line("experiments.main", sys.argv[1:]))
         if hosts.is_primary():
-            write_report([load.load(workdir)], workdir / "report.html")
+            report_page.write_report([load.load(workdir)], workdir / "report.html")
             print(tables.console([results]))
             print(f"\n{workdir / 'results.json'}   {workdir / 'report.html'}")
     except (ConfigError, Diverged, load.ReportError, OSError) as error:

@@ -18,17 +18,7 @@ class AuditError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A model to audit.
-
-    Attributes:
-      name: in words.
-      source: the file or folder that it was read from.
-      test: its logits on test input.
-      train: its logits on training input, or None.
-      class_counts: training images of each class, or None.
-      class_names: or None.
-      fractions: of the classes, that are its groups.
-    """
+    """A model to audit: its logits on test and, perhaps, training input, and facts about its classes."""
 
     name: str
     source: str
@@ -40,11 +30,7 @@ class Model:
 
 
 def read(path, *, data_dir: str = "", subset: str = "") -> Model:
-    """Reads a model from an .npz file of logits, or from a folder that training left.
-
-    Args:
-      path: of the file or folder.
-      data_dir, subset: for a folder, see `restore.restore`.
+    """Reads a model from an .npz file of logits, or from a folder that training left, see `restore.restore`.
 
     Raises:
       ValueError: it cannot be read, or its parts do not fit each other.
@@ -91,11 +77,6 @@ def class_counts(model: Model, counts_file: str | None, imbalance: str | None) -
 
     The first of these that exists: the file of counts, the imbalance, the model's own counts, the labels of its
     training input, and the labels of its test input if these are long-tailed themselves.
-
-    Args:
-      model: whose classes are counted.
-      counts_file: `--counts`.
-      imbalance: `--imbalance`, "GAMMA" or "GAMMA,N_MAX".
 
     Raises:
       AuditError: none of them exists, or one is wrong.

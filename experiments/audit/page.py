@@ -1,12 +1,10 @@
 """Writes an audit as a page; `record` is what `run.build_record` returns."""
 
-import dataclasses
-import html
-
 import numpy as np
+from markupsafe import Markup
 
 from experiments.audit import summary
-from experiments.reporting import figures, page, writers
+from experiments.reporting import figures, page
 
 SMALL = 10  # examples in a bin, below which its accuracy says little
 _SHARES, _INTER, _INTRA = 7, 6, 4  # indices of colours
@@ -20,7 +18,7 @@ def split_bars(title, parts, label, longest_bar):
     names = list(parts)
     rows = range(len(names))
     longest_name = max(len(name) for name in names)
-    fig = figures.figure(height=64 + 36 * len(names), left=min(110, 14 + 6 * longest_name), right=44)
+    fig = figures.canvas(height=64 + 36 * len(names), left=min(110, 14 + 6 * longest_name), right=44)
     ax = fig.subplots()
     inter, intra = zip(*parts.values())
     ax.barh(rows, inter, height=0.56, color=figures.colour(_INTER))
@@ -35,14 +33,14 @@ def split_bars(title, parts, label, longest_bar):
     ax.grid(axis="x")
     ax.grid(visible=False, axis="y")
     numbers = ", ".join(f"{name} {a:.3g} + {b:.3g}" for name, (a, b) in parts.items())
-    return fig, f"{title}, {label}, between groups and within: {numbers}"
+    return figures.save(fig, f"{title}, {label}, between groups and within", numbers)
 
 
 @figures.styled
 def reliability(title, bins):
     """Draws the accuracy against the confidence of each bin, with its 95 % interval (Wilson), over the examples."""
     count, confidence, hits = np.array(bins)
-    fig = figures.figure(height=250)
+    fig = figures.canvas(height=250)
     ax = fig.subplots()
     edges = np.arange(len(count)) / len(count)
     ax.bar(edges, 0.3 * count / max(count.max(), 1), 1 / len(count), align="edge", color=figures.QUIET, alpha=0.3)
@@ -66,13 +64,13 @@ def reliability(title, bins):
     ax.set_xticks(quarters, [f"{t:g}" for t in quarters])
     ax.set_yticks(quarters, [f"{t:g}" for t in quarters])
     points = ", ".join(f"{c:.2f} {a:.2f}" for c, a in zip(confidence, accuracy))
-    return fig, f"{title}: accuracy against confidence, {points}"
+    return figures.save(fig, title, f"accuracy against confidence, {points}")
 
 
 @figures.styled
 def mass_ratios(ratios, counts, assignment, group_names, labels, *, width=figures.DESK):
     """Draws the mass that each class gets over what is its due, the classes sorted by training images."""
-    fig = figures.figure(width, 300)
+    fig = figures.canvas(width, 300)
     ax = fig.subplots()
     x = np.arange(len(ratios))
     hover_texts = [f"{label}\nmass ÷ due {ratio:.2f}" for label, ratio in zip(labels, ratios)]
@@ -93,53 +91,30 @@ def mass_ratios(ratios, counts, assignment, group_names, labels, *, width=figure
     # An area narrower than half a pixel cannot be pointed at.
     hovers = figures.areas(ax, [(c - 0.5, c + 0.5) for c in x], None, hover_texts) if len(x) < 2 * width else ()
     name = f"Mass over due by class{'' if width == figures.DESK else ', narrow'}"
-    return fig, f"{name}: what each gets over its share of the examples, sorted by training images", hovers
+    description = "what each gets over its share of the examples, sorted by training images"
+    return figures.save(fig, name, description, hovers=hovers)
 
 
 # Sections.
 
 
-@dataclasses.dataclass(frozen=True)
-class _Section:
-    """A section of the page: what it shows, figures, a table or None, and remarks; `text` and `figures` are HTML."""
-
-    title: str
-    text: str
-    figures: str
-    table: writers.Table | None
-    note: str = ""
-    more: str = ""
-
-    def html(self) -> str:
-        """Returns the section as HTML."""
-        table = writers.as_html(self.table) if self.table else ""
-        note = f'<p class="small">{self.note}</p>' if self.note else ""
-        heading = f'<h2>{html.escape(self.title)}</h2><p class="small">{self.text}</p>'
-        return f"{heading}{self.figures}{table}{note}{self.more}"
-
-
 def write(record, path) -> None:
     """Writes the audit as one page."""
     title = f"Bias audit: {record['name']}"
+    heading = [
+        page.Heading(title, 1),
+        page.Text(summary.notes(record)),
+        page.Text(summary.headline(record), "lead"),
+    ]
     sections = [_mass(record), _loss(record), _calibration(record), _classes(record), _confusion(record)]
     if "divergence" in record["inputs"][0]:
         sections.insert(2, _divergence(record))
-    body = [
-        f"<h1>{html.escape(title)}</h1>",
-        f'<p class="small">{html.escape(summary.notes(record))}</p>',
-        f'<p class="lead">{html.escape(summary.headline(record))}</p>',
-    ]
-    page.write(path, title, body + [section.html() for section in sections])
-
-
-def _panels(panels):
-    return f'<figure class="panels">{"".join(panels)}</figure>'
+    page.write(path, title, heading + sections)
 
 
 def _split_panels(panels, inter, intra):
-    """Returns `split_bars` below a key that names their parts."""
-    key = figures.key([inter, intra], {inter: (_INTER, figures.SOLID), intra: (_INTRA, figures.SOLID)})
-    return f"{key}{_panels(panels)}"
+    """Returns `split_bars` below a legend that names their parts."""
+    return page.Panels(panels, figures.Legend({inter: (_INTER, figures.SOLID), intra: (_INTRA, figures.SOLID)}))
 
 
 def _title_prefix(model, input_set):
@@ -147,21 +122,20 @@ def _title_prefix(model, input_set):
 
 
 def _mass(record):
-    parts = []
+    text = Markup(
+        "Bars: the mean probability that the model gives to each group. {} the true share of that input’s examples, "
+        "which an unbiased model would match. {} the share of the training images. τ = 1 is the model as it is; at the "
+        "other temperature it would teach a student."
+    ).format(figures.symbol("❙", 6), figures.symbol("◇", 7))
+    parts = [page.Text(text)]
     for input_set in record["inputs"]:
         panels = []
         for model in input_set["models"]:
             for temperature, mass in model["mass"].items():
                 title = f"{_title_prefix(model, input_set)}τ = {temperature}"
                 panels.append(figures.group_mass(title, mass, input_set["share"], record["training"]))
-        parts.append(f"<h4>{html.escape(input_set['title'])}</h4>{_panels(panels)}")
-    text = (
-        "Bars: the mean probability that the model gives to each group. "
-        f'<span style="color: {figures.css(6)}">❙</span> the true share of that input’s examples, which an unbiased '
-        f'model would match. <span style="color: {figures.css(7)}">◇</span> the share of the training images. τ = 1 is '
-        "the model as it is; at the other temperature it would teach a student."
-    )
-    return _Section("Group mass", text, "".join(parts), summary.mass_table(record))
+        parts += [page.Heading(input_set["title"], 4), page.Panels(panels)]
+    return page.Section("Group mass", [*parts, summary.mass_table(record)])
 
 
 def _loss(record):
@@ -176,10 +150,11 @@ def _loss(record):
     text = (
         "The loss of an example of class y in group G splits exactly: −log p(y) = −log p(G) − log p(y | G). The first "
         "part is what the wrong group costs (inter), the second the wrong class within it (intra). Means over the "
-        f"examples of each group, on {html.escape(input_set['title'])}."
+        f"examples of each group, on {input_set['title']}."
     )
-    shown = _split_panels(panels, "about the group", "about the class within it")
-    return _Section("Wrong group, or wrong class within it", text, shown, summary.loss_table(record))
+    bars = _split_panels(panels, "about the group", "about the class within it")
+    parts = [page.Text(text), bars, summary.loss_table(record)]
+    return page.Section("Wrong group, or wrong class within it", parts)
 
 
 def _divergence(record):
@@ -188,11 +163,11 @@ def _divergence(record):
         parts = {name: (kl["inter"], sum(kl["intra"].values())) for name, kl in by_group.items() if kl}
         panels.append(split_bars(f"τ = {temperature}", parts, "KL, nats", max(map(sum, parts.values()))))
     text = (
-        f"{html.escape(summary.divergence_title(record))}. KL = inter + Σ intra, exactly; it is the loss by which the "
-        "first would teach the second, without the factor τ²."
+        f"{summary.divergence_title(record)}. KL = inter + Σ intra, exactly; it is the loss by which the first would "
+        "teach the second, without the factor τ²."
     )
-    shown = _split_panels(panels, "between the groups", "within them")
-    return _Section("Between the two models", text, shown, summary.divergence_table(record))
+    bars = _split_panels(panels, "between the groups", "within them")
+    return page.Section("Between the two models", [page.Text(text), bars, summary.divergence_table(record)])
 
 
 def _calibration(record):
@@ -212,7 +187,8 @@ def _calibration(record):
         "Over: mean confidence less accuracy, in points. ECE: expected calibration error in 15 bins of the same width, "
         f"in points; {summary.BY_CHANCE}, so an ECE of about that is no sign of a fault."
     )
-    return _Section("Calibration by group", text, _panels(panels), summary.calibration_table(record), note)
+    parts = [page.Text(text), page.Panels(panels), summary.calibration_table(record), page.Text(note)]
+    return page.Section("Calibration by group", parts)
 
 
 def _classes(record):
@@ -223,30 +199,27 @@ def _classes(record):
     order = np.lexsort((-counts, assignment))
     ratios = np.array([summary.mass_ratio(classes, c) if classes["examples"][c] else np.nan for c in order])
     labels = [f"{record['class_names'][c]}, {counts[c]:,g} training images" for c in order]
-    wide, narrow = (
+    both = [
         mass_ratios(ratios, counts[order], assignment[order], record["groups"]["names"], labels, width=width)
         for width in (figures.DESK, figures.PHONE)
-    )
+    ]
     text = (
         "Due: the class’s share of the examples. Mass ÷ due: the probability that it gets over all examples, over "
         "that; below 1 the model gives it away. Predicted ÷ due: the same of its predictions. Own mass: what its own "
         "examples give to it; next class: where most of the rest goes. Sorted by the mass that is lost."
     )
-    more = ""
+    parts = [page.Text(text), page.ByWidth(both), summary.class_table(record, summary.WORST)]
     if len(order) > summary.WORST:
-        table = writers.as_html(summary.class_table(record))
-        more = f"<details><summary>All {len(order):,} classes</summary>{table}</details>"
-    figure = f'<figure><div class="wide">{wide}</div><div class="narrow">{narrow}</div></figure>'
-    worst = summary.class_table(record, summary.WORST)
-    return _Section(f"Which classes {model['name']} gives away", text, figure, worst, more=more)
+        parts.append(page.Details(f"All {len(order):,} classes", [summary.class_table(record)]))
+    return page.Section(f"Which classes {model['name']} gives away", parts)
 
 
 def _confusion(record):
     text = "Rows: the group of the true class. Columns: where its predictions, and its mass, go; percent of the row."
     matrices = summary.confusions(record)
-    names = record["groups"]["names"]
     if all(all(matrix) for matrix in matrices.values()):
-        maps = "".join(figures.heat_map(title, matrix, names) for title, matrix in matrices.items())
-        return _Section("Confusion between groups", text, f'<div class="maps">{maps}</div>', None)
-    # A group has no example, so that its row is missing.
-    return _Section("Confusion between groups", text, "", summary.confusion_table(record))
+        shown = page.HeatMaps(matrices, record["groups"]["names"])
+    else:
+        # A group has no example, so that its row is missing.
+        shown = summary.confusion_table(record)
+    return page.Section("Confusion between groups", [page.Text(text), shown])

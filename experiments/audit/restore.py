@@ -77,6 +77,8 @@ def restore(folder, *, data_dir: str = "", subset: str = "") -> Restored:
     is_student = "config_hash" in results
     try:
         spec = _resolve(recorded, data_dir, subset)
+        datasets.load(spec.data)  # data that are not prepared fail here, with the remedy
+        _check_content(spec.content, recorded["content"])
         # Where a student's teacher outputs came from is no part of its variables.
         training = spec.student_training("none") if is_student else spec.teacher_training()
         trainer = make_trainer(training)
@@ -104,11 +106,13 @@ def _resolve(recorded, data_dir, subset):
             raise ValueError(f"its training images are those of the list {content['subset']}: give that by --subset")
         data["subset"] = subset
     teacher = config["teacher"] | {"checkpoint": ""}
-    spec = resolve(config | {"data": data, "teacher": teacher, "devices": 1, "platform": ""})
+    return resolve(config | {"data": data, "teacher": teacher, "devices": 1, "platform": ""})
+
+
+def _check_content(here, there):
     for key in ("data", "subset"):
-        if spec.content[key] != content[key]:
+        if here[key] != there[key]:
             raise ValueError(
-                f"the content of its {key} is {content[key]!r}, here it is {spec.content[key]!r}: use the data that it "
-                "was trained with"
+                f"the content of its {key} is {there[key]!r}, here it is {here[key]!r}: use the data that it was "
+                "trained with"
             )
-    return spec

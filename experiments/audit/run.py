@@ -68,17 +68,8 @@ def build_record(
 ) -> dict:
     """Returns the numbers of an audit, for JSON.
 
-    Args:
-      model: that is audited.
-      compared: a second model on the same examples, or None.
-      class_counts: training images of each class.
-      counts_origin: in words where they come from.
-      groups: of the classes.
-      temperature: of distillation, beside 1.
-
-    Returns:
-      "inputs" holds for test and training input: "title", "is" (what it is, in words), "share", "models" (for each
-      model its name and `bias.audit`) and, with a second model, "divergence".
+    "inputs" holds for test and training input: "title", "is" (what it is, in words), "share", "models" (for each model
+    its name and `bias.audit`) and, with a second model, "divergence".
 
     Raises:
       AuditError: a second model on other examples.

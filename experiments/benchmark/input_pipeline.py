@@ -50,7 +50,7 @@ def measure(train: records.Records, batch_size: int, number: int, num_workers, r
     number += _WARMUP
 
     def of_stream(workers):
-        options = dict(seed=0, batch_size=batch_size, first_step=0, num_steps=number, workers=workers)
+        options = dict(seed=0, batch_size=batch_size, first_step=0, num_steps=number, num_workers=workers)
         with streaming.batches(train, **options) as batches:
             return _seconds_per_image(batches, batch_size)
 

@@ -87,12 +87,12 @@ class Step:
         self._update_every = update_every
         self._count = 0
         self._teacher = pytorch_models.create(teacher, num_classes).to(device())
-        self._student = pytorch_models.create(student, num_classes, seed=1).to(device()).train()
-        self._optimizer = torch.optim.SGD(self._student.parameters(), lr, momentum=0.9, weight_decay=5e-4)
-        self._weight_net = nn.Sequential(
+        self.student = pytorch_models.create(student, num_classes, seed=1).to(device()).train()
+        self._optimizer = torch.optim.SGD(self.student.parameters(), lr, momentum=0.9, weight_decay=5e-4)
+        self.weight_net = nn.Sequential(
             nn.Linear(2, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 2), nn.Sigmoid()
         ).to(device())
-        self._weight_optimizer = torch.optim.Adam(self._weight_net.parameters(), 1e-3, weight_decay=1e-4)
+        self._weight_optimizer = torch.optim.Adam(self.weight_net.parameters(), 1e-3, weight_decay=1e-4)
         self._groups = by_rank(num_classes)
         self._batch, self._outer_batch = (self._noise(batch_size, num_classes) for _ in range(2))
         self._step = {"kd": self._kd, "ltkd": self._ltkd, "bikd": self._bikd}[method]
@@ -117,37 +117,37 @@ class Step:
 
     def _kd(self):
         images, labels = self._batch
-        logits, teacher = self._student(images).float(), self._teacher_logits(images)
+        logits, teacher = self.student(images).float(), self._teacher_logits(images)
         self._update(_HARD * F.cross_entropy(logits, labels) + _KD * kd(logits, teacher).mean())
 
     def _ltkd(self):
         images, labels = self._batch
-        logits, teacher = self._student(images).float(), self._teacher_logits(images)
+        logits, teacher = self.student(images).float(), self._teacher_logits(images)
         self._update(F.cross_entropy(logits, labels) + ltkd(logits, teacher, self._groups))
 
     def _terms(self, logits, teacher, labels):
         """Hard and soft loss of each example, and their weights."""
         hard, soft = F.cross_entropy(logits, labels, reduction="none"), kd(logits, teacher)
         features = torch.stack([hard, F.cross_entropy(teacher, labels, reduction="none")], 1).detach()
-        return torch.stack([hard, soft], 1), self._weight_net(features).float()
+        return torch.stack([hard, soft], 1), self.weight_net(features).float()
 
     def _bikd(self):
         images, labels = self._batch
         outer_images, outer_labels = self._outer_batch
         teacher = self._teacher_logits(images)
         self._teacher_logits(outer_images)  # the official script runs it on both batches, whatever the outer loss
-        params = dict(self._student.named_parameters())
+        params = dict(self.student.named_parameters())
         # Running statistics are those of the real step alone.
-        buffers = {name: buffer.clone() for name, buffer in self._student.named_buffers()}
+        buffers = {name: buffer.clone() for name, buffer in self.student.named_buffers()}
         forward = torch.func.functional_call
-        terms, weights = self._terms(forward(self._student, (params, buffers), images).float(), teacher, labels)
+        terms, weights = self._terms(forward(self.student, (params, buffers), images).float(), teacher, labels)
         gradient = torch.autograd.grad((weights * terms).sum(1).mean(), tuple(params.values()), create_graph=True)
         virtual = {name: value - self._lr * g for (name, value), g in zip(params.items(), gradient)}
-        outer_loss = F.cross_entropy(forward(self._student, (virtual, buffers), outer_images).float(), outer_labels)
-        (outer_loss / self._update_every).backward(inputs=list(self._weight_net.parameters()))
+        outer_loss = F.cross_entropy(forward(self.student, (virtual, buffers), outer_images).float(), outer_labels)
+        (outer_loss / self._update_every).backward(inputs=list(self.weight_net.parameters()))
         self._count += 1
         if self._count % self._update_every == 0:
             self._weight_optimizer.step()
             self._weight_optimizer.zero_grad()
-        terms, weights = self._terms(self._student(images).float(), teacher, labels)
+        terms, weights = self._terms(self.student(images).float(), teacher, labels)
         self._update((weights.detach() * terms).sum(1).mean())

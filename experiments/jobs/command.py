@@ -8,12 +8,12 @@ import time
 
 import jax
 
-from experiments import report, runtime
+from experiments import runtime
 from experiments.config.validation import ConfigError
 from experiments.jobs import workers
 from experiments.jobs.queue_entry import read_queue
 from experiments.jobs.queue_runner import Queue, Results, run_missing
-from experiments.reporting import tables
+from experiments.reporting import load, report_page, tables
 
 
 def _positive(text):
@@ -81,7 +81,7 @@ def run(path, results_folder, folder, options: argparse.Namespace, machine: work
     if results := queue.results():
         print(tables.console(results))
     if workdirs := queue.workdirs():
-        report.write_page([report.load(path) for path in workdirs], folder / "report.html")
+        report_page.write_report([load.load(path) for path in workdirs], folder / "report.html")
         print(f"\n{folder / 'report.html'}")
     if failed:
         return 1

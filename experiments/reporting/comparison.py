@@ -1,140 +1,123 @@
-"""The page's section that sets settings side by side: tables, tail against head, accuracy against imbalance."""
+"""The section of a report that compares settings: tables, tail against head, accuracy against imbalance."""
 
 import collections
-import html
 
 import numpy as np
+from matplotlib.transforms import Bbox
 
-from experiments.reporting import figures, tables, writers
+from experiments.reporting import aggregate, figures, page, tables
+from experiments.reporting.statistics import mean_std
+
+_LABEL_OFFSETS = (
+    (9, 0, "left", "center"), (-9, 0, "right", "center"), (0, 9, "center", "bottom"), (0, -9, "center", "top"),
+    (9, 5, "left", "bottom"), (9, -5, "left", "top"), (-9, 5, "right", "bottom"), (-9, -5, "right", "top"),
+)  # fmt: skip
 
 
 def section(settings):
-    """Returns the comparison of several settings as HTML; empty for one, or none."""
-    if len(settings) < 2:
-        return ""
-    shown = "".join(
-        f"<h3>{html.escape(title)}</h3>{writers.as_html(table)}" for title, table in tables.over_settings(settings)
-    )
-    told = tables.overview(settings)
-    return "\n".join(
-        [
-            f'<section id="settings"><h2>{len(settings)} settings side by side</h2>',
-            *[f'<p class="lead">{html.escape(told)}</p>'] * bool(told),
-            f'{shown}<p class="small">{tables.BETWEEN}.</p>',
-            tail_against_head(settings),
-            _against_imbalance(settings),
-            "</section>",
-        ]
-    )
+    """Returns the section that compares several settings."""
+    parts = [page.Text(tables.overview(settings), "lead")] if tables.overview(settings) else []
+    for title, table in tables.over_settings(settings):
+        parts += [page.Heading(title), table]
+    parts.append(page.Text(f"{tables.BETWEEN}."))
+    parts += [*tail_against_head(settings), *_against_imbalance(settings)]
+    return page.Section(f"{len(settings)} settings side by side", parts, "settings")
 
 
-def _styles(settings):
-    """The styles of all settings' methods, so that each has one wherever it is."""
-    methods = {method.label: method for setting in settings for method in setting.methods}
-    methods = sorted(
-        methods.values(), key=lambda method: (tables.method_rank(method.name), tables.natural(method.label))
-    )
-    return figures.styles(methods)
-
-
-def _all_methods(setting):
-    return [*setting.methods, *filter(None, [setting.teacher_method()])]
-
-
-def _told(values):
-    """Writes a mean and its deviation: "51.08 ± 0.20 %"."""
-    cell = tables.number(values)
-    return f"{cell.text} {cell.note} %".replace("  ", " ")
+def _legend(drawn, styles, **kwargs):
+    """Returns the legend that the figures share, in the order of the styles."""
+    labels = set().union(*(figure.legend.styles for figure in drawn))
+    return figures.Legend({label: style for label, style in styles.items() if label in labels}, **kwargs)
 
 
 # Tail against head.
 
 
 def tail_against_head(settings):
-    """Returns the plots of the accuracies of the rarest against the most frequent group, a panel per setting."""
-    found, panels, labels = _styles(settings), [], {}
+    """Returns scatter plots of the accuracies of the rarest against the most frequent group, a panel per setting."""
+    styles = figures.styles(aggregate.all_methods(settings))
     points = [_points(setting) for setting in settings]
-    for setting, own, title in zip(settings, points, tables.apart(settings)):
-        # Settings of the same data have the same axes: what the imbalance does is then seen.
-        same = [other for peer, other in zip(settings, points) if peer.data == setting.data]
-        limits = _limits([p for other in same for p in other.values()])
-        if own:
-            head, tail = setting.group_names()[0], setting.tail().split(".")[-1]
-            panels.append(_scatter(title, own, found, limits, (head, tail)))
-            labels |= own
+    panels = []
+    for setting, own_points, title in zip(settings, points, aggregate.distinctions(settings)):
+        if own_points:
+            # Settings of the same data have the same axes, so that the effect of the imbalance is visible.
+            peers = [other for peer, other in zip(settings, points) if peer.data == setting.data]
+            limits = _limits([values for peer in peers for values in peer.values()])
+            groups = setting.group_names()[0], setting.tail_name()
+            panels.append(_scatter(title, own_points, styles, limits, groups))
     if not panels:
-        return ""
-    labels = [label for label in found if label in labels]
-    return (
-        '<h3>Tail against head</h3><p class="small">A mark is a method: its mean accuracy on the most frequent and the '
-        "rarest group of classes. Bars: standard deviation over student seeds. Up and to the right is better.</p>"
-        f'{figures.key(labels, found, marks=True)}<figure class="panels">{"".join(panels)}</figure>'
+        return []
+    text = (
+        "A mark is a method: its mean accuracy on the most frequent and the rarest group of classes. Bars: standard "
+        "deviation over student seeds. Up and to the right is better."
     )
+    return [
+        page.Heading("Tail against head"),
+        page.Text(text),
+        page.Panels(panels, _legend(panels, styles, marks=True)),
+    ]
 
 
 def _points(setting):
-    """{label: (accuracies on the head, on the tail)}; empty where fewer than two groups or methods have them."""
+    """Returns {label: (accuracies on the head, on the tail)}; empty where fewer than two groups or methods have any."""
     groups = setting.group_names()
-    columns = [f"groups.{groups[0]}", setting.tail()] if len(groups) > 1 else []
-    methods = _all_methods(setting) if columns else []
-    found = {m.label: [list(m.values(column).values()) for column in columns] for m in methods}
-    found = {label: both for label, both in found.items() if all(both)}
-    return found if len(found.keys() - {"teacher"}) > 1 else {}
+    points = {}
+    for method in setting.methods_with_teacher() if len(groups) > 1 else []:
+        head, tail = (list(method.values(column).values()) for column in (f"groups.{groups[0]}", setting.tail()))
+        if head and tail:
+            points[method.label] = head, tail
+    return points if len(points.keys() - {"teacher"}) > 1 else {}
 
 
 def _limits(points):
-    """Limits of both axes, with room for the deviations, within 0 to 100 but for a little."""
-    found = []
+    """Returns limits of both axes with room for the deviations, within 0 to 100 or a little more."""
+    limits = []
     for values in zip(*points):
-        middle, spread = [np.mean(v) for v in values], [np.std(v, ddof=1) if len(v) > 1 else 0.0 for v in values]
-        low, high = np.min(np.subtract(middle, spread)), np.max(np.add(middle, spread))
-        room = max(1.0, 0.12 * (high - low))
-        found.append((max(low - room, -2.0), min(high + room, 102.0)))
-    return found
+        means = np.array([np.mean(v) for v in values])
+        deviations = np.array([np.std(v, ddof=1) if len(v) > 1 else 0.0 for v in values])
+        low, high = np.min(means - deviations), np.max(means + deviations)
+        margin = max(1.0, 0.12 * (high - low))
+        limits.append((max(low - margin, -2.0), min(high + margin, 102.0)))
+    return limits
 
 
 @figures.styled
-def _scatter(title, points, found, limits, groups):
+def _scatter(title, points, styles, limits, groups):
     fig, ax = figures.panel(f"{title}: {groups[1]}, %" if title else f"{groups[1]}, %", height=270, left=44)
     ax.grid(axis="x")
-    told, drawn = {}, []
-    for label, both in points.items():
-        index, dashes = found[label]
-        (x, dx, n), (y, dy, _) = (tables.mean_std(values) for values in both)
-        shade = figures.colour(index)
-        ax.errorbar(x, y, dy, dx, figures.MARKS[dashes], color=shade, markersize=8, elinewidth=1.1, markeredgewidth=0)
-        drawn += [(x - (dx or 0), y, x + (dx or 0), y), (x, y - (dy or 0), x, y + (dy or 0))]
-        seeds = f"{n} run{'' if n == 1 else 's'}"
-        numbers = "".join(f"\n{group} {_told(values)}" for group, values in zip(groups, both))
-        told[label] = (x, y, f"{label}, {seeds}{numbers}")
+    texts, centres, boxes = [], {}, []
+    for label, values in points.items():
+        index, dashes = styles[label]
+        (x, dx, n), (y, dy, _) = map(mean_std, values)
+        mark = {"color": figures.colour(index), "markersize": 8, "elinewidth": 1.1, "markeredgewidth": 0}
+        ax.errorbar(x, y, dy, dx, figures.MARKS[dashes], **mark)
+        centres[label] = x, y
+        boxes += [(x - (dx or 0), y, x + (dx or 0), y), (x, y - (dy or 0), x, y + (dy or 0))]
+        numbers = [f"{group} {tables.mean_in_words(v)}" for group, v in zip(groups, values)]
+        texts.append("\n".join([f"{label}, {n} run{'' if n == 1 else 's'}", *numbers]))
     ax.set(xlim=limits[0], ylim=limits[1], xlabel=f"{groups[0]}, %")
-    _label_points(ax, {label: (x, y) for label, (x, y, _) in told.items()}, np.array(drawn))
-    described = f"Tail against head{f', {title}' if title else ''}: {', '.join(points)}"
-    return fig, described, figures.spots(ax, *zip(*told.values())), {label: found[label] for label in points}, True
+    _label_points(ax, centres, boxes)
+    name = f"Tail against head, {title}" if title else "Tail against head"
+    legend = figures.Legend({label: styles[label] for label in points}, marks=True)
+    hovers = figures.spots(ax, *zip(*centres.values()), texts)
+    return figures.save(fig, name, ", ".join(points), hovers=hovers, legend=legend)
 
 
-def _label_points(ax, points, drawn):
-    """Writes labels beside their marks where there is room beside what was drawn; the key has them all."""
-    at = {label: ax.transData.transform(point) for label, point in points.items()}
-    corners = ax.transData.transform(drawn.reshape(-1, 2)).reshape(-1, 4)
-    taken = [*(corners + (-2, -2, 2, 2)), *((x - 6, y - 6, x + 6, y + 6) for x, y in at.values())]
-    box = ax.get_window_extent()
-    for label, (x, y) in at.items():
-        width, height = 6.6 * len(label), 12
-        places = [(x + 9, y - 6), (x - 9 - width, y - 6), (x - width / 2, y + 8), (x - width / 2, y - 20),
-                  (x + 6, y + 5), (x + 6, y - 17), (x - 6 - width, y + 5), (x - 6 - width, y - 17)]  # fmt: skip
-        for left, bottom in places:
-            own = left, bottom, left + width, bottom + height
-            inside = left > box.x0 and own[2] < box.x1 + 10 and bottom > box.y0 and own[3] < box.y1
-            if inside and not any(_meet(own, other) for other in taken):
-                side, across = ("left", left) if left > x else ("right", own[2]) if own[2] < x else ("center", x)
-                ax.text(*ax.transData.inverted().transform((across, bottom + 2)), label, ha=side, va="baseline")
-                taken.append(own)
+def _label_points(ax, centres, boxes):
+    """Writes labels beside their marks where nothing else is drawn; the legend has them all."""
+    taken = [Bbox.from_extents(*corners).transformed(ax.transData).padded(2) for corners in boxes]
+    taken += [Bbox.from_extents(*point, *point).transformed(ax.transData).padded(6) for point in centres.values()]
+    (left, bottom), (right, top) = ax.bbox.get_points()
+    frame = Bbox.from_extents(left, bottom, right + 10, top)
+    for label, point in centres.items():
+        for x, y, align, valign in _LABEL_OFFSETS:
+            text = ax.annotate(label, point, (x, y), textcoords="offset points", ha=align, va=valign)
+            box = text.get_window_extent().padded(2)
+            is_inside = frame.contains(*box.min) and frame.contains(*box.max)
+            if is_inside and not box.count_overlaps(taken):
+                taken.append(box)
                 break
-
-
-def _meet(one, other):
-    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
+            text.remove()
 
 
 # Accuracy against imbalance.
@@ -142,54 +125,55 @@ def _meet(one, other):
 
 def _against_imbalance(settings):
     """Returns plots of accuracy against imbalance, where several settings differ in nothing else."""
-    found, families = _styles(settings), collections.defaultdict(dict)
+    styles = figures.styles(aggregate.all_methods(settings))
+    families = collections.defaultdict(dict)
     for setting in settings:
-        config = setting.runs[0]["config"].get("data") or {}
-        family = setting.data, setting.teacher, setting.student, setting.split, setting.epochs, config.get("n_max")
+        n_max = setting.runs[0]["config"]["data"]["n_max"]
+        family = setting.data, setting.teacher, setting.student, setting.split, setting.epochs, n_max
         families[family].setdefault(setting.imbalance, setting)
     parts = []
     for members in families.values():
         if len(members) > 1:
-            panels, labels = _imbalance_panels(list(members.values()), found)
-            name = html.escape(tables.common(list(members.values())))
-            parts.append(f'<h4>{name}</h4>{figures.key(labels, found)}<figure class="panels">{panels}</figure>')
-    note = '<p class="small">Means over student seeds; bars: standard deviation.</p>'
-    return f"<h3>Accuracy against imbalance</h3>{note}{''.join(parts)}" if parts else ""
+            members = list(members.values())
+            panels = _imbalance_panels(members, styles)
+            parts += [page.Heading(aggregate.common_title(members), 4), page.Panels(panels, _legend(panels, styles))]
+    note = page.Text("Means over student seeds; bars: standard deviation.")
+    return [page.Heading("Accuracy against imbalance"), note, *parts] if parts else []
 
 
-def _imbalance_panels(members, found):
-    drawn, labels = [], {}
-    for told, column_of in tables.ACROSS.items():
+def _imbalance_panels(members, styles):
+    panels = []
+    for name, column_of in tables.ACROSS.items():
         series = collections.defaultdict(dict)
         for setting in members:
-            for method in _all_methods(setting):
+            for method in setting.methods_with_teacher():
                 if values := list(method.values(column_of(setting)).values()):
                     series[method.label][setting.imbalance] = values
         if series:
-            drawn.append(_over_imbalance(told, series, found, tables.common(members)))
-            labels |= series
-    return "".join(drawn), [label for label in found if label in labels]
+            panels.append(over_imbalance(name, series, styles, aggregate.common_title(members)))
+    return panels
 
 
 @figures.styled
-def _over_imbalance(told, series, found, common):
-    fig, ax = figures.panel(f"accuracy on {told}, %", height=250)
+def over_imbalance(column_name, series, styles, common_title=""):
+    """Returns the accuracies {label: {imbalance: [values]}} drawn against the imbalance."""
+    fig, ax = figures.panel(f"accuracy on {column_name}, %", height=250)
     ax.set_xscale("log")
-    places = sorted({imbalance for values in series.values() for imbalance in values})
-    met = []
-    for label, values in series.items():
-        index, dashes = found[label]
-        x, measured = zip(*sorted(values.items()))
-        y, errors, _ = zip(*map(tables.mean_std, measured))
-        errors = [error or 0.0 for error in errors]
-        ax.errorbar(
-            x, y, errors, color=figures.colour(index), linestyle=dashes, elinewidth=1.1, marker="o", markersize=4
-        )
-        words = (f"{label}, imbalance {imbalance:g}\n{told} {_told(v)}" for imbalance, v in zip(x, measured))
-        met += zip(x, y, words)
-    ax.set(xlim=(places[0] / 1.25, places[-1] * 1.25), xlabel="imbalance (log scale)")
+    points = []
+    for label, by_imbalance in series.items():
+        index, dashes = styles[label]
+        imbalances = sorted(by_imbalance)
+        means, deviations, _ = zip(*(mean_std(by_imbalance[imbalance]) for imbalance in imbalances))
+        line = {"color": figures.colour(index), "linestyle": dashes, "elinewidth": 1.1, "marker": "o", "markersize": 4}
+        ax.errorbar(imbalances, means, [deviation or 0.0 for deviation in deviations], **line)
+        for imbalance, mean in zip(imbalances, means):
+            numbers = f"{column_name} {tables.mean_in_words(by_imbalance[imbalance])}"
+            points.append((imbalance, mean, f"{label}, imbalance {imbalance:g}\n{numbers}"))
+    ticks = sorted(set().union(*series.values()))
+    ax.set(xlim=(ticks[0] / 1.25, ticks[-1] * 1.25), xlabel="imbalance (log scale)")
     ax.set_ylim(bottom=min(0.0, ax.get_ylim()[0]))
-    ax.set_xticks(places, [f"{imbalance:g}" for imbalance in places])
+    ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     ax.minorticks_off()
-    described = f"Accuracy on {told} against imbalance{f', {common}' if common else ''}: {', '.join(series)}"
-    return fig, described, figures.spots(ax, *zip(*met)), {label: found[label] for label in series}
+    name = ", ".join(filter(None, (f"Accuracy on {column_name} against imbalance", common_title)))
+    legend = figures.Legend({label: styles[label] for label in series})
+    return figures.save(fig, name, ", ".join(series), hovers=figures.spots(ax, *zip(*points)), legend=legend)

@@ -1,26 +1,27 @@
-"""Figures of the report: arrays in, one inline SVG a panel out.
+"""Figures of reports: arrays in, a `Figure` for each panel out.
 
-Panels are small, so that a page can lay them side by side on a desk and under each other on a phone at the same
-size of letters. Matplotlib draws them with colours that stand for CSS variables (`STYLE_SHEET`), which are put in
-afterwards: the page's light and dark colours reach into the figures, and text stays text. What a place of a figure
-means, with its numbers, is told by the browser on hovering: an invisible area with a `<title>`, no script.
+Panels are small, so that a page can show them side by side on a desk and below each other on a phone with letters of
+the same size. Matplotlib draws them in colours that stand for CSS variables, which replace them afterwards: the page's
+light and dark colours reach into the figures, and text remains text. Invisible areas with a `<title>` make the browser
+show the numbers behind a place under the pointer, without a script.
 """
 
 import collections
-import functools
+import copy
+import dataclasses
 import hashlib
-import html
 import io
 import math
 import re
 import textwrap
+from xml.etree import ElementTree
 
-import matplotlib
+import matplotlib.figure
 import numpy as np
-from matplotlib.figure import Figure
+from markupsafe import Markup
 
-# Told apart by people with protanopia and deuteranopia too (CIELAB distance of any two at least 15), and at least
-# 3 : 1 against the page. Where a colour serves two methods, the dashes tell them apart.
+# Distinct for people with protanopia and deuteranopia too (CIELAB distance of any two at least 15), with a contrast of
+# at least 3 : 1 to the page. Methods of the same colour differ in their dashes.
 LIGHT = ("#8c8c8c", "#c68300", "#0b5f4a", "#743f9c", "#4499cb", "#6b4216", "#b8420f", "#2c57d0")
 DARK = ("#d0d0d0", "#f0cf4a", "#4fdf9a", "#a878b8", "#86c8f5", "#a9795c", "#ee7a3a", "#5f7df0")
 SOLID, DASHED, DOTTED, MIXED = "solid", (0, (4, 2)), (0, (1.2, 1.6)), (0, (5, 1.6, 1.2, 1.6))
@@ -31,10 +32,10 @@ STYLES = {
     "ltkd": (6, SOLID), "ltkd_bs": (3, SOLID), "bikd": (7, SOLID), "bikd over ltkd": (7, DASHED),
     "bikd over ltkd_bs": (7, MIXED),
 }  # fmt: skip
-MARKS = {SOLID: "o", DASHED: "s", DOTTED: "^", MIXED: "D"}  # where a method is a point, in place of its dashes
-MANY = 30  # classes, from which on single ones are hard to tell
-PANEL, DESK, PHONE = 300, 950, 350  # widths in CSS pixels
-INK, QUIET, GRID, FIRST = "#010101", "#020202", "#030303", 0x10
+MARKS = {SOLID: "o", DASHED: "s", DOTTED: "^", MIXED: "D"}  # of methods that are points
+MANY = 30  # classes, from which on curves are smoothed
+PANEL, DESK, PHONE = 300, 950, 343  # widths in CSS pixels
+INK, QUIET, GRID = "#010101", "#020202", "#030303"  # stand for the CSS variables of these names
 _RC = {
     "svg.fonttype": "none", "svg.hashsalt": "report", "text.parse_math": False, "font.size": 11, "axes.titlesize": 12.5,
     "axes.titlelocation": "left", "axes.edgecolor": QUIET, "axes.labelcolor": INK, "text.color": INK,
@@ -44,52 +45,27 @@ _RC = {
     "grid.linewidth": 0.8, "axes.axisbelow": True, "axes.linewidth": 0.8, "xtick.labelsize": 11, "ytick.labelsize": 11,
     "axes.labelsize": 11, "lines.linewidth": 1.8, "xtick.major.size": 3, "ytick.major.size": 0,
 }  # fmt: skip
+styled = matplotlib.rc_context(_RC)  # a decorator of functions that draw
 
-
-def _variables(colours, **others):
-    return others | {f"c{i}": colour for i, colour in enumerate(colours)}
-
-
-_LIGHT = _variables(LIGHT, ink="#1d1d1b", quiet="#63625e", grid="#e3e0d9", page="#fdfcfa")
-_DARK = _variables(DARK, ink="#e6e4df", quiet="#a3a19b", grid="#35363a", page="#17181a")
-STYLE_SHEET = """
-:root {{ color-scheme: light dark; {} }}
-@media (prefers-color-scheme: dark) {{ :root {{ {} }} }}
-""".format(*(" ".join(f"--{name}: {v};" for name, v in variables.items()) for variables in (_LIGHT, _DARK)))
+_NAMES = ("ink", "quiet", "grid", "page", *(f"c{i}" for i in range(len(LIGHT))))
+LIGHT_VARIABLES = dict(zip(_NAMES, ("#1d1d1b", "#63625e", "#e3e0d9", "#fdfcfa", *LIGHT)))
+DARK_VARIABLES = dict(zip(_NAMES, ("#e6e4df", "#a3a19b", "#35363a", "#17181a", *DARK)))
 
 
 def styles(methods):
-    """Returns {label: (colour index, dashes)}: the name decides the colour, dashes tell its rows apart."""
-    found, seen = {}, {}
+    """Returns {label: (colour index, dashes)}: the name sets the colour, and dashes distinguish methods of a name."""
+    styles_by_label, repeats = {}, collections.Counter()
     for method in methods:
         unknown = (sum(method.name.encode()) % len(LIGHT), MIXED)
-        colour, dashes = STYLES.get(method.name, unknown)
-        place = seen[method.name] = seen.get(method.name, -1) + 1
-        found[method.label] = (colour, DASHES[(DASHES.index(dashes) + place) % len(DASHES)])
-    return found | {"teacher": (None, DOTTED)}
+        index, dashes = STYLES.get(method.name, unknown)
+        styles_by_label[method.label] = index, DASHES[(DASHES.index(dashes) + repeats[method.name]) % len(DASHES)]
+        repeats[method.name] += 1
+    return styles_by_label | {"teacher": (None, DOTTED)}
 
 
 def colour(index):
-    """Returns the stand-in for a method's colour, which `svg` turns into a CSS variable; None is the ink."""
-    return INK if index is None else f"#0100{FIRST + index:02x}"
-
-
-def key(labels, found, *, marks=False):
-    """Returns the key to a figure's lines, or to its marks, as HTML."""
-    box = 'viewBox="9 -1 12 12" style="width: 12px"' if marks else 'viewBox="0 0 30 10"'
-    samples = [f'<svg {box} aria-hidden="true">{_sample(found[label], marks)}</svg>' for label in labels]
-    entries = "".join(f"<span>{sample}{html.escape(label)}</span>" for sample, label in zip(samples, labels))
-    return f'<p class="key">{entries}</p>'
-
-
-def _sample(style, marks):
-    """Draws a method's line, or its mark, in a box of 30 by 10."""
-    index, dashes = style
-    if marks:
-        shape = {"o": "M10 5a5 5 0 1 0 10 0a5 5 0 1 0-10 0z", "s": "M10.5.5h9v9h-9z", "^": "M15 0l5.5 10h-11z"}
-        return f'<path d="{shape.get(MARKS[dashes], "M15-.5l5.5 5.5l-5.5 5.5l-5.5-5.5z")}" style="fill: {css(index)}"/>'
-    dashed = "" if dashes == SOLID else f' stroke-dasharray="{" ".join(f"{2 * d:g}" for d in dashes[1])}"'
-    return f'<path d="M0 5h30" stroke-width="3"{dashed} style="stroke: {css(index)}"/>'
+    """Returns the colour that stands for a method's CSS variable in Matplotlib; None is the ink."""
+    return INK if index is None else f"#0100{0x10 + index:02x}"
 
 
 def css(index):
@@ -97,21 +73,165 @@ def css(index):
     return "var(--ink)" if index is None else f"var(--c{index})"
 
 
-# The one way from a figure to SVG.
+def symbol(text, index):
+    """Returns a symbol in a method's colour, for a paragraph."""
+    return Markup('<span style="color: {}">{}</span>').format(css(index), text)
 
 
-def figure(width=PANEL, height=190, *, left=34, right=12):
-    """Returns an empty figure, in CSS pixels; the margins are fixed, so that panels align."""
-    fig = Figure(figsize=(width / 72, height / 72), dpi=72)
+_STAND_INS = {INK: "ink", QUIET: "quiet", GRID: "grid"} | {colour(i): f"c{i}" for i in range(len(LIGHT))}
+
+
+# Figures as objects.
+
+
+@dataclasses.dataclass(frozen=True)
+class Legend:
+    """The labels of a figure's lines (or marks) with their styles, {label: (colour index, dashes)}.
+
+    On a page several figures share a legend, which stands above them; one that is not shared stands `below` its figure.
+    """
+
+    styles: dict
+    marks: bool = False
+    below: bool = False
+
+    def samples(self):
+        """Returns (label, attributes of an SVG path in a box of 30 by 10) pairs."""
+        draw = _mark_sample if self.marks else _line_sample
+        return [(label, draw(*style)) for label, style in self.styles.items()]
+
+
+def _mark_sample(index, dashes):
+    shapes = {"o": "M10 5a5 5 0 1 0 10 0a5 5 0 1 0-10 0z", "s": "M10.5.5h9v9h-9z", "^": "M15 0l5.5 10h-11z",
+              "D": "M15-.5l5.5 5.5l-5.5 5.5l-5.5-5.5z"}  # fmt: skip
+    return {"d": shapes[MARKS[dashes]], "style": f"fill: {css(index)}"}
+
+
+def _line_sample(index, dashes):
+    line = {"d": "M0 5h30", "stroke-width": "3", "style": f"stroke: {css(index)}"}
+    return line if dashes == SOLID else line | {"stroke-dasharray": " ".join(f"{2 * length:g}" for length in dashes[1])}
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """An SVG element with a name, a description for those who cannot see it, and a legend where it needs one."""
+
+    name: str
+    description: str
+    element: ElementTree.Element
+    legend: Legend | None = None
+
+    def __html__(self):
+        """Returns the element for a page, which shows the legend beside it."""
+        return ElementTree.tostring(self.element, encoding="unicode")
+
+    def file(self):
+        """Returns the text of an SVG file: in the light colours, with a size, fonts and the legend."""
+        root = copy.deepcopy(self.element)
+        width, height = map(float, root.get("viewBox").split()[2:])
+        if self.legend:
+            width, height = _append_legend(root, self.legend, width, height)
+        size = {"width": f"{width:g}", "height": f"{height:g}", "viewBox": f"0 0 {width:g} {height:g}"}
+        root.attrib |= size | {"font-family": "Helvetica, Arial, Liberation Sans, DejaVu Sans, sans-serif"}
+        text = ElementTree.tostring(root, encoding="unicode")
+        for name, value in LIGHT_VARIABLES.items():
+            text = text.replace(f"var(--{name})", value)
+        return f'<?xml version="1.0" encoding="UTF-8"?>\n{text}'
+
+
+def _append_legend(root, legend, width, height):
+    """Appends a legend below a figure; returns the new size."""
+    group = ElementTree.SubElement(root, "g", {"class": "key", "font-size": "11"})
+    left, baseline, right = 8, height + 14, width
+    for label, attributes in legend.samples():
+        length = 54 + 6.4 * len(label)
+        if left > 8 and left + length > width:
+            left, baseline = 8, baseline + 18
+        sample = ElementTree.SubElement(group, "g", transform=f"translate({left:g} {baseline - 5:g})")
+        ElementTree.SubElement(sample, "path", attributes)
+        place = {"x": f"{left + 38:g}", "y": f"{baseline + 4:g}"}
+        ElementTree.SubElement(group, "text", place, style="fill: var(--ink)").text = _printable(label)
+        left += length
+        right = max(right, left)
+    return right, baseline + 14
+
+
+def save(fig, name, description, *, hovers=(), legend=None):
+    """Returns a Matplotlib figure as a `Figure`.
+
+    Args:
+      fig: a figure of `canvas`.
+      name: its name, also of its file.
+      description: for those who cannot see it.
+      hovers: what `areas`, `spots` and `dots` returned.
+      legend: of its lines or marks.
+    """
+    buffer = io.StringIO()
+    fig.savefig(buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    text = _printable(buffer.getvalue())
+    root = ElementTree.fromstring(text)
+    root.remove(root.find(f"{_SVG}defs"))  # a style sheet, which would reach the whole page
+    # Ids must be unique on a page: figures with the same prefix are the same figure.
+    prefix = f"f{hashlib.md5(text.encode()).hexdigest()[:8]}"
+    for element in root.iter():
+        _adapt(element, prefix)
+    root.attrib = {
+        "xmlns": "http://www.w3.org/2000/svg", "xmlns:xlink": "http://www.w3.org/1999/xlink",
+        "role": "img", "aria-label": _printable(f"{name}: {description}"), "viewBox": root.get("viewBox"),
+    }  # fmt: skip
+    if hovers:
+        group = ElementTree.SubElement(root, "g", {"class": "hovers", "fill": "none", "pointer-events": "all"})
+        group.extend(hovers)
+    return Figure(name, description, root, legend)
+
+
+_SVG, _XLINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"
+
+
+def _printable(text):
+    """Returns a text with "?" for control characters, which XML does not allow."""
+    return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f]", "?", text)
+
+
+def _adapt(element, prefix):
+    """Makes one of Matplotlib's elements fit a page: no namespaces, unique ids, short numbers and CSS variables."""
+    element.tag = element.tag.removeprefix(_SVG)
+    element.tail = None
+    if element.tag == "g":
+        element.attrib.pop("id", None)  # a number, which nothing refers to
+    if not (element.text or "").strip():
+        element.text = None
+    for key, value in list(element.attrib.items()):
+        del element.attrib[key]
+        if key == "id":
+            value = prefix + value
+        elif key == f"{_XLINK}href":
+            value = value.replace("#", f"#{prefix}")
+        else:
+            value = value.replace("url(#", f"url(#{prefix}")
+            value = re.sub(r"-?\d+\.\d{2,}", lambda number: f"{float(number[0]):.1f}".removesuffix(".0"), value)
+        if key == "style":
+            value = "; ".join(part for part in value.split("; ") if not part.startswith("font-family"))
+            for stand_in, name in _STAND_INS.items():
+                value = value.replace(stand_in, f"var(--{name})")
+        element.set(key.replace(_XLINK, "xlink:"), " ".join(value.split()))
+
+
+# Empty figures, and what a pointer shows.
+
+
+def canvas(width=PANEL, height=190, *, left=34, right=12):
+    """Returns an empty Matplotlib figure, in CSS pixels; the margins are fixed, so that panels align."""
+    fig = matplotlib.figure.Figure(figsize=(width / 72, height / 72), dpi=72)
     fig.subplots_adjust(left / width, 40 / height, 1 - right / width, 1 - 25 / height, hspace=0.3)
     return fig
 
 
 def panel(title, *, height=190, left=34, right=12):
-    """Returns the figure and the axes of a panel, which grows by what a long title needs."""
+    """Returns the figure and the axes of a panel, which is higher where the title takes several lines."""
     lines = textwrap.wrap(title, int((PANEL - left) / 7.4))
     more = 15 * max(0, len(lines) - 1)
-    fig = figure(height=height + more, left=left, right=right)
+    fig = canvas(height=height + more, left=left, right=right)
     fig.subplots_adjust(top=1 - (25 + more) / (height + more))
     ax = fig.subplots()
     ax.set_title("\n".join(lines))
@@ -119,115 +239,45 @@ def panel(title, *, height=190, left=34, right=12):
 
 
 def areas(ax, xs, ys, texts):
-    """Returns rectangles of a figure, each of which tells its text where a pointer rests on it.
+    """Returns rectangles that show their texts under a pointer.
 
-    `xs` and `ys` are pairs of coordinates, or None for the axes' whole extent; the limits of the axes must be final.
+    `xs` and `ys` are pairs of coordinates, or None for the whole axis; the limits of the axes must be final.
     """
     xs, ys = (np.broadcast_to(v, (len(texts), 2)) for v in (xs or ax.get_xlim(), ys or ax.get_ylim()))
-    corners = np.sort([_place(ax, xs[:, i], ys[:, i]) for i in range(2)], axis=0).transpose(1, 0, 2)
-    paths = (f'd="M{x:.1f} {y:.1f}H{right:.1f}V{bottom:.1f}H{x:.1f}z"' for (x, y), (right, bottom) in corners)
-    return [f"<path {path}><title>{html.escape(text)}</title></path>" for path, text in zip(paths, texts)]
+    upper_left, lower_right = np.sort([_to_pixels(ax, xs[:, i], ys[:, i]) for i in range(2)], axis=0)
+    rectangles = []
+    for (left, top), (right, bottom), text in zip(upper_left, lower_right, texts):
+        path = f"M{left:.1f} {top:.1f}H{right:.1f}V{bottom:.1f}H{left:.1f}z"
+        rectangles.append(_titled("path", text, d=path))
+    return rectangles
 
 
 def spots(ax, xs, ys, texts, radius=9):
-    """Returns discs about points, each of which tells its text where a pointer rests on it."""
-    discs = (f'cx="{x:.1f}" cy="{y:.1f}" r="{radius}"' for x, y in _place(ax, xs, ys))
-    return [f"<circle {disc}><title>{html.escape(text)}</title></circle>" for disc, text in zip(discs, texts)]
+    """Returns discs about points, which show their texts under a pointer."""
+    points = zip(_to_pixels(ax, xs, ys), texts)
+    return [_titled("circle", text, cx=f"{x:.1f}", cy=f"{y:.1f}", r=f"{radius}") for (x, y), text in points]
 
 
 def dots(ax, xs, ys, texts, index):
-    """Returns small dots in a method's colour which tell their texts; they can be met a little beside them too."""
-    discs = "".join(spots(ax, xs, ys, texts, radius=1.8))
-    look = f'style="fill: {css(index)}; fill-opacity: 0.6" stroke="#000" stroke-opacity="0" stroke-width="5"'
-    return [f'<g class="dots" {look}>{discs}</g>']
+    """Returns visible dots in a method's colour, which show their texts under a pointer, also a little beside them."""
+    style = f"fill: {css(index)}; fill-opacity: 0.6"
+    group = ElementTree.Element("g", {"class": "dots", "style": style})
+    group.attrib |= {"stroke": "#000", "stroke-opacity": "0", "stroke-width": "5"}
+    group.extend(spots(ax, xs, ys, texts, radius=1.8))
+    return [group]
 
 
-def _place(ax, xs, ys):
-    """Where points of the data are in the SVG, in CSS pixels from the upper left."""
-    ax.get_xlim(), ax.get_ylim()  # what Matplotlib has put off
+def _titled(tag, text, **attributes):
+    element = ElementTree.Element(tag, attributes)
+    ElementTree.SubElement(element, "title").text = _printable(text)
+    return element
+
+
+def _to_pixels(ax, xs, ys):
+    """Returns where points of the data are in the SVG, in CSS pixels from the upper left."""
+    ax.get_xlim(), ax.get_ylim()  # compute what Matplotlib has put off
     x, y = ax.transData.transform(np.stack([xs, ys], axis=-1)).T
     return np.stack([x, ax.figure.bbox.height - y], axis=-1)
-
-
-def svg(fig, described, hovers=(), shown=None, marks=False):
-    """Writes a figure as an SVG element for an HTML page.
-
-    Args:
-      fig: a figure of `figure`.
-      described: for those who do not see it; what stands before its first colon names the figure's file.
-      hovers: what `areas`, `spots` and `dots` returned.
-      shown: {label: style} of its lines, for the key in its file; on the page a key may serve several figures.
-      marks: whether these are marks rather than lines.
-    """
-    buffer = io.StringIO()
-    fig.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    text = buffer.getvalue()
-    # Ids are unique on a page: two figures with the same prefix are the same figure.
-    prefix = f"f{hashlib.md5(text.encode()).hexdigest()[:8]}"
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.S)
-    text = re.sub(r">\s+<", "><", re.sub(r"<[^>]*>", lambda tag: _lean(tag[0], prefix), text)).strip()
-    opening = f'<svg role="img" aria-label="{html.escape(described)}"'
-    text = re.sub(r'<svg( xmlns:xlink="[^"]*") width="[^"]*" height="[^"]*"', lambda m: opening + m[1], text, count=1)
-    added = f'<g class="hovers" fill="none" pointer-events="all">{"".join(hovers)}</g>' if hovers else ""
-    return text.removesuffix("</svg>") + added + (_file_key(fig, shown, marks) if shown else "") + "</svg>"
-
-
-def _file_key(fig, shown, marks):
-    """The key in a figure's file, below the figure; `on_page` takes it away."""
-    width, height = fig.get_size_inches() * 72
-    x, y, right, parts = 8, height + 14, width, []
-    for label, style in shown.items():
-        length = 54 + 6.4 * len(label)
-        if x > 8 and x + length > width:
-            x, y = 8, y + 18
-        text = f'<text x="{x + 38}" y="{y + 4:g}" style="fill: var(--ink)">{html.escape(label)}</text>'
-        parts.append(f'<g transform="translate({x:g} {y - 5:g})">{_sample(style, marks)}</g>{text}')
-        x += length
-        right = max(right, x)
-    return f'<g class="key" data-right="{right:g}" data-bottom="{y + 14:g}" font-size="11">{"".join(parts)}</g>'
-
-
-FIGURE = re.compile(r'<svg role="img" aria-label="([^"]*)".*?</svg>', re.S)
-_FILE_KEY = re.compile(r'<g class="key" data-right="([\d.]+)" data-bottom="([\d.]+)".*(?=</svg>)', re.S)
-
-
-def on_page(figure):
-    """Returns a figure's SVG element as a page shows it, which has the key elsewhere."""
-    return _FILE_KEY.sub("", figure)
-
-
-def in_file(figure):
-    """Returns a figure's SVG element as a file of its own: in the light colours, with a size, fonts and its key."""
-    found = _FILE_KEY.search(figure)
-    width, height = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', figure).groups()
-    width, height = found.groups() if found else (width, height)
-    size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
-    fonts = "Helvetica, Arial, Liberation Sans, DejaVu Sans, sans-serif"
-    figure = re.sub(r'viewBox="[^"]*"', f'{size} font-family="{fonts}"', figure, count=1)
-    figure = re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f]", "?", figure)  # XML has no place for them
-    return '<?xml version="1.0" encoding="UTF-8"?>\n' + re.sub(r"var\(--(\w+)\)", lambda m: _LIGHT[m[1]], figure)
-
-
-def _lean(tag, prefix):
-    """Shortens a tag, puts the CSS variables in, makes its ids unique; text between tags is left alone."""
-    tag = re.sub(r' id="[A-Za-z0-9.]+_\d+"| transform="rotate\(-?0 [^)]*\)"|font-family: [^;"]*;? ?', "", tag)
-    tag = re.sub(r'( id="|xlink:href="#|clip-path="url\(#)', rf"\g<1>{prefix}", tag)
-    tag = re.sub(r"-?\d+\.\d{2,}", lambda found: f"{float(found[0]):.1f}".removesuffix(".0"), tag)
-    names = {INK: "ink", QUIET: "quiet", GRID: "grid"} | {colour(i): f"c{i}" for i in range(len(LIGHT))}
-    tag = re.sub(r"(?<=: )#0[0-9a-f]{5}\b", lambda found: f"var(--{names[found[0]]})", tag)
-    return re.sub(r"\s+", " ", tag).replace(' "', '"')
-
-
-def styled(draw):
-    """Turns a function that returns what `svg` takes into one that returns SVG in the report's style."""
-
-    @functools.wraps(draw)
-    def drawn(*args, **kwargs):
-        with matplotlib.rc_context(_RC):
-            return svg(*draw(*args, **kwargs))
-
-    return drawn
 
 
 # Figures that several pages show.
@@ -235,101 +285,92 @@ def styled(draw):
 
 @styled
 def group_mass(title, mass, fair, training):
-    """Draws the mass per group as bars, the true shares as ticks, those of the training images as diamonds."""
-    longest = max(len(name) for name in mass)
+    """Returns bars of the mass of each group, with ticks for the true shares and diamonds for the training images."""
+    longest = max(map(len, mass))
     fig, ax = panel(title, height=64 + 36 * len(mass), left=min(110, 14 + 7 * longest), right=40)
     names, rows = list(mass), range(len(mass))
-    ax.barh(rows, [mass[name] for name in names], height=0.56, color=QUIET, alpha=0.45)
-    hollow = {"markersize": 7, "markeredgecolor": colour(7), "markerfacecolor": "none", "markeredgewidth": 1.8}
+    ax.barh(rows, mass.values(), height=0.56, color=QUIET, alpha=0.45)
     if training != fair:
+        hollow = {"markersize": 7, "markeredgecolor": colour(7), "markerfacecolor": "none", "markeredgewidth": 1.8}
         ax.plot([training[name] for name in names], rows, "D", clip_on=False, **hollow)
-    fair_at = [fair[name] for name in names]
-    ax.plot(fair_at, rows, "|", color=colour(6), markersize=19, markeredgewidth=2.4, clip_on=False)
+    ticks = {"color": colour(6), "markersize": 19, "markeredgewidth": 2.4, "clip_on": False}
+    ax.plot([fair[name] for name in names], rows, "|", **ticks)
+    texts = []
     for row, name in enumerate(names):
         ax.text(1.17, row, f"{mass[name]:.2f}", ha="right", va="center")
+        shares = f"true share {fair[name]:.3f}, of the training images {training[name]:.3f}"
+        texts.append(f"{name}: mass {mass[name]:.3f}, {shares}")
     ax.set(xlim=(0, 1), ylim=(len(names) - 0.4, -0.6), yticks=rows, yticklabels=names)
-    ticks = (0, 0.25, 0.5, 0.75, 1)
-    ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    quarters = (0, 0.25, 0.5, 0.75, 1)
+    ax.set_xticks(quarters, [f"{quarter:g}" for quarter in quarters])
     ax.grid(axis="x")
     ax.grid(visible=False, axis="y")
-    told = [
-        f"{n}: mass {mass[n]:.3f}, true share {fair[n]:.3f}, of the training images {training[n]:.3f}" for n in names
-    ]
-    hovers = areas(ax, None, [(row - 0.4, row + 0.4) for row in rows], told)
-    return fig, f"Mass by group, {title}: " + ", ".join(f"{name} {mass[name]:.2f}" for name in names), hovers
+    hovers = areas(ax, None, [(row - 0.4, row + 0.4) for row in rows], texts)
+    described = ", ".join(f"{name} {mass[name]:.2f}" for name in names)
+    return save(fig, f"Mass by group, {title}", described, hovers=hovers)
 
 
 @styled
-def lines(title, series, found, *, log=False):
-    """Draws {label: (x, y)} over the epochs."""
+def lines(title, series, method_styles, *, log=False, legend_below=False):
+    """Returns {label: (x, y)} drawn over the epochs."""
     fig, ax = panel(title)
     for label, (x, y) in series.items():
-        index, dashes = found[label]
-        thin = max(1, len(x) // 120)
+        index, dashes = method_styles[label]
+        step = max(1, len(x) // 120)
         marker = {"marker": "o", "markersize": 4} if len(x) < 3 else {}
-        ax.plot(x[::thin], y[::thin], color=colour(index), linestyle=dashes, linewidth=1.6, **marker)
+        ax.plot(x[::step], y[::step], color=colour(index), linestyle=dashes, linewidth=1.6, **marker)
     ax.set_xlabel("epoch")
-    if log and all(np.min(y) > 0 for _, y in series.values()):
+    lowest = min(float(np.min(y)) for _, y in series.values())
+    if log and lowest > 0:
         ax.set_yscale("log")
         plain_log(ax)
     else:
-        ax.set_ylim(bottom=min(0.0, *(float(np.min(y)) for _, y in series.values())))
-    return fig, f"{title} over the epochs: {', '.join(series)}", (), {label: found[label] for label in series}
+        ax.set_ylim(bottom=min(0.0, lowest))
+    legend = Legend({label: method_styles[label] for label in series}, below=legend_below)
+    return save(fig, f"{title} over the epochs", ", ".join(series), legend=legend)
 
 
 def mark_groups(ax, assignment, names):
-    """Draws the borders of the groups, and their names above; the classes are sorted by count."""
-    starts = [int(np.argmax(assignment == g)) for g in range(len(names))] if len(names) else []
-    for g, start in enumerate(starts):
-        if start:
-            ax.axvline(start - 0.5, color=QUIET, linewidth=0.8, linestyle=DOTTED)
-        middle = (start + np.flatnonzero(assignment == g)[-1]) / 2
+    """Draws the borders and the names of the groups; the classes must be sorted by group."""
+    for g, name in enumerate(names):
+        members = np.flatnonzero(assignment == g)
+        if g and members[0]:
+            ax.axvline(members[0] - 0.5, color=QUIET, linewidth=0.8, linestyle=DOTTED)
         if len(names) <= 6:
-            above = ax.get_xaxis_transform()
-            ax.text(middle, 1.0, names[g], transform=above, ha="center", va="top", fontsize=11, color=QUIET)
+            middle = (members[0] + members[-1]) / 2
+            place = {"transform": ax.get_xaxis_transform(), "ha": "center", "va": "top"}
+            ax.text(middle, 1.0, name, fontsize=11, color=QUIET, **place)
 
 
 def plain_log(ax):
     """Labels a logarithmic axis with plain numbers; Matplotlib's own labels are formulas."""
     low, high = ax.get_ylim()
-    steps = (1,) if high / low > 100 else (1, 2, 5)
-    ticks = [s * 10.0**e for e in range(-8, 9) for s in steps if low <= s * 10.0**e <= high]
+    factors = (1,) if high / low > 100 else (1, 2, 5)
+    ticks = [factor * 10.0**power for power in range(-8, 9) for factor in factors]
+    ticks = [tick for tick in ticks if low <= tick <= high]
     ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     ax.minorticks_off()
 
 
-def heat_map(label, matrix, names):
-    """Writes a matrix in percent as a table whose cells are the darker, the larger they are."""
-    head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in names)
-    rows = []
-    for name, row in zip(names, matrix):
-        shade = [f"background: color-mix(in srgb, var(--c7) {0.62 * v:.0f}%, transparent)" for v in row]
-        told = [f"{label}: {v:.1f} % of {name} taken for {other}" for other, v in zip(names, row)]
-        cells = "".join(
-            f'<td style="{style}" title="{html.escape(words)}">{v:.1f}</td>'
-            for style, words, v in zip(shade, told, row)
-        )
-        rows.append(f'<tr><th scope="row">{html.escape(name)}</th>{cells}</tr>')
-    caption = f"<figcaption>{html.escape(label)}</figcaption>"
-    body = f"<table><thead><tr><td></td>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
-    return f'<figure class="scroll">{caption}{body}</figure>'
+# Logged numbers.
 
 
-# What was logged.
+def curves(methods, pick):
+    """Returns {label: (epochs, means over the runs)} of a logged number, of the methods that logged it.
 
-
-def curve(method, pick):
-    """Averages a logged number over a method's runs: (epochs, values), empty where it was not logged."""
-    by_epoch = collections.defaultdict(list)
-    for run in method.runs.values():
-        for entry in run.get("metrics") or []:
-            found = pick(entry)
-            if isinstance(found, (int, float)) and math.isfinite(found) and "epoch" in entry:
-                by_epoch[entry["epoch"]].append(found)
-    epochs = sorted(by_epoch)
-    return np.array(epochs, float), np.array([np.mean(by_epoch[epoch]) for epoch in epochs])
-
-
-def logged(curves):
-    """Leaves out what was not logged."""
-    return {label: curve for label, curve in curves.items() if len(curve[0])}
+    Args:
+      methods: {label: method}.
+      pick: a function that returns the number of a label and a record, or None.
+    """
+    series = {}
+    for label, method in methods.items():
+        by_epoch = collections.defaultdict(list)
+        for run in method.runs.values():
+            for record in run.get("metrics") or []:
+                number = pick(label, record)
+                if isinstance(number, (int, float)) and math.isfinite(number) and "epoch" in record:
+                    by_epoch[record["epoch"]].append(number)
+        if by_epoch:
+            epochs = sorted(by_epoch)
+            series[label] = np.array(epochs, float), np.array([np.mean(by_epoch[epoch]) for epoch in epochs])
+    return series

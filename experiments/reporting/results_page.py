@@ -1,64 +1,66 @@
-"""The results page of the repository: published numbers beside ours, the search, and all else that was run."""
+"""The results page of the repository, results/README.md: published numbers beside ours, the search, the ablation."""
 
 import pathlib
 import re
 
-from experiments import report
-from experiments.reporting import tables, writers
+from experiments.config.trees import flatten
+from experiments.reporting import aggregate, load, report_page, tables
+from experiments.reporting.statistics import mean_std
+from experiments.reporting.writers import Cell, Table, as_markdown, escape_markdown
 
 PUBLISHED = pathlib.Path(__file__).with_name("published.json")
-NOT_RUN = writers.Cell("not run yet", quiet=True)
+_NOT_RUN = Cell("not run yet", quiet=True)
+_GROUPS = ("head", "medium", "tail")
+
+
+def write_results(folder, planned=()):
+    """Writes README.md into a folder of result files and returns its path."""
+    path = pathlib.Path(folder) / "README.md"
+    path.write_text(render_results(load.find([folder]), load.read_json(PUBLISHED), planned), encoding="utf-8")
+    return path
 
 
 def render_results(runs, published, planned=()):
-    """Renders results/README.md: published numbers beside ours, the search, and all else that was run."""
-    tabled = _of("table", planned)
-    settings = tables.gather(_of("table", runs))
-    wanted = {_cell(entry)[:4]: None for entry in published["settings"]}
-    wanted |= {_cell(entry)[:4]: None for entry in tabled}
-    wanted |= {_cell(vars(setting))[:4]: None for setting in settings}
+    """Returns the page as Markdown.
+
+    Args:
+      runs: of `load.find`.
+      published: the content of published.json.
+      planned: runs that a queue holds, as dictionaries with the keys data, imbalance, teacher, student, method, epochs,
+        set and group.
+    """
+    settings = aggregate.gather(_of_kind("table", runs))
+    planned_rows = _of_kind("table", planned)
+    entries = [*published["settings"], *planned_rows, *map(vars, settings)]
     parts = [_preamble(published)]
-    for pair in wanted:
-        ours = [setting for setting in settings if _cell(vars(setting))[:4] == pair]
-        theirs = next((entry for entry in published["settings"] if _cell(entry)[:4] == pair), {})
-        here = [entry for entry in tabled if _cell(entry)[:4] == pair]
-        names = {e["epochs"]: {other["method"] for other in here if other["epochs"] == e["epochs"]} for e in here}
-        parts += _pair_section(pair, ours, theirs, names)
-    parts += _search_section(_of("search", runs), _of("search", planned))
-    parts += _ablation_section(_of("ablation", runs), _of("ablation", planned))
+    for key in dict.fromkeys(map(_key, entries)):
+        reference = next((entry for entry in published["settings"] if _key(entry) == key), {})
+        run_settings = [setting for setting in settings if _key(vars(setting)) == key]
+        parts += _section(key, run_settings, reference, [entry for entry in planned_rows if _key(entry) == key])
+    parts += _search(_of_kind("search", runs), _of_kind("search", planned))
+    parts += _ablation(_of_kind("ablation", runs), _of_kind("ablation", planned))
     parts += _bias(settings, published["group_mass"])
-    parts += _anchors(published)
+    parts += _orientation(published["anchors"])
     return "\n\n".join(parts) + "\n"
 
 
-def _of(kind, entries):
-    """Runs, done or planned, whose group begins with "search" or "ablation"; all others make the tables."""
-
-    def kind_of(entry):
-        group = entry.get("group") or ""
-        return next((known for known in ("search", "ablation") if group.startswith(known)), "table")
-
-    return [entry for entry in entries if kind_of(entry) == kind]
+def _of_kind(kind, entries):
+    """Returns the runs, done or planned, whose group begins with "search" or "ablation"; all others are "table"."""
+    return [entry for entry in entries if _kind(entry.get("group") or "") == kind]
 
 
-def _cell(entry):
-    """The (data set, imbalance, teacher, student, method) that a number belongs to, published, planned or run."""
+def _kind(group):
+    return next((kind for kind in ("search", "ablation") if group.startswith(kind)), "table")
+
+
+def _key(entry):
+    """Returns the (data set, imbalance, teacher, student) of a number, be it published, planned or measured."""
     name = re.sub("[^a-z0-9]", "", str(entry["data"]).lower())
-    return name, float(entry["imbalance"]), entry["teacher"], entry["student"], entry.get("method")
+    return name, float(entry["imbalance"]), entry["teacher"], entry["student"]
 
 
-def planned_cells(path):
-    """Returns what a queue file plans, as dictionaries with the keys of a cell, `set` and `group`."""
-    from experiments.jobs import queue_entry
-
-    found = []
-    for entry in queue_entry.read_queue(path):
-        config = queue_entry.resolve(entry)
-        cell = {"data": config.data.name, "imbalance": config.data.imbalance}
-        cell |= {"teacher": config.teacher.model, "student": config.student.model}
-        cell |= {"method": tables.method_name(config.to_dict()), "epochs": config.train.epochs}
-        found.append(cell | {"set": entry.set, "group": entry.group})
-    return found
+def _title(data, imbalance, teacher, student):
+    return f"{data}, imbalance {imbalance:g}, {f'{teacher} → ' if teacher else ''}{student}"
 
 
 def _preamble(published):
@@ -77,189 +79,189 @@ seeds. {tables.COLUMNS}
 {marks}"""
 
 
-def _pair_section(pair, ours, theirs, planned):
-    """One section: a table for each setting that was run, and one for each length of training that is only planned."""
-    data, imbalance, teacher, student = pair
-    data = ours[0].data if ours else theirs.get("data", data)
-    title = f"## {data}, imbalance {imbalance:g}, {f'{teacher} → ' if teacher else ''}{student}"
-    parts = [writers.escape_markdown(title)]
-    parts += [f"Published: {theirs['paper']}. {theirs.get('note', '')}".rstrip()] if theirs else []
-    ours = sorted(ours, key=lambda setting: (-setting.epochs, setting.split, setting.images))
-    shown = [(setting.epochs, setting) for setting in ours]
-    shown += [(epochs, None) for epochs in planned if epochs not in {setting.epochs for setting in ours}]
-    shown = sorted(shown, key=lambda pair: -pair[0]) or [(0, None)]
-    # What was published stands in the table of the longest training, the one nearest to the papers'.
-    missing = {epochs: set(names) for epochs, names in planned.items()}
-    missing.setdefault(shown[0][0], set()).update(theirs.get("methods", {}))
+# A data set, an imbalance and a pair of models.
+
+
+def _section(key, settings, reference, planned):
+    """Returns a table for each setting that was run, and one for each length of training that is only planned."""
+    published = reference.get("methods", {})
+    data = settings[0].data if settings else reference.get("data", key[0])
+    parts = [f"## {escape_markdown(_title(data, *key[1:]))}"]
+    parts += [f"Published: {reference['paper']}. {reference.get('note', '')}".rstrip()] if reference else []
+    missing = {}
+    for entry in planned:
+        missing.setdefault(entry["epochs"], set()).add(entry["method"])
+    shown = [(setting.epochs, setting) for setting in settings]
+    shown += [(epochs, None) for epochs in missing if epochs not in dict(shown)]
+    shown = sorted(shown, key=_longest_first) or [(0, None)]
+    # Published numbers stand in the table of the longest training, which is nearest to that of the papers.
+    missing.setdefault(shown[0][0], set()).update(published)
     for i, (epochs, setting) in enumerate(shown):
-        published = theirs.get("methods", {}) if i == 0 else {}
+        references = published if i == 0 else {}
+        names = missing.pop(epochs, set())
         parts += [f"{epochs:g} epochs:"] if setting is None and len(shown) > 1 else []
-        parts.append(writers.as_markdown(_side_by_side(setting, published, missing.pop(epochs, set()))))
-        parts += [*_distances(setting, published), *_below_table(setting)] if setting else []
+        parts.append(as_markdown(_table(setting, references, names)))
+        parts += [*_distances(setting, references), *_below_table(setting)] if setting else []
     return parts
 
 
-def _distances(setting, published):
-    """How far each method is from what was published of it: the mean over seeds less the published number."""
-    found = []
-    for method in setting.methods:
-        theirs = published.get(method.name, {})
-        told = [
-            f"{name} {method.mean(column) - theirs[name][0]:+.2f}".replace("-", "−")
-            for name, column in (("all", "all"), ("tail", "groups.tail"))
-            if theirs.get(name) and method.values(column)
-        ]
-        found += [f"{method.label}: {', '.join(told)}"] if told else []
-    return [f"Ours less the published, in points: {'; '.join(found)}."] if found else []
+def _longest_first(entry):
+    epochs, setting = entry
+    return -epochs, (setting.split, setting.images) if setting else ()
 
 
-def _side_by_side(setting, theirs, missing):
-    ours = tables.columns(setting) if setting else [(name, "") for name in ("all", "head", "medium", "tail")]
-    paper = ("all", "tail") if any(theirs.values()) else ()
-    header = ["method", *(f"published {column}" for column in paper), *(title for title, _ in ours), "n"]
-    clear = setting.clear_best if setting else None
-    best = {column: clear(column, lower_is_better=column == "ece") for _, column in ours} if setting else {}
-    rows = {}
-    for method in [*filter(None, [setting.teacher_method()]), *setting.methods] if setting else []:
-        published = [_published(theirs.get(method.name, {}).get(column)) for column in paper]
-        cells = [tables.number(method.values(c).values(), bold=best[c] is method) for _, c in ours]
-        rows[_row_key(method.name, method.label)] = [method.label, *published, *cells, str(len(method.runs))]
-        missing = missing - {method.name}
-    for name in missing:
-        published = [_published(theirs.get(name, {}).get(column)) for column in paper]
-        rows[_row_key(name, name)] = [name, *published, *[NOT_RUN] * len(ours), "0"]
-    return writers.Table(header, [rows[key] for key in sorted(rows)])
+def _table(setting, published, missing):
+    """Returns the methods of a setting, or of none, and those that are not run yet, beside published numbers."""
+    columns = tables.columns(setting) if setting else dict.fromkeys(("all", *_GROUPS))
+    cells = tables.numbers(setting, columns.values()) if setting else {}
+    methods = setting.methods_with_teacher(first=True) if setting else []
+    names = missing - {method.name for method in methods}
+    methods = [*methods, *(aggregate.Method(name, name, {}) for name in names)]
+    shown = ("all", "tail") if any(published.values()) else ()
+    rows = []
+    for method in sorted(methods, key=_row_rank):
+        references = [_published(published.get(method.name, {}).get(column)) for column in shown]
+        own = cells.get(method.label, [_NOT_RUN] * len(columns))
+        rows.append([method.label, *references, *own, str(len(method.runs))])
+    return Table(["method", *(f"published {column}" for column in shown), *columns, "n"], rows)
 
 
-def _row_key(name, label):
-    return (-1, "") if name == "teacher" else (*tables.method_rank(name), tables.natural(label))
+def _row_rank(method):
+    return method.name != "teacher", aggregate.rank(method)
 
 
 def _published(entry):
     return f"{entry[0]:.2f} [{entry[1]}]" if entry else "?"
 
 
-def _below_table(setting):
-    parts = [f"{setting.note()}.", writers.escape_markdown(tables.headline(setting))]
-    for title, table in tables.comparisons(setting):
-        parts += [f"Paired, {writers.escape_markdown(title)}:", writers.as_markdown(table)]
-    rows, commands = [], []
+def _distances(setting, published):
+    """Returns a sentence on the mean of each method less the published number."""
+    parts = []
     for method in setting.methods:
-        runs = [method.runs[seeds] for seeds in sorted(method.runs)]
+        distances = []
+        for name, column in (("all", "all"), ("tail", "groups.tail")):
+            reference = published.get(method.name, {}).get(name)
+            if reference and method.values(column):
+                distances.append(f"{name} {method.mean(column) - reference[0]:+.2f}".replace("-", "−"))
+        parts += [f"{method.label}: {', '.join(distances)}"] if distances else []
+    return [f"Ours less the published, in points: {'; '.join(parts)}."] if parts else []
+
+
+def _below_table(setting):
+    parts = [f"{setting.note()}.", escape_markdown(tables.headline(setting))]
+    for title, table in tables.comparisons(setting):
+        parts += [f"Paired, {escape_markdown(title)}:", as_markdown(table)]
+    rows = []
+    for method in setting.methods:
+        runs = method.sorted_runs
         columns = [[str(run.get(key) or "–") for run in runs] for key in ("device", "precision", "commit")]
-        columns.append([tables.logits_source(run) or "–" for run in runs])
-        unique = [", ".join(sorted(set(column))) for column in columns]
-        times = [(run.get("timing") or {}).get("seconds") for run in runs]
-        seconds, _, _ = tables.mean_std(time for time in times if time is not None)
-        rows.append([method.label, *unique, report.duration(seconds)])
-        commands += [" ".join((run.get("command") or "# not recorded").split()) for run in runs]
+        columns.append([aggregate.logits_source(run) or "–" for run in runs])
+        seconds = [(run.get("timing") or {}).get("seconds") for run in runs]
+        mean_seconds, _, _ = mean_std(time for time in seconds if time is not None)
+        distinct = [", ".join(sorted(set(column))) for column in columns]
+        rows.append([method.label, *distinct, report_page.duration(mean_seconds)])
     header = ["method", "hardware", "precision", "commit", "teacher's logits", "wall time of a run"]
-    table = writers.Table(header, rows, left=5)
-    fence = "`" * (3 + max((len(ticks) for ticks in re.findall("`+", "".join(commands))), default=0))
-    return [*parts, writers.as_markdown(table), f"{fence}sh\n{chr(10).join(commands)}\n{fence}"]
+    return [*parts, as_markdown(Table(header, rows, left=5)), _commands(setting.runs)]
 
 
-def _search_section(runs, planned):
+def _commands(runs):
+    commands = "\n".join(" ".join((run.get("command") or "# not recorded").split()) for run in runs)
+    fence = "`" * (3 + max(map(len, re.findall("`+", commands)), default=0))
+    return f"{fence}sh\n{commands}\n{fence}"
+
+
+# Methods with different hyperparameters.
+
+
+def _search(runs, planned):
     if not (runs or planned):
         return []
-    chosen, edges = [], {}
-    for setting in tables.gather(runs):
-        for name in dict.fromkeys(method.name for method in setting.methods):
-            rivals = [m for m in setting.methods if m.name == name and m.values("all", "validation")]
-            if rivals:
-                best = max(rivals, key=lambda rival: rival.mean("all", "validation"))
-                chosen.append((setting.title, best.label))
-                edges[f"{setting.title}, {best.label}"] = _edges(best, rivals)
     header, rows = _variants(runs, planned, "validation")
-    rows = [[*row, "chosen" if tuple(row[:2]) in chosen else ""] for row in rows]
+    chosen, edges = {}, []
+    for setting in aggregate.gather(runs):
+        for name in dict.fromkeys(method.name for method in setting.methods):
+            candidates = [m for m in setting.methods if m.name == name and m.values("all", "validation")]
+            if candidates:
+                best = max(candidates, key=lambda method: method.mean("all", "validation"))
+                chosen[setting.title, best.label] = "chosen"
+                at_edge = "; ".join(_at_edge(best, candidates))
+                edges += [f"- {setting.title}, {best.label}: {at_edge}"] if at_edge else []
+    table = Table([*header, ""], [[*row, chosen.get((row[0], row[1]), "")] for row in rows], left=2)
     about = "Balanced accuracy on validation images taken from the training set; the test set chose nothing."
-    parts = ["## The search", about, writers.as_markdown(writers.Table([*header, ""], rows, left=2))]
-    widen = [f"- {name}: {'; '.join(found)}" for name, found in edges.items() if found]
-    if widen:
-        told = "The best value lies on the edge of what was tried, which is to be widened:"
-        parts += [f"{told}\n\n{chr(10).join(widen)}"]
+    parts = ["## The search", about, as_markdown(table)]
+    if edges:
+        parts += ["The best value lies on the edge of what was tried, which is to be widened:", "\n".join(edges)]
     return parts
 
 
-def _ablation_section(runs, planned):
+def _ablation(runs, planned):
     if not (runs or planned):
         return []
     about = "The same methods with a part of them switched off; on the test set, the last epoch, as the tables above."
     header, rows = _variants(runs, planned, "test")
-    return ["## The ablation", about, writers.as_markdown(writers.Table(header, rows, left=2))]
+    return ["## The ablation", about, as_markdown(Table(header, rows, left=2))]
 
 
 def _variants(runs, planned, part):
-    """Header and rows of methods that differ in their hyperparameters, run or planned."""
-    rows, done = [], [tables.flatten(run["config"]) for run in runs]
-    shown = ["all", *(f"groups.{name}" for name in ("head", "medium", "tail"))]
-    for setting in tables.gather(runs):
+    """Returns header and rows of methods with different hyperparameters, run or planned."""
+    columns = ["all", *(f"groups.{name}" for name in _GROUPS)]
+    rows = []
+    for setting in aggregate.gather(runs):
         for method in setting.methods:
-            cells = [tables.number(method.values(column, part).values()) for column in shown]
+            cells = [tables.number(method.values(column, part).values()) for column in columns]
             rows.append([setting.title, method.label, *cells, str(len(method.runs)), f"{setting.epochs:g}"])
+    configs = [flatten(run["config"]) for run in runs]
     for entry in planned:
-        if not any(_is_planned(entry, config) for config in done):
-            data, imbalance, teacher, student, method = _cell(entry)
-            chosen = [(key, v) for key, v in entry["set"].items() if key.startswith("method.")]
-            told = ", ".join(f"{key.removeprefix('method.')}={v}" for key, v in chosen)
-            title = f"{data}, imbalance {imbalance:g}, {teacher} → {student}"
-            label = f"{method} ({told})" if told else method
-            row = [title, label, *[NOT_RUN] * len(shown), "0", f"{entry['epochs']:g}"]
-            rows += [row] if row not in rows else []  # once, for all seeds
-    return ["setting", "method", "all", "head", "medium", "tail", "n", "epochs"], rows
+        if not any(_is_run_of(entry, config) for config in configs):
+            chosen = {key: v for key, v in entry["set"].items() if key.startswith("method.")}
+            values = ", ".join(f"{key.removeprefix('method.')}={v}" for key, v in chosen.items())
+            label = f"{entry['method']} ({values})" if values else entry["method"]
+            row = [_title(*_key(entry)), label, *[_NOT_RUN] * len(columns), "0", f"{entry['epochs']:g}"]
+            rows += [row] if row not in rows else []  # one row for all seeds
+    return ["setting", "method", "all", *_GROUPS, "n", "epochs"], rows
 
 
-def _edges(best, rivals):
-    """Hyperparameters of the best of which only smaller, or only larger, values were tried."""
+def _is_run_of(entry, config):
+    """Returns whether a flat config is that of a planned run."""
+    keys = {"data": "data.name", "imbalance": "data.imbalance", "teacher": "teacher.model", "student": "student.model"}
+    own = {name: config.get(key) for name, key in keys.items()}
+    if own["imbalance"] is None or _key(own) != _key(entry) or config.get("method.name") != entry["method"]:
+        return False
+    return all(str(config.get(key, v)) == str(v) for key, v in entry["set"].items())
 
-    def settings(method):
-        return next(iter(method.runs.values()))["config"]["method"]
 
-    found, tried = [], [settings(rival) for rival in rivals]
-    for key, value in settings(best).items():
+def _at_edge(best, candidates):
+    """Returns the hyperparameters of the best for which only smaller, or only larger, values were tried."""
+    tried = [candidate.sorted_runs[0]["config"]["method"] for candidate in candidates]
+    edges = []
+    for key, value in best.sorted_runs[0]["config"]["method"].items():
         values = sorted({other[key] for other in tried if isinstance(other.get(key), (int, float))})
-        if len(values) > 1 and value and value in (values[0], values[-1]):  # below 0 there is nothing
-            found.append(f"{key} = {value:g} of {', '.join(f'{v:g}' for v in values)}")
-    return found
+        if len(values) > 1 and value and value in (values[0], values[-1]):  # nothing lies below 0
+            edges.append(f"{key} = {value:g} of {', '.join(f'{v:g}' for v in values)}")
+    return edges
 
 
-def _is_planned(entry, config):
-    keys = ("data.name", "data.imbalance", "teacher.model", "student.model")
-    own = dict(zip(("data", "imbalance", "teacher", "student"), (config.get(key) for key in keys)))
-    same = own["imbalance"] is not None and _cell(own)[:4] == _cell(entry)[:4]
-    same = same and config.get("method.name") == entry["method"]
-    return same and all(str(config.get(key, v)) == str(v) for key, v in entry["set"].items())
+# The teacher's bias, and numbers for orientation.
 
 
 def _bias(settings, published):
-    """The teacher's mass per group as LTKD prints it, summed over a batch of 64."""
-    names, rows = ("head", "medium", "tail"), []
+    """Returns the table of the teacher's mass per group, summed over a batch of 64, as LTKD's paper has it."""
+    rows = []
     for kind in ("long_tailed", "balanced"):
         title = kind.replace("_", "-")
-        rows.append(["LTKD's paper", title, *(_published(published[kind][name]) for name in names)])
+        rows.append(["LTKD's paper", title, *(_published(published[kind][name]) for name in _GROUPS)])
         for setting in settings:
             for teacher in setting.teachers().values():
                 mass = (teacher.get("group_mass") or {}).get(kind) or {}
-                if set(names) <= mass.keys():
-                    rows.append([setting.title, title, *(f"{64 * mass[name]:.2f}" for name in names)])
-    table = writers.Table(["teacher of", "input", *names], rows, left=2)
+                if set(_GROUPS) <= mass.keys():
+                    rows.append([setting.title, title, *(f"{64 * mass[name]:.2f}" for name in _GROUPS)])
     about = f"{published['about']}. Ours are the mean mass at temperature 1, times 64."
-    return ["## The teacher's bias", about, writers.as_markdown(table)]
+    return ["## The teacher's bias", about, as_markdown(Table(["teacher of", "input", *_GROUPS], rows, left=2))]
 
 
-def _anchors(published):
+def _orientation(anchors):
     parts = ["## Numbers of others, for orientation"]
-    for anchor in published["anchors"]:
-        rows = [[name, str(v)] for name, v in anchor["all"].items()]
-        table = writers.Table(["method", f"top-1 % [{anchor['mark']}]"], rows)
-        parts += [f"{anchor['title']}:", writers.as_markdown(table)]
+    for anchor in anchors:
+        table = Table(["method", f"top-1 % [{anchor['mark']}]"], list(anchor["all"].items()))
+        parts += [f"{anchor['title']}:", as_markdown(table)]
     return parts
-
-
-def write_results(folder, queues=()):
-    """Writes README.md into the results folder and returns its path."""
-    published = report.read(PUBLISHED)
-    planned = [cell for queue in queues for cell in planned_cells(queue)]
-    target = pathlib.Path(folder) / "README.md"
-    target.write_text(render_results(report.find([folder]), published, planned), encoding="utf-8")
-    return target

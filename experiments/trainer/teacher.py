@@ -165,7 +165,7 @@ def obtain(spec: RunSpec, stop: StopRequest) -> "Teacher | external_teacher.Logi
     if kind == "folder":
         return _load(spec, pathlib.Path(spec.teacher.checkpoint))
     if kind == "logits":
-        return hosts.run_on_primary(lambda: _load_logits(spec))
+        return _load_logits(spec)
     folder = pathlib.Path(spec.teacher.dir) / spec.teacher_hash
     with contextlib.ExitStack() as held:
 

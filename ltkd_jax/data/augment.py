@@ -1,4 +1,4 @@
-"""Augmentation on the device: every (crop offset, flip) of a small image is a numbered view; more is drawn on top."""
+"""Augments images on the device: each (crop offset, flip) is a numbered view; other augmentation is drawn on top."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -50,11 +50,11 @@ class Views:
 
 @dataclasses.dataclass(frozen=True)
 class Extra:
-    """What is drawn for an image beyond its view. With any of it an image has no end of views.
+    """Describes random augmentation beyond the views. With any of it the views of an image cannot be enumerated.
 
     Attributes:
       policy: "none", or "autoaugment", see `autoaugment.auto_augment`.
-      cutout: side of the square that is blackened, see `autoaugment.cutout`; 0 for none.
+      cutout: side of the blackened square, see `autoaugment.cutout`; 0 for none.
       mixup: α of the Beta(α, α) distribution of an image's share in a mixture of two; 0 for none.
     """
 
@@ -73,23 +73,23 @@ NOTHING = Extra()
 
 
 def apply_extra(images: jax.Array, bits: Array | None, extra: Extra) -> jax.Array:
-    """AutoAugment, then Cutout, as far as they are chosen.
+    """Applies AutoAugment and then Cutout, if `extra` has them.
 
     Args:
       images: uint8 `[B, H, W, C]`.
-      bits: uint32 `[B]`, from which alone an image's own are drawn; may be None where nothing is chosen.
-      extra: what is chosen (static).
+      bits: uint32 `[B]`, the only source of randomness; may be None where nothing is drawn.
+      extra: which of them to apply (static).
     """
     if extra.policy == "none" and not extra.cutout:
         return images
-    assert bits is not None  # see above
+    assert bits is not None  # it may be None only where nothing is drawn
     if extra.policy == "autoaugment":
         images = autoaugment.auto_augment(images, bits)
     return autoaugment.cutout(images, bits, size=extra.cutout) if extra.cutout else images
 
 
 def mixup_share(bits: Array, alpha: float) -> jax.Array:
-    """An image's share in a mixture, `[B]`, drawn from Beta(α, α) for each.
+    """Draws each image's share in a mixture of two from Beta(α, α), `[B]`.
 
     Source: Zhang et al., "mixup: Beyond Empirical Risk Minimization", ICLR 2018; here each image has its own.
     """
@@ -98,13 +98,13 @@ def mixup_share(bits: Array, alpha: float) -> jax.Array:
 
 
 def mix(images: jax.Array, others: jax.Array, share: jax.Array) -> jax.Array:
-    """share · images + (1 − share) · others, float `[B, H, W, C]`, share `[B]`."""
+    """Returns share · images + (1 − share) · others, float `[B, H, W, C]`, for a share `[B]`."""
     share = share[:, None, None, None].astype(images.dtype)
     return share * images + (1.0 - share) * others
 
 
 def apply(images: jax.Array, view: Array, views: Views) -> jax.Array:
-    """View `view[b]` of `images[b]`, uint8 `[B, H, W, C]`; padding is black before normalisation.
+    """Returns view `view[b]` of `images[b]`, uint8 `[B, H, W, C]`; padding is black before normalisation.
 
     Args:
       images: uint8 `[B, H, W, C]`.
@@ -140,13 +140,13 @@ def apply(images: jax.Array, view: Array, views: Views) -> jax.Array:
 def normalize(
     images: jax.Array, mean: Sequence[float], std: Sequence[float], dtype: DTypeLike = jnp.float32
 ) -> jax.Array:
-    """(x / 255 − mean) / std, `[B, H, W, C]` of `dtype`, computed in float32.
+    """Returns (x / 255 − mean) / std, `[B, H, W, C]` of `dtype`, computed in float32.
 
     Args:
       images: uint8 `[B, H, W, C]`.
       mean: of each channel, `[C]`, on the [0, 1] scale.
       std: of each channel, `[C]`, on the [0, 1] scale.
-      dtype: of the result.
+      dtype: dtype of the result.
 
     Raises:
       AssertionError: for a wrong dtype or rank, or a number of means that is not the number of channels.

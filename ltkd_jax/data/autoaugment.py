@@ -1,4 +1,4 @@
-"""AutoAugment's CIFAR-10 policy and Cutout, on the device: what Pillow computes, in integers, per image.
+"""Computes AutoAugment's CIFAR-10 policy and Cutout on the device, in integers, with the results of Pillow.
 
 Every pixel is computed in int32, so that it is the same byte on every device and under every fusion.
 """
@@ -14,7 +14,7 @@ from ltkd_jax.data.sampling import Array
 
 # The 25 sub-policies for CIFAR-10 of AutoAugment's paper (https://arxiv.org/abs/1805.09501, appendix): twice an
 # (operation, probability, magnitude). The official code (tensorflow/models, research/autoaugment, `good_policies`)
-# draws from 95, among which are these but for numbers 15 to 19.
+# draws from 95, which include these except numbers 15 to 19.
 # fmt: off
 POLICY = (
     (("Invert", 0.1, 7), ("Contrast", 0.2, 6)), (("Rotate", 0.7, 2), ("TranslateX", 0.3, 9)),
@@ -34,19 +34,19 @@ POLICY = (
     (("TranslateY", 0.7, 9), ("AutoContrast", 0.9, 1)),
 )
 # fmt: on
-# First those that replace each value by another, in the order of `_lut`.
+# First the operations that replace each value by another, in the order of `_lut`.
 OPS = (
     *("Identity", "Invert", "Solarize", "Posterize", "AutoContrast", "Equalize", "Brightness", "Contrast"),
     *("Color", "Sharpness", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate"),
 )
 INDEX = {name: index for index, name in enumerate(OPS)}
-_STREAM = {"auto_augment": 0x6175746F, "cutout": 0x6375746F}  # of draws: one for each use of a word
+_STREAM = {"auto_augment": 0x6175746F, "cutout": 0x6375746F}  # a stream of draws for each use of a word
 
 
 def auto_augment(images: jax.Array, bits: Array) -> jax.Array:
-    """One of the 25 sub-policies for each image: its two operations in turn, each with its probability.
+    """Applies one of the 25 sub-policies to each image: its two operations in turn, each with its probability.
 
-    An image's result depends on its pixels and its word only, not on the batch or the device it is in.
+    An image's result depends on its pixels and its word only, not on its batch or device.
 
     Args:
       images: uint8 `[B, H, W, C]`, C 1 or 3.
@@ -63,17 +63,16 @@ def auto_augment(images: jax.Array, bits: Array) -> jax.Array:
     op = jnp.asarray([[INDEX[name] for name, _, _ in pair] for pair in POLICY])[sub_policy]
     op = jnp.where(applied, op, INDEX["Identity"])
     magnitude = jnp.asarray([[magnitude for _, _, magnitude in pair] for pair in POLICY])[sub_policy]
-    # A scan rather than two calls: half to compile, and XLA cannot compute the first result again for each of its uses.
+    # A scan rather than two calls compiles in half the time, and XLA cannot recompute the first result for each use.
     step = jax.tree.map(jnp.transpose, (op, magnitude, negative))
     return jax.lax.scan(lambda images, step: (apply_op(images, *step), None), images, step)[0]
 
 
 def draw(bits: Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """What `auto_augment` draws from each word: the sub-policy, which of its operations to apply, and their signs.
+    """Returns what `auto_augment` draws from each word of `bits`, uint32 `[B]`.
 
-    Of words `bits`, uint32 `[B]`: the sub-policy, int32 `[B]`, uniform over the 25; whether each operation is
-    applied, bool `[B, 2]`; whether its magnitude is negative, bool `[B, 2]`, with probability 1/2 as in the official
-    code.
+    These are the sub-policy, int32 `[B]`, uniform over the 25; whether each operation is applied, bool `[B, 2]`; and
+    whether its magnitude is negative, bool `[B, 2]`, with probability 1/2 as in the official code.
 
     >>> [x.shape for x in jax.eval_shape(draw, jnp.zeros(3, jnp.uint32))]
     [(3,), (3, 2), (3, 2)]
@@ -85,16 +84,16 @@ def draw(bits: Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def cutout(images: jax.Array, bits: Array, *, size: int) -> jax.Array:
-    """A black square of side `size` in each image, its centre uniform over the pixels, clipped at the border.
+    """Blackens a square of side `size` in each image, its centre uniform over the pixels, clipped at the border.
 
-    Cutout (DeVries & Taylor 2017, https://arxiv.org/abs/1708.04552): around a centre in row y the rows from
-    `y - size // 2` on, `size` of them, and columns likewise. The authors' code masks after normalisation, which
-    fills with the mean; here the fill is 0 before it, as for a crop's padding, and an odd size is not one smaller.
+    Cutout (DeVries & Taylor 2017, https://arxiv.org/abs/1708.04552): around a centre in row y the `size` rows from
+    `y - size // 2` on, and columns likewise. The authors' code masks after normalisation, which fills with the mean;
+    here the fill is 0 before it, as for a crop's padding, and an odd size is not one smaller.
 
     Args:
       images: uint8 `[B, H, W, C]`.
       bits: uint32 `[B]`, a random word for each image. It may be that of `auto_augment`: the draws are independent.
-      size: of the square in pixels (static); 0 changes nothing.
+      size: side of the square in pixels (static); 0 changes nothing.
 
     Raises:
       AssertionError: for a wrong dtype or rank, or a different B.
@@ -120,7 +119,7 @@ def cutout(images: jax.Array, bits: Array, *, size: int) -> jax.Array:
 
 
 def apply_op(images: jax.Array, op: jax.Array, magnitude: jax.Array, negative: jax.Array) -> jax.Array:
-    """Operation `OPS[op[b]]` of `images[b]`, byte for byte that of Pillow 13 on x86-64.
+    """Applies operation `OPS[op[b]]` to `images[b]`, byte for byte as Pillow 13 does on x86-64.
 
     A magnitude m means what it does in the official code (tensorflow/models, `augmentation_transforms.py`):
 
@@ -157,14 +156,14 @@ def apply_op(images: jax.Array, op: jax.Array, magnitude: jax.Array, negative: j
 
 
 def _uniform(use: str, bits: Array, number: int) -> jax.Array:
-    """Uniform in [0, 1), float32 `[B, number]`; by threefry whatever JAX's default, so that a word means the same."""
+    """Returns uniform draws in [0, 1), float32 `[B, number]`, by threefry whatever JAX's default generator is."""
     chex.assert_type(bits, jnp.uint32)
     key = jax.random.key(_STREAM[use], impl="threefry2x32")
     return jax.vmap(lambda word: jax.random.uniform(jax.random.fold_in(key, word), (number,), jnp.float32))(bits)
 
 
 def _apply_op(image: jax.Array, op: jax.Array, magnitude: jax.Array, matrix: jax.Array) -> jax.Array:
-    """One image `[H, W, C]`: a warp, a look-up and a blend, of which all but at most one are the identity."""
+    """Applies a warp, a look-up and a blend to an image `[H, W, C]`; all but at most one are the identity."""
     image, channel = image.astype(jnp.int32), jnp.arange(image.shape[-1])[None, None]
     # Look-up and degenerate image are those of the image, not of the step before: the same wherever they count.
     result = _lut(image, op, magnitude)[_warp(image, matrix), channel]
@@ -175,7 +174,7 @@ def _apply_op(image: jax.Array, op: jax.Array, magnitude: jax.Array, matrix: jax
 
 @functools.cache
 def _matrices(height: int, width: int) -> np.ndarray:
-    """Of each operation, magnitude and sign the map from a pixel to its source, int32 `[15, 10, 2, 6]`.
+    """Returns the map from a pixel to its source of each operation, magnitude and sign, int32 `[15, 10, 2, 6]`.
 
     Source x is `(a x + b y + c) >> 16` and source y `(d x + e y + f) >> 16`: the fixed point of Pillow's C code.
     """
@@ -193,7 +192,7 @@ def _matrices(height: int, width: int) -> np.ndarray:
 
 
 def _warp(image: jax.Array, matrix: jax.Array) -> jax.Array:
-    """The nearest source of each pixel, and black where that is outside."""
+    """Returns the nearest source of each pixel, and black where that is outside."""
     height, width, channels = image.shape
     x, y = jnp.arange(width)[None], jnp.arange(height)[:, None]
     source_x = (matrix[0] * x + matrix[1] * y + matrix[2]) >> 16
@@ -204,7 +203,7 @@ def _warp(image: jax.Array, matrix: jax.Array) -> jax.Array:
 
 
 def _lut(image: jax.Array, op: jax.Array, magnitude: jax.Array) -> jax.Array:
-    """What replaces each value of each channel, int32 `[256, C]`: itself, unless op is one of the first of `OPS`."""
+    """Returns what replaces each value, int32 `[256, C]`: the value itself unless op is one of the first of `OPS`."""
     value, grey = jnp.arange(256)[:, None], _grey(image)
     mean = (2 * jnp.sum(grey, dtype=jnp.int32) + grey.size) // (2 * grey.size)  # int(mean + 1/2)
     tables = (
@@ -223,7 +222,7 @@ def _lut(image: jax.Array, op: jax.Array, magnitude: jax.Array) -> jax.Array:
 
 
 def _autocontrast(value: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
-    """`ImageOps.autocontrast`: int(255 (value − low) / (high − low)); of a single value the identity."""
+    """Computes `ImageOps.autocontrast`: int(255 (value − low) / (high − low)), or the identity for a single value."""
     span = jnp.maximum(high - low, 1)
     scaled = 255 * (value - low)
     stretched = scaled // span
@@ -235,7 +234,9 @@ def _autocontrast(value: jax.Array, low: jax.Array, high: jax.Array) -> jax.Arra
 
 @functools.cache
 def _falls_short() -> np.ndarray:
-    """Bit n of `[low, high]`, int32: Pillow's float64 falls short of the n-th whole 255 (value − low) / (high − low).
+    """Returns whether Pillow's float64 falls short of the n-th whole 255 (value − low) / (high − low), as bit n.
+
+    The result is int32 `[low, high]`.
 
     That quotient is whole gcd(high − low, 255) times over the range. Pillow multiplies by the rounded 255 / (high −
     low), subtracts and truncates, so that in 5,958 of the 32,640 ranges some become one less, mostly the largest:
@@ -251,7 +252,7 @@ def _falls_short() -> np.ndarray:
 
 
 def _equalize(value: jax.Array, image: jax.Array) -> jax.Array:
-    """`ImageOps.equalize`: the number of smaller values over a step, a 255th of the number of all but the largest."""
+    """Computes `ImageOps.equalize`: the number of smaller values over a 255th of the number of all but the largest."""
     channel = jnp.arange(image.shape[-1])[None, None]
     count = jnp.zeros((256, image.shape[-1]), jnp.int32).at[image, channel].add(1)
     smaller = jnp.cumsum(count, 0) - count
@@ -260,7 +261,7 @@ def _equalize(value: jax.Array, image: jax.Array) -> jax.Array:
 
 
 def _grey(image: jax.Array) -> jax.Array:
-    """Pillow's luminance (ITU-R 601-2), `[H, W, 1]`; an image of one channel is grey already."""
+    """Computes Pillow's luminance (ITU-R 601-2), `[H, W, 1]`; an image of one channel is grey already."""
     if image.shape[-1] == 1:
         return image
     red, green, blue = jnp.split(image, 3, -1)
@@ -268,14 +269,14 @@ def _grey(image: jax.Array) -> jax.Array:
 
 
 def _smooth(image: jax.Array) -> jax.Array:
-    """`ImageFilter.SMOOTH`: 5 times the pixel and its 8 neighbours, over 13, rounded; the border is left as it is."""
+    """Computes `ImageFilter.SMOOTH`: 5 times the pixel plus its 8 neighbours, over 13, rounded; the border stays."""
     rows = image[:-2] + image[1:-1] + image[2:]
     total = rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:] + 4 * image[1:-1, 1:-1]
     return image.at[1:-1, 1:-1].set((2 * total + 13) // 26)
 
 
 def _blend(degenerate: jax.Array | int, image: jax.Array, magnitude: jax.Array) -> jax.Array:
-    """`Image.blend`: degenerate + factor (image − degenerate), truncated, with the factor 1.8 magnitude / 10 + 0.1."""
+    """Computes `Image.blend`: degenerate + factor (image − degenerate), truncated; factor 1.8 magnitude / 10 + 0.1."""
     gain = (5 + 9 * magnitude) * (image - degenerate)  # in 50ths, of which every factor is a whole number
     result = (50 * degenerate + gain) // 50
     # Pillow's float32 is a little below 1.18, hence below a whole gain, and the sum is truncated to one less where

@@ -67,32 +67,34 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None, *, size: int
     >>> source.train.shape, len(source.test), str(source.train.keys[0])
     ((8, 8, 1), 700, 'digits_0000')
     """
+    train: Images | Records
+    test: Images | Records
     if name == "digits":
         if size:
             raise ValueError(f"digits are 8 pixels wide and are not resized to data.image_size={size}: set it to 0")
-        return _source(name, *_load_digits(), _SPECS[name])
-    if name in _SPECS:
-        builder = records.open_builder(name, data_dir)
         spec = _SPECS[name]
+        train, test, class_names = _load_digits()
     else:
-        builder = records.find_builder(name, data_dir)
-        if builder is None:
-            raise ValueError(
-                f"{names.unknown('data set', name, sorted(_SPECS))}. A folder of your own is made a data set by: "
-                f"python -m ltkd_jax.data.prepare folder --name {name} --source FOLDER "
-                f"--data_dir {records.resolve_data_dir(data_dir)}"
-            )
-        spec = _own_spec(builder, size)
-    train, test = (records.read(builder, split, size, margin=margin) for split in ("train", spec.test))
-    return _source(name, train, test, tuple(builder.info.features["label"].names), spec)
-
-
-def _source(
-    name: str, train: Images | Records, test: Images | Records, class_names: tuple[str, ...], spec: _Spec
-) -> Source:
+        builder = _open(name, data_dir)
+        spec = _SPECS[name] if name in _SPECS else _own_spec(builder, size)
+        train, test = (records.read(builder, split, size, margin=margin) for split in ("train", spec.test))
+        class_names = tuple(builder.info.features["label"].names)
     for images in (train, test):
         longtail.check_labels(images.labels, len(class_names))
     return Source(name, train, test, len(class_names), class_names, spec.mean, spec.std, spec.views)
+
+
+def _open(name: str, data_dir: str | os.PathLike[str] | None) -> records.Builder:
+    if name in _SPECS:
+        return records.open_builder(name, data_dir)
+    builder = records.find_builder(name, data_dir)
+    if builder is None:
+        raise ValueError(
+            f"{names.unknown('data set', name, sorted(_SPECS))}. A folder of your own is made a data set by: python "
+            f"-m ltkd_jax.data.prepare folder --name {name} --source FOLDER "
+            f"--data_dir {records.resolve_data_dir(data_dir)}"
+        )
+    return builder
 
 
 def _own_spec(builder: records.Builder, size: int) -> _Spec:

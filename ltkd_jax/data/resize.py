@@ -1,4 +1,4 @@
-"""Images of differing sizes brought to one: as they are evaluated, and at random as they are trained on."""
+"""Resizes images of differing sizes to one: the centre for evaluation, a random crop for training."""
 
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,7 @@ _MARGIN = 0.875  # share of the shorter side that an evaluation with a margin se
 
 
 def in_mode(image: "Image.Image", channels: int) -> "Image.Image":
-    """A Pillow image in grey for one channel, else in colour: grey, palette and CMYK images come as RGB.
+    """Converts a Pillow image to grey for one channel, else to RGB, which includes palette and CMYK images.
 
     Raises:
       ValueError: values of more than 8 bits whose range is not known (32-bit integers, floating point).
@@ -31,11 +31,11 @@ def in_mode(image: "Image.Image", channels: int) -> "Image.Image":
 
 
 def center(image: "Image.Image", size: int, *, margin: bool) -> np.ndarray:
-    """The square in the middle, uint8 `[size, size, C]`.
+    """Returns the square in the middle of an image, resized, uint8 `[size, size, C]`.
 
     Args:
       image: a Pillow image.
-      size: of the result's sides.
+      size: side of the result.
       margin: whether the square is 0.875 of the shorter side (224 of 256, ImageNet's habit) or all of it.
 
     >>> from PIL import Image
@@ -49,16 +49,16 @@ def center(image: "Image.Image", size: int, *, margin: bool) -> np.ndarray:
 
 
 def random_crop(image: "Image.Image", size: int, rng: np.random.Generator) -> np.ndarray:
-    """A random part, resized, and mirrored in half of the cases; uint8 `[size, size, C]`.
+    """Returns a random part of an image, resized, and mirrored in half of the cases, uint8 `[size, size, C]`.
 
-    Its area is uniform in 8 to 100 % of the image, the logarithm of its sides' ratio uniform between 3/4 and 4/3; where
-    no such part fits in ten tries, it is the largest in the middle with an allowed ratio.
-    Source: Szegedy et al., "Going Deeper with Convolutions", CVPR 2015, in the form that torchvision made usual.
+    Its area is uniform in 8 to 100 % of the image, the logarithm of its aspect ratio uniform between those of 3/4 and
+    4/3. Where no such part fits in ten tries, it is the largest in the middle with an allowed ratio.
+    Source: Szegedy et al., "Going Deeper with Convolutions", CVPR 2015, in torchvision's form.
 
     Args:
       image: a Pillow image.
-      size: of the result's sides.
-      rng: from which alone the result is drawn.
+      size: side of the result.
+      rng: the only source of randomness.
 
     >>> from PIL import Image
     >>> random_crop(Image.new("RGB", (40, 20)), 8, np.random.default_rng(0)).shape

@@ -6,14 +6,15 @@ number of workers, and gives the same bytes.
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import signal
 from collections.abc import Iterator, Sequence
+from multiprocessing import resource_tracker
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ltkd_jax import signals
 from ltkd_jax.data.records import Records
 from ltkd_jax.data.sampling import Array, steps_per_epoch
 
@@ -128,14 +129,29 @@ def batches(
     if num_workers:
         _parse_flags()
         stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=_PREFETCH))
-    # Workers inherit the handlers: a signal sent to the whole process group is for the program alone.
-    with signals.handled(signal.SIG_IGN) if num_workers else contextlib.nullcontext():
-        iterator = iter(stream)
-        iterator.start_prefetch()
+    iterator = iter(stream)
     try:
-        yield iterator
+        # Grain starts its workers for the first batch, in threads that start then too, and all inherit the mask.
+        with _blocked_signals() if num_workers else contextlib.nullcontext():
+            first = list(itertools.islice(iterator, 1))
+        # Taken out, since its memory is shared with a worker: it must not outlive the block.
+        yield itertools.chain((first.pop() for _ in range(len(first))), iterator)
     finally:
         iterator.close()
+
+
+@contextlib.contextmanager
+def _blocked_signals() -> Iterator[None]:
+    """Blocks SIGTERM and SIGINT in this thread, and for good in the threads and processes that it starts meanwhile.
+
+    A signal to the whole process group is for the program alone, and reaches it when the block ends.
+    """
+    resource_tracker.ensure_running()  # started later, by the first process, it would unblock them
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _parse_flags() -> None:

@@ -15,6 +15,10 @@ from ltkd_jax.data.prepare import archives, recipes
 
 TRAIN, TEST = 20, 10  # images of a fabricated archive
 LAYOUTS = {"cifar100": archives.CIFAR100, "cifar10": archives.CIFAR10}
+FOLDERS = {  # in the archive of pickles and in that of binary records
+    "cifar100": ("cifar-100-python", "cifar-100-binary"),
+    "cifar10": ("cifar-10-batches-py", "cifar-10-batches-bin"),
+}
 NUM_CLASSES = {"cifar100": {"coarse_label": 20, "label": 100}, "cifar10": {"label": 10}}
 
 
@@ -73,11 +77,11 @@ def pickle_archive(path, name, data):
     """Writes an archive of pickles, and returns the layout with its checksum."""
     layout = LAYOUTS[name]
     meta = {f"{key}_names".encode(): class_names(name, label) for label, key in layout.pickle_names.items()}
-    members = {f"{layout.pickle_folder}/{layout.pickle_meta}": dump_as_python_2(meta)}
+    members = {f"{FOLDERS[name][0]}/{layout.pickle_meta}": dump_as_python_2(meta)}
     for split, files in layout.splits.items():
         for file, planes, labels in chunks(data[split], files):
             batch = {f"{key}s".encode(): labels[label].tolist() for label, key in layout.pickle_names.items()}
-            members[f"{layout.pickle_folder}/{file}"] = dump_as_python_2(batch | {b"data": planes})
+            members[f"{FOLDERS[name][0]}/{file}"] = dump_as_python_2(batch | {b"data": planes})
     write_tar(path, members)
     return dataclasses.replace(layout, pickle_sha256=sha256(path.read_bytes()))
 
@@ -87,11 +91,11 @@ def binary_archive(path, name, data):
     layout = LAYOUTS[name]
     members = {}
     for label, file in layout.binary_names.items():
-        members[f"{layout.binary_folder}/{file}"] = "\n".join(class_names(name, label)).encode() + b"\n\n"
+        members[f"{FOLDERS[name][1]}/{file}"] = "\n".join(class_names(name, label)).encode() + b"\n\n"
     for split, files in layout.splits.items():
         for file, planes, labels in chunks(data[split], files):
             leading = np.stack([labels[label] for label in layout.binary_names], axis=1).astype(np.uint8)
-            members[f"{layout.binary_folder}/{file}.bin"] = np.concatenate([leading, planes], axis=1).tobytes()
+            members[f"{FOLDERS[name][1]}/{file}.bin"] = np.concatenate([leading, planes], axis=1).tobytes()
     write_tar(path, members)
     return dataclasses.replace(layout, binary_sha256=sha256(path.read_bytes()))
 

@@ -30,7 +30,7 @@ def draw(seed, *lead, shape=(4, 4, 1), classes=CLASSES, batch=BATCH):
     return steps.Batch(
         jnp.asarray(rng.normal(size=(*lead, batch, *shape)), jnp.float32),
         jnp.asarray(rng.integers(0, classes, (*lead, batch)), jnp.int32),
-        jnp.asarray(2 * rng.normal(size=(*lead, batch, classes)), jnp.float32),
+        steps.TeacherOutputs(jnp.asarray(2 * rng.normal(size=(*lead, batch, classes)), jnp.float32)),
     )
 
 
@@ -47,7 +47,7 @@ def setting(net, method, *, lookahead=1, shape=(4, 4, 1), classes=CLASSES, outer
         outer_loss=methods.outer_loss(objective, outer),
         scales=(1.0,) * len(objective.terms),
         optimizer=optax.adam(1e-2),
-        every=1,
+        update_every=1,
         groups=by_rank,
     )
 

@@ -1,4 +1,4 @@
-"""Virtual environments that take their packages from this one, and copies of the checkout."""
+"""Virtual environments that take their packages from this one, copies of the checkout, and commands run in them."""
 
 import os
 import pathlib
@@ -18,11 +18,9 @@ def create(folder):
     A .pth file adds this environment's packages without what their own .pth files add, such as an editable install.
     """
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
-    python = pathlib.Path(folder) / "bin" / "python"
-    command = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
-    packages = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    packages = sysconfig.get_path("purelib", vars={"base": str(folder)})
     pathlib.Path(packages, "zz_packages.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    return python
+    return pathlib.Path(folder) / "bin" / "python"
 
 
 def clean(**variables):
@@ -35,12 +33,6 @@ def copy_checkout(folder):
     """Copies the checkout, changes that are not committed included; returns where."""
     ignored = shutil.ignore_patterns(".*", "runs", "_build", "build", "dist", "__pycache__", "*.egg-info")
     return shutil.copytree(ROOT, folder, ignore=ignored)
-
-
-def clone(folder):
-    """Clones the checkout's repository; returns where."""
-    subprocess.run(["git", "clone", "--quiet", ROOT, folder], check=True)
-    return folder
 
 
 def run(*command, cwd=ROOT, **variables):

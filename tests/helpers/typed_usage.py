@@ -90,13 +90,6 @@ def misuse(logits: jax.Array, g: groups.ClassGroups) -> None:
     models.create("resnet8", "100")  # type: ignore[arg-type]
     # No word of an array may be lost to Any.
     number: int = losses.kd(logits, logits)  # type: ignore[assignment]
-    text: str = bilevel.step(  # type: ignore[assignment]
-        bilevel.Problem(terms_fn, outer_fn, weight_fn),
-        {},
-        bilevel.init({}, None),
-        {},
-        {},
-        0.1,
-        optimizer=None,
-    )
+    problem, state = bilevel.Problem(terms_fn, outer_fn, weight_fn), bilevel.init({}, optax.sgd(1.0))
+    text: str = bilevel.step(problem, {}, state, {}, {}, 0.1, optimizer=optax.sgd(1.0))  # type: ignore[assignment]
     print(number, text)

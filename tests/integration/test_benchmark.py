@@ -114,8 +114,8 @@ def test_profile_counts_operations_by_primitive():
 
 @pytest.mark.parametrize("method, number, outer", [("ltkd", 10_847, 0), ("bikd", 10_626, 1_000)])
 def test_noise_has_the_papers_number_of_images(method, number, outer):
-    data = train_step.noise(train_step.config_of(train_step.Case(method, "none")))
-    assert (len(data.train), len(data.meta)) == (number, outer)
+    data = train_step.noise(train_step.spec_of(train_step.Case(method, "none")))
+    assert (len(data.train), len(data.outer)) == (number, outer)
 
 
 def test_pytorch_losses_are_ours():
@@ -128,3 +128,17 @@ def test_pytorch_losses_are_ours():
     twins = pytorch_baseline.kd(s, t).mean(), pytorch_baseline.ltkd(s, t, pytorch_baseline.by_rank(100))
     ours = losses.kd(student, teacher).mean(), losses.ltkd(student, teacher, by_rank).mean()
     np.testing.assert_allclose([float(value) for value in twins], ours, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["kd", "ltkd", "bikd"])
+def test_pytorch_step_trains_the_student(method):
+    torch = pytest.importorskip("torch")
+    from experiments.benchmark import pytorch_baseline
+
+    step = pytorch_baseline.Step(method, teacher="resnet8", student="resnet8", batch_size=4, update_every=1)
+    networks = {"student": step.student, "weight net": step.weight_net}
+    before = {name: [x.clone() for x in network.parameters()] for name, network in networks.items()}
+    step()
+    for name, network in networks.items():
+        changed = any(not torch.equal(old, new) for old, new in zip(before[name], network.parameters()))
+        assert changed == (name == "student" or method == "bikd")

@@ -1,98 +1,61 @@
-"""The converter of the zoo's checkpoints: names, shapes and errors; with PyTorch at hand, the same logits."""
+"""The converter of the zoo's checkpoints: names, shapes and errors."""
 
 import functools
 import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import serialization
 
-from ltkd_jax import models
 from ltkd_jax.models import convert
 
-# Modules and shapes of the zoo's smallest models of each kind, with 10 classes, written out once.
+# Modules and shapes of the zoo's smallest model with 10 classes, written out once.
 CONVS = {
-    "resnet8": {
-        "conv1": (16, 3, 3, 3),
-        "layer1.0.conv1": (16, 16, 3, 3),
-        "layer1.0.conv2": (16, 16, 3, 3),
-        "layer2.0.conv1": (32, 16, 3, 3),
-        "layer2.0.conv2": (32, 32, 3, 3),
-        "layer2.0.downsample.0": (32, 16, 1, 1),
-        "layer3.0.conv1": (64, 32, 3, 3),
-        "layer3.0.conv2": (64, 64, 3, 3),
-        "layer3.0.downsample.0": (64, 32, 1, 1),
-        "fc": (10, 64),
-    },
-    "wrn_16_1": {
-        "conv1": (16, 3, 3, 3),
-        **{f"block1.layer.{block}.conv{i}": (16, 16, 3, 3) for block in (0, 1) for i in (1, 2)},
-        "block2.layer.0.conv1": (32, 16, 3, 3),
-        "block2.layer.0.conv2": (32, 32, 3, 3),
-        "block2.layer.0.convShortcut": (32, 16, 1, 1),
-        **{f"block2.layer.1.conv{i}": (32, 32, 3, 3) for i in (1, 2)},
-        "block3.layer.0.conv1": (64, 32, 3, 3),
-        "block3.layer.0.conv2": (64, 64, 3, 3),
-        "block3.layer.0.convShortcut": (64, 32, 1, 1),
-        **{f"block3.layer.1.conv{i}": (64, 64, 3, 3) for i in (1, 2)},
-        "fc": (10, 64),
-    },
+    "conv1": (16, 3, 3, 3),
+    "layer1.0.conv1": (16, 16, 3, 3),
+    "layer1.0.conv2": (16, 16, 3, 3),
+    "layer2.0.conv1": (32, 16, 3, 3),
+    "layer2.0.conv2": (32, 32, 3, 3),
+    "layer2.0.downsample.0": (32, 16, 1, 1),
+    "layer3.0.conv1": (64, 32, 3, 3),
+    "layer3.0.conv2": (64, 64, 3, 3),
+    "layer3.0.downsample.0": (64, 32, 1, 1),
+    "fc": (10, 64),
 }
 NORMS = {
-    "resnet8": {
-        "bn1": 16,
-        **{f"layer{stage}.0.bn{i}": 8 * 2**stage for stage in (1, 2, 3) for i in (1, 2)},
-        "layer2.0.downsample.1": 32,
-        "layer3.0.downsample.1": 64,
-    },
-    "wrn_16_1": {
-        **{
-            f"block{stage}.layer.{block}.bn{i}": 8 * 2**stage for stage in (1, 2, 3) for block in (0, 1) for i in (1, 2)
-        },
-        # Of the block's input, which is the stage before.
-        "block2.layer.0.bn1": 16,
-        "block3.layer.0.bn1": 32,
-        "bn1": 64,
-    },
+    "bn1": 16,
+    **{f"layer{stage}.0.bn{i}": 8 * 2**stage for stage in (1, 2, 3) for i in (1, 2)},
+    "layer2.0.downsample.1": 32,
+    "layer3.0.downsample.1": 64,
 }
 
 
 @functools.cache
-def _state_dict(name):
+def _state_dict():
     rng = np.random.default_rng(0)
-    shapes = {f"{module}.weight": shape for module, shape in CONVS[name].items()} | {"fc.bias": (10,)}
-    for module, width in NORMS[name].items():
+    shapes = {f"{module}.weight": shape for module, shape in CONVS.items()} | {"fc.bias": (10,)}
+    for module, width in NORMS.items():
         shapes |= {f"{module}.{leaf}": (width,) for leaf in ("weight", "bias", "running_mean", "running_var")}
         shapes[f"{module}.num_batches_tracked"] = ()
     return {key: rng.normal(size=shape).astype(np.float32) for key, shape in shapes.items()}
 
 
-@pytest.mark.parametrize("name", CONVS)
-def test_every_array_finds_its_place(name):
-    state = _state_dict(name)
-    variables = convert.from_torch(name, state, 10)
+def test_every_array_finds_its_place():
+    state = _state_dict()
+    variables = convert.from_torch("resnet8", state, 10)
     leaves = jax.tree.leaves(variables)
     assert sum(leaf.size for leaf in leaves) == sum(x.size for k, x in state.items() if "num_batches" not in k)
     assert {leaf.dtype for leaf in leaves} == {np.dtype(np.float32)}
+    assert not any(np.shares_memory(leaf, x) for leaf in leaves for x in state.values())
     params, stats = variables["params"], variables["batch_stats"]
-    shortcut = "layer2.0.downsample.0" if name == "resnet8" else "block2.layer.0.convShortcut"
-    norm = "layer3.0.bn2" if name == "resnet8" else "block3.layer.0.bn2"
+    shortcut = state["layer2.0.downsample.0.weight"]
     np.testing.assert_array_equal(params["stem"]["kernel"], np.einsum("oihw->hwio", state["conv1.weight"]))
-    np.testing.assert_array_equal(
-        params["stage2_block1_conv3"]["kernel"][0, 0], state[f"{shortcut}.weight"][..., 0, 0].T
-    )
+    np.testing.assert_array_equal(params["stage2_block1_conv3"]["kernel"][0, 0], shortcut[..., 0, 0].T)
     np.testing.assert_array_equal(params["classifier"]["kernel"], state["fc.weight"].T)
-    np.testing.assert_array_equal(params["stage3_block1_norm2"]["scale"], state[f"{norm}.weight"])
-    np.testing.assert_array_equal(stats["stage3_block1_norm2"]["mean"], state[f"{norm}.running_mean"])
-    np.testing.assert_array_equal(stats["stage3_block1_norm2"]["var"], state[f"{norm}.running_var"])
-
-
-def test_the_result_shares_no_memory_with_the_state_dict():
-    state = _state_dict("resnet8")
-    variables = convert.from_torch("resnet8", state, 10)
-    assert not np.shares_memory(variables["params"]["classifier"]["bias"], state["fc.bias"])
+    np.testing.assert_array_equal(params["stage3_block1_norm2"]["scale"], state["layer3.0.bn2.weight"])
+    np.testing.assert_array_equal(stats["stage3_block1_norm2"]["mean"], state["layer3.0.bn2.running_mean"])
+    np.testing.assert_array_equal(stats["stage3_block1_norm2"]["var"], state["layer3.0.bn2.running_var"])
 
 
 def test_supported_models():
@@ -104,30 +67,18 @@ def test_supported_models():
 @pytest.mark.parametrize(
     "name, change, message",
     [
-        ("vgg8", {}, "cannot convert 'vgg8': the models with a converter are resnet8, "),
-        (
-            "resnet8",
-            {"layer2.0.bn1.running_var": None},
-            "not a state dict of resnet8: it lacks 'layer2.0.bn1.running_var'",
-        ),
-        (
-            "resnet8",
-            {"layer1.1.conv1.weight": np.zeros(3)},
-            "not a state dict of resnet8: it has also 'layer1.1.conv1.weight'",
-        ),
-        (
-            "resnet8",
-            {"fc.weight": np.zeros((7, 64))},
-            r"'fc.weight' has shape \[7, 64\], .*10 classes needs \[10, 64\]",
-        ),
-        ("resnet8", {"conv1.weight": np.zeros(16)}, r"'conv1.weight' has shape \[16\], .* needs \[16, 3, 3, 3\]"),
+        ("vgg8", {}, "'vgg8'.* resnet8, "),
+        ("resnet8", {"layer2.0.bn1.running_var": None}, "lacks 'layer2.0.bn1.running_var'"),
+        ("resnet8", {"layer1.1.conv1.weight": np.zeros(3)}, "also 'layer1.1.conv1.weight'"),
+        ("resnet8", {"fc.weight": np.zeros((7, 64))}, r"'fc.weight'.* \[7, 64\].*10 classes.* \[10, 64\]"),
+        ("resnet8", {"conv1.weight": np.zeros(16)}, r"'conv1.weight'.* \[16\].* \[16, 3, 3, 3\]"),
         # In our order it would fit.
-        ("resnet8", {"conv1.weight": np.zeros((3, 3, 3, 16))}, r"'conv1.weight' has shape \[3, 3, 3, 16\]"),
-        ("wrn_16_1", {}, "not a state dict of wrn_16_1: it lacks 'block1.layer.0.bn1.bias', "),
+        ("resnet8", {"conv1.weight": np.zeros((3, 3, 3, 16))}, r"'conv1.weight'.* \[3, 3, 3, 16\]"),
+        ("wrn_16_1", {}, "wrn_16_1.* lacks 'block1.layer.0.bn1.bias', "),
     ],
 )
 def test_a_state_dict_of_something_else(name, change, message):
-    state = _state_dict("resnet8") | change
+    state = _state_dict() | change
     with pytest.raises(ValueError, match=message):
         convert.from_torch(name, {key: x for key, x in state.items() if x is not None}, 10)
 
@@ -138,7 +89,7 @@ def _write(path, variables):
 
 
 def test_load_gives_back_what_was_written(tmp_path):
-    variables = convert.from_torch("resnet8", _state_dict("resnet8"), 10)
+    variables = convert.from_torch("resnet8", _state_dict(), 10)
     loaded = convert.load(_write(tmp_path / "w", variables), "resnet8", 10)
     jax.tree.map(np.testing.assert_array_equal, loaded, variables)
 
@@ -146,17 +97,13 @@ def test_load_gives_back_what_was_written(tmp_path):
 @pytest.mark.parametrize(
     "name, num_classes, message",
     [
-        (
-            "resnet8",
-            100,
-            r"not of resnet8 with 100 classes: of params/classifier/bias it has shape \[10\], not .*\[100\]",
-        ),
-        ("resnet14", 10, r"not of resnet14 .* it has none, not shape \[16\]"),
-        ("wrn_16_1", 10, r"not of wrn_16_1 .* of batch_stats/last_norm/mean it has none, not shape \[64\]"),
+        ("resnet8", 100, r"resnet8 with 100 classes.* params/classifier/bias .*\[10\].*\[100\]"),
+        ("resnet14", 10, r"resnet14 .* none, not shape \[16\]"),
+        ("wrn_16_1", 10, r"wrn_16_1 .* batch_stats/last_norm/mean .* none, not shape \[64\]"),
     ],
 )
 def test_load_checks_the_model(tmp_path, name, num_classes, message):
-    path = _write(tmp_path / "w", convert.from_torch("resnet8", _state_dict("resnet8"), 10))
+    path = _write(tmp_path / "w", convert.from_torch("resnet8", _state_dict(), 10))
     with pytest.raises(ValueError, match=message):
         convert.load(path, name, num_classes)
 
@@ -181,76 +128,11 @@ def test_without_torch_the_error_says_what_to_install(monkeypatch, capsys, tmp_p
 def test_the_command_line_writes_the_file_whole(monkeypatch, capsys, tmp_path):
     out = tmp_path / "resnet8.msgpack"
     out.write_bytes(b"old")
-    monkeypatch.setattr(convert, "read", lambda path: _state_dict("resnet8"))
+    monkeypatch.setattr(convert, "read", lambda path: _state_dict())
     assert convert.main(["resnet8", "x.pth", str(out)]) == 2  # 10 classes are not 100
     assert "'fc.bias' has shape [10]" in capsys.readouterr().err and out.read_bytes() == b"old"
     assert convert.main(["resnet8", "x.pth", str(out), "--num_classes=10"]) == 0
     assert str(out) in capsys.readouterr().out and [path.name for path in tmp_path.iterdir()] == [out.name]
     loaded = convert.load(out, "resnet8", 10)
-    np.testing.assert_array_equal(loaded["params"]["classifier"]["bias"], _state_dict("resnet8")["fc.bias"])
+    np.testing.assert_array_equal(loaded["params"]["classifier"]["bias"], _state_dict()["fc.bias"])
     assert convert.main(["resnet8", "x.pth", str(tmp_path / "absent" / "out"), "--num_classes=10"]) == 2
-
-
-def _logits(name, variables, images, num_classes):
-    model = models.create(name, num_classes)
-    apply = jax.jit(lambda variables, images: model.apply(variables, images, train=False))
-    return apply(variables, jnp.asarray(images).transpose(0, 2, 3, 1))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["resnet8x4", "resnet32x4", "wrn_40_2"])
-def test_the_logits_are_those_of_pytorch(name):
-    torch = pytest.importorskip("torch")
-    from experiments.benchmark import pytorch_models
-
-    model = pytorch_models.create(name, 100)
-    images = torch.randn(4, 3, 32, 32)
-    with torch.no_grad():
-        expected = model(images).numpy()
-    variables = convert.from_torch(name, {key: x.numpy() for key, x in model.state_dict().items()}, 100)
-    logits = _logits(name, variables, images.numpy(), 100)
-    assert expected.std() > 0.1
-    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("wrap", ["plain", "model", "state_dict", "parallel"])
-def test_the_command_line_on_a_checkpoint(tmp_path, wrap):
-    torch = pytest.importorskip("torch")
-    from experiments.benchmark import pytorch_models
-
-    model = pytorch_models.create("wrn_16_2", 10)
-    state = model.state_dict()
-    content = {
-        "plain": state,
-        "model": {"epoch": 240, "model": state, "best_acc": 76.5, "optimizer": {"state": {}}},
-        "state_dict": {"state_dict": {key: x.half().float() for key, x in state.items()}},
-        "parallel": {"model": {f"module.{key}": x for key, x in state.items()}},
-    }[wrap]
-    torch.save(content, tmp_path / "ckpt.pth")
-    out = tmp_path / "out.msgpack"
-    assert convert.main(["wrn_16_2", str(tmp_path / "ckpt.pth"), str(out), "--num_classes=10"]) == 0
-    images = torch.randn(2, 3, 32, 32)
-    with torch.no_grad():
-        expected = model(images).numpy()
-    logits = _logits("wrn_16_2", convert.load(out, "wrn_16_2", 10), images.numpy(), 10)
-    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-2 if wrap == "state_dict" else 1e-4)
-
-
-@pytest.mark.slow
-def test_checkpoints_that_cannot_be_read(tmp_path):
-    torch = pytest.importorskip("torch")
-
-    with pytest.raises(ValueError, match="cannot read .*absent"):
-        convert.read(tmp_path / "absent")
-    for content in (b"", b"not a checkpoint"):
-        (tmp_path / "broken").write_bytes(content)
-        with pytest.raises(ValueError, match="cannot read .*broken"):
-            convert.read(tmp_path / "broken")
-    torch.save({"model": {}, "options": tmp_path}, tmp_path / "objects")  # a path is an object of another class
-    with pytest.raises(ValueError, match='save its "model" alone'):
-        convert.read(tmp_path / "objects")
-    for content in ([1, 2], {}, {"model": {}}, {"model": {"epoch": 3}}, torch.zeros(3)):
-        torch.save(content, tmp_path / "other")
-        with pytest.raises(ValueError, match="holds no state dict"):
-            convert.read(tmp_path / "other")

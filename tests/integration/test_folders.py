@@ -311,3 +311,15 @@ def test_prepared_directory_damaged(name, damage, tmp_path, capsys):
     capsys.readouterr()
     assert prepare_folder(tmp_path, {}, ONE) == 2
     assert "is damaged" in capsys.readouterr().err
+
+
+def test_prepared_record_damaged(tmp_path):
+    assert prepare_folder(tmp_path, pictures.by_class(PETS), ONE) == 0
+    train = datasets.load("pets", tmp_path / "tfds", size=16).train
+    (path,) = (tmp_path / "tfds").rglob("*train.array_record*")
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2] + bytes(len(data) - len(data) // 2))
+    key, folder = train.keys[3], path.parent
+    for read in (lambda: train.take([3]), lambda: train.image(3), lambda: train.crop(3, np.random.default_rng(0))):
+        with pytest.raises(records.DamagedRecord, match=f"'{key}' in {folder}"):
+            read()

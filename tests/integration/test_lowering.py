@@ -1,6 +1,7 @@
 """What runs on a TPU is not run here, but lowered for it: every jit step, and for CUDA, with nothing that they lack."""
 
 import contextlib
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,35 +10,36 @@ import pytest
 from helpers.small_runs import prepare_insects, streamed, tiny
 from jax.extend import core
 
-from experiments.trainer import build
+from experiments.config.spec import resolve
+from experiments.trainer.trainer import teacher_model, trainer
 from ltkd_jax import groups, methods
 from ltkd_jax.data import sampling
-from ltkd_jax.training import bilevel_steps, steps
+from ltkd_jax.training import steps
 
 PLATFORMS = ("tpu", "cuda")
 WIDE = (np.float64, np.int64, np.uint64, np.complex128)
 
 
 def equations(jaxpr):
-    """Every equation, those inside loops, branches and calls too."""
+    """Yields every equation, those inside loops, branches and calls too."""
     yield from jaxpr.eqns
     for inner in core.subjaxprs(jaxpr):
         yield from equations(inner)
 
 
 def faults(jaxpr):
-    """What an accelerator lacks, or has at a price: 64 bits, calls to the host, shapes that are not known."""
-    found = set()
+    """Returns what an accelerator lacks, or has at a price: 64 bits, calls to the host, unknown shapes."""
+    problems = set()
     for equation in equations(jaxpr):
         name = equation.primitive.name
         if "callback" in name or name in ("infeed", "outfeed"):
-            found.add(name)
+            problems.add(name)
         for variable in (*equation.invars, *equation.outvars):
             if getattr(variable.aval, "dtype", None) in WIDE:
-                found.add(f"{variable.aval.dtype} in {name}")
+                problems.add(f"{variable.aval.dtype} in {name}")
             if not all(isinstance(size, int) for size in getattr(variable.aval, "shape", ())):
-                found.add(f"shape {variable.aval.shape} in {name}")
-    return found
+                problems.add(f"shape {variable.aval.shape} in {name}")
+    return problems
 
 
 def shapes(tree):
@@ -45,14 +47,14 @@ def shapes(tree):
 
 
 def assert_lowers(fn, *arguments):
-    """A compiled function, for arguments of these shapes."""
+    """Checks a compiled function, for arguments of these shapes."""
     like = shapes(arguments)
     assert faults(jax.make_jaxpr(fn)(*like).jaxpr) == set()
     exported = jax.export.export(fn, platforms=PLATFORMS)(*like)
     assert exported.platforms == PLATFORMS and len(exported.mlir_module_serialized) > 1000
 
 
-def test_the_search_finds_what_it_looks_for():
+def test_faults_are_found():
     def looped(fn):
         return lambda x: jax.lax.scan(lambda c, _: (fn(c), None), x, None, length=2)[0]
 
@@ -74,75 +76,85 @@ def test_the_search_finds_what_it_looks_for():
 
 @pytest.fixture
 def accelerated(monkeypatch):
-    """Programs as an accelerator gets them: several steps in one call, loops and branches on the device."""
+    """Trainers as an accelerator gets them: several steps in one call, loops and branches on the device."""
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    build._program.cache_clear()
+    trainer.cache_clear()
     yield
-    build._program.cache_clear()
+    trainer.cache_clear()
 
 
-def arguments_of(config, kind):
-    """A student's program, and state, data and rows as its step takes them; no table is built for it."""
-    program = build.student_program(config, kind)
-    data = program.data
-
-    def of(images):
-        variables = jax.eval_shape(
-            lambda: build.teacher_model(config, data).init(
-                jax.random.key(0), jnp.zeros((1, *data.image_shape)), train=False
-            )
+def assert_steps_lower(config, teacher_source):
+    """Checks an epoch of steps in one call; returns the trainer, its state's shapes and its data's."""
+    student = trainer(resolve(config).student_training(teacher_source))
+    data = student.data
+    variables = jax.eval_shape(
+        lambda: teacher_model(student.spec, data).init(
+            jax.random.key(0), jnp.zeros((1, *data.image_shape)), train=False
         )
+    )
+
+    def train_data(images):
         table = jax.ShapeDtypeStruct((len(images), data.source.views.num, data.num_classes), jnp.float32)
-        teacher = {"none": None, "table": table}.get(kind, variables)
-        return steps.TrainData(
-            None if data.streams else shapes(images.images), None if data.streams else shapes(images.labels), teacher
-        )
+        teacher = {"none": None, "table": table}.get(teacher_source, variables)
+        if data.streams:
+            return steps.TrainData(None, None, teacher)
+        return steps.TrainData(shapes(images.images), shapes(images.labels), teacher)
 
-    train_data = of(data.train)
-    if program.weighting is not None:
-        train_data = bilevel_steps.BilevelData(train_data, of(data.meta))
-    with contextlib.closing(program.chunks(0, 0)) as chunks:
-        count, rows = next(chunks)
-    assert count > 1 or data.streams
-    return program, jax.eval_shape(program.init, 0), train_data, rows
+    outer = train_data(data.outer) if student.loss_weighting else None
+    device_data = train_data(data.train)._replace(outer=outer)
+    with contextlib.closing(student.inputs(0, 0)) as inputs_of_calls:
+        num_steps, inputs = next(inputs_of_calls)
+    assert num_steps > 1 or data.streams
+    state = jax.eval_shape(student.init, 0)
+    assert_lowers(jax.jit(functools.partial(student.train_steps, 0)), state, device_data, inputs)
+    return student, state, device_data._replace(teacher=variables)
 
 
 @pytest.mark.parametrize(
-    "argument, kind",
+    "argument, teacher_source",
     [
         ("ce", "none"),
-        ("ltkd", "table"),
-        pytest.param("dkd,policy=none,cutout=2,mixup=0.2", "network", marks=pytest.mark.slow),
-        pytest.param("reviewkd", "features", marks=pytest.mark.slow),
-        ("bikd,terms=ltkd,outer=mix", "table"),
-        pytest.param("bikd,lookahead=3", "network", marks=pytest.mark.slow),
+        ("dkd,policy=none,cutout=2,mixup=0.2", "network"),
+        ("reviewkd", "features"),
+        ("bikd,terms=ltkd,outer_loss=mix", "table"),
+        ("bikd,lookahead=3", "network"),
     ],
 )
-def test_every_step_lowers(argument, kind, accelerated, tmp_path):
-    """An epoch of steps in one call, the evaluation, the start, and the rows of an epoch."""
-    config = tiny(tmp_path, argument)
-    program, state, train_data, rows = arguments_of(config, kind)
-    assert_lowers(program.init, np.int32(0))
-    assert_lowers(program._compiled(), state, train_data, rows)
-    assert_lowers(program._source._plan, np.int32(0), np.int32(0))
-    if argument == "ltkd":
-        places = program.parallel.shard(np.zeros(64, np.int32), 0)
-        batch = steps.EvalBatch(jnp.zeros((64, *program.data.image_shape), jnp.uint8), places, places == 0)
-        assert_lowers(program.evaluate.__self__._step, state.variables, batch)
-        logits = build.table_logits(config, program.data)
-        teacher = train_data._replace(teacher=state.variables)  # of the same model here
-        assert_lowers(logits, teacher, sampling.Plan(places, places))
+def test_steps_lower(argument, teacher_source, accelerated, tmp_path):
+    assert_steps_lower(tiny(tmp_path, argument), teacher_source)
 
 
-def test_a_streamed_step_lowers(accelerated, tmp_path):
+def test_all_of_a_run_lowers(accelerated, tmp_path):
+    """Start, indices of an epoch, steps, evaluation, and the teacher's table."""
+    student, state, data = assert_steps_lower(tiny(tmp_path, "ltkd"), "table")
+    assert_lowers(student.init, np.int32(0))
+    sizes = dict(num_examples=50, batch_size=16, num_views=9, random_bits=True)
+    assert_lowers(
+        jax.jit(functools.partial(sampling.lookahead_indices, lookahead=2, **sizes)), np.int32(0), np.int32(0)
+    )
+
+    def evaluate(variables, batch):
+        return steps.eval_step(variables, batch, model=student.model, preprocess=student.data.preprocess)
+
+    def logits(data, indices):
+        options = dict(views=student.data.source.views, preprocess=student.data.preprocess)
+        teacher_fn = steps.network_teacher(teacher_model(student.spec, student.data))
+        return steps.make_batch(data, indices, teacher_fn=teacher_fn, **options).teacher.logits
+
+    numbers = np.zeros(64, np.int32)
+    images = np.zeros((64, *student.data.image_shape), np.uint8)
+    assert_lowers(jax.jit(evaluate), state.variables, steps.EvalBatch(images, numbers, numbers == 0))
+    assert_lowers(jax.jit(logits), data, sampling.BatchIndices(numbers, numbers))
+
+
+def test_streamed_steps_lower(accelerated, tmp_path):
     """With all of the augmentation that is drawn on the device."""
     config = streamed(prepare_insects(tmp_path), tmp_path, "ce,policy=autoaugment,cutout=2,mixup=0.2")
-    program, *arguments = arguments_of(config, "none")
-    assert_lowers(program._compiled(), *arguments)
+    assert_steps_lower(config, "none")
 
 
 @pytest.mark.parametrize("name", sorted(set(methods.METHODS) - {"reviewkd"}))  # whose terms need features: above
-def test_every_methods_terms_lower(name):
+def test_terms_lower(name):
     """With their gradient by the student's logits."""
     objective = methods.create(name, np.arange(10, 0, -1), groups.ClassGroups.from_counts(np.arange(10, 0, -1)))
 

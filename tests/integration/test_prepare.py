@@ -120,6 +120,14 @@ def test_idx_changed(data, message, tmp_path):
     assert name in str(error.value)
 
 
+def test_idx_archive_cut(tmp_path):
+    recipe, _, files = fashion_mnist()
+    source = write_tar(tmp_path / "a.tar.gz", files)
+    source.write_bytes(source.read_bytes()[:-4000])
+    with pytest.raises(archives.ArchiveError, match="a.tar.gz is truncated"):
+        recipe.read(source)
+
+
 def test_failure_while_writing_leaves_nothing(tmp_path):
     content = archives.Content({"train": (np.zeros((3, 32, 32, 3), np.uint8), {"label": np.array([0, 1, 10])})}, {})
     with pytest.raises(Exception, match="10"):

@@ -12,7 +12,7 @@ def test_queue_is_done_once_and_chooses_by_validation(tmp_path, capsys):
     config = "configs/digitslt.py:ltkd"
     search = [{"config": config, "set": {"method.alpha": alpha}, "group": "search"} for alpha in (0.5, 3.0)]
     runs = [*search, {"config": config, "seeds": [7], "best_of": "search"}]
-    shared = {**TINY, "teacher.cache": str(tmp_path / "teachers"), "train.epochs": 1.0, "teacher.train.epochs": 1.0}
+    shared = {**TINY, "teacher.dir": str(tmp_path / "teachers"), "train.epochs": 1.0, "teacher.train.epochs": 1.0}
     queue = tmp_path / "queue.json"
     queue.write_text(json.dumps({"set": shared, "runs": runs}))
 

@@ -168,9 +168,9 @@ def test_the_student_beside_a_fusion_is_the_student_alone():
     "student, teacher",
     [
         ("vgg8", "vgg13"),
-        pytest.param("resnet8x4", "resnet32x4", marks=pytest.mark.slow),
-        pytest.param("shufflenetv1", "wrn_40_2", marks=pytest.mark.slow),
-        pytest.param("mobilenetv2", "resnet50", marks=pytest.mark.slow),
+        ("resnet8x4", "resnet32x4"),
+        ("shufflenetv1", "wrn_40_2"),
+        ("mobilenetv2", "resnet50"),
     ],
 )
 def test_the_papers_pairs_fit(student, teacher):

@@ -1,36 +1,41 @@
-"""The report in a real browser, at a desk's and at a phone's width, light and dark; and that each check can fail."""
+"""A report in a real browser, at a desk's and at a phone's width, light and dark; and that each check can fail."""
 
-import collections
-import json
-import pathlib
+import io
+import shutil
 
 import numpy as np
 import pytest
-from helpers import browser
-from helpers.fabricated import Page, fabricate, learned, save
+from helpers.fabricated import fabricate, learned, save
 from PIL import Image
 
-from experiments import report
+from experiments.reporting import load, report_page
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-DESK, PHONE = 1280, 390
-pytestmark = pytest.mark.skipif(not browser.installed(), reason=f"no Chromium: none of {', '.join(browser.NAMES)}")
+playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
 
-# Every check is a function of the page that returns what is wrong with it; an empty list is a good page.
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
+FLAGS = (
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
+)  # fmt: skip
+DESK, PHONE = 1280, 375
+pytestmark = pytest.mark.skipif(not CHROMIUM, reason=f"no Chromium: none of {', '.join(NAMES)}")
+
+# Every check is a function of the page that returns what is wrong with it; it is empty for a good page.
 SCRIPT = """
 (() => {
 const shown = element => element.checkVisibility() && element.getClientRects().length > 0;
-const texts = () => {  // of what is seen: [element, words]
-  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT), found = [];
+const texts = () => {  // of what is visible: [element, words]
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT), texts = [];
   while (walker.nextNode()) {
     const element = walker.currentNode.parentElement, words = walker.currentNode.data.trim();
-    if (words && !element.closest("title, script, style") && shown(element)) found.push([element, words]);
+    if (words && !element.closest("title, script, style") && shown(element)) texts.push([element, words]);
   }
-  return found;
+  return texts;
 };
 const scale = element => element.ownerSVGElement ? Math.hypot(element.getScreenCTM().a, element.getScreenCTM().b) : 1;
 const canvas = new OffscreenCanvas(1, 1).getContext("2d", {willReadFrequently: true});
-const over = (colour, below) => {  // what a colour looks like upon another, by the browser itself
+const over = (colour, below) => {  // how the browser shows a colour on another
   canvas.fillStyle = `rgb(${below})`; canvas.fillRect(0, 0, 1, 1);
   canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1);
   return [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3);
@@ -77,95 +82,6 @@ window.checks = {
 };
 })()
 """
-CHECKS = ("unseen", "wide", "small", "pale", "crowded")
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    with browser.started() as started:
-        yield started
-
-
-@pytest.fixture(scope="module")
-def page(tmp_path_factory):
-    """A page of the results in the repository, and of work directories with all that there can be in them."""
-    folder = tmp_path_factory.mktemp("runs")
-    runs = [(name, imbalance) for name in ("ce", "dkd", "ltkd", "reviewkd") for imbalance in (20, 100)]
-    for name, imbalance in runs:
-        for seed in (0, 1):
-            run = fabricate(name, seed, classes=100, imbalance=imbalance)
-            names = [f"some species {c}" for c in range(100)]
-            save(folder / f"{name}-{imbalance}-{seed}", run | {"class_names": names}, epochs=24)
-    long = fabricate("ltkd", 0, classes=100)
-    long["config"]["method"] |= {"alpha": 0.5, "num_groups": 5, "a_very_long_name": "and_a_long_value_without_a_space"}
-    save(folder / "long", long)
-    for seed in (0, 1):
-        (folder / f"bikd-{seed}").mkdir()
-        run = learned(seed)
-        lines = "".join(json.dumps(line) + "\n" for line in run.pop("metrics"))
-        (folder / f"bikd-{seed}" / "results.json").write_text(json.dumps(run))
-        (folder / f"bikd-{seed}" / "metrics.jsonl").write_text(lines)
-    report.write_page(report.find([ROOT / "results", folder]), folder / "report.html")
-    (folder / "report_files").rename(folder / "elsewhere")  # as if it had come by e-mail
-    return folder / "report.html"
-
-
-def look(chromium, page, width, dark, folder):
-    """Opens a page as one would; returns the labels of its figures."""
-    chromium.open(page.as_uri(), width=width, dark=dark)
-    chromium.evaluate(SCRIPT)
-    for check in CHECKS:
-        assert chromium.evaluate(f"checks.{check}()") == [], check
-    assert chromium.complaints() == []
-    assert chromium.requests() == [page.as_uri()]
-    seen = pixels(chromium.picture(folder / "page.png"))
-    assert seen.shape[1] == width and colours(seen) > 300
-    assert seen.mean() < 60 if dark else seen.mean() > 200
-    # Every figure that was written is in the document.
-    found = chromium.evaluate("[...document.querySelectorAll('svg[role=img]')].map(f => f.getAttribute('aria-label'))")
-    assert collections.Counter(found) == collections.Counter(Page(page.read_text(encoding="utf-8")).labels)
-    return found
-
-
-def test_the_results_of_the_repository_on_a_phone_at_night(chromium, tmp_path):
-    report.write_page(report.find(sorted(ROOT.glob("results/cifar100-*.json"))), tmp_path / "report.html")
-    assert len(look(chromium, tmp_path / "report.html", PHONE, True, tmp_path)) > 8
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("width", [DESK, PHONE])
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-def test_all_that_a_page_can_hold(chromium, page, width, dark, tmp_path):
-    found = look(chromium, page, width, dark, tmp_path)
-    for figure in ("Tail against head, ", "Accuracy on the tail against imbalance", "Test accuracy by class", "Mass by",
-                   "weight of kd over student_ce", "loss terms, ltkd", "test accuracy, tail"):  # fmt: skip
-        assert any(label.startswith(figure) for label in found), figure
-
-
-def pixels(path):
-    return np.asarray(Image.open(path).convert("RGB"))
-
-
-def colours(seen):
-    return len(np.unique(seen[::3].astype(int) @ (65536, 256, 1)))
-
-
-@pytest.mark.slow
-def test_a_pointer_shows_the_place_it_is_over(chromium, page):
-    """The browser finds the areas that tell, where the classes are."""
-    chromium.open(page.as_uri())
-    told = chromium.evaluate("""(() => {
-      const figure = [...document.querySelectorAll(".wide svg[role=img]")].find(f => f.textContent.includes("species"));
-      figure.scrollIntoView();
-      const box = figure.getBoundingClientRect();
-      const at = part => document.elementFromPoint(box.left + part, box.top + box.height / 3);
-      return [36, 500, box.width - 14].map(part => at(part).querySelector("title").textContent);
-    })()""")
-    first, middle, last = told
-    assert first.startswith("some species ") and ", 500 training images\nce  " in first
-    assert len({first, middle, last}) == 3 and last.startswith("some species 99, ")
-
-
 BREAKS = {
     "unseen": "document.querySelector('.panels svg[role=img]').style.width = 0",
     "wide": "document.querySelector('h1').style.width = '3000px'",
@@ -173,34 +89,122 @@ BREAKS = {
     "pale": "document.querySelector('tbody td').style.color = '#999'",
     "crowded": "(t => t[1].setAttribute('x', t[0].getAttribute('x')))(document.querySelectorAll('.panels svg text'))",
 }
+LABELS = "[...document.querySelectorAll('svg[role=img]')].map(figure => figure.getAttribute('aria-label'))"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("check", CHECKS)
-def test_a_broken_page_is_seen_to_be_broken(chromium, page, check):
-    chromium.open(page.as_uri(), width=PHONE)
-    chromium.evaluate(SCRIPT)
-    assert chromium.evaluate(f"checks.{check}()") == []
-    chromium.evaluate(BREAKS[check])
-    assert chromium.evaluate(f"checks.{check}()") != []
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as driver:
+        yield driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
 
 
-def test_the_console_and_the_network_are_watched(chromium, tmp_path):
+@pytest.fixture
+def visit(browser):
+    """Opens an address; returns the page, whose `complaints` and `requests` are collected."""
+    contexts = []
+
+    def visit(address, width=DESK, *, height=900, dark=False):
+        scheme = "dark" if dark else "light"
+        size = {"width": width, "height": height}
+        contexts.append(browser.new_context(viewport=size, color_scheme=scheme, is_mobile=width == PHONE))
+        page = contexts[-1].new_page()
+        page.complaints, page.requests = [], []
+        page.on("console", lambda message: page.complaints.append(message.text))
+        page.on("pageerror", lambda error: page.complaints.append(str(error)))
+        page.on("request", lambda request: page.requests.append(request.url))
+        page.goto(address)
+        return page
+
+    yield visit
+    for context in contexts:
+        context.close()
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """Returns the path of a page of work directories with all that there can be in them."""
+    folder = tmp_path_factory.mktemp("runs")
+    names = [f"some species {c}" for c in range(100)]
+    for name in ("ce", "dkd", "ltkd", "reviewkd"):
+        for imbalance in (20, 100):
+            for seed in (0, 1):
+                run = fabricate(name, seed, classes=100, imbalance=imbalance, class_names=names)
+                save(folder / f"{name}-{imbalance}-{seed}", run)
+    long = fabricate("ltkd", 0, classes=100)
+    long["config"]["method"] |= {"alpha": 0.5, "num_groups": 5, "a_very_long_name": "and_a_long_value_without_a_space"}
+    save(folder / "long", long)
+    for seed in (0, 1):
+        save(folder / f"bikd-{seed}", learned(seed))
+    report_page.write_report(load.find([folder]), folder / "report.html")
+    (folder / "report_files").rename(folder / "elsewhere")  # the page alone, as if by e-mail
+    return folder / "report.html"
+
+
+def pixels(page):
+    """Returns what the window shows of a page."""
+    return np.asarray(Image.open(io.BytesIO(page.screenshot())).convert("RGB")).astype(int)
+
+
+def count_colours(image):
+    return len(np.unique(image[::3] @ (65536, 256, 1)))
+
+
+@pytest.mark.parametrize("width", [DESK, PHONE])
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_page(visit, report, width, dark):
+    page = visit(report.as_uri(), width, dark=dark)
+    page.evaluate(SCRIPT)
+    for check in BREAKS:
+        assert page.evaluate(f"checks.{check}()") == [], check
+    assert page.complaints == []
+    assert page.requests == [report.as_uri()]
+    page.evaluate("document.querySelector('svg[role=img]').scrollIntoView()")
+    image = pixels(page)
+    assert image.shape[1] == width and count_colours(image) > 100
+    assert image.mean() < 60 if dark else image.mean() > 200
+    labels = page.evaluate(LABELS)
+    for figure in ("Tail against head, ", "Accuracy on the tail against imbalance", "Test accuracy by class", "Mass by",
+                   "weight of kd over student_ce", "loss terms, ltkd", "test accuracy, tail"):  # fmt: skip
+        assert any(label.startswith(figure) for label in labels), figure
+
+
+def test_checks_can_fail(visit, report):
+    page = visit(report.as_uri(), PHONE)
+    page.evaluate(SCRIPT)
+    for check, script in BREAKS.items():
+        assert page.evaluate(f"checks.{check}()") == []
+        page.evaluate(script)
+        assert page.evaluate(f"checks.{check}()") != [], check
+        page.reload()
+        page.evaluate(SCRIPT)
+
+
+def test_console_and_network_are_watched(visit, tmp_path):
     (tmp_path / "bad.html").write_text('<script>console.warn("oh"); nowhere()</script><img src="gone.png">')
-    chromium.open((tmp_path / "bad.html").as_uri())
-    said = str(chromium.complaints())
-    assert "oh" in said and "nowhere is not defined" in said
-    assert [url.rsplit("/", 1)[1] for url in chromium.requests()] == ["bad.html", "gone.png"]
+    page = visit((tmp_path / "bad.html").as_uri())
+    assert "oh" in page.complaints and any("nowhere is not defined" in text for text in page.complaints)
+    assert [url.rsplit("/", 1)[1] for url in page.requests] == ["bad.html", "gone.png"]
 
 
-@pytest.mark.slow
-def test_figures_as_files_in_a_browser(chromium, page, tmp_path):
-    """A file shows what the page does, in the same place, on white; and nothing where it holds nothing."""
-    for name in ("*_test-accuracy-by-class.svg", "settings_tail-against-head-*.svg"):
-        path = next((page.parent / "elsewhere").glob(name))
-        chromium.open(path.as_uri(), width=1000, height=500)
-        assert chromium.complaints() == []
-        seen = pixels(chromium.picture(tmp_path / "figure.png", whole=False))
-        assert colours(seen) > 100 and (seen[-1] == 255).all()
-        # The lines or marks of methods are there in their colours.
-        assert (np.abs(seen.astype(int) - (0xB8, 0x42, 0x0F)).sum(-1) < 30).any()
+def test_pointer_is_over_the_right_class(visit, report):
+    page = visit(report.as_uri())
+    first, middle, last = page.evaluate("""(() => {
+      const figure = [...document.querySelectorAll(".wide svg[role=img]")].find(f => f.textContent.includes("species"));
+      figure.scrollIntoView();
+      const box = figure.getBoundingClientRect();
+      const at = part => document.elementFromPoint(box.left + part, box.top + box.height / 3);
+      return [36, 500, box.width - 14].map(part => at(part).querySelector("title").textContent);
+    })()""")
+    assert first.startswith("some species ") and ", 500 training images\nce  " in first
+    assert len({first, middle, last}) == 3 and last.startswith("some species 99, ")
+
+
+@pytest.mark.parametrize("name", ["*_test-accuracy-by-class.svg", "settings_tail-against-head-*.svg"])
+def test_figure_file(visit, report, name):
+    """A file shows the methods in their colours, on white."""
+    path = next((report.parent / "elsewhere").glob(name))
+    page = visit(path.as_uri(), 1000, height=500)
+    assert page.complaints == []
+    image = pixels(page)
+    assert count_colours(image) > 100 and (image[-1] == 255).all()
+    assert (np.abs(image - (0xB8, 0x42, 0x0F)).sum(-1) < 30).any()

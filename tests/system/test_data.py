@@ -35,11 +35,15 @@ def test_cifar100(cifar100_dir):
 
 
 def test_cifar100_through_an_archive(cifar100_dir, tmp_path):
-    """What is prepared from an archive equals TFDS's own directory, to the order of the records."""
+    """What is prepared from an archive equals TFDS's own directory, to the order of the records.
+
+    The archive holds the first 5,000 images of each split, which is a third of the time of all.
+    """
     builder = tfds.builder("cifar100", data_dir=cifar100_dir)
     ids, data = {}, {}
     for split in ("train", "test"):
-        examples = list(builder.as_data_source(split))
+        last_id = f"{split}_04999".encode()
+        examples = [example for example in builder.as_data_source(split) if example["id"] <= last_id]
         ids[split] = [example["id"] for example in examples]
         examples.sort(key=lambda example: example["id"])
         labels = {name: np.array([example[name] for example in examples]) for name in ("label", "coarse_label")}

@@ -8,9 +8,10 @@ from flax import serialization
 from helpers.small_runs import run, tiny
 
 from experiments.audit import inputs
-from experiments.trainer import dataset, loop
-from experiments.trainer import run as runs
+from experiments.config.spec import resolve
+from experiments.trainer import dataset
 from experiments.trainer import teacher as teachers
+from experiments.trainer.interrupts import StopRequest
 
 
 @pytest.fixture(scope="module")
@@ -19,10 +20,12 @@ def original(tmp_path_factory):
     folder = tmp_path_factory.mktemp("original")
     config = tiny(folder, "kd", **{"teacher.table": "always", "train.epochs": 2.0})
     results = run(config, folder / "run")
-    teacher, source = teachers.obtain(config, loop.StopRequest()), dataset.load(config).source
+    spec = resolve(config)
+    source = dataset.load(spec.data).source
+    teacher = teachers.obtain(spec, StopRequest())
     (folder / "own.msgpack").write_bytes(serialization.msgpack_serialize(teacher.variables))
     everything = source.train.take(np.arange(len(source.train)))
-    arrays = {"train_logits": teacher.table(everything, loop.StopRequest()), "train_labels": source.train.labels}
+    arrays = {"train_logits": teacher.table(everything, StopRequest()), "train_labels": source.train.labels}
     np.savez(folder / "own.npz", **arrays)
     return folder, results, arrays
 
@@ -38,7 +41,7 @@ def test_file_teaches_as_its_teacher(original, tmp_path, kind):
     table = "auto" if kind == "npz" else "always"
     config = tiny(tmp_path, "kd", **{"teacher.table": table, "train.epochs": 2.0})
     config.teacher.checkpoint = str(folder / f"own.{kind}")
-    config.seed_teacher = 5  # has no effect
+    config.teacher_seed = 5  # has no effect
     by_file = run(config, tmp_path / "run")
     assert curves(tmp_path / "run") == curves(folder / "run") and by_file["test"] == results["test"]
     assert by_file["config_hash"] != results["config_hash"] and by_file["seeds"]["teacher"] is None
@@ -46,15 +49,16 @@ def test_file_teaches_as_its_teacher(original, tmp_path, kind):
         assert by_file["teacher"]["group_mass"] == results["teacher"]["group_mass"]
     else:
         assert by_file["teacher"]["group_mass"].keys() == {"long_tailed"}
-    assert runs.default_workdir(config).endswith("-own-resnet8-s0")
+    assert resolve(config).name.endswith("-own-resnet8-s0")
     assert inputs.read(tmp_path / "run").name == "kd resnet8"
 
 
 def test_logits_without_views_are_those_of_every_view(original, tmp_path):
     _, _, arrays = original
-    config = tiny(tmp_path, "kd", **{"teacher.checkpoint": str(tmp_path / "one.npz"), "train.epochs": 1.0})
-    views = dataset.load(config).source.views
+    config = tiny(tmp_path, "kd", **{"train.epochs": 1.0})
+    views = dataset.load(resolve(config).data).source.views
     one = arrays["train_logits"][:, views.identity]
+    config.teacher.checkpoint = str(tmp_path / "one.npz")
     np.savez(tmp_path / "one.npz", train_logits=one, train_labels=arrays["train_labels"])
     results = run(config, tmp_path / "one")
     assert results["teacher_logits"] == "table"

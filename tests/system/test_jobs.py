@@ -18,7 +18,7 @@ def stamps(folder):
 
 
 def test_two_workers_share_stop_and_finish_a_queue(tmp_path):
-    shared = {**TINY, "teacher.cache": str(tmp_path / "teachers"), "train.epochs": 8.0, "teacher.train.epochs": 1.0}
+    shared = {**TINY, "teacher.dir": str(tmp_path / "teachers"), "train.epochs": 8.0, "teacher.train.epochs": 1.0}
     runs = [{"config": "configs/digitslt.py:ltkd", "seeds": [0, 1, 2, 3]}]
     (tmp_path / "queue.json").write_text(json.dumps({"set": shared, "runs": runs}))
     results = tmp_path / "results"

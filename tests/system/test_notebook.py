@@ -1,7 +1,6 @@
 """The notebook: executed from its first cell to the report, as in Colab."""
 
 import html
-import json
 
 import nbclient
 import nbformat
@@ -13,11 +12,10 @@ NOTEBOOK = ROOT / "experiments" / "colab_tpu.ipynb"
 
 
 def test_committed_without_outputs():
-    cells = json.loads(NOTEBOOK.read_text())["cells"]
-    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells)
+    cells = [cell for cell in nbformat.read(NOTEBOOK, as_version=4).cells if cell.cell_type == "code"]
+    assert not any(cell.outputs or cell.execution_count for cell in cells)
     settings = {}
-    exec(code[0], settings)
+    exec(cells[0].source, settings)
     assert (ROOT / settings["CONFIG"].partition(":")[0]).exists() and settings["REPOSITORY"] == ""
 
 

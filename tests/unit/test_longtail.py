@@ -80,12 +80,6 @@ def test_split_sizes_and_types():
         assert indices.dtype == np.int64 and (np.diff(indices) > 0).all()
 
 
-def test_split_nothing_held_out():
-    labels, keys = make()
-    split = longtail.split(labels, keys, num_classes=10, imbalance=1)
-    assert len(split.train) == 600 and len(split.outer) == len(split.validation) == 0
-
-
 def test_split_does_not_depend_on_the_order():
     draws = []
     for order_seed in (0, 1):
@@ -169,12 +163,6 @@ def test_split_refuses(change, message):
     arguments = dict(labels=np.array([0, 1, 0, 1]), keys=np.array(["a", "b", "c", "d"]), num_classes=2, imbalance=1)
     with pytest.raises(ValueError, match=message):
         longtail.split(**arguments | change)
-
-
-def test_balanced_set():
-    labels, keys = make()
-    chosen = longtail.balanced(labels, keys, num_classes=10, per_class=7, seed=3)
-    assert np.bincount(labels[chosen]).tolist() == [7] * 10
 
 
 # Lists and sets as they are.

@@ -12,8 +12,8 @@ from helpers.environments import ROOT
 import ltkd_jax
 
 INTERNAL = {"files", "names", "signals"}  # modules below `ltkd_jax` that are not part of its interface
-# Packages of the checkout, and NumPy and absl, which jax and ml_collections require.
-PROVIDED = {"ltkd_jax", "experiments", "configs", "numpy", "absl"}
+# Packages of the checkout, and those that jax, ml_collections and Jinja2 require themselves.
+PROVIDED = {"ltkd_jax", "experiments", "configs", "numpy", "absl", "markupsafe"}
 DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit_learn", "orbax": "orbax_checkpoint"}  # by module, of another name
 
 

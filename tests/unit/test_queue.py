@@ -2,13 +2,13 @@
 
 import json
 import os
+import pathlib
 import signal
 import sys
 import threading
 import time
 
 import pytest
-from helpers.small_runs import ROOT
 
 from experiments import reproduce
 from experiments.config.validation import ConfigError
@@ -17,6 +17,7 @@ from experiments.jobs.queue_entry import QueueEntry, read_queue
 from experiments.trainer import run
 from experiments.trainer.interrupts import Stopped
 
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 DIGITS = "configs/digitslt.py"
 
 
@@ -38,15 +39,15 @@ def exit_status(tmp_path, *arguments):
 
 @pytest.fixture
 def fake_run(monkeypatch):
-    """Replaces training; a test sets `fake_run.result` to a function of the specification."""
+    """Returns a function that replaces training by a function of the specification."""
+    return lambda result: monkeypatch.setattr(run, "run", lambda spec, workdir, **_: result(spec))
 
-    class Fake:
-        def __call__(self, spec, workdir, **_):
-            return self.result(spec)
 
-    fake = Fake()
-    monkeypatch.setattr(run, "run", fake)
-    return fake
+def fail_with(error):
+    def result(spec):
+        raise error
+
+    return result
 
 
 def test_project_queues_are_readable():
@@ -136,7 +137,7 @@ def test_runs_of_another_process_are_left_to_it_and_taken_over(tmp_path, fake_ru
             raise run.InUse("in use")
         return {"by": "this"}
 
-    fake_run.result = result
+    fake_run(result)
     assert queue_runner.run_missing(queue, poll_seconds=0.0) == 0
     assert attempts == [0, 1, 2, 1, 2]
     assert [result["by"] for result in queue.results()] == ["another", "this", "this"]
@@ -144,18 +145,12 @@ def test_runs_of_another_process_are_left_to_it_and_taken_over(tmp_path, fake_ru
 
 @pytest.mark.parametrize("options, status", [([], 75), (["--time_limit=1e-9"], 0)])
 def test_exit_status_of_a_stopped_queue(tmp_path, fake_run, options, status):
-    def result(spec):
-        raise Stopped("stopped by SIGTERM")
-
-    fake_run.result = result
+    fake_run(fail_with(Stopped("stopped by SIGTERM")))
     assert exit_status(tmp_path, queue_file(tmp_path, {"config": f"{DIGITS}:ce"}), *options) == status
 
 
 def test_entry_that_waits_for_a_failed_group_is_reported(tmp_path, capsys, fake_run):
-    def result(spec):
-        raise ConfigError("no such thing")
-
-    fake_run.result = result
+    fake_run(fail_with(ConfigError("no such thing")))
     runs = {"config": DIGITS, "group": "search"}, {"config": DIGITS, "best_of": "search"}
     assert exit_status(tmp_path, queue_file(tmp_path, *runs)) == 1
     errors = capsys.readouterr().err

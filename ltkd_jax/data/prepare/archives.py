@@ -13,7 +13,7 @@ import numpy as np
 
 from ltkd_jax import files
 
-_MAX_FILE = 1 << 28  # bytes; no official file has more, so that what is cut off here fails its checksum
+MAX_FILE = 1 << 28  # bytes; no official file has more, so that what is cut off here fails its checksum
 _REMEDY = "get the official file again, by running without --source or from the data set's home page"
 
 
@@ -40,18 +40,16 @@ class Cifar:
 
     Attributes:
       splits: the files of each split; those of binary records end in `.bin`.
-      binary_folder, pickle_folder: the folder in each archive.
       binary_names: the file of the class names of each label, in the order of the leading bytes of a record.
+      binary_sha256: checksum of the archive of binary records.
       pickle_names: what each label is called in the pickles.
       pickle_meta: the pickle of the class names.
-      binary_sha256, pickle_sha256: checksum of each archive.
+      pickle_sha256: checksum of the archive of pickles.
     """
 
     splits: dict[str, tuple[str, ...]]
-    binary_folder: str
     binary_names: dict[str, str]
     binary_sha256: str
-    pickle_folder: str
     pickle_names: dict[str, str]
     pickle_meta: str
     pickle_sha256: str
@@ -59,20 +57,16 @@ class Cifar:
 
 CIFAR100 = Cifar(
     splits={"train": ("train",), "test": ("test",)},
-    binary_folder="cifar-100-binary",
     binary_names={"coarse_label": "coarse_label_names.txt", "label": "fine_label_names.txt"},
     binary_sha256="58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec",
-    pickle_folder="cifar-100-python",
     pickle_names={"coarse_label": "coarse_label", "label": "fine_label"},
     pickle_meta="meta",
     pickle_sha256="85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7",
 )
 CIFAR10 = Cifar(
     splits={"train": tuple(f"data_batch_{i}" for i in range(1, 6)), "test": ("test_batch",)},
-    binary_folder="cifar-10-batches-bin",
     binary_names={"label": "batches.meta.txt"},
     binary_sha256="c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
-    pickle_folder="cifar-10-batches-py",
     pickle_names={"label": "label"},
     pickle_meta="batches.meta",
     pickle_sha256="6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
@@ -96,14 +90,48 @@ def read_cifar(source: pathlib.Path, cifar: Cifar) -> Content:
         digest = files.sha256(source)
     except OSError as error:
         raise ArchiveError(f"{source} cannot be read ({error.strerror}); give the path of the archive") from error
-    if digest == cifar.binary_sha256:
-        return _read_binary(source, cifar)
-    if digest == cifar.pickle_sha256:
-        return _read_pickles(source, cifar)
-    raise ArchiveError(
-        f"{source} is not the official archive: sha256 expected {cifar.binary_sha256} (binary) or "
-        f"{cifar.pickle_sha256} (python), found {digest}; {_REMEDY}"
-    )
+    if digest not in (cifar.binary_sha256, cifar.pickle_sha256):
+        raise ArchiveError(
+            f"{source} is not the official archive: sha256 expected {cifar.binary_sha256} (binary) or "
+            f"{cifar.pickle_sha256} (python), found {digest}; {_REMEDY}"
+        )
+    is_binary = digest == cifar.binary_sha256
+    contents = _read_tar(source)
+    splits = {}
+    for split, names in cifar.splits.items():
+        if is_binary:
+            batches = [_parse_records(contents[f"{name}.bin"], cifar) for name in names]
+        else:
+            batches = [_parse_pickle(contents[name], cifar) for name in names]
+        arrays = {}
+        for key in batches[0]:
+            arrays[key] = np.concatenate([batch[key] for batch in batches])
+        planes = arrays.pop("image")  # one for each channel
+        splits[split] = planes.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), arrays
+    class_names = {}
+    if is_binary:
+        for label, name in cifar.binary_names.items():
+            class_names[label] = tuple(contents[name].decode().split())
+    else:
+        meta = pickle.loads(contents[cifar.pickle_meta], encoding="bytes")
+        for label, name in cifar.pickle_names.items():
+            class_names[label] = tuple(class_name.decode() for class_name in meta[f"{name}_names".encode()])
+    return Content(splits, class_names)
+
+
+def _parse_records(data: bytes, cifar: Cifar) -> dict[str, np.ndarray]:
+    """Returns labels and planes of binary records, of a byte for each label and 3,072 bytes of pixels."""
+    num_labels = len(cifar.binary_names)
+    records = np.frombuffer(data, np.uint8).reshape(-1, num_labels + 3072)
+    arrays = {label: records[:, i] for i, label in enumerate(cifar.binary_names)}
+    return {**arrays, "image": records[:, num_labels:]}
+
+
+def _parse_pickle(data: bytes, cifar: Cifar) -> dict[str, np.ndarray]:
+    """Returns labels and planes of a pickled dictionary, whose keys are byte strings of Python 2."""
+    batch = pickle.loads(data, encoding="bytes")
+    arrays = {label: np.asarray(batch[f"{name}s".encode()]) for label, name in cifar.pickle_names.items()}
+    return {**arrays, "image": batch[b"data"]}
 
 
 def read_idx(source: pathlib.Path, sha256: dict[str, str]) -> Content:
@@ -116,11 +144,15 @@ def read_idx(source: pathlib.Path, sha256: dict[str, str]) -> Content:
     Raises:
       ArchiveError: a file is missing or is not the expected one.
     """
+    contents = _read_folder(source, sha256) if source.is_dir() else _read_tar(source, sha256)
+    missing = sorted(set(sha256) - set(contents))
+    if missing:
+        raise ArchiveError(f"{source} has no file {', '.join(missing)}; {_REMEDY}")
     arrays = {}
-    for name, data in _read_files(source, sha256).items():
+    for name in sha256:
         try:
-            with gzip.open(io.BytesIO(data)) as file:
-                content = file.read(_MAX_FILE)
+            with gzip.open(io.BytesIO(contents[name])) as file:
+                content = file.read(MAX_FILE)
         except Exception as error:  # whatever the decompressor raises for a damaged file
             raise ArchiveError(f"{source}: {name} is truncated or damaged ({error}); {_REMEDY}") from error
         digest = hashlib.sha256(content).hexdigest()
@@ -134,68 +166,31 @@ def read_idx(source: pathlib.Path, sha256: dict[str, str]) -> Content:
     return Content(splits, class_names={})
 
 
-def _read_files(source: pathlib.Path, names: Collection[str]) -> dict[str, bytes]:
-    """Returns the content of the named files, from a folder or a tar archive."""
+def _read_folder(folder: pathlib.Path, names: Collection[str]) -> dict[str, bytes]:
+    """Returns the contents of those of the named files that exist."""
     contents = {}
-    try:
-        if source.is_dir():
-            for name in names:
-                if (source / name).is_file():  # opening a pipe would wait for ever
-                    with open(source / name, "rb") as file:
-                        contents[name] = file.read(_MAX_FILE)
-        else:
-            # As a stream: a member of a compressed archive is not reached but by decompressing what lies before it.
-            with tarfile.open(source, "r|*") as tar:
-                for member in tar:
-                    name = member.name.removeprefix("./")
-                    if name in names and member.isfile():
-                        contents[name] = tar.extractfile(member).read(_MAX_FILE)  # type: ignore[union-attr]
-    except Exception as error:  # whatever the parser of a damaged archive raises
-        raise ArchiveError(f"{source} is truncated or cannot be read ({error}); {_REMEDY}") from error
-    missing = sorted(set(names) - set(contents))
-    if missing:
-        raise ArchiveError(f"{source} has no file {', '.join(missing)}; {_REMEDY}")
+    for name in names:
+        if (folder / name).is_file():  # opening a pipe would wait for ever
+            with open(folder / name, "rb") as file:
+                contents[name] = file.read(MAX_FILE)
     return contents
 
 
-def _read_binary(source: pathlib.Path, cifar: Cifar) -> Content:
-    """Reads records of a byte for each label and 3,072 bytes of pixels."""
-    parts = {split: [f"{cifar.binary_folder}/{name}.bin" for name in names] for split, names in cifar.splits.items()}
-    names = {label: f"{cifar.binary_folder}/{name}" for label, name in cifar.binary_names.items()}
-    contents = _read_files(source, [*sum(parts.values(), []), *names.values()])
-    num_labels = len(names)
-    splits = {}
-    for split, members in parts.items():
-        data = b"".join(contents[member] for member in members)
-        records = np.frombuffer(data, np.uint8).reshape(-1, num_labels + 3072)
-        labels = {label: records[:, i].astype(np.int64) for i, label in enumerate(names)}
-        splits[split] = _planes_to_images(records[:, num_labels:]), labels
-    return Content(splits, {label: tuple(contents[name].decode().split()) for label, name in names.items()})
-
-
-def _read_pickles(source: pathlib.Path, cifar: Cifar) -> Content:
-    """Reads dictionaries, whose keys are the byte strings of Python 2, by pickle."""
-    parts = {split: [f"{cifar.pickle_folder}/{name}" for name in names] for split, names in cifar.splits.items()}
-    meta_file = f"{cifar.pickle_folder}/{cifar.pickle_meta}"
-    contents = _read_files(source, [*sum(parts.values(), []), meta_file])
-    splits = {}
-    for split, members in parts.items():
-        batches = [pickle.loads(contents[member], encoding="bytes") for member in members]
-        images = _planes_to_images(np.concatenate([batch[b"data"] for batch in batches]))
-        labels = {}
-        for label, name in cifar.pickle_names.items():
-            labels[label] = np.concatenate([np.asarray(batch[f"{name}s".encode()], np.int64) for batch in batches])
-        splits[split] = images, labels
-    meta = pickle.loads(contents[meta_file], encoding="bytes")
-    class_names = {}
-    for label, name in cifar.pickle_names.items():
-        class_names[label] = tuple(class_name.decode() for class_name in meta[f"{name}_names".encode()])
-    return Content(splits, class_names)
-
-
-def _planes_to_images(planes: np.ndarray) -> np.ndarray:
-    """Returns uint8 `[N, 32, 32, 3]` of planes `[N, 3072]`, one for each channel."""
-    return planes.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+def _read_tar(path: pathlib.Path, names: Collection[str] | None = None) -> dict[str, bytes]:
+    """Returns the contents of the named files in a tar archive, or of all, by their names without a folder."""
+    try:
+        contents = {}
+        # As a stream: a member of a compressed archive is reached only by decompressing what lies before it.
+        with tarfile.open(path, "r|*") as tar:
+            for member in tar:
+                name = pathlib.PurePosixPath(member.name).name
+                if member.isfile() and (names is None or name in names):
+                    file = tar.extractfile(member)
+                    assert file is not None  # so for every regular file
+                    contents[name] = file.read(MAX_FILE)
+        return contents
+    except Exception as error:  # whatever the parser of a damaged archive raises
+        raise ArchiveError(f"{path} is truncated or cannot be read ({error}); {_REMEDY}") from error
 
 
 def _parse_idx(data: bytes) -> np.ndarray:

@@ -45,7 +45,7 @@ class Files:
 
 
 def _walk(root: pathlib.Path) -> Iterator[str]:
-    """Yields the files below a folder, links followed, each folder once on its own way down."""
+    """Yields the paths below a folder, those of folders with a final "/". Links are followed, but not in circles."""
 
     def refuse(error: OSError) -> NoReturn:
         raise ArchiveError(f"{error.filename} cannot be read ({error.strerror})")
@@ -53,11 +53,16 @@ def _walk(root: pathlib.Path) -> Iterator[str]:
     for folder, names, files in os.walk(root, followlinks=True, onerror=refuse):
         above = {os.path.realpath(parent) for parent in (folder, *map(str, pathlib.Path(folder).parents))}
         names[:] = [name for name in names if os.path.realpath(os.path.join(folder, name)) not in above]
-        yield from (pathlib.Path(folder, name).relative_to(root).as_posix() for name in files)
+        parent = pathlib.Path(folder).relative_to(root)
+        yield from ((parent / name).as_posix() for name in files)
+        yield from (f"{(parent / name).as_posix()}/" for name in names)
 
 
 class Tree:
     """Files by their path below a root, in a folder or a zip archive.
+
+    Attributes:
+      names: sorted paths of the files, and of the folders with a final "/".
 
     Raises:
       ArchiveError: the root is neither, or the archive is damaged.
@@ -71,7 +76,7 @@ class Tree:
             return
         try:
             self._zip = zipfile.ZipFile(self._root)
-            self.names = sorted(info.filename for info in self._zip.infolist() if not info.is_dir())
+            self.names = sorted(self._zip.namelist())
         except Exception as error:  # whatever the parser of a damaged archive raises
             raise ArchiveError(
                 f"{root} is no folder, and no whole zip archive ({error}): give the folder, or get the archive again"
@@ -120,12 +125,8 @@ class Tree:
 
     def folders(self, folder: str = "") -> set[str]:
         """Returns the names of the folders in a folder, empty ones too."""
-        if self._zip is None:
-            base = self._root / folder
-            names = {path.name for path in base.iterdir() if path.is_dir()} if base.is_dir() else set()
-        else:
-            paths = [info.filename for info in self._zip.infolist() if info.filename.startswith(folder)]
-            names = {path.removeprefix(folder).split("/")[0] for path in paths if "/" in path.removeprefix(folder)}
+        paths = [name.removeprefix(folder) for name in self.names if name.startswith(folder)]
+        names = {path.partition("/")[0] for path in paths if "/" in path}
         return {name for name in names if not name.startswith(_HIDDEN)}
 
 
