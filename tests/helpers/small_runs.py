@@ -20,34 +20,18 @@ from ltkd_jax.training.checkpoint import Checkpoints
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 _SMALL = {
-    "data.imbalance": 4.0,
-    "teacher.model": "resnet8",
-    "student.model": "resnet8",
-    "train.batch_size": 16,
-    "teacher.train.batch_size": 16,
-    "eval_every": 1,
-    "checkpoint_every": 1,
-}
-TINY = {
-    **_SMALL,
-    "data.n_max": 12,
-    "data.test_images": 50,
-    "data.validation_per_class": 2,
-    "train.epochs": 3.0,
-    "teacher.train.epochs": 2.0,
-    "eval_batch_size": 64,
-}
+    "data.imbalance": 4.0, "teacher.model": "resnet8", "student.model": "resnet8", "train.batch_size": 16,
+    "teacher.train.batch_size": 16, "eval_every": 1, "checkpoint_every": 1,
+}  # fmt: skip
+TINY = _SMALL | {
+    "data.n_max": 12, "data.test_images": 50, "data.validation_per_class": 2, "train.epochs": 3.0,
+    "teacher.train.epochs": 2.0, "eval_batch_size": 64,
+}  # fmt: skip
+STREAMED = _SMALL | {
+    "data.stream": True, "data.image_size": 8, "data.num_workers": 0, "data.subset": "exponential",
+    "train.epochs": 2.0, "teacher.train.epochs": 1.0, "eval_batch_size": 16,
+}  # fmt: skip
 INSECTS = {"ant": 30, "bee": 24, "cat": 20, "dog": 20}  # training images; of each there are 5 test images
-STREAMED = {
-    **_SMALL,
-    "data.stream": True,
-    "data.image_size": 8,
-    "data.num_workers": 0,
-    "data.subset": "exponential",
-    "train.epochs": 2.0,
-    "teacher.train.epochs": 1.0,
-    "eval_batch_size": 16,
-}
 
 
 def config_of(name, argument=""):

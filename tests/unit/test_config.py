@@ -1,6 +1,7 @@
 """Configs: the argument, the checks, the names of version 0.1, the identity of a result, the rule for the table."""
 
 import dataclasses
+import functools
 import importlib
 import json
 
@@ -8,9 +9,10 @@ import numpy as np
 import pytest
 from helpers.small_runs import ROOT, changed, config_of, tiny
 
+from configs import common
 from experiments.config import identity, names, validation
-from experiments.config.load import load_config
 from experiments.config.spec import resolve
+from experiments.config.trees import flatten, without
 from experiments.config.validation import ConfigError
 from experiments.trainer import dataset, teacher
 from ltkd_jax import methods
@@ -119,39 +121,16 @@ def test_bad_argument(argument, message):
 @pytest.mark.parametrize(
     "key, value",
     [
-        ("data.imbalance", 0.5),
-        ("data.n_max", -1),
-        ("data.num_workers", -1),
-        ("data.image_size", 4),
-        ("data.subset", "none.txt"),
-        ("data.name", ""),
-        ("augment.policy", "randaugment"),
-        ("augment.mixup", -0.2),
-        ("train.batch_size", 0),
-        ("train.lr", 0.0),
-        ("train.epochs", -1.0),
-        ("train.epochs", float("inf")),
-        ("train.milestones", (0.5, 2.0)),
-        ("train.milestones", (0.5, "x")),
-        ("teacher.train.momentum", 1.0),
-        ("teacher.train.lr_decay", 0.0),
-        ("teacher.table", "maybe"),
-        ("teacher.table_memory", 2.0),
-        ("precision", "float16"),
-        ("parallel", "ddp"),
-        ("platform", "cuda"),
-        ("eval_every", 0),
-        ("eval_batch_size", 0),
-        ("seed", -1),
-        ("split_seed", 2**31),
-        ("student.model", "resnet9"),
-        ("teacher.model", "vgg12"),
-        ("method.temperature", 0.0),
-        ("method.name", "kdd"),
-        ("method.name", "kd"),
-        ("method.warmup_epochs", -1.0),
+        ("data.imbalance", 0.5), ("data.n_max", -1), ("data.num_workers", -1), ("data.image_size", 4),
+        ("data.subset", "none.txt"), ("data.name", ""), ("augment.policy", "randaugment"), ("augment.mixup", -0.2),
+        ("train.batch_size", 0), ("train.lr", 0.0), ("train.epochs", -1.0), ("train.epochs", float("inf")),
+        ("train.milestones", (0.5, 2.0)), ("train.milestones", (0.5, "x")), ("teacher.train.momentum", 1.0),
+        ("teacher.train.lr_decay", 0.0), ("teacher.table", "maybe"), ("teacher.table_memory", 2.0),
+        ("precision", "float16"), ("parallel", "ddp"), ("platform", "cuda"), ("eval_every", 0), ("eval_batch_size", 0),
+        ("seed", -1), ("split_seed", 2**31), ("student.model", "resnet9"), ("teacher.model", "vgg12"),
+        ("method.temperature", 0.0), ("method.name", "kdd"), ("method.name", "kd"), ("method.warmup_epochs", -1.0),
     ],
-)
+)  # fmt: skip
 def test_bad_value(key, value):
     with pytest.raises(ConfigError) as caught:
         resolve(changed(config_of("digitslt"), **{key: value}))
@@ -163,24 +142,15 @@ def test_bad_value(key, value):
 @pytest.mark.parametrize(
     "key, value, message",
     [
-        ("lookahead", 0, "at least 1"),
-        ("update_every", 0, "at least 1"),
-        ("outer_loss", "harder", "hard, soft, mix"),
-        ("features", ("student_ce", "inter"), "'inter'.* student_ce, teacher_ce, ce"),
-        ("features", (), "at least one"),
-        ("features", ("ce", "ce"), "once"),
-        ("hidden", (64, 0), "positive whole numbers"),
-        ("hidden", (True,), "positive whole numbers"),
-        ("scales", (1.0, 2.0, 3.0), "ce, kd"),
-        ("scales", ("a", "b"), "positive numbers"),
-        ("scales", (0.0, 1.0), "positive numbers"),
-        ("lr", 0.0, "positive"),
-        ("weight_decay", -1.0, "not be negative"),
-        ("lr_decay", float("nan"), "must be"),
-        ("name", "learned", "static, bilevel"),
-        ("name", "static", ":bikd"),
+        ("lookahead", 0, "at least 1"), ("update_every", 0, "at least 1"), ("outer_loss", "harder", "hard, soft, mix"),
+        ("features", ("student_ce", "inter"), "'inter'.* student_ce, teacher_ce, ce"), ("features", (), "at least one"),
+        ("features", ("ce", "ce"), "once"), ("hidden", (64, 0), "positive whole numbers"),
+        ("hidden", (True,), "positive whole numbers"), ("scales", (1.0, 2.0, 3.0), "ce, kd"),
+        ("scales", ("a", "b"), "positive numbers"), ("scales", (0.0, 1.0), "positive numbers"), ("lr", 0.0, "positive"),
+        ("weight_decay", -1.0, "not be negative"), ("lr_decay", float("nan"), "must be"),
+        ("name", "learned", "static, bilevel"), ("name", "static", ":bikd"),
     ],
-)
+)  # fmt: skip
 def test_bad_learned_weights(key, value, message):
     with pytest.raises(ConfigError, match=message) as caught:
         resolve(changed(config_of("digitslt", "bikd"), **{f"loss_weighting.{key}": value}))
@@ -222,66 +192,39 @@ def test_bad_devices(tmp_path, values, message):
         validation.validate_devices(spec.config)
 
 
-def test_config_of_another_shape():
-    """A dictionary that was written by hand, or by another version."""
-    tree = config_of("digitslt").to_dict()
-    for edit, message in (
-        (lambda tree: tree.update(seed_split=tree.pop("split_seed")), "'seed_split' .*'split_seed'"),
-        (lambda tree: tree["train"].update(decay=0.1), "'train.decay' .*'train.lr_decay'"),
-        (lambda tree: tree.update(weighting={"name": "static"}), "'weighting.name' .*'loss_weighting.name'"),
-        (lambda tree: tree["train"].update(ls=0.1), "'train.ls'.*'train.lr'"),
-        (lambda tree: tree["data"].pop("n_max"), "lacks .*'data.n_max'"),
-        (lambda tree: tree["method"].pop("name"), "lacks .*'method.name'"),
-    ):
-        other = json.loads(json.dumps(tree))
-        edit(other)
-        with pytest.raises(ConfigError, match=message):
-            resolve(other)
-
-
 @pytest.mark.parametrize(
-    "value, key", [("x", "seed"), (None, "split_seed"), ("0.1", "train.lr"), (3, "train"), ([], "data.name")]
+    "removed, added, message",
+    [
+        ("split_seed", {"seed_split": 0}, "'seed_split' .*'split_seed'"),
+        ("train", {"train.decay": 0.1}, "'train.decay' .*'train.lr_decay'"),
+        ("loss_weighting", {"weighting.name": "static"}, "'weighting.name' .*'loss_weighting.name'"),
+        ("train.lr", {"train.ls": 0.1}, "'train.ls'.*'train.lr'"),
+        ("data.n_max", {}, "lacks .*'data.n_max'"),
+        ("method.name", {}, "lacks .*'method.name'"),
+        ("seed", {"seed": "x"}, "seed='x' .*int"),
+        ("train.lr", {"train.lr": None}, "train.lr=None .*float"),
+        ("method.alpha", {"method.alpha": "1"}, "method.alpha='1' .*float"),
+        ("train", {"train": 3}, "'train'"),
+    ],
 )
-def test_config_of_wrong_types(value, key):
-    tree = json.loads(json.dumps(config_of("digitslt").to_dict()))
-    *sections, leaf = key.split(".")
-    node = tree
-    for section in sections:
-        node = node[section]
-    node[leaf] = value
-    with pytest.raises(ConfigError, match=leaf):
+def test_config_of_another_shape(removed, added, message):
+    """A dictionary written by hand, or by version 0.1."""
+    tree = without(config_of("digitslt").to_dict(), [removed])
+    for path, value in added.items():
+        *sections, leaf = path.split(".")
+        functools.reduce(lambda node, section: node.setdefault(section, {}), sections, tree)[leaf] = value
+    with pytest.raises(ConfigError, match=message):
         resolve(tree)
 
 
-def test_load_config(tmp_path):
-    assert load_config(f"{ROOT}/configs/digitslt.py:kd,seed=4").seed == 4
-    (tmp_path / "bad.py").write_text("import nothing_of_this_name")
-    for reference, message in (
-        (f"{ROOT}/configs/digitlt.py", "digitlt.py.*digitslt.py"),
-        (f"{ROOT}/configs/digitslt.py:kdd", "'kdd'"),
-        (str(tmp_path / "bad.py"), "bad.py.*nothing_of_this_name"),
-    ):
-        with pytest.raises(ConfigError, match=message):
-            load_config(reference)
-
-
-@pytest.mark.parametrize(
-    "old, new",
-    [
-        ("seed_teacher", "teacher_seed"),
-        ("eval_batch", "eval_batch_size"),
-        ("data.workers", "data.num_workers"),
-        ("data.meta_per_class", "data.outer_per_class"),
-        ("teacher.train.decay", "teacher.train.lr_decay"),
-        ("teacher.cache", "teacher.dir"),
-        ("weighting.decay", "loss_weighting.lr_decay"),
-        ("weighting.lr", "loss_weighting.lr"),
-    ],
-)
-def test_renamed_key(old, new):
-    assert names.new_name(new) is None
-    with pytest.raises(ConfigError, match=f"'{old}' .*'{new}'"):
-        names.check_key(old)
+def test_renamed_keys_exist():
+    """Each present name of a key of version 0.1 is one of a config, or short for one."""
+    configs = (config_of("digitslt", method) for method in ("bikd", "logit_adjusted"))
+    keys = {key for config in configs for key in flatten(config.to_dict())} | {"tau", "loss_weighting", *common.SHORT}
+    for old, new in names.RENAMED.items():
+        assert new in keys and names.new_name(new) is None
+        with pytest.raises(ConfigError, match=f"'{old}' .*'{new}'"):
+            names.check_key(old)
 
 
 def test_identity_holds_what_is_computed():
@@ -338,29 +281,26 @@ def test_identity_of_a_teacher_and_held_out_images():
 
 
 @pytest.mark.parametrize(
-    "values, source",
+    "argument, values, source",
     [
-        ({}, "table"),
-        ({"train.epochs": 4.0}, "network"),
-        ({"train.epochs": 4.0, "teacher.table_runs": 3}, "table"),
-        ({"train.max_steps": 1, "teacher.table_runs": 3}, "network"),
-        ({"teacher.table_memory": 1e-9}, "network"),
-        ({"teacher.table_memory": 1e-9, "teacher.table": "always"}, "table"),
-        ({"teacher.table": "never"}, "network"),
-        ({"augment.cutout": 2}, "network"),
+        ("ce", {}, "none"),
+        ("reviewkd", {}, "features"),
+        ("bikd", {}, "table"),
+        ("kd", {}, "table"),
+        ("kd", {"train.epochs": 4.0}, "network"),
+        ("kd", {"train.epochs": 4.0, "teacher.table_runs": 3}, "table"),
+        ("kd", {"train.max_steps": 1, "teacher.table_runs": 3}, "network"),
+        ("kd", {"teacher.table_memory": 1e-9}, "network"),
+        ("kd", {"teacher.table_memory": 1e-9, "teacher.table": "always"}, "table"),
+        ("kd", {"teacher.table": "never"}, "network"),
+        ("kd", {"augment.cutout": 2}, "network"),
     ],
 )
-def test_choose_source(values, source):
+def test_choose_source(argument, values, source):
     """A table is used if views <= epochs × runs, and it fits."""
-    spec = resolve(changed(config_of("digitslt", "kd"), **values))
+    spec = resolve(changed(config_of("digitslt", argument), **values))
     data = dataset.load(spec.data)
     assert data.source.views.num == 9 and teacher.choose_source(spec, data) == source
-
-
-def test_choose_source_of_methods():
-    data = dataset.load(resolve(config_of("digitslt", "kd")).data)
-    for method, source in (("ce", "none"), ("reviewkd", "features"), ("bikd", "table")):
-        assert teacher.choose_source(resolve(config_of("digitslt", method)), data) == source
 
 
 @pytest.mark.parametrize(
