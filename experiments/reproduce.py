@@ -17,6 +17,7 @@ import sys
 
 from experiments.config.validation import ConfigError
 from experiments.jobs import command
+from experiments.reporting.load import ReportError
 
 
 def main(argv=None):
@@ -31,7 +32,7 @@ def main(argv=None):
     try:
         machine = command.set_up(options)
         sys.exit(command.run(options.queue, options.results, folder, options, machine))
-    except ConfigError as error:
+    except (ConfigError, ReportError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

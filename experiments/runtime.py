@@ -33,7 +33,7 @@ def initialize(distributed: str | None = None) -> None:
     jax.config.update("jax_compilation_cache_dir", os.path.abspath(os.environ.get("LTKD_CACHE", ".jax_cache")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     if distributed:
-        print(f"meeting the other processes ({distributed}), for five minutes at most", file=sys.stderr)
+        print(f"waiting up to five minutes for the other processes ({distributed})", file=sys.stderr)
         try:
             hosts.start(distributed)
         except (ValueError, RuntimeError) as error:

@@ -21,6 +21,7 @@ from experiments import runtime
 from experiments.config import load, spec
 from experiments.config.validation import ConfigError
 from experiments.jobs import command
+from experiments.reporting.load import ReportError
 from ltkd_jax import files
 
 _AXES = {"imbalance": "10,100", "teacher": "resnet20,resnet32", "student": "resnet8,resnet20"}  # with examples
@@ -140,7 +141,7 @@ def main(argv=None):
         if any("recipe=bikd" in reference for reference in specs):
             print("All with BiKD's images and schedule (recipe=bikd), so that they can be compared.")
         sys.exit(command.run(folder / "queue.json", folder / "results", folder, options, machine))
-    except (ConfigError, OSError) as error:
+    except (ConfigError, ReportError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

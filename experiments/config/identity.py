@@ -131,12 +131,12 @@ def teacher_results(folder) -> dict:
       ConfigError: the folder holds none.
     """
     path = pathlib.Path(folder) / "results.json"
-    remedy = f"remove {folder}; if it lies in config.teacher.dir, the teacher is trained again"
+    remedy = "if it lies in config.teacher.dir, remove it, and the teacher is trained again"
     results = read_json(path, remedy) if path.is_file() else {}
     if not {"hash", "model", "step"} <= set(results):
         raise ConfigError(
             f"{folder} holds no finished teacher: give config.teacher.checkpoint a folder of config.teacher.dir, a "
-            f"file of variables (.msgpack) or of logits (.npz); or {remedy}"
+            f"file of variables (.msgpack) or of logits (.npz); {remedy}"
         )
     return results
 

@@ -52,7 +52,7 @@ def validate(config: dict) -> None:
     for key in _AT_LEAST_ONE:
         _require(at(config, key) >= 1, key, at(config, key), "must be at least 1")
     for key in _SEEDS:
-        _require(0 <= at(config, key) < 2**31, key, at(config, key), "must not be negative, and below 2³¹")
+        _require(0 <= at(config, key) < 2**31, key, at(config, key), "must be at least 0 and below 2³¹")
     memory = config["teacher"]["table_memory"]
     _require(0 < memory <= 1, "teacher.table_memory", memory, "must lie in (0, 1]")
     _validate_data(config)
@@ -136,7 +136,7 @@ def no_table(config: dict) -> str | None:
     if methods.METHODS[config["method"]["name"]].needs_features:
         return "the method needs the teacher's features"
     if config["data"]["stream"] or augment.Extra(**config["augment"]) != augment.NOTHING:
-        return "an image has endlessly many views"
+        return "an image has infinitely many views"
     return None
 
 

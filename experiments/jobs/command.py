@@ -14,6 +14,7 @@ from experiments.jobs import workers
 from experiments.jobs.queue_entry import read_queue
 from experiments.jobs.queue_runner import Queue, Results, run_missing
 from experiments.reporting import load, report_page, tables
+from experiments.trainer.interrupts import StopRequest
 
 
 def _positive(text):
@@ -46,7 +47,9 @@ def set_up(options: argparse.Namespace) -> workers.Machine | None:
         return None
     machine = workers.count_devices()
     if options.num_workers > machine.slots:
-        raise ConfigError(f"--num_workers={options.num_workers}: there are {machine.slots} devices for a worker each")
+        raise ConfigError(
+            f"--num_workers={options.num_workers}: each worker needs a device of its own, and there are {machine.slots}"
+        )
     jax.config.update("jax_platforms", "cpu")  # the devices are the workers'
     return machine
 
@@ -64,7 +67,7 @@ def run(path, results_folder, folder, options: argparse.Namespace, machine: work
     Returns:
       The exit status: 1 where a run failed, and 75 where a signal stopped it before all was done.
     """
-    deadline = time.monotonic() + 60 * options.time_limit if options.time_limit else None
+    stop = StopRequest(time.monotonic() + 60 * options.time_limit if options.time_limit else None)
     folder = pathlib.Path(folder)
     queue = Queue(read_queue(path), Results(results_folder), folder, options.data_dir)
     if options.list:
@@ -72,12 +75,13 @@ def run(path, results_folder, folder, options: argparse.Namespace, machine: work
             print(f"{entry.config} seed={entry.seed} {json.dumps(entry.set)}")
         return 0
     if machine is None or not queue.missing():
-        failed = run_missing(queue, deadline)
+        with stop.listening():
+            failed = run_missing(queue, stop)
     else:
         words = [str(path), f"--results={results_folder}", f"--runs={folder}", f"--data_dir={options.data_dir}"]
         words += [f"--time_limit={options.time_limit}"]
         command = [sys.executable, "-m", "experiments.reproduce", *words]
-        failed = workers.run(command, machine, options.num_workers, folder, lambda: len(queue.missing()))
+        failed = workers.run(command, machine, options.num_workers, folder, lambda: len(queue.missing()), stop)
     if results := queue.results():
         print(tables.console(results))
     if workdirs := queue.workdirs():
@@ -85,5 +89,4 @@ def run(path, results_folder, folder, options: argparse.Namespace, machine: work
         print(f"\n{folder / 'report.html'}")
     if failed:
         return 1
-    in_time = deadline is None or time.monotonic() < deadline
-    return workers.STOPPED if in_time and queue.missing() else 0
+    return runtime.STOPPED if stop.signal and queue.missing() else 0

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import re
 import shlex
 
 from experiments.config import load, names, spec
@@ -91,7 +92,9 @@ def _check(entries):
     for entry in entries:
         is_reference = isinstance(entry.config, str) and entry.config.partition(":")[0].endswith(".py")
         if not is_reference or not all(isinstance(name, str | None) for name in (entry.group, entry.best_of)):
-            raise ConfigError(f"{entry.config!r} must be configs/….py:ARGUMENT, a group a name")
+            raise ConfigError(f"{entry.config!r}: the config must be configs/….py:ARGUMENT, group and best_of names")
+        if "seed" in entry.set or re.search(r"[:,]\s*seed\s*=", entry.config):
+            raise ConfigError(f"{entry.config!r}: seeds of the student are given by the key 'seeds', a list")
         for key in entry.set:
             names.check_key(key)
         if entry.best_of and entry.group in chosen_from:

@@ -11,7 +11,7 @@ from experiments.config.spec import RunSpec
 from experiments.config.validation import ConfigError
 from experiments.jobs.queue_entry import QueueEntry
 from experiments.trainer import run
-from experiments.trainer.interrupts import Stopped
+from experiments.trainer.interrupts import Stopped, StopRequest
 from experiments.trainer.loop import Diverged
 from ltkd_jax import files
 
@@ -109,7 +109,7 @@ class Queue:
         folders = {self._workdir(spec) for spec in specs if spec is not None}
         return sorted(folder for folder in folders if (folder / "results.json").exists())
 
-    def run(self, entry: QueueEntry, deadline: float | None = None) -> bool:
+    def run(self, entry: QueueEntry, stop: StopRequest) -> bool:
         """Does one run and adds its result; returns False where the group that it chooses from is not done.
 
         Raises:
@@ -119,7 +119,7 @@ class Queue:
         if spec is None:
             return False
         if self._results.find(spec) is None:  # another process may have done it meanwhile
-            results = run.run(spec, self._workdir(spec), command=entry.command(spec), deadline=deadline)
+            results = run.run(spec, self._workdir(spec), command=entry.command(spec), stop=stop)
             self._results.add(spec, results, entry.group)
         return True
 
@@ -127,8 +127,8 @@ class Queue:
         return self._folder / f"{spec.name}-{spec.hash}"
 
 
-def run_missing(queue: Queue, deadline: float | None = None, *, poll_seconds: float = 5.0) -> int:
-    """Does the runs without a result until a deadline of `time.monotonic()`, and reports on stderr what went wrong.
+def run_missing(queue: Queue, stop: StopRequest, *, poll_seconds: float = 5.0) -> int:
+    """Does the runs without a result until it is asked to stop, and reports on stderr what went wrong.
 
     Other processes may do the same with the same folders: this one leaves to them what they have begun, and takes
     over what they leave unfinished.
@@ -144,11 +144,11 @@ def run_missing(queue: Queue, deadline: float | None = None, *, poll_seconds: fl
             any_in_use = False
             for entry in todo:
                 bar.set_postfix_str(f"{entry.config.rpartition('/')[2]}, seed {entry.seed}")
-                if deadline is not None and time.monotonic() > deadline:
-                    _report("the time limit is reached; the same command continues")
+                if stop.reason:
+                    _report(f"stopped by {stop.reason}; the same command continues")
                     return failed
                 try:
-                    is_done = queue.run(entry, deadline)
+                    is_done = queue.run(entry, stop)
                 except run.InUse:
                     is_done = False
                     any_in_use = True

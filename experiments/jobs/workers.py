@@ -16,9 +16,10 @@ from collections.abc import Callable
 import tqdm
 
 from experiments.config.validation import ConfigError
+from experiments.runtime import STOPPED
+from experiments.trainer.interrupts import StopRequest
 from ltkd_jax import signals
 
-STOPPED = 75  # exit status of a command that a signal stopped, and that saved
 _FIRST_PORT = 8476  # of processes on one TPU host, one each
 _COUNT_SECONDS = 30.0  # between counts of the runs that are left, for the progress bar
 # On some TPUs two devices make a chip, which one process has as a whole.
@@ -75,7 +76,12 @@ def count_devices() -> Machine:
 
 
 def run(
-    command: list[str], machine: Machine, num_workers: int, folder: pathlib.Path, count_missing: Callable[[], int]
+    command: list[str],
+    machine: Machine,
+    num_workers: int,
+    folder: pathlib.Path,
+    count_missing: Callable[[], int],
+    stop: StopRequest,
 ) -> int:
     """Starts workers on a queue and waits until all have ended; a signal is passed on to them, and they save.
 
@@ -85,16 +91,16 @@ def run(
       num_workers: at most its slots.
       folder: gets `device-0.log` and so on.
       count_missing: counts the runs to do, for the progress bar.
+      stop: gets the signal, if one comes.
 
     Returns:
       The number of workers that failed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     workers = []
-    received = []
 
     def pass_on(number, frame):
-        received.append(number)
+        stop.signal = number
         for worker in workers:
             if worker.poll() is None:
                 worker.send_signal(number)
@@ -103,13 +109,20 @@ def run(
         for slot in range(num_workers):
             log = logs.enter_context(open(folder / f"device-{slot}.log", "a"))
             environment = machine.environment(slot, os.environ)
-            if not received:
+            if stop.signal is None:
                 # In a session of its own a worker gets Ctrl-C from here, and once.
                 options = dict(env=environment, stdout=log, stderr=log, start_new_session=True)
                 workers.append(subprocess.Popen(command, **options))
-        _wait(workers, folder, count_missing)
+        try:
+            _wait(workers, folder, count_missing)
+        except BaseException:
+            # Left alone they would go on, and keep the devices.
+            for worker in workers:
+                worker.terminate()
+                worker.wait()
+            raise
     # A worker that is not yet, or no longer, in a run ends by the signal itself.
-    expected = {0, STOPPED, *(-number for number in received)}
+    expected = {0, STOPPED, -(stop.signal or 0)}
     return sum(worker.returncode not in expected for worker in workers)
 
 

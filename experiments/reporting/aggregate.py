@@ -210,7 +210,10 @@ def _variants(name, runs, keys):
     for run in runs:
         config = _flat_identity(run)
         seeds = run["seeds"].get("teacher") or 0, run["seeds"].get("student") or 0
-        variants[tuple(config.get(key) for key in keys)].setdefault(seeds, run)
+        same_runs = variants[tuple(config.get(key) for key in keys)]
+        # A work directory, which has training curves, is preferred to the result file of the same run.
+        if seeds not in same_runs or (run.get("metrics") and not same_runs[seeds].get("metrics")):
+            same_runs[seeds] = run
     methods = []
     for values, runs_by_seeds in variants.items():
         chosen = ", ".join(filter(None, map(_assignment, keys, values)))

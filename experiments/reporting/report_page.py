@@ -84,13 +84,15 @@ def _how_it_was_run(setting):
         for run in runs:
             rows.append([method.label, *_circumstances(run)])
             commands.append(run.get("command") or "not recorded")
-            versions |= run.get("versions") or {}
+            for name, version in (run.get("versions") or {}).items():
+                versions.setdefault(name, set()).add(version)
             if source := aggregate.logits_source(run):
                 sources.setdefault(source, {})[method.label] = None
         config = json.dumps(runs[0]["config"], indent=1, sort_keys=True, ensure_ascii=False)
         configs.append(page.Details(method.label, [page.Code(config)]))
     header = ["method", "hardware", "precision", "commit", "config", "seeds", "wall time", "images/s"]
-    text = "; ".join(["Seeds: split / teacher / student", *(f"{name} {versions[name]}" for name in sorted(versions))])
+    packages = [f"{name} {', '.join(sorted(versions[name]))}" for name in sorted(versions)]
+    text = "; ".join(["Seeds: split / teacher / student", *packages])
     logits = "; ".join(f"{', '.join(labels)} from the {source}" for source, labels in sources.items())
     return [
         page.Heading("How it was run"),

@@ -17,17 +17,20 @@ class StopRequest:
 
     Args:
       deadline: of `time.monotonic()`, None for none.
+
+    Attributes:
+      signal: the number of the signal that asked, None for none.
     """
 
     def __init__(self, deadline: float | None = None):
         self._deadline = deadline
-        self._signal = None
+        self.signal = None
 
     @property
     def reason(self) -> str | None:
         """Why this process is to stop; None while it is not."""
-        if self._signal is not None:
-            return signal.Signals(self._signal).name
+        if self.signal is not None:
+            return signal.Signals(self.signal).name
         if self._deadline is not None and time.monotonic() > self._deadline:
             return "the time limit"
         return None
@@ -41,7 +44,7 @@ class StopRequest:
         """Catches the signals until the block ends; a second one ends the process at once."""
 
         def handle(number, _frame):
-            self._signal = number
+            self.signal = number
             signal.signal(number, signal.SIG_DFL)
 
         with signals.handled(handle):

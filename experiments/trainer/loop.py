@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
+from experiments.config.validation import ConfigError
 from experiments.trainer.interrupts import Stopped, StopRequest
 from experiments.trainer.metrics_log import MetricsLog
 from experiments.trainer.trainer import Trainer
@@ -84,13 +85,13 @@ def fit(
             stop_reason = stop.reason_of_any()
             done = step == trainer.total_steps
             epoch_ends = done or step % trainer.steps_per_epoch == 0
-            if epoch_ends:
+            if epoch_ends or stop_reason:
                 _check_finite(trainer, state, checkpoints, label)
+            if epoch_ends:
                 record = _epoch_record(trainer, state, step, options, bar)
                 hosts.run_on_primary(lambda: log.write(record))  # noqa: B023
             checkpoint_due = epoch_ends and (done or (epoch + 1) % options.checkpoint_every == 0)
             if checkpoint_due or stop_reason:
-                _check_finite(trainer, state, checkpoints, label)
                 saved = trainer.parallel.first(state)
                 hosts.run_on_primary(lambda: checkpoints.save(step, saved, clock.as_dict()))  # noqa: B023
             if stop_reason and not done:
@@ -103,7 +104,10 @@ def _resume(trainer, checkpoints, log, seed):
     fresh = trainer.init(seed)
 
     def restore():
-        restored = checkpoints.restore(jax.eval_shape(lambda: fresh))
+        try:
+            restored = checkpoints.restore(jax.eval_shape(lambda: fresh))
+        except ValueError as error:  # of another model
+            raise ConfigError(str(error)) from error
         step = restored[0] if restored else 0
         checkpoints.discard_after(step)
         log.truncate(step, step // trainer.steps_per_epoch)
@@ -168,7 +172,9 @@ def _check_finite(trainer, state, checkpoints, label):
     """Raises Diverged unless losses, parameters and the optimizer's state are finite."""
     sums = trainer.parallel.first(state.sums)
     bad_step = int(sums.bad_step)
-    remedy = f"lower its learning rate; the last good checkpoint is step {next(iter(checkpoints.steps()), 0)}"
+    last_step = next(iter(checkpoints.steps()), None)
+    last = "there is no checkpoint yet" if last_step is None else f"the last checkpoint is of step {last_step}"
+    remedy = f"lower its learning rate; {last}"
     if bad_step >= 0:
         bad_terms = [name for name, bad in zip(trainer.objective.names, np.asarray(sums.bad_terms)) if bad]
         terms = ", ".join(bad_terms) or "only their weighted sum"
@@ -181,7 +187,7 @@ def _check_finite(trainer, state, checkpoints, label):
         leaves = jax.tree.leaves_with_path(saved)
         bad = [jax.tree_util.keystr(path) for path, leaf in leaves if not np.isfinite(leaf).all()]
         step = int(trainer.parallel.first(state.step))
-        raise Diverged(f"{label}: after step {step}, {bad[0]} and {len(bad) - 1} more are not finite: {remedy}")
+        raise Diverged(f"{label}: after step {step}, {len(bad)} arrays are not finite, such as {bad[0]}: {remedy}")
 
 
 @jax.jit

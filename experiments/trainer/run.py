@@ -1,7 +1,6 @@
 """One run: from its specification to `results.json`, in a work directory."""
 
 import contextlib
-import json
 import pathlib
 from collections.abc import Callable
 
@@ -31,7 +30,7 @@ def run(
     workdir: str | pathlib.Path,
     *,
     command: str,
-    deadline: float | None = None,
+    stop: StopRequest | None = None,
     on_record: Callable[[dict], None] = lambda _: None,
 ) -> dict:
     """Trains the teacher if the method needs one, then the student, and writes `results.json`.
@@ -43,7 +42,7 @@ def run(
       workdir: gets `config.json`, `metrics.jsonl`, `checkpoints/` and `results.json`. Where it holds a finished
         run of the same config, that run's results are returned.
       command: for the results.
-      deadline: of `time.monotonic()`, at which to save and stop.
+      stop: asked between steps; a signal sets it too. By default only a signal stops the run.
       on_record: called with each record of the student's `metrics.jsonl` as it is written; on the primary process
         only. A run that resumes from a checkpoint repeats the records since.
 
@@ -54,7 +53,7 @@ def run(
     hosts.run_on_all(lambda: validation.validate_devices(spec.config))
     _check_same_everywhere(spec)
     workdir = pathlib.Path(workdir)
-    stop = StopRequest(deadline)
+    stop = stop or StopRequest()
     with contextlib.ExitStack() as held, stop.listening():
         results = hosts.run_on_primary(lambda: _claim(held, workdir, spec))
         if results is None:
@@ -106,14 +105,11 @@ def _check_same_run(path, spec, remedy):
         there = flatten(identity.of_results(recorded))
     except (KeyError, TypeError):
         raise ConfigError(f"{path} is of another version of this program: {remedy}") from None
-    here = flatten(json.loads(json.dumps(spec.identity)))
-    changed = [key for key in sorted(there.keys() | here.keys()) if _as_json(there.get(key)) != here.get(key)]
-    listed = [f"{key}: {_as_json(there.get(key))!r} there, {here.get(key)!r} here" for key in changed[:4]]
+    here = flatten(spec.identity)
+    changed = [key for key in sorted(there.keys() | here.keys()) if there.get(key) != here.get(key)]
+    listed = [f"{key}: {there.get(key)!r} there, {here.get(key)!r} here" for key in changed[:4]]
+    listed += [f"and {len(changed) - 4} more"] if len(changed) > 4 else []
     raise ConfigError(f"{path.parent} holds a run of another config ({'; '.join(listed)}): {remedy}")
-
-
-def _as_json(value):
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _finished_results(path, spec):

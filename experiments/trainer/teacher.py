@@ -98,13 +98,12 @@ class Teacher:
                 if not intact:
                     if path.exists():
                         _log.warning("%s is damaged: building it again", path)
-                    self._build_table(path, data, images, shape, stop)
-                    files.write_text(checksum, files.sha256(path))
+                    self._build_table(path, checksum, data, images, shape, stop)
             return np.load(path, mmap_mode="r")
 
         return hosts.run_on_primary(read)
 
-    def _build_table(self, path, data, images, shape, stop):
+    def _build_table(self, path, checksum, data, images, shape, stop):
         """Builds under a temporary name; progress is noted, so that a stop or a kill loses minutes at most."""
         logits_fn = _table_logits(self.spec, data, images, self.variables)
         temporary = path.with_suffix(".tmp")
@@ -133,6 +132,7 @@ class Teacher:
             batch_size = min(_TABLE_BATCH, total)
             teacher_table.build(logits_fn, table, batch_size=batch_size, start=done, on_batch=on_batch)
         note_progress(total)
+        files.write_text(checksum, files.sha256(temporary))
         os.replace(temporary, path)
         note.unlink()
 

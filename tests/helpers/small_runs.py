@@ -11,7 +11,7 @@ import pytest
 
 from experiments.config.spec import resolve
 from experiments.trainer import run as runs
-from experiments.trainer.interrupts import Stopped
+from experiments.trainer.interrupts import Stopped, StopRequest
 from experiments.trainer.loop import Diverged
 from experiments.trainer.trainer import trainer
 from helpers import pictures
@@ -74,14 +74,14 @@ def run(config, workdir, **options):
 def run_one_call(config, workdir):
     """Starts a run that is stopped after the first call of the compiled steps."""
     with pytest.raises(Stopped):
-        run(config, workdir, deadline=time.monotonic())
+        run(config, workdir, stop=StopRequest(time.monotonic()))
 
 
 def run_with_stops(config, workdir):
     """Runs a config, stopped after every call; returns its results and the number of stops."""
     for stops in range(1000):
         try:
-            return run(config, workdir, deadline=time.monotonic() + 0.01), stops
+            return run(config, workdir, stop=StopRequest(time.monotonic() + 0.01)), stops
         except Stopped:
             pass
     raise AssertionError("the run makes no progress")

@@ -7,7 +7,7 @@ from helpers import small_runs
 from helpers.small_runs import assert_same_bits, prepare_insects, run, streamed, tiny
 
 from experiments.config.spec import resolve
-from experiments.trainer.interrupts import Stopped
+from experiments.trainer.interrupts import Stopped, StopRequest
 
 AUGMENTED = {"augment.policy": "autoaugment", "augment.cutout": 3, "augment.mixup": 0.2}
 
@@ -74,7 +74,7 @@ def test_workers_change_nothing(data_dir, tmp_path):
     run(config, tmp_path / "without")
     run(with_workers, tmp_path / "whole")
     with pytest.raises(Stopped):
-        run(config, tmp_path / "resumed", deadline=time.monotonic())
+        run(config, tmp_path / "resumed", stop=StopRequest(time.monotonic()))
     run(with_workers, tmp_path / "resumed")
     for name in ("whole", "resumed"):
         assert_same_bits(config, tmp_path / name, tmp_path / "without")

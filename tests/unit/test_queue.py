@@ -15,7 +15,7 @@ from experiments.config.validation import ConfigError
 from experiments.jobs import queue_runner, workers
 from experiments.jobs.queue_entry import QueueEntry, read_queue
 from experiments.trainer import run
-from experiments.trainer.interrupts import Stopped
+from experiments.trainer.interrupts import Stopped, StopRequest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 DIGITS = "configs/digitslt.py"
@@ -101,7 +101,7 @@ def test_entry_overrides_the_chosen_hyperparameters():
 def test_group_without_validation_cannot_be_chosen_from(tmp_path):
     queue = queue_of(tmp_path, {"config": DIGITS, "group": "g"}, {"config": DIGITS, "best_of": "g", "seeds": [1]})
     entry, waiting = queue.missing()
-    assert not queue.run(waiting)
+    assert not queue.run(waiting, StopRequest())
     queue_runner.Results(tmp_path / "r").add(queue.spec(entry), {"validation": None}, "g")
     with pytest.raises(ConfigError, match="data.validation_per_class"):
         queue.spec(waiting)
@@ -138,15 +138,32 @@ def test_runs_of_another_process_are_left_to_it_and_taken_over(tmp_path, fake_ru
         return {"by": "this"}
 
     fake_run(result)
-    assert queue_runner.run_missing(queue, poll_seconds=0.0) == 0
+    assert queue_runner.run_missing(queue, StopRequest(), poll_seconds=0.0) == 0
     assert attempts == [0, 1, 2, 1, 2]
     assert [result["by"] for result in queue.results()] == ["another", "this", "this"]
 
 
 @pytest.mark.parametrize("options, status", [([], 75), (["--time_limit=1e-9"], 0)])
 def test_exit_status_of_a_stopped_queue(tmp_path, fake_run, options, status):
-    fake_run(fail_with(Stopped("stopped by SIGTERM")))
+    def stopped(spec):
+        signal.raise_signal(signal.SIGTERM)
+        raise Stopped("stopped by SIGTERM")
+
+    fake_run(stopped)
     assert exit_status(tmp_path, queue_file(tmp_path, {"config": f"{DIGITS}:ce"}), *options) == status
+
+
+def test_signal_in_the_last_step_of_a_run_stops_the_queue(tmp_path, fake_run):
+    def signalled(spec):
+        signal.raise_signal(signal.SIGTERM)
+        return {"seed": spec.seed}
+
+    fake_run(signalled)
+    queue = queue_of(tmp_path, {"config": f"{DIGITS}:ce", "seeds": [0, 1]})
+    stop = StopRequest()
+    with stop.listening():
+        assert queue_runner.run_missing(queue, stop) == 0
+    assert stop.signal == signal.SIGTERM and [result["seed"] for result in queue.results()] == [0]
 
 
 def test_entry_that_waits_for_a_failed_group_is_reported(tmp_path, capsys, fake_run):
@@ -181,11 +198,11 @@ def test_workers_end(tmp_path, action, failed):
     if "sleep" in action:
         threading.Thread(target=stop_when_up, daemon=True).start()
     command = [sys.executable, "-c", code]
-    assert workers.run(command, workers.Machine("cpu", 2), 2, tmp_path, lambda: 1) == failed
+    assert workers.run(command, workers.Machine("cpu", 2), 2, tmp_path, lambda: 1, StopRequest()) == failed
     assert signal.getsignal(signal.SIGTERM) is handler
 
 
 def test_more_workers_than_devices_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "count_devices", lambda: workers.Machine("cpu", 2))
     message = exit_status(tmp_path, queue_file(tmp_path), "--num_workers=3")
-    assert "--num_workers=3" in message and "2 devices" in message
+    assert "--num_workers=3" in message and message.endswith("2")
