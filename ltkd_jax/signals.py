@@ -8,13 +8,13 @@ from typing import Any
 
 
 @contextlib.contextmanager
-def handled(handler: Callable[[int, Any], None] | signal.Handlers) -> Iterator[None]:
+def handled(handler: Callable[[int, Any], None]) -> Iterator[None]:
     """Handles SIGTERM and SIGINT by `handler` until the block ends, then restores the handlers of before.
 
     Outside the main thread, where Python allows no handler to be set, it does nothing.
 
     Args:
-      handler: a function of (signal number, frame), or `signal.SIG_IGN`.
+      handler: a function of (signal number, frame).
     """
     if threading.current_thread() is not threading.main_thread():
         yield

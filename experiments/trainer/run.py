@@ -103,10 +103,12 @@ def _check_same_run(path, spec, remedy):
         return
     try:
         there = flatten(identity.of_results(recorded))
-    except (KeyError, TypeError):
+    except (AttributeError, KeyError, TypeError):
         raise ConfigError(f"{path} is of another version of this program: {remedy}") from None
     here = flatten(spec.identity)
     changed = [key for key in sorted(there.keys() | here.keys()) if there.get(key) != here.get(key)]
+    if not changed:
+        return
     listed = [f"{key}: {there.get(key)!r} there, {here.get(key)!r} here" for key in changed[:4]]
     listed += [f"and {len(changed) - 4} more"] if len(changed) > 4 else []
     raise ConfigError(f"{path.parent} holds a run of another config ({'; '.join(listed)}): {remedy}")

@@ -61,6 +61,9 @@ class Trainer:
             self.loss_weighting = _learned_weights(
                 spec.loss_weighting, spec.recipe, self.objective, data, self.total_steps
             )
+        self._shard = input_pipeline.BatchShard(
+            self.parallel.local_positions(spec.recipe.batch_size), spec.recipe.batch_size, spec.augment.mixup > 0
+        )
         self.model = self._model(axis_name=None)
         self._optimizer = states.sgd(
             self.schedule, momentum=spec.recipe.momentum, weight_decay=spec.recipe.weight_decay
@@ -185,9 +188,6 @@ class Trainer:
         """Yields (number of steps, inputs for `train_steps`) from a step to the run's end; `close` ends it early."""
         spec = self.spec
         call_sizes = list(self._call_sizes(step))
-        shard = input_pipeline.BatchShard(
-            self.parallel.local_positions(spec.recipe.batch_size), spec.recipe.batch_size, spec.augment.mixup > 0
-        )
         if self.data.streams:
             learned = spec.loss_weighting
             on_host = input_pipeline.from_disk(
@@ -196,13 +196,13 @@ class Trainer:
                 seed,
                 step,
                 call_sizes,
-                shard=shard,
+                shard=self._shard,
                 lookahead=learned.lookahead if learned else 1,
                 num_workers=spec.execution.num_workers,
             )
         else:
             on_host = input_pipeline.from_memory(
-                self._epoch_fn, seed, step, call_sizes, steps_per_epoch=self.steps_per_epoch, shard=shard
+                self._epoch_fn, seed, step, call_sizes, steps_per_epoch=self.steps_per_epoch, shard=self._shard
             )
         put = functools.partial(self.parallel.shard, batch_axis=1)
         return input_pipeline.prefetch(on_host, call_sizes, put)
