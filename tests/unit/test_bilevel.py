@@ -208,7 +208,7 @@ def test_update_decided_beforehand():
 
 
 def test_flipped_labels():
-    """Half of the labels of two classes flipped, a clean meta set: over five seeds flipped examples get smaller hard
+    """Half of the labels of two classes flipped, a clean outer set: over five seeds flipped examples get smaller hard
     weights than clean ones, and the student is better than with equal weights."""
     gains = []
     for seed in range(5):
