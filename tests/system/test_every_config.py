@@ -1,10 +1,13 @@
 """Every config trained by `smoke`: on the real CIFAR-100, and on fabricated data in the form of the other data sets."""
 
+import json
+import sys
+
 import numpy as np
 import pytest
-from helpers import pictures
+from helpers import environments, pictures
 from helpers.content import random_content
-from helpers.small_runs import ROOT, changed, config_of, run
+from helpers.small_runs import ROOT
 
 from ltkd_jax.data import longtail
 from ltkd_jax.data.prepare import recipes
@@ -91,9 +94,11 @@ CASES = [
 def test_smoke(name, argument, values, images, folder_of, request, tmp_path):
     folder = folder_of(name)
     data_dir = request.getfixturevalue("cifar100_dir") if name == "cifar100lt" else folder / "tfds"
-    shared = {"data.dir": str(data_dir), "teacher.dir": str(folder / "teachers"), "devices": 1}
-    config = config_of(name, f"{argument.format(folder=folder)},smoke")
-    results = run(changed(config, **{**shared, **values}), tmp_path / "run")
+    config = f"--config=configs/{name}.py:{argument.format(folder=folder)},smoke"
+    values = {"data.dir": data_dir, "teacher.dir": folder / "teachers", **values}
+    flags = [f"--config.{key}={value}" for key, value in values.items()]
+    environments.run(sys.executable, "-m", "experiments.main", config, f"--workdir={tmp_path / 'run'}", *flags)
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["train_images"] == sum(results["class_counts"]) == (images or results["train_images"])
     assert min(results["class_counts"]) > 0 and np.isfinite(results["test"]["all"])
     assert ("loss_weighting" in results) == argument.startswith("bikd")
