@@ -8,8 +8,8 @@ The argument is METHOD[,key=value…][,smoke]: configs/common.py has the methods
 For bikd 8 images of each digit are set aside as the outer set; the training images are the same, since n_max is given.
 Its weight net is the paper's for ten classes (CIFAR-10).
 
-Hardware: 2 CPU cores. Expected over student seeds 0-2 (results/README.md): ltkd 80.1 ± 1.3 all, 52.7 ± 5.0 tail; bikd
-78.2 ± 0.8 all, 35.4 ± 2.2 tail. `make demo` fills that table.
+Hardware: 2 CPU cores. Expected over student seeds 0-2 (results/README.md): ltkd 79.0 ± 1.1 all, 46.4 ± 1.8 tail; bikd
+75.3 ± 0.7 all, 26.8 ± 0.7 tail. `make demo` fills that table.
 """
 
 from configs import common
