@@ -14,7 +14,7 @@ demo: .venv/train.stamp  ## digits-LT: one teacher, five methods, three seeds; p
 test: test-unit test-integration  ## unit and integration tests: about ten minutes on two cores
 
 test-unit: .venv/test.stamp  ## unit tests and doctests: under two minutes on two cores
-	$(PYTEST) --doctest-modules tests/unit ltkd_jax
+	$(PYTEST) --doctest-modules tests/unit ltkd_jax configs experiments/config experiments/reporting experiments/sweep.py
 
 test-integration: .venv/test.stamp  ## programs of small networks: under ten minutes on two cores
 	$(PYTEST) tests/integration

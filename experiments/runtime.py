@@ -25,9 +25,7 @@ def initialize(distributed: str | None = None) -> None:
     Args:
       distributed: for one of several processes, as `hosts.start`.
     """
-    flags, jaxlib = os.environ.get("XLA_FLAGS", ""), importlib.metadata.version("jaxlib")
-    if jaxlib.startswith(_KNOWING) and _NO_YNN_CONVOLUTIONS.split("=")[0] not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} {_NO_YNN_CONVOLUTIONS}".strip()  # read when the first device is asked for
+    set_xla_flags()
     logging.getLogger().setLevel(logging.WARNING)
     logging.getLogger("absl").setLevel(logging.WARNING)
     jax.config.update("jax_compilation_cache_dir", os.path.abspath(os.environ.get("LTKD_CACHE", ".jax_cache")))
@@ -38,6 +36,14 @@ def initialize(distributed: str | None = None) -> None:
             hosts.start(distributed)
         except (ValueError, RuntimeError) as error:
             sys.exit(f"error: {error}")
+
+
+def set_xla_flags() -> None:
+    """Adds this program's flags to XLA_FLAGS, which XLA reads when the first device is asked for."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    jaxlib = importlib.metadata.version("jaxlib")
+    if jaxlib.startswith(_KNOWING) and _NO_YNN_CONVOLUTIONS.split("=")[0] not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {_NO_YNN_CONVOLUTIONS}".strip()
 
 
 def command_line(module: str, arguments: list[str]) -> str:

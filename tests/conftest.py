@@ -6,6 +6,8 @@ import pathlib
 import jax
 import pytest
 
+from experiments import runtime
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SYSTEM_TESTS = ROOT / "tests" / "system"
 
@@ -25,6 +27,8 @@ def pytest_configure(config):
     paths = [(config.invocation_params.dir / argument.split("::")[0]).resolve() for argument in config.args]
     if not any(path in SYSTEM_TESTS.parents or path.is_relative_to(SYSTEM_TESTS) for path in paths):
         os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    else:
+        runtime.set_xla_flags()  # as the commands do
 
 
 @pytest.fixture(scope="session")

@@ -68,8 +68,8 @@ def run(
 def _check_same_everywhere(spec):
     """Raises ConfigError, in every process, unless all were started with the same config, folders apart."""
     folders = ("data.dir", "data.num_workers", "teacher.dir", "teacher.checkpoint")
-    mine = identity.hash_of({"identity": spec.identity, "config": without(spec.config, folders)})
-    hashes = hosts.all_gather(mine)
+    own_hash = identity.hash_of({"identity": spec.identity, "config": without(spec.config, folders)})
+    hashes = hosts.all_gather(own_hash)
     for index, other in enumerate(hashes):
         if other != hashes[0]:
             raise ConfigError(
@@ -102,14 +102,15 @@ def _check_same_run(path, spec, remedy):
     if recorded.get("config_hash") == spec.hash:
         return
     try:
-        there = flatten(identity.of_results(recorded))
+        recorded_values = flatten(identity.of_results(recorded))
     except (AttributeError, KeyError, TypeError):
         raise ConfigError(f"{path} is of another version of this program: {remedy}") from None
-    here = flatten(spec.identity)
-    changed = [key for key in sorted(there.keys() | here.keys()) if there.get(key) != here.get(key)]
+    values = flatten(spec.identity)
+    keys = sorted(recorded_values.keys() | values.keys())
+    changed = [key for key in keys if recorded_values.get(key) != values.get(key)]
     if not changed:
         return
-    listed = [f"{key}: {there.get(key)!r} there, {here.get(key)!r} here" for key in changed[:4]]
+    listed = [f"{key}: {recorded_values.get(key)!r} there, {values.get(key)!r} here" for key in changed[:4]]
     listed += [f"and {len(changed) - 4} more"] if len(changed) > 4 else []
     raise ConfigError(f"{path.parent} holds a run of another config ({'; '.join(listed)}): {remedy}")
 

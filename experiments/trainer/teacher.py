@@ -108,7 +108,7 @@ class Teacher:
         logits_fn = _table_logits(self.spec, data, images, self.variables)
         temporary = path.with_suffix(".tmp")
         note = path.with_suffix(".done")
-        done = int(note.read_text()) if note.exists() and temporary.exists() else 0
+        done = _noted_progress(note) if temporary.exists() else 0
         table = np.lib.format.open_memmap(temporary, mode="r+" if done else "w+", dtype=np.float32, shape=shape)
         files.reserve(temporary, os.path.getsize(temporary))  # a full disk, met in the memory map, would kill
         total = shape[0] * shape[1]
@@ -135,6 +135,14 @@ class Teacher:
         files.write_text(checksum, files.sha256(temporary))
         os.replace(temporary, path)
         note.unlink()
+
+
+def _noted_progress(note):
+    """Returns how many views are done; 0 without a note or with a damaged one."""
+    try:
+        return int(note.read_text())
+    except (OSError, ValueError):
+        return 0
 
 
 def _table_logits(spec, data, images, variables):
