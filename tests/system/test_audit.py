@@ -81,5 +81,5 @@ def test_network_of_a_stream(tmp_path):
     model = inputs.read(tmp_path / "run", data_dir=str(data_dir))
     assert accuracy(model.test) == pytest.approx(results["test"]["all"])
     assert list(model.class_names) == ["ant", "bee", "cat", "dog"]
-    with pytest.raises(ValueError, match="cannot be restored: .*its data"):
+    with pytest.raises(ValueError, match="cannot be restored: .*insects"):
         inputs.read(tmp_path / "run", data_dir=str(tmp_path))
