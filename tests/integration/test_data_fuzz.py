@@ -23,20 +23,11 @@ import pytest
 from helpers import pictures
 from helpers.archives import fashion_mnist
 from helpers.content import Evil
-from hypothesis import HealthCheck, given, settings
+from helpers.fuzzing import EXAMPLES, SEEDS, fuzz
 from hypothesis import strategies as st
 
 from ltkd_jax.data import datasets, longtail
 from ltkd_jax.data.prepare import archives, folders, recipes
-
-EXAMPLES = int(os.environ.get("LTKD_FUZZ_EXAMPLES", 40))
-SEEDS = st.integers(0, 2**32 - 1)
-
-
-def fuzz(check, **strategies):
-    options = dict(deadline=None, database=None, suppress_health_check=list(HealthCheck))
-    settings(max_examples=EXAMPLES, derandomize=EXAMPLES < 100, **options)(given(**strategies)(check))()
-
 
 # The draw.
 

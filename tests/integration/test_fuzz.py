@@ -4,15 +4,14 @@ More examples than the usual ones, which are always the same: LTKD_FUZZ_EXAMPLES
 """
 
 import json
-import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from helpers import truth
+from helpers.fuzzing import EXAMPLES, SEEDS, fuzz
 from helpers.loss_family import evaluate
 from helpers.small_runs import changed, config_of
-from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from configs import common
@@ -20,15 +19,6 @@ from experiments.config.spec import resolve
 from experiments.config.trees import at, flatten
 from ltkd_jax import methods, models
 from ltkd_jax.groups import ClassGroups, shots
-
-EXAMPLES = int(os.environ.get("LTKD_FUZZ_EXAMPLES", 40))
-SEEDS = st.integers(0, 2**32 - 1)
-
-
-def fuzz(check, **strategies):
-    options = dict(deadline=None, database=None, suppress_health_check=list(HealthCheck))
-    settings(max_examples=EXAMPLES, derandomize=EXAMPLES < 100, **options)(given(**strategies)(check))()
-
 
 # Losses.
 
