@@ -77,7 +77,10 @@ class Parallel:
 
     def first(self, tree: PyTree) -> PyTree:
         """A replicated tree as one copy."""
-        return tree if self.mode == "jit" else jax.tree.map(lambda x: x[0], tree)
+        if self.mode == "jit":
+            return tree
+        # The first device's own copy: indexing the whole array would start a collective for each leaf.
+        return jax.tree.map(lambda x: x.addressable_data(0)[0], tree)
 
     def shard(self, tree: PyTree, batch_axis: int) -> PyTree:
         """Leaves split over the devices along `batch_axis`, of which each process gives its own positions."""
