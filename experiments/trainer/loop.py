@@ -187,7 +187,7 @@ def _check_finite(trainer, state, checkpoints, label):
         leaves = jax.tree.leaves_with_path(saved)
         bad = [jax.tree_util.keystr(path) for path, leaf in leaves if not np.isfinite(leaf).all()]
         step = int(trainer.parallel.first(state.step))
-        raise Diverged(f"{label}: after step {step}, {len(bad)} arrays are not finite, such as {bad[0]}: {remedy}")
+        raise Diverged(f"{label}: after step {step}, {bad[0]} is not finite ({len(bad)} such arrays): {remedy}")
 
 
 @jax.jit
