@@ -59,6 +59,10 @@ def parse_flags(argv):
     try:
         rest = flags.FLAGS(argv)
         _CONFIG.value.lock()  # a file that could not be loaded only says so when it is used
+    except FileNotFoundError as error:
+        from experiments.config.load import missing_file
+
+        sys.exit(f"error: {missing_file(error.filename)}")
     except (flags.Error, OSError, SyntaxError, ImportError) as error:
         last = str(error).strip().splitlines()[-1].strip()
         sys.exit(f"error: {last.removeprefix('ValueError: ')}")

@@ -17,8 +17,7 @@ def load_config(reference: str) -> ml_collections.ConfigDict:
     """
     path, _, argument = reference.partition(":")
     if not pathlib.Path(path).is_file():
-        hint = names.suggestion(path, map(str, pathlib.Path(path).parent.glob("*.py")))
-        raise ConfigError(f"no config file {path!r}{hint}")
+        raise ConfigError(missing_file(path))
     try:
         spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, path)
         module = importlib.util.module_from_spec(spec)
@@ -30,3 +29,9 @@ def load_config(reference: str) -> ml_collections.ConfigDict:
         raise ConfigError(
             f"{path} is no config, a file with get_config(argument): {type(error).__name__}: {error}"
         ) from error
+
+
+def missing_file(path: str) -> str:
+    """Returns the message about a config file that does not exist."""
+    hint = names.suggestion(path, map(str, pathlib.Path(path).parent.glob("*.py")))
+    return f"no config file {path!r}{hint}"
