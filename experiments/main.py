@@ -59,12 +59,13 @@ def parse_flags(argv):
     try:
         rest = flags.FLAGS(argv)
         _CONFIG.value.lock()  # a file that could not be loaded only says so when it is used
-    except FileNotFoundError as error:
-        from experiments.config.load import missing_file
-
-        sys.exit(f"error: {missing_file(error.filename)}")
     except (flags.Error, OSError, SyntaxError, ImportError) as error:
         last = str(error).strip().splitlines()[-1].strip()
+        missing = re.search(r"No such file or directory: '(.+)'", last)
+        if missing:
+            from experiments.config.load import missing_file
+
+            last = missing_file(missing[1])
         sys.exit(f"error: {last.removeprefix('ValueError: ')}")
     except (AttributeError, KeyError, TypeError) as error:
         sys.exit(f"error: {_unknown_key(argv, error)}")
