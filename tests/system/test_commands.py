@@ -160,7 +160,7 @@ def test_signal_to_the_process_group(tmp_path, number):
     "words, message",
     [
         (["--config=configs/digitslt.py:ltkx"], "'ltkx'; did you mean 'ltkd'"),
-        (["--config=configs/none.py"], "No such file or directory: 'configs/none.py'"),
+        (["--config=configs/none.py"], "no config file 'configs/none.py'"),
         (["--config.train.lrr=3"], "--config.train.lrr=3; did you mean 'lr'?"),
         (["--config.data.workers=3"], "'data.workers' is now called 'data.num_workers'"),
         (["--config.data.imbalance=0.5"], "config.data.imbalance=0.5"),
