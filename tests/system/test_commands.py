@@ -171,7 +171,7 @@ def test_signal_to_the_process_group(tmp_path, number):
 def test_error_is_one_line(words, message):
     process = start(*words, stderr=subprocess.PIPE)
     _, errors = process.communicate(timeout=300)
-    lines = [line for line in errors.strip().splitlines() if not line.startswith("meeting")]
+    lines = [line for line in errors.strip().splitlines() if not line.startswith("waiting")]
     assert process.returncode == 1 and len(lines) == 1, errors
     assert lines[0].startswith("error: ") and message in lines[0]
 
