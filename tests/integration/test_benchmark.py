@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 
 from experiments.benchmark import __main__ as benchmark
-from experiments.benchmark import bilevel_step, input_pipeline, loss, profile, timing, train_step
+from experiments.benchmark import bilevel_step, input_pipeline, profile, timing, train_step
 from experiments.reporting import writers
-from ltkd_jax import groups, losses
 from ltkd_jax.data import datasets, streaming
 from ltkd_jax.data.prepare import recipes
 
@@ -116,29 +115,3 @@ def test_profile_counts_operations_by_primitive():
 def test_noise_has_the_papers_number_of_images(method, number, outer):
     data = train_step.noise(train_step.spec_of(train_step.Case(method, "none")))
     assert (len(data.train), len(data.outer)) == (number, outer)
-
-
-def test_pytorch_losses_are_ours():
-    torch = pytest.importorskip("torch")
-    from experiments.benchmark import pytorch_baseline
-
-    student, teacher = loss.logits((32, 100))
-    by_rank = groups.ClassGroups.from_counts(np.arange(100, 0, -1))
-    s, t = torch.from_numpy(student), torch.from_numpy(teacher)
-    twins = pytorch_baseline.kd(s, t).mean(), pytorch_baseline.ltkd(s, t, pytorch_baseline.by_rank(100))
-    ours = losses.kd(student, teacher).mean(), losses.ltkd(student, teacher, by_rank).mean()
-    np.testing.assert_allclose([float(value) for value in twins], ours, rtol=1e-5)
-
-
-@pytest.mark.parametrize("method", ["kd", "ltkd", "bikd"])
-def test_pytorch_step_trains_the_student(method):
-    torch = pytest.importorskip("torch")
-    from experiments.benchmark import pytorch_baseline
-
-    step = pytorch_baseline.Step(method, teacher="resnet8", student="resnet8", batch_size=4, update_every=1)
-    networks = {"student": step.student, "weight net": step.weight_net}
-    before = {name: [x.clone() for x in network.parameters()] for name, network in networks.items()}
-    step()
-    for name, network in networks.items():
-        changed = any(not torch.equal(old, new) for old, new in zip(before[name], network.parameters()))
-        assert changed == (name == "student" or method == "bikd")

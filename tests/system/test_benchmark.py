@@ -1,9 +1,11 @@
 """The benchmarks, run on small networks, and what the bilevel step costs."""
 
+import numpy as np
 import pytest
 
 from experiments.benchmark import __main__ as benchmark
-from experiments.benchmark import bilevel_step, train_step
+from experiments.benchmark import bilevel_step, loss, train_step
+from ltkd_jax import groups, losses
 
 SMALL = ("--teacher=resnet14", "--student=resnet8")
 QUICK = (*SMALL, "--repeats=1", "--steps=1")
@@ -58,3 +60,29 @@ def test_bilevel_step_costs():
     for name in ("fast, weight net unchanged", "fast, weight net changed", "fast, decided on the device"):
         assert costs[name].memory <= 1.25 * costs["naive"].memory
     assert costs["K = 5, compiled loop"].memory <= 1.3 * costs["K = 2, compiled loop"].memory
+
+
+def test_pytorch_losses_are_ours():
+    torch = pytest.importorskip("torch")
+    from experiments.benchmark import pytorch_baseline
+
+    student, teacher = loss.logits((32, 100))
+    by_rank = groups.ClassGroups.from_counts(np.arange(100, 0, -1))
+    s, t = torch.from_numpy(student), torch.from_numpy(teacher)
+    twins = pytorch_baseline.kd(s, t).mean(), pytorch_baseline.ltkd(s, t, pytorch_baseline.by_rank(100))
+    ours = losses.kd(student, teacher).mean(), losses.ltkd(student, teacher, by_rank).mean()
+    np.testing.assert_allclose([float(value) for value in twins], ours, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["kd", "ltkd", "bikd"])
+def test_pytorch_step_trains_the_student(method):
+    torch = pytest.importorskip("torch")
+    from experiments.benchmark import pytorch_baseline
+
+    step = pytorch_baseline.Step(method, teacher="resnet8", student="resnet8", batch_size=4, update_every=1)
+    networks = {"student": step.student, "weight net": step.weight_net}
+    before = {name: [x.clone() for x in network.parameters()] for name, network in networks.items()}
+    step()
+    for name, network in networks.items():
+        changed = any(not torch.equal(old, new) for old, new in zip(before[name], network.parameters()))
+        assert changed == (name == "student" or method == "bikd")
