@@ -14,9 +14,9 @@ STOPPED = 75  # exit status of a command that a signal or its time limit stopped
 
 # On CPU all but convolutions may go to YNNPACK, as XLA would have it; those go to Eigen, which is faster, by 19 times
 # for the gradient of a 3×3 kernel at 32×32 pixels (docs/performance.md). XLA ends the process at a flag that it does
-# not know, so only releases that are known to know this one are told.
+# not know, so only releases that are known to accept this one get it.
 _NO_YNN_CONVOLUTIONS = "--xla_cpu_experimental_ynn_fusion_type=-LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION"
-_KNOWING = ("0.10.", "0.11.")  # of jaxlib
+_ACCEPTING = ("0.10.", "0.11.")  # of jaxlib
 
 
 def initialize(distributed: str | None = None) -> None:
@@ -42,7 +42,7 @@ def set_xla_flags() -> None:
     """Adds this program's flags to XLA_FLAGS, which XLA reads when the first device is asked for."""
     flags = os.environ.get("XLA_FLAGS", "")
     jaxlib = importlib.metadata.version("jaxlib")
-    if jaxlib.startswith(_KNOWING) and _NO_YNN_CONVOLUTIONS.split("=")[0] not in flags:
+    if jaxlib.startswith(_ACCEPTING) and _NO_YNN_CONVOLUTIONS.split("=")[0] not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {_NO_YNN_CONVOLUTIONS}".strip()
 
 

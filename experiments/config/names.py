@@ -1,9 +1,9 @@
 """Config keys of version 0.1, which are refused with their present names."""
 
-from configs.common import RENAMED, new_name
+from configs.common import new_name
 from experiments.config.validation import ConfigError
 
-__all__ = ["RENAMED", "check_key", "new_name"]
+__all__ = ["check_key", "new_name"]
 
 
 def check_key(key: str) -> None:

@@ -138,7 +138,7 @@ class TrainingSpec:
 
 @dataclasses.dataclass(frozen=True)
 class TeacherSpec:
-    """The teacher and how it is had; see `teacher` in configs/common.py."""
+    """The teacher and where it comes from; see `teacher` in configs/common.py."""
 
     model: str
     train: Recipe
@@ -150,7 +150,7 @@ class TeacherSpec:
 
     @property
     def kind(self) -> str:
-        """How it is had: "trained", a "folder", a file of "variables" or of "logits"."""
+        """Where it comes from: "trained" here, a "folder", a file of "variables" or of "logits"."""
         return identities.teacher_kind(self.checkpoint)
 
 

@@ -22,7 +22,7 @@ _NOT_NEGATIVE = (
     "devices",
 )
 _AT_LEAST_ONE = ("eval_batch_size", "eval_every", "checkpoint_every", "teacher.table_runs")
-_SEEDS = ("steps_per_call", "seed", "split_seed", "teacher_seed")
+_BELOW_2_TO_31 = ("steps_per_call", "seed", "split_seed", "teacher_seed")
 _CHOICES = {
     "platform": ("", "cpu", "gpu", "tpu"),
     "parallel": MODES,
@@ -51,7 +51,7 @@ def validate(config: dict) -> None:
         _require(at(config, key) >= 0, key, at(config, key), "must not be negative")
     for key in _AT_LEAST_ONE:
         _require(at(config, key) >= 1, key, at(config, key), "must be at least 1")
-    for key in _SEEDS:
+    for key in _BELOW_2_TO_31:
         _require(0 <= at(config, key) < 2**31, key, at(config, key), "must be at least 0 and below 2³¹")
     memory = config["teacher"]["table_memory"]
     _require(0 < memory <= 1, "teacher.table_memory", memory, "must lie in (0, 1]")

@@ -7,6 +7,7 @@ import time
 
 import tqdm
 
+from experiments.config import identity
 from experiments.config.spec import RunSpec
 from experiments.config.validation import ConfigError
 from experiments.jobs.queue_entry import QueueEntry
@@ -29,10 +30,7 @@ class Results:
           ConfigError: its file is damaged.
         """
         path = self._path(spec)
-        try:
-            return files.read_json(path) if path.exists() else None
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
+        return identity.read_json(path) if path.exists() else None
 
     def add(self, spec: RunSpec, results: dict, group: str | None) -> None:
         """Writes the result of a run, with its entry's group."""

@@ -221,7 +221,7 @@ def test_renamed_keys_exist():
     """Each present name of a key of version 0.1 is one of a config, or short for one."""
     configs = (config_of("digitslt", method) for method in ("bikd", "logit_adjusted"))
     keys = {key for config in configs for key in flatten(config.to_dict())} | {"tau", "loss_weighting", *common.SHORT}
-    for old, new in names.RENAMED.items():
+    for old, new in common.RENAMED.items():
         assert new in keys and names.new_name(new) is None
         with pytest.raises(ConfigError, match=f"'{old}' .*'{new}'"):
             names.check_key(old)
