@@ -5,8 +5,9 @@
     python -m experiments.report --results=results --queue experiments/queues/*.json   # the table, beside the papers'
 
 A queue is JSON: {"about": …, "set": {…}, "runs": [{"config": "configs/x.py:METHOD,…", "set": {"train.epochs": 60},
-"seeds": [0, 1, 2], "group": …, "best_of": …}]}. A run with "best_of" takes its method's hyperparameters from the run
-of that group with the best balanced validation accuracy, and waits until all of that group are done.
+"seeds": [0, 1, 2], "group": …, "best_of": …}]}. A run with "best_of" takes its hyperparameters (of the method and of
+learned weights) from the run of that group with the best balanced validation accuracy, and waits until all of that
+group are done.
 A result is found by the hash of its config, so a changed default is a run to do again.
 The exit status is 1 where a run failed, and 75 where a signal stopped it before all was done.
 """

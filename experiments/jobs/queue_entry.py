@@ -34,15 +34,14 @@ class QueueEntry:
         """Returns the specification of this run.
 
         Args:
-          best: the result whose hyperparameters it takes, except for those that the entry sets itself.
+          best: the result whose hyperparameters it takes, those of learned weights too, but for what the entry sets.
           **execution: values of further config keys, such as `**{"data.dir": folder}`.
 
         Raises:
           ConfigError: a config that cannot be loaded, or a key or value that it does not accept.
         """
         config = load.load_config(self.config)
-        chosen = best["config"]["method"] if best else {}
-        values = {f"method.{key}": chosen[key] for key in config.method if key != "name" and key in chosen}
+        values = _chosen(best["config"], config) if best else {}
         values |= {**self.set, "seed": self.seed, **execution}
         try:
             config.update_from_flattened_dict(values)
@@ -54,9 +53,19 @@ class QueueEntry:
         """Returns the command that repeats this run alone; `run_spec` is what `resolve` returned."""
         values = {**self.set, "seed": self.seed}
         if self.best_of:
-            values |= {f"method.{key}": value for key, value in run_spec.config["method"].items() if key != "name"}
+            values |= _chosen(run_spec.config, run_spec.config)
         words = [f"--config.{key}={value}" for key, value in values.items()]
         return shlex.join(["python", "-m", "experiments.main", f"--config={self.config}", *words])
+
+
+def _chosen(source, config):
+    """Returns the hyperparameters of `source` that `config` has too: the method's, and those of learned weights."""
+    return {
+        f"{section}.{key}": source[section][key]
+        for section in ("method", "loss_weighting")
+        for key in config[section]
+        if key != "name" and key in source.get(section, {})
+    }
 
 
 def read_queue(path) -> list[QueueEntry]:

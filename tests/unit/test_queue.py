@@ -98,6 +98,16 @@ def test_entry_overrides_the_chosen_hyperparameters():
     assert {"--config.method.alpha=4.0", "--config.method.beta=0.0", "--config.seed=7"} <= set(words)
 
 
+def test_best_of_gives_the_hyperparameters_of_learned_weights():
+    best = {"config": {"method": {"name": "kd", "temperature": 2.0}, "loss_weighting": {"name": "bilevel", "lr": 0.01}}}
+    entry = QueueEntry(f"{DIGITS}:bikd,terms=ltkd", {}, seed=1, best_of="search")
+    spec = entry.resolve(best)
+    assert (spec.config["method"]["temperature"], spec.loss_weighting.lr) == (2.0, 0.01)
+    assert "--config.loss_weighting.lr=0.01" in entry.command(spec).split()
+    static = QueueEntry(f"{DIGITS}:kd", {}, seed=1, best_of="search").resolve(best)
+    assert static.loss_weighting is None and static.config["method"]["temperature"] == 2.0
+
+
 def test_group_without_validation_cannot_be_chosen_from(tmp_path):
     queue = queue_of(tmp_path, {"config": DIGITS, "group": "g"}, {"config": DIGITS, "best_of": "g", "seeds": [1]})
     entry, waiting = queue.missing()
