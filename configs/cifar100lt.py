@@ -22,11 +22,15 @@ from configs import common
 
 
 def get_config(argument: str = ""):
-    config = common.base("cifar100", teacher="resnet32x4", student="resnet8x4", imbalance=100.0)
+    config = common.base(
+        "cifar100", teacher="resnet32x4", student="resnet8x4", imbalance=100.0
+    )
     return common.apply_argument(
         config,
         argument,
         bikd=common.bikd_recipe(n_max=490, outer_per_class=10),
-        loss_weighting=common.bilevel(update_every=5, outer_loss="hard", hidden=(64, 64)),
+        loss_weighting=common.bilevel(
+            update_every=5, outer_loss="hard", hidden=(64, 64)
+        ),
         method_defaults=common.WARMUPS,
     )

@@ -14,7 +14,9 @@ from configs import common
 
 
 def get_config(argument: str = ""):
-    config = common.base("cifar10", teacher="resnet32x4", student="resnet8x4", imbalance=50.0)
+    config = common.base(
+        "cifar10", teacher="resnet32x4", student="resnet8x4", imbalance=50.0
+    )
     return common.apply_argument(
         config,
         argument,

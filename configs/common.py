@@ -83,7 +83,9 @@ def recipe(**values) -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict({**defaults, **values})
 
 
-def base(dataset: str, *, teacher: str, student: str, imbalance: float) -> ml_collections.ConfigDict:
+def base(
+    dataset: str, *, teacher: str, student: str, imbalance: float
+) -> ml_collections.ConfigDict:
     """Returns a config with every key there is, at its default."""
     config = ml_collections.ConfigDict()
     config.seed = 0  # the student's: initialisation, order and views
@@ -129,7 +131,9 @@ def base(dataset: str, *, teacher: str, student: str, imbalance: float) -> ml_co
         )
     )
     config.precision = "float32"  # float32 | tf32 | bfloat16
-    config.platform = ""  # cpu | gpu | tpu: stop where there is none; empty takes whatever there is
+    config.platform = (
+        ""  # cpu | gpu | tpu: stop where there is none; empty takes whatever there is
+    )
     config.devices = 0  # how many to use; 0 takes all
     config.parallel = "jit"  # jit | pmap
     config.steps_per_call = 0  # 0: one on CPU, an epoch on accelerators
@@ -147,7 +151,10 @@ def bilevel(**values) -> dict:
         lookahead=1,  # K, virtual steps through which the weight net's gradient goes
         update_every=5,  # k, gradients accumulated for one update of the weight net
         outer_loss="hard",  # hard | soft | mix: the loss on the outer set
-        features=("student_ce", "teacher_ce"),  # per-example losses that the weight net sees; terms by name too
+        features=(
+            "student_ce",
+            "teacher_ce",
+        ),  # per-example losses that the weight net sees; terms by name too
         hidden=(64, 64),
         scales=(),  # constants that multiply the weights, one a term; () is 1 for each
         lr=1e-3,
@@ -169,7 +176,9 @@ def bikd_recipe(*, n_max: int, outer_per_class: int) -> dict:
     return values
 
 
-def set_method(config, name: str, *, loss_weighting: dict | None = None, **defaults) -> None:
+def set_method(
+    config, name: str, *, loss_weighting: dict | None = None, **defaults
+) -> None:
     """Puts a method's hyperparameters into `config.method`.
 
     Args:
@@ -178,14 +187,18 @@ def set_method(config, name: str, *, loss_weighting: dict | None = None, **defau
       loss_weighting: from `bilevel`; weights are then learned, and the method keeps the hyperparameters of its terms.
       **defaults: hyperparameters of methods, of which this one takes its own.
     """
-    hyperparameters = methods.hyperparameters(name, learned_weights=loss_weighting is not None)
+    hyperparameters = methods.hyperparameters(
+        name, learned_weights=loss_weighting is not None
+    )
     if loss_weighting:
         config.loss_weighting = ml_collections.ConfigDict(loss_weighting)
     else:
         # A warm-up is of static weights; learned ones replace it.
         hyperparameters = {"warmup_epochs": 0.0, **hyperparameters}
     values = {key: value for key, value in defaults.items() if key in hyperparameters}
-    config.method = ml_collections.ConfigDict({"name": name, **hyperparameters, **values})
+    config.method = ml_collections.ConfigDict(
+        {"name": name, **hyperparameters, **values}
+    )
 
 
 def split(argument: str) -> list[str]:
@@ -194,7 +207,9 @@ def split(argument: str) -> list[str]:
     >>> split("bikd, scales=(1.0,2.0),smoke")
     ['bikd', 'scales=(1.0,2.0)', 'smoke']
     """
-    return [part.strip() for part in re.split(r",(?![^(]*\))", argument) if part.strip()]
+    return [
+        part.strip() for part in re.split(r",(?![^(]*\))", argument) if part.strip()
+    ]
 
 
 def apply_argument(
@@ -231,7 +246,9 @@ def apply_argument(
 
     # Later lines win: the method's defaults, the recipe, the smoke test, and what the argument says itself.
     defaults = (method_defaults or {}).get(terms, {})
-    set_method(config, terms, loss_weighting=loss_weighting if learned else None, **defaults)
+    set_method(
+        config, terms, loss_weighting=loss_weighting if learned else None, **defaults
+    )
     if recipe_name == "bikd":
         config.update_from_flattened_dict(bikd)
     if smoke:
@@ -259,7 +276,9 @@ def _parse_argument(argument):
         pairs[key] = text
     method_names = [word for word in words if word != "smoke"]
     if len(method_names) > 1:
-        raise ValueError(f"the config's argument names several methods: {', '.join(method_names)}; give one")
+        raise ValueError(
+            f"the config's argument names several methods: {', '.join(method_names)}; give one"
+        )
     return (method_names or ["ltkd"])[0], "smoke" in words, pairs
 
 
@@ -268,7 +287,11 @@ def _set(config, key, text):
     *sections, leaf = path.split(".")
     node = config
     for section in sections:
-        node = node[section] if isinstance(node, ml_collections.ConfigDict) and section in node else None
+        node = (
+            node[section]
+            if isinstance(node, ml_collections.ConfigDict) and section in node
+            else None
+        )
     is_value = isinstance(node, ml_collections.ConfigDict) and leaf in node
     if not is_value or isinstance(node[leaf], ml_collections.ConfigDict):
         raise ValueError(_unknown_key(config, key))
@@ -282,7 +305,11 @@ def _unknown_key(config, key):
         return f"key {key!r} of the config's argument is now called {new_name(key)!r}"
     if learned and key in methods.STATIC_WEIGHTS:
         return f"{key!r} is a static weight, which bikd learns instead; loss_weighting.scales multiplies it"
-    short = [short for short, path in SHORT.items() if learned or not path.startswith("loss_weighting.")]
+    short = [
+        short
+        for short, path in SHORT.items()
+        if learned or not path.startswith("loss_weighting.")
+    ]
     hyperparameters = [name for name in config.method if name != "name"]
     choices = ["recipe", *short, *hyperparameters]
     hint = names.suggestion(key, choices) or "."
@@ -297,8 +324,16 @@ def _parse(key, text, old):
     if isinstance(old, str):
         return text
     try:
-        value = ast.literal_eval(text.capitalize() if text in ("true", "false") else text)
-    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # the last two where it is nested deep
+        value = ast.literal_eval(
+            text.capitalize() if text in ("true", "false") else text
+        )
+    except (
+        ValueError,
+        TypeError,
+        SyntaxError,
+        MemoryError,
+        RecursionError,
+    ):  # the last two where it is nested deep
         value = None
     parts = value if isinstance(value, tuple) else (value,)
     if not all(_is_plain(part) for part in parts):
@@ -307,13 +342,17 @@ def _parse(key, text, old):
     if isinstance(old, float) and is_number:
         return float(value)
     if type(value) is not type(old):
-        raise ValueError(f"{key}={text!r} must be of type {type(old).__name__}, like its default {old!r}")
+        raise ValueError(
+            f"{key}={text!r} must be of type {type(old).__name__}, like its default {old!r}"
+        )
     return value
 
 
 def _is_plain(value):
     """Returns whether JSON and 64 bits hold the value."""
-    return isinstance(value, (str, float)) or (isinstance(value, int) and abs(value) < 2**63)
+    return isinstance(value, (str, float)) or (
+        isinstance(value, int) and abs(value) < 2**63
+    )
 
 
 def _shrink(config):

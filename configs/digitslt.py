@@ -16,7 +16,9 @@ from configs import common
 
 
 def get_config(argument: str = ""):
-    config = common.base("digits", teacher="resnet20", student="resnet8", imbalance=50.0)
+    config = common.base(
+        "digits", teacher="resnet20", student="resnet8", imbalance=50.0
+    )
     config.data.n_max = 100
     config.train = common.recipe(batch_size=64, epochs=60.0)
     config.teacher.train = common.recipe(batch_size=64, epochs=60.0)

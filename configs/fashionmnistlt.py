@@ -16,7 +16,9 @@ from configs import common
 
 
 def get_config(argument: str = ""):
-    config = common.base("fashion_mnist", teacher="resnet20", student="resnet8", imbalance=100.0)
+    config = common.base(
+        "fashion_mnist", teacher="resnet20", student="resnet8", imbalance=100.0
+    )
     config.train.epochs = config.teacher.train.epochs = 60.0
     return common.apply_argument(
         config,

@@ -28,5 +28,7 @@ def get_config(argument: str = ""):
         config,
         argument,
         bikd={"data.outer_per_class": 10},
-        loss_weighting=common.bilevel(update_every=5, outer_loss="hard", hidden=(64, 64)),
+        loss_weighting=common.bilevel(
+            update_every=5, outer_loss="hard", hidden=(64, 64)
+        ),
     )

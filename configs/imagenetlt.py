@@ -22,14 +22,27 @@ from configs import common
 
 
 def get_config(argument: str = ""):
-    config = common.base("imagenet2012", teacher="resnet34_imagenet", student="resnet18_imagenet", imbalance=10.0)
+    config = common.base(
+        "imagenet2012",
+        teacher="resnet34_imagenet",
+        student="resnet18_imagenet",
+        imbalance=10.0,
+    )
     config.data.stream, config.data.image_size = True, 224
-    config.train = common.recipe(batch_size=256, epochs=100.0, lr=0.1, weight_decay=1e-4, milestones=(0.3, 0.6, 0.9))
+    config.train = common.recipe(
+        batch_size=256,
+        epochs=100.0,
+        lr=0.1,
+        weight_decay=1e-4,
+        milestones=(0.3, 0.6, 0.9),
+    )
     config.teacher.train = config.train.copy_and_resolve_references()
     return common.apply_argument(
         config,
         argument,
         bikd={"data.outer_per_class": 10},
-        loss_weighting=common.bilevel(update_every=5, outer_loss="hard", hidden=(64, 64)),
+        loss_weighting=common.bilevel(
+            update_every=5, outer_loss="hard", hidden=(64, 64)
+        ),
         method_defaults=common.WARMUPS,
     )

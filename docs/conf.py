@@ -44,9 +44,15 @@ nb_merge_streams = True
 
 # What a kernel inherits: this environment's `python`, the checkout's packages, a compilation cache, and figures that
 # are SVG with a transparent ground (custom.css turns their ink around on dark pages).
-os.environ["PATH"] = os.pathsep.join([str(pathlib.Path(sys.executable).parent), os.environ["PATH"]])
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.environ.get("LTKD_CACHE", str(ROOT / ".jax_cache")))
+os.environ["PATH"] = os.pathsep.join(
+    [str(pathlib.Path(sys.executable).parent), os.environ["PATH"]]
+)
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
+)
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", os.environ.get("LTKD_CACHE", str(ROOT / ".jax_cache"))
+)
 os.environ["MATPLOTLIBRC"] = str(ROOT / "docs" / "matplotlibrc")
 os.environ["IPYTHONDIR"] = str(BUILD / "ipython")
 profile = BUILD / "ipython" / "profile_default"
@@ -89,12 +95,21 @@ def _markup(app, what, name, obj, options, lines):
     example = False
     for line in lines:
         if line.strip():
-            begins = line.startswith("    ") and last and not last.startswith(" ") and not marked_up[-1].strip()
+            begins = (
+                line.startswith("    ")
+                and last
+                and not last.startswith(" ")
+                and not marked_up[-1].strip()
+            )
             marked_up += [".. code-block:: text", ""] if begins else []
             formula = bool(begins) or (formula and line.startswith("    "))
             last = line
         example = line.lstrip().startswith(">>>") or (example and bool(line.strip()))
-        marked_up.append(line if formula or example else line.replace("|", r"\|").replace("**", r"\*\*"))
+        marked_up.append(
+            line
+            if formula or example
+            else line.replace("|", r"\|").replace("**", r"\*\*")
+        )
     lines[:] = marked_up
 
 
@@ -105,7 +120,11 @@ def _skip_fields(app, what, name, obj, skip, options):
 
 def _library():
     """A hash of the code that the pages run: where it changes, all of them are run again."""
-    files = (path for room in ("ltkd_jax", "experiments", "configs") for path in sorted((ROOT / room).rglob("*.py")))
+    files = (
+        path
+        for room in ("ltkd_jax", "experiments", "configs")
+        for path in sorted((ROOT / room).rglob("*.py"))
+    )
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 

@@ -17,12 +17,19 @@ from ml_collections import config_flags
 
 _DEFAULT = "configs/digitslt.py"
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", None, f"The config file, with its argument after a colon; {_DEFAULT} unless given.", lock_config=True
+    "config",
+    None,
+    f"The config file, with its argument after a colon; {_DEFAULT} unless given.",
+    lock_config=True,
 )
 _DISTRIBUTED = flags.DEFINE_string(
-    "distributed", None, "One of several processes: auto (TPU pod, Slurm, …), or HOST:PORT,INDEX,COUNT of process 0."
+    "distributed",
+    None,
+    "One of several processes: auto (TPU pod, Slurm, …), or HOST:PORT,INDEX,COUNT of process 0.",
 )
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; runs/<what is trained> unless given.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Where the run lives; runs/<what is trained> unless given."
+)
 
 
 def main(argv):
@@ -33,19 +40,23 @@ def main(argv):
     from experiments.reporting import load, report_page, tables
     from experiments.trainer import run
     from experiments.trainer.interrupts import Stopped
-    from experiments.trainer.loop import Diverged
+    from experiments.trainer.loop import DivergedError
     from ltkd_jax.training import hosts
 
     runtime.initialize(_DISTRIBUTED.value)
     try:
         spec = hosts.run_on_all(lambda: resolve(_CONFIG.value))
         workdir = pathlib.Path(_WORKDIR.value or pathlib.Path("runs") / spec.name)
-        results = run.run(spec, workdir, command=runtime.command_line("experiments.main", sys.argv[1:]))
+        results = run.run(
+            spec,
+            workdir,
+            command=runtime.command_line("experiments.main", sys.argv[1:]),
+        )
         if hosts.is_primary():
             report_page.write_report([load.load(workdir)], workdir / "report.html")
             print(tables.console([results]))
             print(f"\n{workdir / 'results.json'}   {workdir / 'report.html'}")
-    except (ConfigError, Diverged, load.ReportError, OSError) as error:
+    except (ConfigError, DivergedError, load.ReportError, OSError) as error:
         sys.exit(f"error: {error}")
     except Stopped as stopped:
         print(f"{stopped}. The same command resumes there.", file=sys.stderr)

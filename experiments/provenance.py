@@ -23,7 +23,9 @@ def describe(precision: str, num_devices: int) -> dict:
 def short() -> str:
     """One line for a benchmark: device, jax, commit."""
     found = describe("", 1)
-    return f"{found['device']}, jax {found['versions']['jax']}, commit {found['commit']}"
+    return (
+        f"{found['device']}, jax {found['versions']['jax']}, commit {found['commit']}"
+    )
 
 
 def _device(num_devices):
@@ -38,7 +40,9 @@ def _commit():
     root = pathlib.Path(__file__).parent
 
     def git(*words):
-        return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", *words], cwd=root, capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     try:
         changed = git("status", "--porcelain", "--", "../ltkd_jax", "../configs", ".")

@@ -19,11 +19,32 @@ from experiments.reporting import load, report_page, results_page, tables, write
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m experiments.report", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("paths", nargs="*", metavar="PATH", help="work directories, result files, or folders of them")
-    parser.add_argument("--output", default="report.html", metavar="FILE", help="the page (default: report.html)")
-    parser.add_argument("--title", help="of the page (default: the methods and the data)")
-    parser.add_argument("--table", default="text", choices=writers.FORMS, help="what is printed (default: text)")
-    parser.add_argument("--results", metavar="FOLDER", help="write README.md into this folder of result files instead")
+    parser.add_argument(
+        "paths",
+        nargs="*",
+        metavar="PATH",
+        help="work directories, result files, or folders of them",
+    )
+    parser.add_argument(
+        "--output",
+        default="report.html",
+        metavar="FILE",
+        help="the page (default: report.html)",
+    )
+    parser.add_argument(
+        "--title", help="of the page (default: the methods and the data)"
+    )
+    parser.add_argument(
+        "--table",
+        default="text",
+        choices=writers.FORMS,
+        help="what is printed (default: text)",
+    )
+    parser.add_argument(
+        "--results",
+        metavar="FOLDER",
+        help="write README.md into this folder of result files instead",
+    )
     parser.add_argument("--queue", nargs="*", default=[], metavar="FILE",
                         help="queues, for --results: what is not run yet is listed as such")  # fmt: skip
     args = parser.parse_args(argv)
@@ -38,7 +59,10 @@ def main(argv=None):
         if not runs:
             raise load.ReportError(f"no runs in {', '.join(args.paths)}")
         report_page.write_report(runs, args.output, args.title)
-    except (ValueError, OSError) as error:  # of a file to read, a queue, or a place to write
+    except (
+        ValueError,
+        OSError,
+    ) as error:  # of a file to read, a queue, or a place to write
         sys.exit(f"error: {error}")
     print(tables.console(runs, args.table))
     print(f"\n{args.output}", file=sys.stderr)  # so that only the tables go into a file
@@ -49,8 +73,16 @@ def planned_runs(path):
     runs = []
     for entry in queue_entry.read_queue(path):
         spec = entry.resolve()
-        run = {"data": spec.data.name, "imbalance": spec.data.imbalance, "epochs": spec.train.epochs}
-        run |= {"teacher": spec.teacher.model, "student": spec.student_model, "method": spec.label}
+        run = {
+            "data": spec.data.name,
+            "imbalance": spec.data.imbalance,
+            "epochs": spec.train.epochs,
+        }
+        run |= {
+            "teacher": spec.teacher.model,
+            "student": spec.student_model,
+            "method": spec.label,
+        }
         runs.append(run | {"set": entry.set, "group": entry.group})
     return runs
 

@@ -25,9 +25,15 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m experiments.reproduce", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter,
                                      parents=[command.options()])  # fmt: skip
-    parser.add_argument("queue", help="a queue file, such as experiments/queues/demo.json")
-    parser.add_argument("--results", default="results", help="folder of result JSONs (default: results)")
-    parser.add_argument("--runs", help="folder of work directories (default: runs/<queue's name>)")
+    parser.add_argument(
+        "queue", help="a queue file, such as experiments/queues/demo.json"
+    )
+    parser.add_argument(
+        "--results", default="results", help="folder of result JSONs (default: results)"
+    )
+    parser.add_argument(
+        "--runs", help="folder of work directories (default: runs/<queue's name>)"
+    )
     options = parser.parse_args(argv)
     folder = options.runs or pathlib.Path("runs") / pathlib.Path(options.queue).stem
     try:

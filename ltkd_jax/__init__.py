@@ -7,10 +7,30 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ltkd_jax import bias, bilevel, data, groups, losses, methods, metrics, models, training
+    from ltkd_jax import (
+        bias,
+        bilevel,
+        data,
+        groups,
+        losses,
+        methods,
+        metrics,
+        models,
+        training,
+    )
 
 __version__ = "0.2.0"
-__all__ = ["bias", "bilevel", "data", "groups", "losses", "methods", "metrics", "models", "training"]
+__all__ = [
+    "bias",
+    "bilevel",
+    "data",
+    "groups",
+    "losses",
+    "methods",
+    "metrics",
+    "models",
+    "training",
+]
 
 
 def __dir__() -> list[str]:

@@ -23,7 +23,9 @@ from ltkd_jax.groups import ClassGroups
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float64]
 
-_BLOCK = 2**22  # numbers of logits that are evaluated together, unless a block size is given
+_BLOCK = (
+    2**22
+)  # numbers of logits that are evaluated together, unless a block size is given
 _NO_MASS = -1e30  # the logit of a class without mass
 
 
@@ -79,7 +81,9 @@ def audit(
     """
     _check(examples, groups, student)
     # The next power of two of a small set: sets of about the same size then share a compilation.
-    size = block_size or min(max(_BLOCK // examples.num_classes, 1), 1 << (len(examples) - 1).bit_length())
+    size = block_size or min(
+        max(_BLOCK // examples.num_classes, 1), 1 << (len(examples) - 1).bit_length()
+    )
     sums = _Sums(groups, tuple(float(temperature) for temperature in temperatures))
     student_blocks = None if student is None else student.blocks(size)
     start = 0
@@ -87,22 +91,32 @@ def audit(
         labels = examples.labels[start : start + len(block)]
         student_block = None if student_blocks is None else next(student_blocks)
         # The last block is filled up, so that one shape is compiled.
-        batch = jax.tree.map(functools.partial(_pad, size=size), (block, student_block, labels))
+        batch = jax.tree.map(
+            functools.partial(_pad, size=size), (block, student_block, labels)
+        )
         stats = _example_stats(*batch, groups, sums.temperatures)
-        sums.add(jax.tree.map(lambda x: np.asarray(x)[: len(labels)], stats), labels)  # noqa: B023
+        sums.add(jax.tree.map(lambda x: np.asarray(x)[: len(labels)], stats), labels)
         start += len(block)
         if on_block:
             on_block(len(block))
     result = _summarize(sums)
-    return result if student is None else {**result, "divergence": _summarize_divergence(sums)}
+    return (
+        result
+        if student is None
+        else {**result, "divergence": _summarize_divergence(sums)}
+    )
 
 
 def _check(examples: Logits, groups: ClassGroups, student: Logits | None) -> None:
     if examples.values.ndim != 2:
-        raise ValueError(f"{examples.source}: logits are {list(examples.values.shape)}; give one view, [N, C]")
+        raise ValueError(
+            f"{examples.source}: logits are {list(examples.values.shape)}; give one view, [N, C]"
+        )
     num_classes = len(np.asarray(groups.assignment))
     if num_classes != examples.num_classes:
-        raise ValueError(f"groups are of {num_classes} classes, the logits of {examples.num_classes}: give the same")
+        raise ValueError(
+            f"groups are of {num_classes} classes, the logits of {examples.num_classes}: give the same"
+        )
     if student is None:
         return
     if student.values.shape != examples.values.shape:
@@ -131,7 +145,9 @@ class _ExampleStats(NamedTuple):
     confidence: Any  # [B], the probability of the prediction
     loss: Any  # [B, 2], the inter and the intra part
     group_mass: tuple[Any, ...]  # for each temperature, [B, G]
-    divergence: tuple[Any, ...]  # for each temperature, [B, 1 + G]: the inter part, and the intra part of each group
+    divergence: tuple[
+        Any, ...
+    ]  # for each temperature, [B, 1 + G]: the inter part, and the intra part of each group
 
 
 @functools.partial(jax.jit, static_argnames="temperatures")
@@ -198,8 +214,12 @@ class _Sums:
         self.loss: Floats = np.zeros((classes, 2))
         self.between: Floats = np.zeros((number, number))
         self.bins: Floats = np.zeros((number, 3, metrics.NUM_BINS))
-        self.group_mass: list[Floats] = [np.zeros((number, number)) for _ in temperatures]
-        self.divergence: list[Floats] = [np.zeros((number, 1 + number)) for _ in temperatures]
+        self.group_mass: list[Floats] = [
+            np.zeros((number, number)) for _ in temperatures
+        ]
+        self.divergence: list[Floats] = [
+            np.zeros((number, 1 + number)) for _ in temperatures
+        ]
 
     def add(self, stats: _ExampleStats, labels: Array) -> None:
         """Adds the examples of a block; NumPy arrays."""
@@ -210,11 +230,15 @@ class _Sums:
         self.hits += np.bincount(labels, hit, minlength=classes)
         self.predicted += np.bincount(stats.prediction, minlength=classes)
         for part in range(2):
-            self.loss[:, part] += np.bincount(labels, stats.loss[:, part], minlength=classes)
+            self.loss[:, part] += np.bincount(
+                labels, stats.loss[:, part], minlength=classes
+            )
         # A sum over the examples of each class: sorted by label, they are consecutive.
         order = np.argsort(labels, kind="stable")
         present, starts = np.unique(labels[order], return_index=True)
-        self.mass[present] += np.add.reduceat(stats.probabilities[order], starts, axis=0, dtype=np.float64)
+        self.mass[present] += np.add.reduceat(
+            stats.probabilities[order], starts, axis=0, dtype=np.float64
+        )
 
         of_group = self.membership[labels].T  # [G, B]
         self.between += of_group @ self.membership[stats.prediction]
@@ -225,7 +249,9 @@ class _Sums:
         bins = metrics.bin_of(stats.confidence)
         for group, weight in enumerate(of_group):
             for row, values in enumerate((ones, stats.confidence, hit)):
-                self.bins[group, row] += np.bincount(bins, weight * values, minlength=metrics.NUM_BINS)
+                self.bins[group, row] += np.bincount(
+                    bins, weight * values, minlength=metrics.NUM_BINS
+                )
 
 
 def _summarize(sums: _Sums) -> dict[str, Any]:
@@ -234,8 +260,12 @@ def _summarize(sums: _Sums) -> dict[str, Any]:
     temperatures = [f"{temperature:g}" for temperature in sums.temperatures]
     groups = {}
     for group, name in enumerate(sums.names):
-        groups[name] = _summarize_examples(sums, sums.assignment == group, sums.bins[group])
-    groups["all"] = _summarize_examples(sums, np.ones(len(sums.assignment), bool), sums.bins.sum(axis=0))
+        groups[name] = _summarize_examples(
+            sums, sums.assignment == group, sums.bins[group]
+        )
+    groups["all"] = _summarize_examples(
+        sums, np.ones(len(sums.assignment), bool), sums.bins.sum(axis=0)
+    )
     return {
         "examples": int(total),
         "share": _by_name(sums.names, count / total),
@@ -244,7 +274,8 @@ def _summarize(sums: _Sums) -> dict[str, Any]:
             for temperature, mass in zip(temperatures, sums.group_mass)
         },
         "mass_by_group": {
-            temperature: _row_means(mass, count) for temperature, mass in zip(temperatures, sums.group_mass)
+            temperature: _row_means(mass, count)
+            for temperature, mass in zip(temperatures, sums.group_mass)
         },
         "groups": groups,
         "between": _row_means(100 * sums.between, count),
@@ -288,7 +319,9 @@ def _summarize_classes(sums: _Sums) -> dict[str, Any]:
         "own": _or_none(np.diag(sums.mass) / count, has_examples),
         "to": _or_none(to, has_examples),
         "to_mass": _or_none(others.max(axis=1) / count, has_examples),
-        "to_groups": _or_none(sums.mass @ sums.membership / count[:, None], has_examples),
+        "to_groups": _or_none(
+            sums.mass @ sums.membership / count[:, None], has_examples
+        ),
     }
 
 
@@ -296,17 +329,26 @@ def _summarize_divergence(sums: _Sums) -> dict[str, Any]:
     count = sums.count @ sums.membership
     result = {}
     for temperature, parts in zip(sums.temperatures, sums.divergence):
-        by_group = {name: _mean_kl(sums.names, parts[g], count[g]) for g, name in enumerate(sums.names)}
+        by_group = {
+            name: _mean_kl(sums.names, parts[g], count[g])
+            for g, name in enumerate(sums.names)
+        }
         by_group["all"] = _mean_kl(sums.names, parts.sum(axis=0), count.sum())
         result[f"{temperature:g}"] = by_group
     return result
 
 
-def _mean_kl(names: tuple[str, ...], parts: Floats, count: float) -> dict[str, Any] | None:
+def _mean_kl(
+    names: tuple[str, ...], parts: Floats, count: float
+) -> dict[str, Any] | None:
     if not count:
         return None
     mean = np.maximum(parts / count, 0)  # no part is negative; rounding can be
-    return {"kl": float(mean.sum()), "inter": float(mean[0]), "intra": _by_name(names, mean[1:])}
+    return {
+        "kl": float(mean.sum()),
+        "inter": float(mean[0]),
+        "intra": _by_name(names, mean[1:]),
+    }
 
 
 def _by_name(names: tuple[str, ...], values: Floats) -> dict[str, float]:
@@ -318,4 +360,7 @@ def _row_means(matrix: Floats, count: Floats) -> list[list[float] | None]:
 
 
 def _or_none(values: Array, has_examples: Array) -> list[Any]:
-    return [value if exists else None for value, exists in zip(values.tolist(), has_examples)]
+    return [
+        value if exists else None
+        for value, exists in zip(values.tolist(), has_examples)
+    ]

@@ -1,20 +1,25 @@
-"""Bilevel weighting: a weight net for every example and loss term, trained by what its weights do to an outer loss.
+"""Bilevel weighting: a weight net learns to weigh the loss terms of each example.
 
-With l_it(θ) the T loss terms of example i, and w(φ, features) the weight net, the inner loss is
+With l_it(θ) the T loss terms of example i, and w_it(φ) the weights that the weight net
+gives them, the inner loss of a batch of B examples is
 
-    L(θ, φ) = (1/B) Σ_i Σ_t w_it(φ) · l_it(θ),
+    L(θ, φ) = (1/B) Σ_i Σ_t w_it(φ) · l_it(θ).
 
-a virtual step is θ' = θ − η ∇_θ L(θ, φ), and φ descends the outer loss of the θ' that K virtual steps lead to. The
-features carry no gradient, so L is linear in the weights.
+A virtual step is θ' = θ − η ∇_θ L(θ, φ). The weight net descends the outer loss, on
+balanced data, of the θ' that K virtual steps lead to. Its input, the features, carries
+no gradient, so that L is linear in the weights.
 
-Everything here takes plain callables and pytrees: no model, no loss, no config. Under `pmap` or `shard_map` give
-`Problem.axis_name`; under `jit` with sharded batches leave it None.
+All functions take plain callables and pytrees: no model, no loss and no config. Under
+`pmap` or `shard_map`, set `Problem.axis_name`; under `jit` with sharded batches, leave
+it None.
 
-Source: Nguyen, Phan and Ta, "Balancing Knowledge Distillation for Imbalance Learning with Bilevel Optimization",
-arXiv 2605.17839, for K = 1; the K-step form is this library's.
+Source: Nguyen, Phan and Ta, "Balancing Knowledge Distillation for Imbalance Learning
+with Bilevel Optimization", arXiv 2605.17839, for K = 1; the K-step form is this
+library's.
 """
 
-from __future__ import annotations  # so that help() shows ArrayLike, not all that it stands for
+# So that help() shows ArrayLike, not all that it stands for.
+from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
@@ -28,7 +33,7 @@ PyTree = Any
 
 
 class Aux(NamedTuple):
-    """What the terms' forward also yields; nothing of it is differentiated.
+    """What `Problem.terms_fn` returns beside the terms; it is not differentiated.
 
     Attributes:
       features: `[B, F]`, the weight net's input.
@@ -41,14 +46,14 @@ class Aux(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """The two levels as callables.
+    """Defines the two levels by callables.
 
     Attributes:
-      terms_fn: `(params, batch) -> (terms [B, T], Aux)`, the per-example loss terms.
-      outer_fn: `(params, outer batch) -> scalar`, the loss that the weights are to lower; local, not yet averaged
-        over devices.
+      terms_fn: `(params, batch) -> (terms [B, T], Aux)`, the loss terms per example.
+      outer_fn: `(params, outer batch) -> scalar`, the loss that the weights shall
+        lower. It averages over this device's batch only.
       weight_fn: `(meta_params, features [B, F]) -> weights [B, T]`.
-      axis_name: the device axis over which batches are spread, if it has a name.
+      axis_name: name of the device axis over which batches are split, if any.
     """
 
     terms_fn: Callable[[PyTree, PyTree], tuple[jax.Array, Aux]]
@@ -58,23 +63,32 @@ class Problem:
 
 
 class MetaState(NamedTuple):
-    """The weight net's parameters, its optimizer's state, and the gradients gathered since its last update."""
+    """The weight net's state.
+
+    Attributes:
+      params: φ, its parameters.
+      opt_state: its optimizer's state.
+      grad_sum: sum of the gradients accumulated since its last update.
+      num_grads: int scalar, how many gradients that is.
+    """
 
     params: PyTree
     opt_state: PyTree
-    gradients: PyTree  # their sum
-    count: jax.Array  # type: ignore[assignment]  # how many; it hides tuple.count
+    grad_sum: PyTree
+    num_grads: jax.Array
 
 
-class Step(NamedTuple):
-    """What one outer iteration yields.
+class StepResult(NamedTuple):
+    """The result of one outer iteration.
 
     Attributes:
-      gradient: of the inner loss by `params`, with the weights of the new weight net: what the real update takes.
-      meta: the new `MetaState`.
-      terms, aux: of the batch at `params`, as `terms_fn` gives them.
-      weights: `[B, T]`, of the new weight net.
-      outer_loss: after the virtual steps.
+      gradient: of the inner loss with respect to `params`, under the weights of the
+        updated weight net. The student's optimizer takes it.
+      meta: the weight net's new state.
+      terms: `[B, T]`, the loss terms at `params`.
+      aux: what `terms_fn` returned beside them.
+      weights: `[B, T]`, from the updated weight net.
+      outer_loss: scalar, after the virtual steps.
     """
 
     gradient: PyTree
@@ -86,22 +100,41 @@ class Step(NamedTuple):
 
 
 def init(meta_params: PyTree, optimizer: optax.GradientTransformation) -> MetaState:
-    """The state of a fresh weight net."""
-    zeros = jax.tree.map(jnp.zeros_like, meta_params)
-    return MetaState(meta_params, optimizer.init(meta_params), zeros, jnp.zeros((), jnp.int32))
+    """Returns the state of a new weight net.
+
+    Args:
+      meta_params: φ.
+      optimizer: of the weight net.
+    """
+    return MetaState(
+        params=meta_params,
+        opt_state=optimizer.init(meta_params),
+        grad_sum=jax.tree.map(jnp.zeros_like, meta_params),
+        num_grads=jnp.zeros((), jnp.int32),
+    )
 
 
-def gather(meta: MetaState, gradient: PyTree) -> MetaState:
-    """The state with one more gradient of the weight net in it."""
-    return meta._replace(gradients=jax.tree.map(jnp.add, meta.gradients, gradient), count=meta.count + 1)
+def accumulate(meta: MetaState, gradient: PyTree) -> MetaState:
+    """Returns the state with one more gradient of the weight net added to its sum."""
+    grad_sum = jax.tree.map(jnp.add, meta.grad_sum, gradient)
+    return meta._replace(grad_sum=grad_sum, num_grads=meta.num_grads + 1)
 
 
 def update(meta: MetaState, optimizer: optax.GradientTransformation) -> MetaState:
-    """The state after the optimizer's step on the mean of the gradients gathered, of which there is at least one."""
-    mean = jax.tree.map(lambda total: total / meta.count.astype(total.dtype), meta.gradients)
+    """Returns the state after one optimizer step on the mean accumulated gradient.
+
+    At least one gradient must have been accumulated; the sum restarts from zero.
+    """
+    mean = jax.tree.map(
+        lambda total: total / meta.num_grads.astype(total.dtype), meta.grad_sum
+    )
     updates, opt_state = optimizer.update(mean, meta.opt_state, meta.params)
-    zeros = jax.tree.map(jnp.zeros_like, mean)
-    return MetaState(optax.apply_updates(meta.params, updates), opt_state, zeros, jnp.zeros_like(meta.count))
+    return MetaState(
+        params=optax.apply_updates(meta.params, updates),
+        opt_state=opt_state,
+        grad_sum=jax.tree.map(jnp.zeros_like, mean),
+        num_grads=jnp.zeros_like(meta.num_grads),
+    )
 
 
 def step(
@@ -113,84 +146,114 @@ def step(
     learning_rate: jax.Array | float,
     *,
     optimizer: optax.GradientTransformation,
-    every: int = 1,
-    changes: bool | None = None,
+    update_every: int = 1,
+    update_weight_net: bool | None = None,
     unroll: bool = False,
-) -> Step:
-    """One outer iteration: look ahead, gather the weight net's gradient, every k-th time update it, and weigh.
+) -> StepResult:
+    """Computes one outer iteration: the weight net's gradient, then the student's.
 
-    The weight net's gradient is that of the outer loss after K virtual steps of plain SGD over `batches`; every
-    `every` iterations the optimizer takes one step on the mean of those gathered. The student's gradient is that of
-    the first batch with the weights of the net as it then is. For K = 1 both share one linearisation, and the
-    student's backward is that of the virtual step unless the weight net has changed.
+    1. Look ahead: take K virtual steps of plain SGD over `batches`, and differentiate
+       the outer loss that they lead to with respect to the weight net.
+    2. Accumulate that gradient. Every `update_every` iterations, step the weight net's
+       optimizer on the mean of those accumulated.
+    3. Compute the student's gradient on the first batch under the weight net's weights
+       as they are then.
 
-    Source: arXiv 2605.17839, its algorithm ("multi-step SGD": every = 5 for CIFAR-100, 1 for CIFAR-10).
+    For K = 1 the steps share one linearization of the terms, and the virtual step's
+    gradient is the student's, too, unless the weight net was updated in between.
+
+    Source: arXiv 2605.17839, its algorithm ("multi-step SGD": `update_every` is 5 for
+    CIFAR-100 and 1 for CIFAR-10).
 
     Args:
       problem: the two levels.
-      params, meta: of the student and of the weight net.
-      batches: a pytree with leading axis `[K, …]`: this iteration's batch and the K − 1 that come next.
+      params: θ, of the student.
+      meta: state of the weight net.
+      batches: a pytree with leading axes `[K, B]`: the batch of this iteration, and the
+        K − 1 that follow it.
       outer_batch: a batch of the balanced set.
-      learning_rate: η of the virtual steps, the student's current one.
+      learning_rate: η of the virtual steps: the student's current one.
       optimizer: of the weight net.
-      every: k >= 1, a Python number, not traced.
-      changes: True or False, not traced: whether this call is the k-th since the last update. None asks `meta.count`
-        on the device; a caller who knows spares it the branch, inside of which XLA's convolutions are many times slower
+      update_every: k >= 1, a Python int.
+      update_weight_net: a Python bool, whether this iteration is a k-th one. None lets
+        the device decide by `meta.num_grads`. A caller who counts iterations anyway
+        should pass it: XLA compiles convolutions inside a branch to much slower code
         on CPU.
-      unroll: as `lookahead`.
+      unroll: see `lookahead`.
+
+    Returns:
+      A `StepResult`, averaged over devices where `problem.axis_name` is set.
 
     Raises:
-      ValueError: k < 1, K < 1, terms that are not `[B, T]`, or weights of another shape than the terms.
+      ValueError: k < 1, K < 1, terms that are not `[B, T]`, or weights whose shape
+        differs from the terms'.
 
     >>> import jax, jax.numpy as jnp, optax
     >>> def terms_fn(params, batch):  # two terms of a linear model
     ...     errors = batch["x"] @ params - batch["y"]
-    ...     return jnp.stack([errors**2, jnp.abs(errors)], axis=-1), Aux(errors[:, None])
-    >>> problem = Problem(
-    ...     terms_fn,
-    ...     outer_fn=lambda params, batch: jnp.mean((batch["x"] @ params - batch["y"]) ** 2),
-    ...     weight_fn=lambda meta, features: jax.nn.sigmoid(features * meta[None, :]))
+    ...     terms = jnp.stack([errors**2, jnp.abs(errors)], axis=-1)
+    ...     return terms, Aux(features=errors[:, None])
+    >>> def outer_fn(params, batch):
+    ...     return jnp.mean((batch["x"] @ params - batch["y"]) ** 2)
+    >>> def weight_fn(meta_params, features):
+    ...     return jax.nn.sigmoid(features * meta_params[None, :])
+    >>> problem = Problem(terms_fn, outer_fn, weight_fn)
     >>> optimizer = optax.adam(0.1)
     >>> batch = {"x": jnp.eye(3), "y": jnp.arange(3.0)}
-    >>> taken = step(problem, jnp.zeros(3), init(jnp.zeros(2), optimizer), jax.tree.map(lambda x: x[None], batch),
-    ...              batch, 0.1, optimizer=optimizer)
-    >>> taken.weights.shape, (taken.meta.params < 0).tolist()  # errors are negative here: large ones now weigh more
-    ((3, 2), [True, True])
+    >>> batches = jax.tree.map(lambda x: x[None], batch)  # K = 1
+    >>> meta = init(jnp.zeros(2), optimizer)
+    >>> result = step(
+    ...     problem, jnp.zeros(3), meta, batches, batch, 0.1, optimizer=optimizer)
+    >>> result.weights.shape
+    (3, 2)
+    >>> (result.meta.params < 0).tolist()  # all errors are negative: weights now grow
+    [True, True]
     """
-    if not isinstance(every, int) or every < 1:
-        raise ValueError(f"every={every!r}: the weight net is updated every k iterations, a whole number >= 1")
-    ahead = _length(batches)
+    if not isinstance(update_every, int) or update_every < 1:
+        raise ValueError(
+            f"update_every={update_every!r}: the weight net is updated every k "
+            "iterations, a whole number >= 1"
+        )
+    num_lookahead = _num_batches(batches)
 
-    def taken(changes: bool) -> Step:
-        terms, aux, slopes_along, gradient_of = _linearize(problem, params, jax.tree.map(lambda x: x[0], batches))
-
-        def weigh(meta_params: PyTree) -> jax.Array:
-            return _weigh(problem, meta_params, terms, aux)
-
-        if ahead == 1:
-            weights, by_meta = jax.vjp(weigh, meta.params)
-            gradient = gradient_of(weights)
-            outer_loss, direction = _outer_gradient(problem, _descend(params, gradient, learning_rate), outer_batch)
-            slopes = slopes_along(direction)  # of every term of every example: ⟨v, ∇l_it⟩
-            (hyper,) = by_meta((-learning_rate / len(terms) * slopes).astype(weights.dtype))
-            hyper = _average(hyper, problem.axis_name)
-        else:
-            outer_loss, hyper = hypergradient(
-                problem, params, meta.params, batches, outer_batch, learning_rate, unroll=unroll
+    def iterate(update_weight_net: bool) -> StepResult:
+        first_batch = jax.tree.map(lambda x: x[0], batches)
+        inner = _linearize(problem, params, first_batch)
+        if num_lookahead == 1:
+            weights, gradient, outer_loss, hypergrad = _look_one_step_ahead(
+                problem, inner, params, meta.params, outer_batch, learning_rate
             )
-        after = gather(meta, hyper)
-        after = update(after, optimizer) if changes else after
-        if changes or ahead > 1:
-            weights = weigh(after.params)
-            gradient = gradient_of(weights)
-        return Step(gradient, after, terms, aux, weights, outer_loss)
+        else:
+            outer_loss, hypergrad = hypergradient(
+                problem,
+                params,
+                meta.params,
+                batches,
+                outer_batch,
+                learning_rate,
+                unroll=unroll,
+            )
+        new_meta = accumulate(meta, hypergrad)
+        if update_weight_net:
+            new_meta = update(new_meta, optimizer)
+        if update_weight_net or num_lookahead > 1:
+            weights = _weigh(problem, new_meta.params, inner.terms, inner.aux)
+            gradient = inner.weighted_grad(weights)
+        return StepResult(
+            gradient, new_meta, inner.terms, inner.aux, weights, outer_loss
+        )
 
-    if changes is None and every == 1:
-        changes = True
-    if changes is not None:
-        return taken(changes)
-    # The whole iteration is in the branch: what a linearisation keeps would cost more to carry into one.
-    return jax.lax.cond(meta.count >= every - 1, lambda: taken(True), lambda: taken(False))
+    if update_weight_net is None and update_every == 1:
+        update_weight_net = True
+    if update_weight_net is not None:
+        return iterate(update_weight_net)
+    # The whole iteration goes into the branch: to pass a linearization into one would
+    # copy all of its residuals.
+    return jax.lax.cond(
+        meta.num_grads >= update_every - 1,
+        lambda: iterate(True),
+        lambda: iterate(False),
+    )
 
 
 def hypergradient(
@@ -203,29 +266,41 @@ def hypergradient(
     *,
     unroll: bool = False,
 ) -> tuple[jax.Array, PyTree]:
-    """The outer loss after K virtual steps and its gradient by the weight net, by `jax.grad` through them.
+    """Computes the outer loss after K virtual steps, and its gradient w.r.t. φ.
+
+    This is `jax.grad` of `lookahead`, through all K steps.
 
     Args:
-      problem, params, meta_params, batches, outer_batch, learning_rate, unroll: as `lookahead`.
+      problem, params, meta_params, batches, outer_batch, learning_rate, unroll: see
+        `lookahead`.
 
     Returns:
-      (outer loss, gradient), averaged over devices.
+      (outer loss, gradient), averaged over devices where `problem.axis_name` is set.
 
     Raises:
-      ValueError: as `lookahead`.
+      ValueError: see `lookahead`.
 
-    One step on w · θ²/2 from θ = 1 leads to 1 − ηw, where the outer loss θ²/2 has the slope −η (1 − ηw) by w:
+    One step on w · θ²/2 from θ = 1 leads to 1 − ηw. There the outer loss θ²/2 has the
+    derivative −η (1 − ηw) with respect to w:
 
     >>> problem = Problem(
-    ...     terms_fn=lambda theta, batch: (0.5 * theta**2 * batch[:, None], Aux(batch[:, None])),
-    ...     outer_fn=lambda theta, batch: 0.5 * theta**2,
+    ...     terms_fn=lambda theta, x: (0.5 * theta**2 * x[:, None], Aux(x[:, None])),
+    ...     outer_fn=lambda theta, _: 0.5 * theta**2,
     ...     weight_fn=lambda w, features: w * features)
-    >>> outer_loss, slope = hypergradient(problem, jnp.float32(1), jnp.float32(1), jnp.ones((1, 1)), None, 0.1)
+    >>> one = jnp.float32(1)
+    >>> batches = jnp.ones((1, 1))  # K = 1, B = 1
+    >>> outer_loss, slope = hypergradient(problem, one, one, batches, None, 0.1)
     >>> round(float(outer_loss), 4), round(float(slope), 4)
     (0.405, -0.09)
     """
     outer_loss, gradient = jax.value_and_grad(lookahead, argnums=2)(
-        problem, params, meta_params, batches, outer_batch, learning_rate, unroll=unroll
+        problem,
+        params,
+        meta_params,
+        batches,
+        outer_batch,
+        learning_rate,
+        unroll=unroll,
     )
     return _average((outer_loss, gradient), problem.axis_name)
 
@@ -240,88 +315,157 @@ def lookahead(
     *,
     unroll: bool = False,
 ) -> jax.Array:
-    """The outer loss after K virtual steps, θ_{j+1} = θ_j − η ∇_θ L(θ_j, φ; batch j), features anew at each θ_j.
+    """Computes the outer loss after K virtual steps of plain SGD.
+
+        θ_{j+1} = θ_j − η ∇_θ L(θ_j, φ; batch j)
+
+    The weight net sees the features at each θ_j.
 
     Args:
       problem: the two levels.
       params: θ_0.
-      meta_params: φ; gradients by it go through all K steps.
-      batches: a pytree with leading axis `[K, …]`.
-      outer_batch: what `outer_fn` takes.
-      learning_rate: η, the same for all K.
-      unroll: written out instead of scanned. The scan recomputes each step's forward in the backward pass, so
-        that memory hardly grows with K; on CPU XLA's convolutions are many times slower inside it.
+      meta_params: φ. Gradients with respect to it go through all K steps.
+      batches: a pytree with leading axes `[K, B]`.
+      outer_batch: passed to `problem.outer_fn`.
+      learning_rate: η, the same for all K steps.
+      unroll: write the K steps out instead of scanning over them. The scan recomputes
+        each step's forward pass in the backward pass, so its memory hardly grows with
+        K. XLA compiles convolutions inside a scan to much slower code on CPU.
 
     Returns:
-      This device's outer loss.
+      Scalar, the outer loss of this device.
 
     Raises:
-      ValueError: K < 1, or weights of another shape than the terms.
+      ValueError: K < 1, or weights whose shape differs from the terms'.
     """
 
     def inner_loss(params: PyTree, batch: PyTree) -> jax.Array:
         terms, aux = problem.terms_fn(params, batch)
-        return jnp.mean(jnp.sum(_weigh(problem, meta_params, terms, aux) * terms, axis=-1))
+        weights = _weigh(problem, meta_params, terms, aux)
+        return jnp.mean(jnp.sum(weights * terms, axis=-1))
 
     def virtual_step(params: PyTree, batch: PyTree) -> tuple[PyTree, None]:
-        gradient = _average(jax.grad(inner_loss)(params, batch), problem.axis_name)
+        gradient = jax.grad(inner_loss)(params, batch)
+        gradient = _average(gradient, problem.axis_name)
         return _descend(params, gradient, learning_rate), None
 
-    ahead = _length(batches)
+    num_lookahead = _num_batches(batches)
     if unroll:
-        for j in range(ahead):
-            params, _ = virtual_step(params, jax.tree.map(lambda x, j=j: x[j], batches))
+        for j in range(num_lookahead):
+            batch = jax.tree.map(lambda x, j=j: x[j], batches)
+            params, _ = virtual_step(params, batch)
     else:
         params, _ = jax.lax.scan(jax.checkpoint(virtual_step), params, batches)
     return problem.outer_fn(params, outer_batch)
 
 
-def _linearize(
-    problem: Problem, params: PyTree, batch: PyTree
-) -> tuple[jax.Array, Aux, Callable[[PyTree], jax.Array], Callable[[jax.Array], PyTree]]:
-    """The terms at `params`, and of their one linearisation: slopes along a direction, gradient of weighted terms."""
-    terms, along, aux = jax.linearize(lambda params: problem.terms_fn(params, batch), params, has_aux=True)
-    back = jax.linear_transpose(along, params)
+class _Linearization(NamedTuple):
+    """The loss terms of a batch at θ, with their Jacobian J `[B, T, params]` as maps.
 
-    def gradient_of(weights: jax.Array) -> PyTree:
-        (gradient,) = back((weights / len(terms)).astype(terms.dtype))
+    Attributes:
+      terms: `[B, T]`.
+      aux: what `terms_fn` returned beside them.
+      jvp: v ↦ J v `[B, T]`, the derivative of every term along v.
+      weighted_grad: w `[B, T]` ↦ (1/B) Jᵀ w, the gradient of the inner loss under the
+        weights w, averaged over devices.
+    """
+
+    terms: jax.Array
+    aux: Aux
+    jvp: Callable[[PyTree], jax.Array]
+    weighted_grad: Callable[[jax.Array], PyTree]
+
+
+def _linearize(problem: Problem, params: PyTree, batch: PyTree) -> _Linearization:
+    """Returns the terms at `params`; one forward pass serves all products with J."""
+    terms, jvp, aux = jax.linearize(
+        lambda params: problem.terms_fn(params, batch), params, has_aux=True
+    )
+    vjp = jax.linear_transpose(jvp, params)
+
+    def weighted_grad(weights: jax.Array) -> PyTree:
+        (gradient,) = vjp((weights / len(terms)).astype(terms.dtype))
         return _average(gradient, problem.axis_name)
 
-    return terms, aux, along, gradient_of
+    return _Linearization(terms, aux, jvp, weighted_grad)
 
 
-def _weigh(problem: Problem, meta_params: PyTree, terms: jax.Array, aux: Aux) -> jax.Array:
+def _look_one_step_ahead(
+    problem: Problem,
+    inner: _Linearization,
+    params: PyTree,
+    meta_params: PyTree,
+    outer_batch: PyTree,
+    learning_rate: jax.Array | float,
+) -> tuple[jax.Array, PyTree, jax.Array, PyTree]:
+    """Returns weights, gradient of the inner loss, outer loss and hypergradient, K = 1.
+
+    The virtual step θ' = θ − (η/B) Jᵀ w(φ) is linear in the weights w. With v the
+    gradient of the outer loss at θ', the chain rule gives
+
+        ∂ outer / ∂w = −(η/B) J v,    ∂ outer / ∂φ = (∂w/∂φ)ᵀ ∂ outer / ∂w,
+
+    so no second-order derivative is needed: one product J v, and a backward pass of
+    the weight net.
+    """
+
+    def weigh(meta_params: PyTree) -> jax.Array:
+        return _weigh(problem, meta_params, inner.terms, inner.aux)
+
+    weights, weight_vjp = jax.vjp(weigh, meta_params)
+    gradient = inner.weighted_grad(weights)
+    ahead_params = _descend(params, gradient, learning_rate)
+    # Averaged over devices before the product with J, which is this device's own.
+    outer_loss, outer_grad = _average(
+        jax.value_and_grad(problem.outer_fn)(ahead_params, outer_batch),
+        problem.axis_name,
+    )
+    slopes = inner.jvp(outer_grad)
+    cotangent = -learning_rate / len(inner.terms) * slopes
+    (hypergrad,) = weight_vjp(cotangent.astype(weights.dtype))
+    return weights, gradient, outer_loss, _average(hypergrad, problem.axis_name)
+
+
+def _weigh(
+    problem: Problem, meta_params: PyTree, terms: jax.Array, aux: Aux
+) -> jax.Array:
+    """Returns the weights `[B, T]` of a batch; the features carry no gradient."""
     if terms.ndim != 2 or not isinstance(aux, Aux):
         raise ValueError(
-            f"terms_fn gives terms of shape {terms.shape} and {type(aux).__name__}: it must give terms [B, T] and an "
-            "Aux, of one batch; batches are stacked, [K, B, …], for K = 1 too"
+            f"terms_fn returned terms of shape {terms.shape} and a "
+            f"{type(aux).__name__}: it must return terms [B, T] and an Aux for one "
+            "batch; batches are stacked, [K, B, …], for K = 1 too"
         )
     weights = problem.weight_fn(meta_params, jax.lax.stop_gradient(aux.features))
     if weights.shape != terms.shape:
         raise ValueError(
-            f"weight_fn gives weights of shape {weights.shape} for terms of shape {terms.shape}: "
-            f"it must give one weight for each of the {terms.shape[-1]} terms of an example"
+            f"weight_fn returned weights of shape {weights.shape} for terms of shape "
+            f"{terms.shape}: it must return one weight for each of the "
+            f"{terms.shape[-1]} terms of an example"
         )
     return weights
 
 
-def _outer_gradient(problem: Problem, params: PyTree, outer_batch: PyTree) -> tuple[jax.Array, PyTree]:
-    """The outer loss and its gradient by the student. Averaged here, before any product with a local Jacobian."""
-    return _average(jax.value_and_grad(problem.outer_fn)(params, outer_batch), problem.axis_name)
-
-
-def _descend(params: PyTree, gradient: PyTree, learning_rate: jax.Array | float) -> PyTree:
-    # A learning rate that is an array must not widen the parameters.
-    return jax.tree.map(lambda p, g: (p - learning_rate * g).astype(p.dtype), params, gradient)
+def _descend(
+    params: PyTree, gradient: PyTree, learning_rate: jax.Array | float
+) -> PyTree:
+    # A float32 array as the learning rate would promote bfloat16 parameters.
+    return jax.tree.map(
+        lambda p, g: (p - learning_rate * g).astype(p.dtype), params, gradient
+    )
 
 
 def _average(tree: PyTree, axis_name: str | None) -> PyTree:
     return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
 
 
-def _length(batches: PyTree) -> int:
-    lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(batches)}
-    if len(lengths) != 1 or lengths <= {(0,), ()}:
-        found = ", ".join(str(length[0]) if length else "none" for length in sorted(lengths))
-        raise ValueError(f"batches: leading axes {found}; give K >= 1 batches, stacked, [K, B, …]")
-    return lengths.pop()[0]
+def _num_batches(batches: PyTree) -> int:
+    """Returns K, the length of the leading axis that all leaves share."""
+    shapes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(batches)}
+    if len(shapes) != 1 or shapes <= {(0,), ()}:
+        lengths = [str(shape[0]) if shape else "none" for shape in sorted(shapes)]
+        raise ValueError(
+            f"batches have the leading axes {', '.join(lengths)}: stack K >= 1 "
+            "batches, [K, B, …]"
+        )
+    return shapes.pop()[0]

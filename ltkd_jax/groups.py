@@ -1,6 +1,7 @@
 """Class counts -> groups of classes: head / medium / tail by rank, and many / medium / few by count."""
 
-from __future__ import annotations  # so that help() shows ArrayLike, not all that it stands for
+# So that help() shows ArrayLike, not all that it stands for
+from __future__ import annotations
 
 import dataclasses
 import itertools
@@ -59,20 +60,35 @@ class ClassGroups:
         """
         counts = check_counts(class_counts)
         fractions = _numbers(fractions, "fractions")
-        if fractions.ndim != 1 or not (fractions > 0).all() or not abs(fractions.sum() - 1) <= 1e-6:
-            raise ValueError(f"fractions={fractions.tolist()} must be positive and sum to 1")
+        if (
+            fractions.ndim != 1
+            or not (fractions > 0).all()
+            or not abs(fractions.sum() - 1) <= 1e-6
+        ):
+            raise ValueError(
+                f"fractions={fractions.tolist()} must be positive and sum to 1"
+            )
         if len(fractions) > len(counts):
-            raise ValueError(f"{len(fractions)} groups for {len(counts)} classes: give at most a group per class")
+            raise ValueError(
+                f"{len(fractions)} groups for {len(counts)} classes: give at most a group per class"
+            )
         # The last boundary is C exactly: a cumulative sum of 0.9999999 must not drop a class.
-        ends = [round(len(counts) * share) for share in np.cumsum(fractions).round(9)[:-1]] + [len(counts)]
+        ends = [
+            round(len(counts) * share) for share in np.cumsum(fractions).round(9)[:-1]
+        ] + [len(counts)]
         sizes = [end - start for start, end in itertools.pairwise([0, *ends])]
         assignment = np.empty(len(counts), np.int32)
-        assignment[np.argsort(-counts, kind="stable")] = np.repeat(np.arange(len(sizes)), sizes)
+        assignment[np.argsort(-counts, kind="stable")] = np.repeat(
+            np.arange(len(sizes)), sizes
+        )
         return cls._checked(assignment, len(sizes), names)
 
     @classmethod
     def from_assignment(
-        cls, assignment: npt.ArrayLike, *, names: list[str] | tuple[str, ...] | None = None
+        cls,
+        assignment: npt.ArrayLike,
+        *,
+        names: list[str] | tuple[str, ...] | None = None,
     ) -> ClassGroups:
         """Groups as given: `assignment[c]`, an integer in `[0, G)`, is the group of class c.
 
@@ -82,34 +98,63 @@ class ClassGroups:
         try:
             assignment = np.asarray(assignment)
         except ValueError as error:
-            raise ValueError(f"assignment must be a vector of integers ({error})") from None
-        if assignment.ndim != 1 or not assignment.size or not np.issubdtype(assignment.dtype, np.integer):
-            raise ValueError(f"assignment must be a vector of integers, got {assignment.dtype}{list(assignment.shape)}")
+            raise ValueError(
+                f"assignment must be a vector of integers ({error})"
+            ) from None
+        if (
+            assignment.ndim != 1
+            or not assignment.size
+            or not np.issubdtype(assignment.dtype, np.integer)
+        ):
+            raise ValueError(
+                f"assignment must be a vector of integers, got {assignment.dtype}{list(assignment.shape)}"
+            )
         if assignment.min() < 0:
-            raise ValueError(f"assignment holds the negative group {assignment.min()}; groups count from 0")
+            raise ValueError(
+                f"assignment holds the negative group {assignment.min()}; groups count from 0"
+            )
         if assignment.max() >= len(assignment):
-            raise ValueError(f"group {assignment.max()} of {len(assignment)} classes: some group would be empty")
-        return cls._checked(assignment.astype(np.int32), int(assignment.max()) + 1, names)
+            raise ValueError(
+                f"group {assignment.max()} of {len(assignment)} classes: some group would be empty"
+            )
+        return cls._checked(
+            assignment.astype(np.int32), int(assignment.max()) + 1, names
+        )
 
     @classmethod
     def _checked(
-        cls, assignment: np.ndarray, num_groups: int, names: list[str] | tuple[str, ...] | None
+        cls,
+        assignment: np.ndarray,
+        num_groups: int,
+        names: list[str] | tuple[str, ...] | None,
     ) -> ClassGroups:
         if names is None:
-            names = ("head", "medium", "tail") if num_groups == 3 else [f"group {g}" for g in range(num_groups)]
-        listed = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
+            names = (
+                ("head", "medium", "tail")
+                if num_groups == 3
+                else [f"group {g}" for g in range(num_groups)]
+            )
+        listed = isinstance(names, (list, tuple)) and all(
+            isinstance(name, str) for name in names
+        )
         if not listed or len(names) != num_groups or len(set(names)) != num_groups:
-            raise ValueError(f"names={names!r} must be a tuple of {num_groups} different strings, one for each group")
+            raise ValueError(
+                f"names={names!r} must be a tuple of {num_groups} different strings, one for each group"
+            )
         names = tuple(names)
         sizes = np.bincount(assignment, minlength=num_groups)
         if (sizes == 0).any():
             empty = [names[g] for g in np.flatnonzero(sizes == 0)]
-            raise ValueError(f"groups {empty} would be empty: {len(assignment)} classes in groups of {sizes.tolist()}")
+            raise ValueError(
+                f"groups {empty} would be empty: {len(assignment)} classes in groups of {sizes.tolist()}"
+            )
         assignment.setflags(write=False)
         return cls(assignment, names)
 
 
-def shots(class_counts: npt.ArrayLike, *, many: float = 100, few: float = 20) -> dict[str, np.ndarray]:
+def shots(
+    class_counts: npt.ArrayLike, *, many: float = 100, few: float = 20
+) -> dict[str, np.ndarray]:
     """Classes by their number of training images, the other convention of the long-tail literature.
 
     Args:
@@ -129,14 +174,20 @@ def shots(class_counts: npt.ArrayLike, *, many: float = 100, few: float = 20) ->
     counts = check_counts(class_counts)
     if not few <= many:
         raise ValueError(f"few={few} must be at most many={many}")
-    return {"many": counts > many, "medium": (counts >= few) & (counts <= many), "few": counts < few}
+    return {
+        "many": counts > many,
+        "medium": (counts >= few) & (counts <= many),
+        "few": counts < few,
+    }
 
 
 def check_counts(class_counts: npt.ArrayLike) -> np.ndarray:
     """`class_counts` as a float64 vector; a ValueError if it is not one or a class has no image."""
     counts = _numbers(class_counts, "class_counts")
     if counts.ndim != 1 or not counts.size:
-        raise ValueError(f"class_counts must be a vector, one count a class; got shape {counts.shape}")
+        raise ValueError(
+            f"class_counts must be a vector, one count a class; got shape {counts.shape}"
+        )
     if not ((counts > 0) & np.isfinite(counts)).all():
         bad = np.flatnonzero(~((counts > 0) & np.isfinite(counts)))[:5].tolist()
         raise ValueError(

@@ -4,7 +4,8 @@ To add one: write a function that returns its terms, and decorate it with `@_met
 `config.method.name`, and its keyword arguments are the hyperparameters that a config may set.
 """
 
-from __future__ import annotations  # so that help() shows ArrayLike, not all that it stands for
+# So that help() shows ArrayLike, not all that it stands for
+from __future__ import annotations
 
 import dataclasses
 import functools
@@ -35,7 +36,9 @@ class Predictions(NamedTuple):
     student_logits: jax.Array  # [B, C]
     teacher_logits: jax.Array | None  # [B, C]
     labels: jax.Array  # int [B]
-    axis_name: str | None = None  # the device axis over which the batch is spread, if any
+    axis_name: str | None = (
+        None  # the device axis over which the batch is spread, if any
+    )
     # Of a method that distils features: float [B, H, W, channels] each, the teacher's of the same shapes.
     student_features: tuple[jax.Array, ...] | None = None
     teacher_features: tuple[jax.Array, ...] | None = None
@@ -45,11 +48,15 @@ class Predictions(NamedTuple):
     def teacher(self) -> jax.Array:
         """`teacher_logits`, for a term that distils: a ValueError where there are none."""
         if self.teacher_logits is None:
-            raise ValueError("a term that distils needs predictions with teacher_logits")
+            raise ValueError(
+                "a term that distils needs predictions with teacher_logits"
+            )
         return self.teacher_logits
 
 
-PerExample = Callable[[Predictions], jax.Array]  # its value is [B], or [B, F] of several
+PerExample = Callable[
+    [Predictions], jax.Array
+]  # its value is [B], or [B, F] of several
 
 
 def _mixed(fn: PerExample) -> PerExample:
@@ -110,14 +117,23 @@ class Objective:
     def weights(self, step: jax.Array | float) -> jax.Array:
         """Static weights `[T]` at a step: those that distil grow from 0 over `warmup_steps`."""
         warm = jnp.minimum(1.0, step / self.warmup_steps) if self.warmup_steps else 1.0
-        return jnp.stack([jnp.asarray(term.weight * (warm if term.distils else 1.0)) for term in self.terms])
+        return jnp.stack(
+            [
+                jnp.asarray(term.weight * (warm if term.distils else 1.0))
+                for term in self.terms
+            ]
+        )
 
 
 def _equal_groups(counts: npt.ArrayLike, num_groups: int) -> ClassGroups:
     """Groups by rank, of equally many classes as far as that goes."""
     if num_groups != int(num_groups) or num_groups < 0:
-        raise ValueError(f"num_groups={num_groups} must be a whole number; 0 takes the groups as they are given")
-    return ClassGroups.from_counts(counts, fractions=(1 / num_groups,) * int(num_groups))
+        raise ValueError(
+            f"num_groups={num_groups} must be a whole number; 0 takes the groups as they are given"
+        )
+    return ClassGroups.from_counts(
+        counts, fractions=(1 / num_groups,) * int(num_groups)
+    )
 
 
 class ClassInfo(NamedTuple):
@@ -144,7 +160,9 @@ class Method:
     def example(self) -> Objective:
         """Its objective for three classes: neither the names of its terms nor what they need depend on the classes."""
         counts = np.array([3.0, 2.0, 1.0])
-        return Objective(self.terms_fn(ClassInfo(counts, ClassGroups.from_counts(counts))))
+        return Objective(
+            self.terms_fn(ClassInfo(counts, ClassGroups.from_counts(counts)))
+        )
 
     @property
     def needs_teacher(self) -> bool:
@@ -165,25 +183,39 @@ def _method(fn: _TermsFn) -> _TermsFn:
     return fn
 
 
-def _hard(name: str, loss: Callable[[jax.Array, jax.Array], jax.Array], weight: float = 1.0) -> Term:
+def _hard(
+    name: str, loss: Callable[[jax.Array, jax.Array], jax.Array], weight: float = 1.0
+) -> Term:
     return Term(name, lambda p: loss(p.student_logits, p.labels), weight, distils=False)
 
 
-def _soft(name: str, loss: Callable[[jax.Array, jax.Array], jax.Array], weight: float) -> Term:
+def _soft(
+    name: str, loss: Callable[[jax.Array, jax.Array], jax.Array], weight: float
+) -> Term:
     return Term(name, lambda p: loss(p.student_logits, p.teacher), weight, distils=True)
 
 
 def _balanced_softmax(info: ClassInfo, weight: float = 1.0) -> Term:
-    return _hard("balanced_softmax", lambda z, y: losses.balanced_softmax(z, y, info.counts), weight)
+    return _hard(
+        "balanced_softmax",
+        lambda z, y: losses.balanced_softmax(z, y, info.counts),
+        weight,
+    )
 
 
-def _ltkd_terms(info: ClassInfo, alpha: float, beta: float, temperature: float, num_groups: int) -> tuple[Term, Term]:
+def _ltkd_terms(
+    info: ClassInfo, alpha: float, beta: float, temperature: float, num_groups: int
+) -> tuple[Term, Term]:
     groups = _equal_groups(info.counts, num_groups) if num_groups else info.groups
     assert groups is not None  # `create` has them made
 
     def inter(p: Predictions) -> jax.Array:
         return losses.rebalanced_inter_group(
-            p.student_logits, p.teacher, groups, temperature=temperature, axis_name=p.axis_name
+            p.student_logits,
+            p.teacher,
+            groups,
+            temperature=temperature,
+            axis_name=p.axis_name,
         )
 
     def intra(z: jax.Array, teacher: jax.Array) -> jax.Array:
@@ -207,59 +239,98 @@ def balanced_softmax(info: ClassInfo) -> tuple[Term, ...]:
 @_method
 def logit_adjusted(info: ClassInfo, *, tau: float = 1.0) -> tuple[Term, ...]:
     """Cross-entropy with logit adjustment."""
-    return (_hard("logit_adjusted", lambda z, y: losses.logit_adjusted(z, y, info.counts, tau=tau)),)
+    return (
+        _hard(
+            "logit_adjusted",
+            lambda z, y: losses.logit_adjusted(z, y, info.counts, tau=tau),
+        ),
+    )
 
 
 @_method
 def kd(
-    info: ClassInfo, *, hard_weight: float = 0.1, soft_weight: float = 0.9, temperature: float = 4.0
+    info: ClassInfo,
+    *,
+    hard_weight: float = 0.1,
+    soft_weight: float = 0.9,
+    temperature: float = 4.0,
 ) -> tuple[Term, ...]:
     """Knowledge distillation with mdistiller's weights."""
-    soft = _soft("kd", lambda z, t: losses.kd(z, t, temperature=temperature), soft_weight)
+    soft = _soft(
+        "kd", lambda z, t: losses.kd(z, t, temperature=temperature), soft_weight
+    )
     return (_hard("ce", losses.cross_entropy, hard_weight), soft)
 
 
 @_method
-def dkd(info: ClassInfo, *, alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0) -> tuple[Term, ...]:
+def dkd(
+    info: ClassInfo, *, alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0
+) -> tuple[Term, ...]:
     """Decoupled distillation: CE + α TCKD + β NCKD."""
 
     def part(name: str, weight: float, **only: float) -> Term:
-        fn = lambda p: losses.dkd(  # noqa: E731
+        fn = lambda p: losses.dkd(
             p.student_logits, p.teacher, p.labels, temperature=temperature, **only
         )
         return Term(name, fn, weight, distils=True)
 
-    target, rest = part("tckd", alpha, alpha=1.0, beta=0.0), part("nckd", beta, alpha=0.0, beta=1.0)
+    target, rest = (
+        part("tckd", alpha, alpha=1.0, beta=0.0),
+        part("nckd", beta, alpha=0.0, beta=1.0),
+    )
     return (_hard("ce", losses.cross_entropy), target, rest)
 
 
 @_method
 def dive(
-    info: ClassInfo, *, soft_weight: float = 0.5, power: float = 0.5, temperature: float = 4.0
+    info: ClassInfo,
+    *,
+    soft_weight: float = 0.5,
+    power: float = 0.5,
+    temperature: float = 4.0,
 ) -> tuple[Term, ...]:
     """DiVE: (1−a) balanced softmax + a distillation of the flattened teacher. The default a is our choice."""
-    soft = _soft("dive", lambda z, t: losses.dive(z, t, power=power, temperature=temperature), soft_weight)
+    soft = _soft(
+        "dive",
+        lambda z, t: losses.dive(z, t, power=power, temperature=temperature),
+        soft_weight,
+    )
     return (_balanced_softmax(info, 1.0 - soft_weight), soft)
 
 
 @_method
 def bkd(
-    info: ClassInfo, *, soft_weight: float = 1.0, class_beta: float = 0.9999, temperature: float = 4.0
+    info: ClassInfo,
+    *,
+    soft_weight: float = 1.0,
+    class_beta: float = 0.9999,
+    temperature: float = 4.0,
 ) -> tuple[Term, ...]:
     """Balanced distillation: CE + a distillation of the class-weighted teacher. The default a is our choice."""
     weights = losses.effective_number_weights(info.counts, beta=class_beta)
-    soft = _soft("bkd", lambda z, t: losses.bkd(z, t, weights, temperature=temperature), soft_weight)
+    soft = _soft(
+        "bkd",
+        lambda z, t: losses.bkd(z, t, weights, temperature=temperature),
+        soft_weight,
+    )
     return (_hard("ce", losses.cross_entropy), soft)
 
 
 @_method
-def wsl(info: ClassInfo, *, soft_weight: float = 2.5, temperature: float = 4.0) -> tuple[Term, ...]:
+def wsl(
+    info: ClassInfo, *, soft_weight: float = 2.5, temperature: float = 4.0
+) -> tuple[Term, ...]:
     """Weighted soft labels."""
 
     def soft(p: Predictions) -> jax.Array:
-        return losses.wsl(p.student_logits, p.teacher, p.labels, temperature=temperature)
+        return losses.wsl(
+            p.student_logits, p.teacher, p.labels, temperature=temperature
+        )
 
-    return (_hard("ce", losses.cross_entropy), Term("wsl", soft, soft_weight, distils=True))
+    return (
+        _hard("ce", losses.cross_entropy),
+        Term("wsl", soft, soft_weight, distils=True),
+    )
 
 
 @_method
@@ -268,26 +339,47 @@ def reviewkd(info: ClassInfo, *, feature_weight: float = 5.0) -> tuple[Term, ...
 
     def feature(p: Predictions) -> jax.Array:
         if p.student_features is None or p.teacher_features is None:
-            raise ValueError("reviewkd needs predictions with student_features and teacher_features")
+            raise ValueError(
+                "reviewkd needs predictions with student_features and teacher_features"
+            )
         return losses.hierarchical_context(p.student_features, p.teacher_features)
 
-    return (_hard("ce", losses.cross_entropy), Term("review", feature, feature_weight, distils=True, features=True))
+    return (
+        _hard("ce", losses.cross_entropy),
+        Term("review", feature, feature_weight, distils=True, features=True),
+    )
 
 
 @_method
 def ltkd(
-    info: ClassInfo, *, alpha: float = 1.0, beta: float = 1.0, temperature: float = 4.0, num_groups: int = 0
+    info: ClassInfo,
+    *,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    temperature: float = 4.0,
+    num_groups: int = 0,
 ) -> tuple[Term, ...]:
     """LTKD: CE + α rebalanced inter-group + β uniform intra-group. Other than three groups are this library's."""
-    return (_hard("ce", losses.cross_entropy), *_ltkd_terms(info, alpha, beta, temperature, num_groups))
+    return (
+        _hard("ce", losses.cross_entropy),
+        *_ltkd_terms(info, alpha, beta, temperature, num_groups),
+    )
 
 
 @_method
 def ltkd_bs(
-    info: ClassInfo, *, alpha: float = 1.0, beta: float = 1.0, temperature: float = 4.0, num_groups: int = 0
+    info: ClassInfo,
+    *,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    temperature: float = 4.0,
+    num_groups: int = 0,
 ) -> tuple[Term, ...]:
     """LTKD's two terms beside balanced softmax in place of cross-entropy; neither paper has it."""
-    return (_balanced_softmax(info), *_ltkd_terms(info, alpha, beta, temperature, num_groups))
+    return (
+        _balanced_softmax(info),
+        *_ltkd_terms(info, alpha, beta, temperature, num_groups),
+    )
 
 
 # Hyperparameters that are a term's static weight and nothing else: weights that are learned replace them.
@@ -301,8 +393,14 @@ def hyperparameters(method: str, *, learned_weights: bool = False) -> dict[str, 
     ({'soft_weight': 2.5, 'temperature': 4.0}, {'temperature': 4.0})
     """
     parameters = inspect.signature(_lookup(method).terms_fn).parameters
-    found = {name: p.default for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
-    return {name: value for name, value in found.items() if not (learned_weights and name in STATIC_WEIGHTS)}
+    found = {
+        name: p.default for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY
+    }
+    return {
+        name: value
+        for name, value in found.items()
+        if not (learned_weights and name in STATIC_WEIGHTS)
+    }
 
 
 def create(
@@ -331,15 +429,21 @@ def create(
     known = hyperparameters(method)
     unknown = sorted(set(values) - set(known))
     if unknown:
-        raise ValueError(f"method {method!r} has no hyperparameter {unknown[0]!r}; it has {sorted(known)}")
+        raise ValueError(
+            f"method {method!r} has no hyperparameter {unknown[0]!r}; it has {sorted(known)}"
+        )
     if warmup_steps < 0:
         raise ValueError(f"warmup_steps={warmup_steps} must not be negative")
     counts = check_counts(class_counts)
     if groups is None and method.startswith("ltkd"):
         groups = ClassGroups.from_counts(counts)
     if groups is not None and len(groups.assignment) != len(counts):
-        raise ValueError(f"the groups are of {len(groups.assignment)} classes, class_counts of {len(counts)}")
-    return Objective(METHODS[method].terms_fn(ClassInfo(counts, groups), **values), warmup_steps)
+        raise ValueError(
+            f"the groups are of {len(groups.assignment)} classes, class_counts of {len(counts)}"
+        )
+    return Objective(
+        METHODS[method].terms_fn(ClassInfo(counts, groups), **values), warmup_steps
+    )
 
 
 def features(objective: Objective, names: Sequence[str]) -> PerExample:
@@ -358,17 +462,25 @@ def features(objective: Objective, names: Sequence[str]) -> PerExample:
     ...
     ValueError: feature 'teacher_ce': these terms have student_ce, ce (there is no teacher)
     """
-    known: dict[str, PerExample] = {"student_ce": lambda p: losses.cross_entropy(p.student_logits, p.labels)}
+    known: dict[str, PerExample] = {
+        "student_ce": lambda p: losses.cross_entropy(p.student_logits, p.labels)
+    }
     if objective.needs_teacher:
         known["teacher_ce"] = lambda p: losses.cross_entropy(p.teacher, p.labels)
     known |= {term.name: term.fn for term in objective.terms}
     without = "" if objective.needs_teacher else " (there is no teacher)"
     if isinstance(names, str) or not names or len(set(names)) < len(names):
-        raise ValueError(f"features {names!r}: give a tuple of at least one of {', '.join(known)}, each once")
+        raise ValueError(
+            f"features {names!r}: give a tuple of at least one of {', '.join(known)}, each once"
+        )
     for name in names:
         if name not in known:
-            raise ValueError(f"feature {name!r}: these terms have {', '.join(known)}{without}")
-    return lambda predictions: jnp.stack([_mixed(known[name])(predictions) for name in names], axis=-1)
+            raise ValueError(
+                f"feature {name!r}: these terms have {', '.join(known)}{without}"
+            )
+    return lambda predictions: jnp.stack(
+        [_mixed(known[name])(predictions) for name in names], axis=-1
+    )
 
 
 OUTER = ("hard", "soft", "mix")
@@ -391,10 +503,16 @@ def outer_loss(objective: Objective, kind: str) -> PerExample:
     if kind not in OUTER:
         raise ValueError(f"outer loss {kind!r} must be one of {', '.join(OUTER)}")
     if kind != "hard" and not soft:
-        raise ValueError(f"outer loss {kind!r}: none of the terms {', '.join(objective.names)} distils; give 'hard'")
-    hard: list[PerExample] = [lambda p: losses.cross_entropy(p.student_logits, p.labels)]
+        raise ValueError(
+            f"outer loss {kind!r}: none of the terms {', '.join(objective.names)} distils; give 'hard'"
+        )
+    hard: list[PerExample] = [
+        lambda p: losses.cross_entropy(p.student_logits, p.labels)
+    ]
     parts = {"hard": hard, "soft": soft, "mix": hard + soft}[kind]
-    return lambda predictions: functools.reduce(operator.add, (part(predictions) for part in parts))
+    return lambda predictions: functools.reduce(
+        operator.add, (part(predictions) for part in parts)
+    )
 
 
 def _lookup(method: str) -> Method:

@@ -1,6 +1,7 @@
 """Evaluation as sums: masked counts on the device that add up over batches and devices, then one summary."""
 
-from __future__ import annotations  # so that help() shows ArrayLike, not all that it stands for
+# So that help() shows ArrayLike, not all that it stands for
+from __future__ import annotations
 
 import math
 from typing import Any, NamedTuple, TypeVar
@@ -43,14 +44,18 @@ def eval_sums(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> EvalSums
     [1.0, 1.0, 0.0]
     """
     num_classes = logits.shape[-1]
-    probabilities = jax.nn.softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
+    probabilities = jax.nn.softmax(
+        logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    )
     weight = mask.astype(jnp.float32)
     prediction = jnp.argmax(logits, axis=-1)
     confidence = jnp.max(probabilities, axis=-1)
     hit = weight * (prediction == labels)
     by_bin = jnp.stack([weight, weight * confidence, hit], axis=-1)
     return EvalSums(
-        confusion=jnp.zeros((num_classes, num_classes)).at[labels, prediction].add(weight),
+        confusion=jnp.zeros((num_classes, num_classes))
+        .at[labels, prediction]
+        .add(weight),
         bins=jnp.zeros((NUM_BINS, 3)).at[bin_of(confidence)].add(by_bin).T,
         mass=jnp.sum(probabilities * weight[:, None], axis=0),
     )
@@ -78,7 +83,9 @@ def calibration_error(bins: ArrayLike) -> np.ndarray:
     18.75
     """
     count, confidence, hits = np.moveaxis(np.asarray(bins, np.float64), -2, 0)
-    return 100 * np.abs(confidence - hits).sum(axis=-1) / np.maximum(count.sum(axis=-1), 1)
+    return (
+        100 * np.abs(confidence - hits).sum(axis=-1) / np.maximum(count.sum(axis=-1), 1)
+    )
 
 
 def calibration_error_by_chance(bins: ArrayLike) -> np.ndarray:
@@ -104,13 +111,19 @@ def calibration_error_by_chance(bins: ArrayLike) -> np.ndarray:
     k = np.minimum(np.floor(n * p) + 1, n)  # n·p may be rounded up to n
     choose = _log_factorial(n) - _log_factorial(k) - _log_factorial(n - k)
     distance = 2 * k * (1 - p) * np.exp(choose + k * np.log(p) + (n - k) * np.log1p(-p))
-    return 100 * np.where(inside, distance, 0).sum(axis=-1) / np.maximum(count.sum(axis=-1), 1)
+    return (
+        100
+        * np.where(inside, distance, 0).sum(axis=-1)
+        / np.maximum(count.sum(axis=-1), 1)
+    )
 
 
 _log_factorial = np.vectorize(lambda n: math.lgamma(n + 1), otypes=[np.float64])
 
 
-def summarize(sums: EvalSums, groups: ClassGroups, shots: dict[str, np.ndarray]) -> dict[str, Any]:
+def summarize(
+    sums: EvalSums, groups: ClassGroups, shots: dict[str, np.ndarray]
+) -> dict[str, Any]:
     """Accuracies in percent: overall, per class, per group and per shot; calibration; confusion between groups.
 
     Args:
@@ -125,14 +138,23 @@ def summarize(sums: EvalSums, groups: ClassGroups, shots: dict[str, np.ndarray])
     confusion = np.asarray(sums.confusion, np.float64)
     assignment = np.asarray(groups.assignment)
     members = {name: assignment == g for g, name in enumerate(groups.names)}
-    between = np.array([[confusion[np.ix_(a, b)].sum() for b in members.values()] for a in members.values()])
+    between = np.array(
+        [
+            [confusion[np.ix_(a, b)].sum() for b in members.values()]
+            for a in members.values()
+        ]
+    )
     return {
         "all": _accuracy(confusion, slice(None)),
-        "per_class": [_accuracy(confusion, np.array([c])) for c in range(len(confusion))],
+        "per_class": [
+            _accuracy(confusion, np.array([c])) for c in range(len(confusion))
+        ],
         "groups": {name: _accuracy(confusion, mask) for name, mask in members.items()},
         "shots": {name: _accuracy(confusion, mask) for name, mask in shots.items()},
         "ece": float(calibration_error(sums.bins)),
-        "confusion": (100 * between / np.maximum(between.sum(axis=1, keepdims=True), 1)).tolist(),
+        "confusion": (
+            100 * between / np.maximum(between.sum(axis=1, keepdims=True), 1)
+        ).tolist(),
     }
 
 
@@ -140,7 +162,10 @@ def group_mass(sums: EvalSums, groups: ClassGroups) -> dict[str, float]:
     """The mean predicted probability of each group: LTKD's measure of a teacher's bias, as a share of 1."""
     mass = np.asarray(sums.mass, np.float64)
     assignment = np.asarray(groups.assignment)
-    return {name: float(mass[assignment == g].sum() / mass.sum()) for g, name in enumerate(groups.names)}
+    return {
+        name: float(mass[assignment == g].sum() / mass.sum())
+        for g, name in enumerate(groups.names)
+    }
 
 
 def _accuracy(confusion: np.ndarray, classes: slice | np.ndarray) -> float | None:

@@ -14,7 +14,9 @@ SYSTEM_TESTS = ROOT / "tests" / "system"
 jax.config.update("jax_num_cpu_devices", 8)
 # `[B] * [B, 1]` is a mistake that broadcasting hides.
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_compilation_cache_dir", os.environ.get("LTKD_CACHE", str(ROOT / ".jax_cache")))
+jax.config.update(
+    "jax_compilation_cache_dir", os.environ.get("LTKD_CACHE", str(ROOT / ".jax_cache"))
+)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
@@ -24,8 +26,14 @@ def pytest_configure(config):
     Compiling is most of the time of the unit and integration tests, and what they compile runs a few times at most.
     Child processes inherit the setting.
     """
-    paths = [(config.invocation_params.dir / argument.split("::")[0]).resolve() for argument in config.args]
-    if not any(path in SYSTEM_TESTS.parents or path.is_relative_to(SYSTEM_TESTS) for path in paths):
+    paths = [
+        (config.invocation_params.dir / argument.split("::")[0]).resolve()
+        for argument in config.args
+    ]
+    if not any(
+        path in SYSTEM_TESTS.parents or path.is_relative_to(SYSTEM_TESTS)
+        for path in paths
+    ):
         os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
     else:
         runtime.set_xla_flags()  # as the commands do
@@ -37,4 +45,6 @@ def cifar100_dir():
     for folder in (os.environ.get("LTKD_DATA"), ROOT.parent / "shared" / "tfds"):
         if folder and (pathlib.Path(folder) / "cifar100").is_dir():
             return str(folder)
-    pytest.skip("the real CIFAR-100 is absent: set LTKD_DATA to a prepared TFDS directory")
+    pytest.skip(
+        "the real CIFAR-100 is absent: set LTKD_DATA to a prepared TFDS directory"
+    )

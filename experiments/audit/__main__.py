@@ -36,28 +36,68 @@ def main(argv: list[str] | None = None) -> None:
         record = run.run(path, **arguments)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
-    print(f"{summary.console(record)}\n\n{options.output}   {pathlib.Path(options.output).with_suffix('.json')}")
+    print(
+        f"{summary.console(record)}\n\n{options.output}   {pathlib.Path(options.output).with_suffix('.json')}"
+    )
 
 
 def _parser():
     parser = argparse.ArgumentParser(
-        prog="python -m experiments.audit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m experiments.audit",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--logits", metavar="FILE.npz", help="logits and labels of any model")
-    model.add_argument("--checkpoint", metavar="FOLDER", help="a teacher's folder, or the work directory of a run")
-    parser.add_argument("--compare", metavar="PATH", help="a second model, such as its student, as either of these")
-    parser.add_argument("--counts", metavar="FILE", help="training images of each class: .json, .npy or text")
-    parser.add_argument("--imbalance", metavar="GAMMA[,N_MAX]", help="or exponential ones, in the order of classes")
+    model.add_argument(
+        "--logits", metavar="FILE.npz", help="logits and labels of any model"
+    )
+    model.add_argument(
+        "--checkpoint",
+        metavar="FOLDER",
+        help="a teacher's folder, or the work directory of a run",
+    )
+    parser.add_argument(
+        "--compare",
+        metavar="PATH",
+        help="a second model, such as its student, as either of these",
+    )
+    parser.add_argument(
+        "--counts",
+        metavar="FILE",
+        help="training images of each class: .json, .npy or text",
+    )
+    parser.add_argument(
+        "--imbalance",
+        metavar="GAMMA[,N_MAX]",
+        help="or exponential ones, in the order of classes",
+    )
     parser.add_argument(
         "--groups", dest="fractions", type=_fractions, metavar="FRACTIONS",
         help="of the classes, the most frequent first; default: 0.33,0.34,0.33",
     )  # fmt: skip
-    parser.add_argument("--temperature", type=_temperature, default=4.0, help="of distillation; default: 4")
+    parser.add_argument(
+        "--temperature",
+        type=_temperature,
+        default=4.0,
+        help="of distillation; default: 4",
+    )
     parser.add_argument("--data_dir", default="", help="of the checkpoint's data set")
-    parser.add_argument("--subset", default="", metavar="LIST", help="of its training images, if it had one")
-    parser.add_argument("--save", metavar="FILE.npz", help="write the checkpoint's logits, as --logits reads them")
-    parser.add_argument("--output", default="audit.html", help="the page, with a .json beside it; default: audit.html")
+    parser.add_argument(
+        "--subset",
+        default="",
+        metavar="LIST",
+        help="of its training images, if it had one",
+    )
+    parser.add_argument(
+        "--save",
+        metavar="FILE.npz",
+        help="write the checkpoint's logits, as --logits reads them",
+    )
+    parser.add_argument(
+        "--output",
+        default="audit.html",
+        help="the page, with a .json beside it; default: audit.html",
+    )
     return parser
 
 
@@ -65,7 +105,9 @@ def _fractions(text):
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}: give fractions of the classes, such as 0.33,0.34,0.33") from None
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: give fractions of the classes, such as 0.33,0.34,0.33"
+        ) from None
 
 
 def _temperature(text):

@@ -72,7 +72,9 @@ def _read_folder(path, data_dir, subset):
     )
 
 
-def class_counts(model: Model, counts_file: str | None, imbalance: str | None) -> tuple[np.ndarray, str]:
+def class_counts(
+    model: Model, counts_file: str | None, imbalance: str | None
+) -> tuple[np.ndarray, str]:
     """Returns the training images of each class, and in words where the numbers come from.
 
     The first of these that exists: the file of counts, the imbalance, the model's own counts, the labels of its
@@ -90,15 +92,23 @@ def class_counts(model: Model, counts_file: str | None, imbalance: str | None) -
     elif model.class_counts is not None:
         counts, origin = model.class_counts, f"as {model.source} has them"
     elif model.train is not None:
-        counts, origin = np.bincount(model.train.labels, minlength=num_classes), "counted in its training input"
+        counts, origin = (
+            np.bincount(model.train.labels, minlength=num_classes),
+            "counted in its training input",
+        )
     else:
-        counts, origin = _count_test(model), "which are not known: the examples of this input in their place"
+        counts, origin = (
+            _count_test(model),
+            "which are not known: the examples of this input in their place",
+        )
     try:
         counts = check_counts(counts)
     except ValueError as error:
         raise AuditError(f"training images of each class, {origin}: {error}") from None
     if len(counts) != num_classes:
-        raise AuditError(f"training images of {len(counts)} classes, {origin}; the logits are of {num_classes}")
+        raise AuditError(
+            f"training images of {len(counts)} classes, {origin}; the logits are of {num_classes}"
+        )
     return counts, origin
 
 
@@ -133,4 +143,6 @@ def _exponential(text, num_classes):
         imbalance, _, n_max = text.partition(",")
         return longtail.counts(int(n_max or 500), float(imbalance), num_classes)
     except ValueError as error:
-        raise AuditError(f"--imbalance={text}: {error}; give GAMMA or GAMMA,N_MAX, such as 100 or 50,5000") from None
+        raise AuditError(
+            f"--imbalance={text}: {error}; give GAMMA or GAMMA,N_MAX, such as 100 or 50,5000"
+        ) from None

@@ -18,7 +18,9 @@ def split_bars(title, parts, label, longest_bar):
     names = list(parts)
     rows = range(len(names))
     longest_name = max(len(name) for name in names)
-    fig = figures.canvas(height=64 + 36 * len(names), left=min(110, 14 + 6 * longest_name), right=44)
+    fig = figures.canvas(
+        height=64 + 36 * len(names), left=min(110, 14 + 6 * longest_name), right=44
+    )
     ax = fig.subplots()
     inter, intra = zip(*parts.values())
     ax.barh(rows, inter, height=0.56, color=figures.colour(_INTER))
@@ -26,8 +28,19 @@ def split_bars(title, parts, label, longest_bar):
     digits = 2 if longest_bar >= 1 else 3
     for row, pair in enumerate(parts.values()):
         end = sum(pair)
-        ax.annotate(f"{end:.{digits}f}", (end, row), (5, 0), textcoords="offset points", va="center")
-    ax.set(xlim=(0, max(longest_bar, 1e-3) * 1.05), ylim=(len(names) - 0.4, -0.6), title=title, xlabel=label)
+        ax.annotate(
+            f"{end:.{digits}f}",
+            (end, row),
+            (5, 0),
+            textcoords="offset points",
+            va="center",
+        )
+    ax.set(
+        xlim=(0, max(longest_bar, 1e-3) * 1.05),
+        ylim=(len(names) - 0.4, -0.6),
+        title=title,
+        xlabel=label,
+    )
     ax.set_yticks(rows, names)
     ax.locator_params(axis="x", nbins=5)
     ax.grid(axis="x")
@@ -43,7 +56,14 @@ def reliability(title, bins):
     fig = figures.canvas(height=250)
     ax = fig.subplots()
     edges = np.arange(len(count)) / len(count)
-    ax.bar(edges, 0.3 * count / max(count.max(), 1), 1 / len(count), align="edge", color=figures.QUIET, alpha=0.3)
+    ax.bar(
+        edges,
+        0.3 * count / max(count.max(), 1),
+        1 / len(count),
+        align="edge",
+        color=figures.QUIET,
+        alpha=0.3,
+    )
     ax.plot([0, 1], [0, 1], color=figures.QUIET, linestyle=figures.DASHED, linewidth=1)
     filled = count > 0
     n = count[filled]
@@ -54,7 +74,9 @@ def reliability(title, bins):
     color = figures.colour(_SHARES)
     for chosen, alpha, face in ((n < SMALL, 0.45, "none"), (n >= SMALL, 1.0, color)):
         low, high = (middle - half)[chosen], (middle + half)[chosen]
-        ax.vlines(confidence[chosen], low, high, color=color, alpha=0.6 * alpha, linewidth=1.2)
+        ax.vlines(
+            confidence[chosen], low, high, color=color, alpha=0.6 * alpha, linewidth=1.2
+        )
         ax.plot(
             confidence[chosen], accuracy[chosen], "o", clip_on=False, markersize=5.5, color=color, alpha=alpha,
             markeredgewidth=1.4, markerfacecolor=face,
@@ -73,25 +95,49 @@ def mass_ratios(ratios, counts, assignment, group_names, labels, *, width=figure
     fig = figures.canvas(width, 300)
     ax = fig.subplots()
     x = np.arange(len(ratios))
-    hover_texts = [f"{label}\nmass ÷ due {ratio:.2f}" for label, ratio in zip(labels, ratios)]
+    hover_texts = [
+        f"{label}\nmass ÷ due {ratio:.2f}" for label, ratio in zip(labels, ratios)
+    ]
     ratios = np.maximum(ratios, 1e-4)
     large = len(ratios) < figures.MANY
     color = figures.colour(_SHARES)
     ax.axhline(1, color=figures.QUIET, linewidth=1, linestyle=figures.DASHED)
-    ax.vlines(x, np.minimum(ratios, 1), np.maximum(ratios, 1), color=color, alpha=0.35, linewidth=4 if large else 1)
-    ax.plot(x, ratios, "o", color=color, markersize=6 if large else 3.2, markeredgewidth=0)
+    ax.vlines(
+        x,
+        np.minimum(ratios, 1),
+        np.maximum(ratios, 1),
+        color=color,
+        alpha=0.35,
+        linewidth=4 if large else 1,
+    )
+    ax.plot(
+        x, ratios, "o", color=color, markersize=6 if large else 3.2, markeredgewidth=0
+    )
     ax.set_yscale("log")
-    ax.set(xlim=(-1, len(x)), ylim=(min(0.5, np.nanmin(ratios) * 0.8), max(2, np.nanmax(ratios) * 1.6)))
+    ax.set(
+        xlim=(-1, len(x)),
+        ylim=(min(0.5, np.nanmin(ratios) * 0.8), max(2, np.nanmax(ratios) * 1.6)),
+    )
     figures.plain_log(ax)
     ax.set_title("mass ÷ due (log scale)")
-    ticks = np.unique(np.linspace(0, len(x) - 1, 10 if width == figures.DESK else 5).round().astype(int))
+    ticks = np.unique(
+        np.linspace(0, len(x) - 1, 10 if width == figures.DESK else 5)
+        .round()
+        .astype(int)
+    )
     ax.set_xticks(ticks, [f"{counts[i]:,g}" for i in ticks])
     ax.set_xlabel("training images of the class")
     figures.mark_groups(ax, assignment, group_names)
     # An area narrower than half a pixel cannot be pointed at.
-    hovers = figures.areas(ax, [(c - 0.5, c + 0.5) for c in x], None, hover_texts) if len(x) < 2 * width else ()
+    hovers = (
+        figures.areas(ax, [(c - 0.5, c + 0.5) for c in x], None, hover_texts)
+        if len(x) < 2 * width
+        else ()
+    )
     name = f"Mass over due by class{'' if width == figures.DESK else ', narrow'}"
-    description = "what each gets over its share of the examples, sorted by training images"
+    description = (
+        "what each gets over its share of the examples, sorted by training images"
+    )
     return figures.save(fig, name, description, hovers=hovers)
 
 
@@ -106,7 +152,13 @@ def write(record, path) -> None:
         page.Text(summary.notes(record)),
         page.Text(summary.headline(record), "lead"),
     ]
-    sections = [_mass(record), _loss(record), _calibration(record), _classes(record), _confusion(record)]
+    sections = [
+        _mass(record),
+        _loss(record),
+        _calibration(record),
+        _classes(record),
+        _confusion(record),
+    ]
     if "divergence" in record["inputs"][0]:
         sections.insert(2, _divergence(record))
     page.write(path, title, heading + sections)
@@ -114,7 +166,12 @@ def write(record, path) -> None:
 
 def _split_panels(panels, inter, intra):
     """Returns `split_bars` below a legend that names their parts."""
-    return page.Panels(panels, figures.Legend({inter: (_INTER, figures.SOLID), intra: (_INTRA, figures.SOLID)}))
+    return page.Panels(
+        panels,
+        figures.Legend(
+            {inter: (_INTER, figures.SOLID), intra: (_INTRA, figures.SOLID)}
+        ),
+    )
 
 
 def _title_prefix(model, input_set):
@@ -133,7 +190,11 @@ def _mass(record):
         for model in input_set["models"]:
             for temperature, mass in model["mass"].items():
                 title = f"{_title_prefix(model, input_set)}τ = {temperature}"
-                panels.append(figures.group_mass(title, mass, input_set["share"], record["training"]))
+                panels.append(
+                    figures.group_mass(
+                        title, mass, input_set["share"], record["training"]
+                    )
+                )
         parts += [page.Heading(input_set["title"], 4), page.Panels(panels)]
     return page.Section("Group mass", [*parts, summary.mass_table(record)])
 
@@ -142,11 +203,20 @@ def _loss(record):
     input_set = record["inputs"][0]
     parts_by_model = {}
     for model in input_set["models"]:
-        groups = {name: group for name, group in model["groups"].items() if group["examples"]}
-        parts_by_model[model["name"]] = {name: (group["inter"], group["intra"]) for name, group in groups.items()}
+        groups = {
+            name: group for name, group in model["groups"].items() if group["examples"]
+        }
+        parts_by_model[model["name"]] = {
+            name: (group["inter"], group["intra"]) for name, group in groups.items()
+        }
     # Both models have one scale.
-    largest = max(sum(pair) for parts in parts_by_model.values() for pair in parts.values())
-    panels = [split_bars(name, parts, "cross-entropy, nats", largest) for name, parts in parts_by_model.items()]
+    largest = max(
+        sum(pair) for parts in parts_by_model.values() for pair in parts.values()
+    )
+    panels = [
+        split_bars(name, parts, "cross-entropy, nats", largest)
+        for name, parts in parts_by_model.items()
+    ]
     text = (
         "The loss of an example of class y in group G splits exactly: −log p(y) = −log p(G) − log p(y | G). The first "
         "part is what the wrong group costs (inter), the second the wrong class within it (intra). Means over the "
@@ -160,14 +230,25 @@ def _loss(record):
 def _divergence(record):
     panels = []
     for temperature, by_group in record["inputs"][0]["divergence"].items():
-        parts = {name: (kl["inter"], sum(kl["intra"].values())) for name, kl in by_group.items() if kl}
-        panels.append(split_bars(f"τ = {temperature}", parts, "KL, nats", max(map(sum, parts.values()))))
+        parts = {
+            name: (kl["inter"], sum(kl["intra"].values()))
+            for name, kl in by_group.items()
+            if kl
+        }
+        panels.append(
+            split_bars(
+                f"τ = {temperature}", parts, "KL, nats", max(map(sum, parts.values()))
+            )
+        )
     text = (
         f"{summary.divergence_title(record)}. KL = inter + Σ intra, exactly; it is the loss by which the first would "
         "teach the second, without the factor τ²."
     )
     bars = _split_panels(panels, "between the groups", "within them")
-    return page.Section("Between the two models", [page.Text(text), bars, summary.divergence_table(record)])
+    return page.Section(
+        "Between the two models",
+        [page.Text(text), bars, summary.divergence_table(record)],
+    )
 
 
 def _calibration(record):
@@ -177,7 +258,11 @@ def _calibration(record):
         for name in record["groups"]["names"]:
             group = model["groups"][name]
             if group["examples"]:
-                panels.append(reliability(f"{_title_prefix(model, input_set)}{name}", group["bins"]))
+                panels.append(
+                    reliability(
+                        f"{_title_prefix(model, input_set)}{name}", group["bins"]
+                    )
+                )
     text = (
         "Dots: the accuracy of the predictions of one confidence, with a 95 % interval; below the diagonal the model "
         f"is over-confident. Hollow: fewer than {SMALL} examples, which say little. Bars: how the examples are spread. "
@@ -187,7 +272,12 @@ def _calibration(record):
         "Over: mean confidence less accuracy, in points. ECE: expected calibration error in 15 bins of the same width, "
         f"in points; {summary.BY_CHANCE}, so an ECE of about that is no sign of a fault."
     )
-    parts = [page.Text(text), page.Panels(panels), summary.calibration_table(record), page.Text(note)]
+    parts = [
+        page.Text(text),
+        page.Panels(panels),
+        summary.calibration_table(record),
+        page.Text(note),
+    ]
     return page.Section("Calibration by group", parts)
 
 
@@ -197,10 +287,24 @@ def _classes(record):
     counts = np.array(record["class_counts"])
     assignment = np.array(record["groups"]["assignment"])
     order = np.lexsort((-counts, assignment))
-    ratios = np.array([summary.mass_ratio(classes, c) if classes["examples"][c] else np.nan for c in order])
-    labels = [f"{record['class_names'][c]}, {counts[c]:,g} training images" for c in order]
+    ratios = np.array(
+        [
+            summary.mass_ratio(classes, c) if classes["examples"][c] else np.nan
+            for c in order
+        ]
+    )
+    labels = [
+        f"{record['class_names'][c]}, {counts[c]:,g} training images" for c in order
+    ]
     both = [
-        mass_ratios(ratios, counts[order], assignment[order], record["groups"]["names"], labels, width=width)
+        mass_ratios(
+            ratios,
+            counts[order],
+            assignment[order],
+            record["groups"]["names"],
+            labels,
+            width=width,
+        )
         for width in (figures.DESK, figures.PHONE)
     ]
     text = (
@@ -208,9 +312,15 @@ def _classes(record):
         "that; below 1 the model gives it away. Predicted ÷ due: the same of its predictions. Own mass: what its own "
         "examples give to it; next class: where most of the rest goes. Sorted by the mass that is lost."
     )
-    parts = [page.Text(text), page.ByWidth(both), summary.class_table(record, summary.WORST)]
+    parts = [
+        page.Text(text),
+        page.ByWidth(both),
+        summary.class_table(record, summary.WORST),
+    ]
     if len(order) > summary.WORST:
-        parts.append(page.Details(f"All {len(order):,} classes", [summary.class_table(record)]))
+        parts.append(
+            page.Details(f"All {len(order):,} classes", [summary.class_table(record)])
+        )
     return page.Section(f"Which classes {model['name']} gives away", parts)
 
 

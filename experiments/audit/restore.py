@@ -39,19 +39,31 @@ class Restored:
 
     @functools.cached_property
     def _apply(self):
-        return jax.jit(lambda variables, images: self.model.apply(variables, self.data.preprocess(images), train=False))
+        return jax.jit(
+            lambda variables, images: self.model.apply(
+                variables, self.data.preprocess(images), train=False
+            )
+        )
 
     def logits(self, images: Images | Records, label: str) -> Logits:
         """Returns its logits of a set of images, in memory; with a progress bar of that label where it takes long."""
         largest_set = max(len(self.data.train), len(self.data.test))
-        batch_size = min(self.spec.execution.eval_batch_size, largest_set)  # one shape for all sets
+        batch_size = min(
+            self.spec.execution.eval_batch_size, largest_set
+        )  # one shape for all sets
         variables = jax.device_put(self.variables)
         logits = []
-        with tqdm.tqdm(total=len(images), desc=label, unit="image", delay=3, dynamic_ncols=True) as bar:
+        with tqdm.tqdm(
+            total=len(images), desc=label, unit="image", delay=3, dynamic_ncols=True
+        ) as bar:
             for batch in padded_batches(images, batch_size, np.arange(batch_size)):
                 logits.append(np.asarray(self._apply(variables, batch.images)))
                 bar.update(int(batch.mask.sum()))
-        return from_arrays(np.concatenate(logits)[: len(images)], images.labels, source=f"{self.name}, {label}")
+        return from_arrays(
+            np.concatenate(logits)[: len(images)],
+            images.labels,
+            source=f"{self.name}, {label}",
+        )
 
 
 def restore(folder, *, data_dir: str = "", subset: str = "") -> Restored:
@@ -77,22 +89,34 @@ def restore(folder, *, data_dir: str = "", subset: str = "") -> Restored:
     is_student = "config_hash" in results
     try:
         spec = _resolve(recorded, data_dir, subset)
-        datasets.load(spec.data)  # data that are not prepared fail here, with the remedy
+        datasets.load(
+            spec.data
+        )  # data that are not prepared fail here, with the remedy
         _check_content(spec.content, recorded["content"])
         # Where a student's teacher outputs came from is no part of its variables.
-        training = spec.student_training("none") if is_student else spec.teacher_training()
+        training = (
+            spec.student_training("none") if is_student else spec.teacher_training()
+        )
         trainer = make_trainer(training)
-        restored = Checkpoints(folder / "checkpoints").restore(jax.eval_shape(trainer.init, 0))
+        restored = Checkpoints(folder / "checkpoints").restore(
+            jax.eval_shape(trainer.init, 0)
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{folder} cannot be restored: {error}") from error
-    last_step = trainer.total_steps if is_student else identity.teacher_results(folder)["step"]
+    last_step = (
+        trainer.total_steps if is_student else identity.teacher_results(folder)["step"]
+    )
     if restored is None or restored[0] != last_step:
         at = f"step {restored[0]}" if restored else "none"
         raise ConfigError(
             f"the last intact checkpoint in {folder} is of {at}, and training ends at step {last_step}: "
             "finish it by the command that began it"
         )
-    name = f"{spec.label} {spec.student_model}" if is_student else f"teacher {spec.teacher.model}"
+    name = (
+        f"{spec.label} {spec.student_model}"
+        if is_student
+        else f"teacher {spec.teacher.model}"
+    )
     return Restored(name, spec, trainer.data, trainer.model, restored[1].variables)
 
 
@@ -103,10 +127,14 @@ def _resolve(recorded, data_dir, subset):
     data = config["data"] | {"dir": data_dir}
     if content["subset"]:
         if not subset:
-            raise ValueError(f"its training images are those of the list {content['subset']}: give that by --subset")
+            raise ValueError(
+                f"its training images are those of the list {content['subset']}: give that by --subset"
+            )
         data["subset"] = subset
     teacher = config["teacher"] | {"checkpoint": ""}
-    return resolve(config | {"data": data, "teacher": teacher, "devices": 1, "platform": ""})
+    return resolve(
+        config | {"data": data, "teacher": teacher, "devices": 1, "platform": ""}
+    )
 
 
 def _check_content(here, there):

@@ -46,13 +46,20 @@ def run(
     if save:
         save = _check_writable("--save", save, ".npz")
     model = inputs.read(path, data_dir=data_dir, subset=subset)
-    compared = inputs.read(compare, data_dir=data_dir, subset=subset) if compare else None
+    compared = (
+        inputs.read(compare, data_dir=data_dir, subset=subset) if compare else None
+    )
     class_counts, counts_origin = inputs.class_counts(model, counts, imbalance)
     groups = _groups(class_counts, fractions or model.fractions)
     if save:
-        by_class = {"class_counts": model.class_counts, "class_names": model.class_names}
+        by_class = {
+            "class_counts": model.class_counts,
+            "class_names": model.class_names,
+        }
         logits.save(save, model.test, model.train, **by_class)
-    record = build_record(model, compared, class_counts, counts_origin, groups, temperature)
+    record = build_record(
+        model, compared, class_counts, counts_origin, groups, temperature
+    )
     page.write(record, output)
     files.write_text(record_path, json.dumps(record, allow_nan=False))
     return record
@@ -79,8 +86,13 @@ def build_record(
     if len(set(names)) < len(names):
         names = [f"{name} ({i})" for i, name in enumerate(names, 1)]
     assignment = np.asarray(groups.assignment)
-    training_share = np.bincount(assignment, class_counts, minlength=groups.num_groups) / class_counts.sum()
-    class_names = range(len(class_counts)) if model.class_names is None else model.class_names
+    training_share = (
+        np.bincount(assignment, class_counts, minlength=groups.num_groups)
+        / class_counts.sum()
+    )
+    class_names = (
+        range(len(class_counts)) if model.class_names is None else model.class_names
+    )
     temperatures = tuple(dict.fromkeys((1.0, temperature)))
     input_sets = []
     for part, title in (("test", _test_title(model.test)), ("train", "training input")):
@@ -92,7 +104,10 @@ def build_record(
     return {
         "name": " → ".join(names),
         "sources": [part.source for part in models],
-        "class_names": [name.decode() if isinstance(name, bytes) else str(name) for name in class_names],
+        "class_names": [
+            name.decode() if isinstance(name, bytes) else str(name)
+            for name in class_names
+        ],
         "class_counts": class_counts.tolist(),
         "counts_from": counts_origin,
         "groups": {"names": list(groups.names), "assignment": assignment.tolist()},
@@ -110,14 +125,20 @@ def _test_title(examples):
 def _describe(examples):
     counts = np.bincount(examples.labels, minlength=examples.num_classes)
     low, high = counts.min(), counts.max()
-    each = f"{low:,} of each class" if low == high else f"{low:,} to {high:,} of each class"
+    each = (
+        f"{low:,} of each class"
+        if low == high
+        else f"{low:,} to {high:,} of each class"
+    )
     missing = f"; {(counts == 0).sum()} classes have none" if low == 0 else ""
     return f"{len(examples):,} examples of {len(counts):,} classes, {each}{missing}"
 
 
 def _audit_input(examples, compared, names, groups, temperatures):
     total = len(examples) if compared is None else len(examples) + len(compared)
-    with tqdm.tqdm(total=total, desc="audit", unit="example", delay=2, dynamic_ncols=True) as bar:
+    with tqdm.tqdm(
+        total=total, desc="audit", unit="example", delay=2, dynamic_ncols=True
+    ) as bar:
         options = {"temperatures": temperatures, "on_block": bar.update}
         try:
             results = [bias.audit(examples, groups, student=compared, **options)]
@@ -129,7 +150,11 @@ def _audit_input(examples, compared, names, groups, temperatures):
         if compared is not None:
             results.append(bias.audit(compared, groups, **options))
     models = [{"name": name, **result} for name, result in zip(names, results)]
-    numbers = {"is": _describe(examples), "share": results[0]["share"], "models": models}
+    numbers = {
+        "is": _describe(examples),
+        "share": results[0]["share"],
+        "models": models,
+    }
     return numbers if divergence is None else {**numbers, "divergence": divergence}
 
 
@@ -137,18 +162,24 @@ def _check_writable(option, path, suffix):
     """Returns a path to write to; checked before the work."""
     path = pathlib.Path(path)
     if path.suffix != suffix or not path.parent.is_dir():
-        raise inputs.AuditError(f"{option}={path} must be a file in an existing folder, its name ending in {suffix}")
+        raise inputs.AuditError(
+            f"{option}={path} must be a file in an existing folder, its name ending in {suffix}"
+        )
     return path
 
 
 def _check_replaceable(path):
     """Refuses to write over what is no audit, such as a run's results."""
     if path.exists() and "counts_from" not in path.read_text(errors="replace"):
-        raise inputs.AuditError(f"{path} exists and is no audit's: give another --output")
+        raise inputs.AuditError(
+            f"{path} exists and is no audit's: give another --output"
+        )
 
 
 def _groups(class_counts, fractions):
     try:
         return ClassGroups.from_counts(class_counts, fractions=fractions)
     except ValueError as error:
-        raise inputs.AuditError(f"--groups={','.join(f'{f:g}' for f in fractions)}: {error}") from None
+        raise inputs.AuditError(
+            f"--groups={','.join(f'{f:g}' for f in fractions)}: {error}"
+        ) from None

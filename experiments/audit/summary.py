@@ -26,7 +26,11 @@ def headline(record) -> str:
 
 
 def _classes_of(group_name):
-    return f"classes of {group_name}" if group_name.startswith("group ") else f"{group_name} classes"
+    return (
+        f"classes of {group_name}"
+        if group_name.startswith("group ")
+        else f"{group_name} classes"
+    )
 
 
 def _mass_sentence(record, input_set, model):
@@ -43,9 +47,7 @@ def _mass_sentence(record, input_set, model):
     )
     if soft:
         softened = model["mass"][soft[0]]
-        sentence += (
-            f"; at temperature {soft[0]}, as a student is taught, {softened[most]:.2f} and {softened[least]:.2f}"
-        )
+        sentence += f"; at temperature {soft[0]}, as a student is taught, {softened[most]:.2f} and {softened[least]:.2f}"
     return f"{sentence}."
 
 
@@ -84,16 +86,26 @@ def _divergence_sentence(record, input_set):
     first, second = (model["name"] for model in input_set["models"])
     percent = ""
     if parts["kl"] > _NEGLIGIBLE:
-        percent = f", {100 * parts['inter'] / parts['kl']:.0f} % of it between the groups"
+        percent = (
+            f", {100 * parts['inter'] / parts['kl']:.0f} % of it between the groups"
+        )
     return f"At temperature {temperature} the KL from {first} to {second} is {parts['kl']:.3f}{percent}."
 
 
 def notes(record) -> str:
     """Returns what was audited, and where the groups come from."""
     groups = record["groups"]
-    sizes = [f"{name} ({groups['assignment'].count(g)})" for g, name in enumerate(groups["names"])]
-    sentences = [f"{input_set['title'].capitalize()}: {input_set['is']}." for input_set in record["inputs"]]
-    sentences.append(f"Groups of classes by training images of each, {record['counts_from']}: {', '.join(sizes)}.")
+    sizes = [
+        f"{name} ({groups['assignment'].count(g)})"
+        for g, name in enumerate(groups["names"])
+    ]
+    sentences = [
+        f"{input_set['title'].capitalize()}: {input_set['is']}."
+        for input_set in record["inputs"]
+    ]
+    sentences.append(
+        f"Groups of classes by training images of each, {record['counts_from']}: {', '.join(sizes)}."
+    )
     return " ".join(sentences)
 
 
@@ -117,12 +129,26 @@ def mass_table(record) -> writers.Table:
     rows = []
     for input_set in record["inputs"]:
         title = input_set["title"]
-        rows.append([title, writers.Cell("true share", quiet=True), *_mass_cells(input_set["share"], names, True)])
+        rows.append(
+            [
+                title,
+                writers.Cell("true share", quiet=True),
+                *_mass_cells(input_set["share"], names, True),
+            ]
+        )
         for model in input_set["models"]:
             for temperature, mass in model["mass"].items():
-                rows.append([title, f"{model['name']}, τ = {temperature}", *_mass_cells(mass, names)])
+                rows.append(
+                    [
+                        title,
+                        f"{model['name']}, τ = {temperature}",
+                        *_mass_cells(mass, names),
+                    ]
+                )
     share = writers.Cell("share", quiet=True)
-    rows.append(["training images", share, *_mass_cells(record["training"], names, True)])
+    rows.append(
+        ["training images", share, *_mass_cells(record["training"], names, True)]
+    )
     return writers.Table(["input", "mass of", *names], rows, left=2)
 
 
@@ -138,7 +164,14 @@ def _group_table(record, header, columns) -> writers.Table:
     for model in models:
         for name, group in model["groups"].items():
             cells = columns(group) if group["examples"] else ["–"] * len(header)
-            rows.append([*([model["name"]] if several else []), name, f"{group['examples']:,}", *cells])
+            rows.append(
+                [
+                    *([model["name"]] if several else []),
+                    name,
+                    f"{group['examples']:,}",
+                    *cells,
+                ]
+            )
     words = ["model", "true class in"] if several else ["true class in"]
     return writers.Table([*words, "examples", *header], rows, left=len(words))
 
@@ -147,10 +180,18 @@ def loss_table(record) -> writers.Table:
     """Returns the cross-entropy by group, with its parts for the wrong group and for the wrong class."""
 
     def columns(group):
-        percent = f"{100 * group['inter'] / group['loss']:.0f} %" if group["loss"] > _NEGLIGIBLE else "–"
+        percent = (
+            f"{100 * group['inter'] / group['loss']:.0f} %"
+            if group["loss"] > _NEGLIGIBLE
+            else "–"
+        )
         return [*(f"{group[key]:.3f}" for key in ("loss", "inter", "intra")), percent]
 
-    return _group_table(record, ["loss", "group (inter)", "class in it (intra)", "about the group"], columns)
+    return _group_table(
+        record,
+        ["loss", "group (inter)", "class in it (intra)", "about the group"],
+        columns,
+    )
 
 
 def calibration_table(record) -> writers.Table:
@@ -159,11 +200,14 @@ def calibration_table(record) -> writers.Table:
     def columns(group):
         over = f"{group['confidence'] - group['accuracy']:+.1f}".replace("-", "−")
         accuracy, confidence, ece, ece_by_chance = (
-            f"{group[key]:.1f}" for key in ("accuracy", "confidence", "ece", "ece_by_chance")
+            f"{group[key]:.1f}"
+            for key in ("accuracy", "confidence", "ece", "ece_by_chance")
         )
         return [accuracy, confidence, over, ece, ece_by_chance]
 
-    return _group_table(record, ["accuracy %", "confidence %", "over", "ECE", "by chance"], columns)
+    return _group_table(
+        record, ["accuracy %", "confidence %", "over", "ECE", "by chance"], columns
+    )
 
 
 def divergence_title(record) -> str:
@@ -181,7 +225,11 @@ def divergence_table(record) -> writers.Table:
             cells = ["–"] * (2 + len(names))
             parts = by_group[name]
             if parts:
-                values = [parts["kl"], parts["inter"], *(parts["intra"][group] for group in names)]
+                values = [
+                    parts["kl"],
+                    parts["inter"],
+                    *(parts["intra"][group] for group in names),
+                ]
                 cells = [f"{value:.4f}" for value in values]
             rows.append([f"τ = {temperature}", name, *cells])
     header = ["", "true class in", "KL", "inter", *(f"intra {name}" for name in names)]
@@ -195,7 +243,9 @@ def confusions(record) -> dict:
     for model in record["inputs"][0]["models"]:
         mass = model["mass_by_group"][plain]
         matrices[f"predictions of {model['name']}"] = model["between"]
-        matrices[f"mass of {model['name']}"] = [row and [100 * value for value in row] for row in mass]
+        matrices[f"mass of {model['name']}"] = [
+            row and [100 * value for value in row] for row in mass
+        ]
     return matrices
 
 
@@ -205,7 +255,13 @@ def confusion_table(record) -> writers.Table:
     rows = []
     for title, matrix in confusions(record).items():
         for name, row in zip(names, matrix):
-            rows.append([title, name, *([f"{value:.1f}" for value in row] if row else ["–"] * len(names))])
+            rows.append(
+                [
+                    title,
+                    name,
+                    *([f"{value:.1f}" for value in row] if row else ["–"] * len(names)),
+                ]
+            )
     return writers.Table(["percent of", "true class in", *names], rows, left=2)
 
 
@@ -220,7 +276,9 @@ def class_table(record, most: int | None = None) -> writers.Table:
     for c in order[:most]:
         group = names[record["groups"]["assignment"][c]]
         counts = [f"{record['class_counts'][c]:,g}", f"{classes['examples'][c]:,}"]
-        cells = _class_cells(record, classes, c) if classes["examples"][c] else ["–"] * 6
+        cells = (
+            _class_cells(record, classes, c) if classes["examples"][c] else ["–"] * 6
+        )
         rows.append([record["class_names"][c], group, *counts, *cells])
     header = ["class", "group", "trained on", "examples", "right %", "predicted ÷ due", "mass ÷ due", "own mass",
               "next class", "group with most"]  # fmt: skip
@@ -235,7 +293,10 @@ def _class_cells(record, classes, c):
         f"{classes['predicted'][c] / classes['share'][c]:.2f}",
         f"{mass_ratio(classes, c):.2f}",
         f"{classes['own'][c]:.2f}",
-        writers.Cell(f"→ {record['class_names'][classes['to'][c]]}", f"{classes['to_mass'][c]:.2f}"),
+        writers.Cell(
+            f"→ {record['class_names'][classes['to'][c]]}",
+            f"{classes['to_mass'][c]:.2f}",
+        ),
         writers.Cell(record["groups"]["names"][group], f"{to_groups[group]:.2f}"),
     ]
 
@@ -253,4 +314,6 @@ def console(record) -> str:
     worst = class_table(record, WORST)
     tables[f"The {len(worst.rows)} classes that give away most"] = worst
     parts = [f"{title}\n{writers.as_text(table)}" for title, table in tables.items()]
-    return "\n\n".join([f"{record['name']}\n{headline(record)}\n{notes(record)}", *parts])
+    return "\n\n".join(
+        [f"{record['name']}\n{headline(record)}\n{notes(record)}", *parts]
+    )

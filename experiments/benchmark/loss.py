@@ -24,7 +24,11 @@ def logits(size) -> tuple[np.ndarray, np.ndarray]:
 def value_and_gradient(size):
     """Returns a call of the compiled mean loss and its gradient."""
     by_rank = groups.ClassGroups.from_counts(np.arange(size[1], 0, -1))
-    fn = jax.jit(jax.value_and_grad(lambda student, teacher: losses.ltkd(student, teacher, by_rank).mean()))
+    fn = jax.jit(
+        jax.value_and_grad(
+            lambda student, teacher: losses.ltkd(student, teacher, by_rank).mean()
+        )
+    )
     return timing.blocking(fn, *map(jnp.asarray, logits(size)))
 
 
@@ -38,14 +42,30 @@ def report(*, repeats: int, twin=None) -> str:
     bandwidth = timing.bandwidth()
     rows = []
     for size in _SIZES:
-        calls = {"ours": value_and_gradient(size)} | ({"twin": twin(size)} if twin else {})
+        calls = {"ours": value_and_gradient(size)} | (
+            {"twin": twin(size)} if twin else {}
+        )
         # Small ones are called often enough to be timed.
         seconds = timing.best(calls, repeats * max(1, 1_000_000 // (size[0] * size[1])))
         floor = 3 * 4 * size[0] * size[1] / bandwidth
-        row = [str(list(size)), f"{1e3 * seconds['ours']:.2f}", f"{seconds['ours'] / floor:.1f}"]
+        row = [
+            str(list(size)),
+            f"{1e3 * seconds['ours']:.2f}",
+            f"{seconds['ours'] / floor:.1f}",
+        ]
         if twin:
-            row += [f"{1e3 * seconds['twin']:.2f}", f"{seconds['twin'] / seconds['ours']:.2f}"]
+            row += [
+                f"{1e3 * seconds['twin']:.2f}",
+                f"{seconds['twin'] / seconds['ours']:.2f}",
+            ]
         rows.append(row)
-    header = ["logits", "ms", "/ floor"] + (["PyTorch, ms", "PyTorch / ours"] if twin else [])
-    lines = ["LTKD's loss, value and gradient, float32", writers.as_text(writers.Table(header, rows))]
-    return "\n".join([*lines, f"bandwidth of a sum: {bandwidth / 1e9:.1f} GB/s", provenance.short()])
+    header = ["logits", "ms", "/ floor"] + (
+        ["PyTorch, ms", "PyTorch / ours"] if twin else []
+    )
+    lines = [
+        "LTKD's loss, value and gradient, float32",
+        writers.as_text(writers.Table(header, rows)),
+    ]
+    return "\n".join(
+        [*lines, f"bandwidth of a sum: {bandwidth / 1e9:.1f} GB/s", provenance.short()]
+    )

@@ -28,7 +28,10 @@ def wait() -> None:
 
 def kd(student, teacher, temperature=_TEMPERATURE):
     """Returns KD's loss per example, `[B]`, with the τ² factor."""
-    log_q, p = F.log_softmax(student / temperature, 1), F.softmax(teacher / temperature, 1)
+    log_q, p = (
+        F.log_softmax(student / temperature, 1),
+        F.softmax(teacher / temperature, 1),
+    )
     return F.kl_div(log_q, p, reduction="none").sum(1) * temperature**2
 
 
@@ -44,14 +47,20 @@ def ltkd(student, teacher, groups, alpha=1.0, beta=1.0, temperature=_TEMPERATURE
     intra = 0.0
     for classes in groups:
         log_within = F.log_softmax(student[:, classes] / temperature, 1)
-        intra = intra + F.kl_div(log_within, F.softmax(teacher[:, classes] / temperature, 1), reduction="batchmean")
+        intra = intra + F.kl_div(
+            log_within,
+            F.softmax(teacher[:, classes] / temperature, 1),
+            reduction="batchmean",
+        )
     return temperature**2 * (alpha * inter + beta * intra)
 
 
 def by_rank(num_classes):
     """Returns head, medium and tail of classes sorted by count."""
     ends = [0, round(0.33 * num_classes), round(0.67 * num_classes), num_classes]
-    return [torch.arange(start, end, device=device()) for start, end in zip(ends, ends[1:])]
+    return [
+        torch.arange(start, end, device=device()) for start, end in zip(ends, ends[1:])
+    ]
 
 
 def ltkd_alone(student, teacher):
@@ -79,26 +88,54 @@ class Step:
     """
 
     def __init__(
-        self, method, *, teacher, student, batch_size, precision="float32", num_classes=100, lr=0.1, update_every=5
+        self,
+        method,
+        *,
+        teacher,
+        student,
+        batch_size,
+        precision="float32",
+        num_classes=100,
+        lr=0.1,
+        update_every=5,
     ):
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "float32"
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = (
+            precision != "float32"
+        )
         self._cast = precision == "bfloat16"
         self._lr = lr
         self._update_every = update_every
         self._count = 0
         self._teacher = pytorch_models.create(teacher, num_classes).to(device())
-        self.student = pytorch_models.create(student, num_classes, seed=1).to(device()).train()
-        self._optimizer = torch.optim.SGD(self.student.parameters(), lr, momentum=0.9, weight_decay=5e-4)
+        self.student = (
+            pytorch_models.create(student, num_classes, seed=1).to(device()).train()
+        )
+        self._optimizer = torch.optim.SGD(
+            self.student.parameters(), lr, momentum=0.9, weight_decay=5e-4
+        )
         self.weight_net = nn.Sequential(
-            nn.Linear(2, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 2), nn.Sigmoid()
+            nn.Linear(2, 64),
+            nn.Tanh(),
+            nn.Linear(64, 64),
+            nn.Tanh(),
+            nn.Linear(64, 2),
+            nn.Sigmoid(),
         ).to(device())
-        self._weight_optimizer = torch.optim.Adam(self.weight_net.parameters(), 1e-3, weight_decay=1e-4)
+        self._weight_optimizer = torch.optim.Adam(
+            self.weight_net.parameters(), 1e-3, weight_decay=1e-4
+        )
         self._groups = by_rank(num_classes)
-        self._batch, self._outer_batch = (self._noise(batch_size, num_classes) for _ in range(2))
+        self._batch, self._outer_batch = (
+            self._noise(batch_size, num_classes) for _ in range(2)
+        )
         self._step = {"kd": self._kd, "ltkd": self._ltkd, "bikd": self._bikd}[method]
 
     def __call__(self):
-        with torch.autocast(device().type, torch.bfloat16) if self._cast else contextlib.nullcontext():
+        with (
+            torch.autocast(device().type, torch.bfloat16)
+            if self._cast
+            else contextlib.nullcontext()
+        ):
             self._step()
         wait()
 
@@ -118,33 +155,58 @@ class Step:
     def _kd(self):
         images, labels = self._batch
         logits, teacher = self.student(images).float(), self._teacher_logits(images)
-        self._update(_HARD * F.cross_entropy(logits, labels) + _KD * kd(logits, teacher).mean())
+        self._update(
+            _HARD * F.cross_entropy(logits, labels) + _KD * kd(logits, teacher).mean()
+        )
 
     def _ltkd(self):
         images, labels = self._batch
         logits, teacher = self.student(images).float(), self._teacher_logits(images)
-        self._update(F.cross_entropy(logits, labels) + ltkd(logits, teacher, self._groups))
+        self._update(
+            F.cross_entropy(logits, labels) + ltkd(logits, teacher, self._groups)
+        )
 
     def _terms(self, logits, teacher, labels):
         """Hard and soft loss of each example, and their weights."""
-        hard, soft = F.cross_entropy(logits, labels, reduction="none"), kd(logits, teacher)
-        features = torch.stack([hard, F.cross_entropy(teacher, labels, reduction="none")], 1).detach()
+        hard, soft = (
+            F.cross_entropy(logits, labels, reduction="none"),
+            kd(logits, teacher),
+        )
+        features = torch.stack(
+            [hard, F.cross_entropy(teacher, labels, reduction="none")], 1
+        ).detach()
         return torch.stack([hard, soft], 1), self.weight_net(features).float()
 
     def _bikd(self):
         images, labels = self._batch
         outer_images, outer_labels = self._outer_batch
         teacher = self._teacher_logits(images)
-        self._teacher_logits(outer_images)  # the official script runs it on both batches, whatever the outer loss
+        self._teacher_logits(
+            outer_images
+        )  # the official script runs it on both batches, whatever the outer loss
         params = dict(self.student.named_parameters())
         # Running statistics are those of the real step alone.
-        buffers = {name: buffer.clone() for name, buffer in self.student.named_buffers()}
+        buffers = {
+            name: buffer.clone() for name, buffer in self.student.named_buffers()
+        }
         forward = torch.func.functional_call
-        terms, weights = self._terms(forward(self.student, (params, buffers), images).float(), teacher, labels)
-        gradient = torch.autograd.grad((weights * terms).sum(1).mean(), tuple(params.values()), create_graph=True)
-        virtual = {name: value - self._lr * g for (name, value), g in zip(params.items(), gradient)}
-        outer_loss = F.cross_entropy(forward(self.student, (virtual, buffers), outer_images).float(), outer_labels)
-        (outer_loss / self._update_every).backward(inputs=list(self.weight_net.parameters()))
+        terms, weights = self._terms(
+            forward(self.student, (params, buffers), images).float(), teacher, labels
+        )
+        gradient = torch.autograd.grad(
+            (weights * terms).sum(1).mean(), tuple(params.values()), create_graph=True
+        )
+        virtual = {
+            name: value - self._lr * g
+            for (name, value), g in zip(params.items(), gradient)
+        }
+        outer_loss = F.cross_entropy(
+            forward(self.student, (virtual, buffers), outer_images).float(),
+            outer_labels,
+        )
+        (outer_loss / self._update_every).backward(
+            inputs=list(self.weight_net.parameters())
+        )
         self._count += 1
         if self._count % self._update_every == 0:
             self._weight_optimizer.step()

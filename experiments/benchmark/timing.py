@@ -9,9 +9,14 @@ import jax.numpy as jnp
 _PRECISIONS = {"float32": "highest", "tf32": "tensorfloat32", "bfloat16": None}
 
 
-def best_of_rounds(measures: Mapping[Hashable, Callable[[], float]], repeats: int) -> dict[Hashable, float]:
+def best_of_rounds(
+    measures: Mapping[Hashable, Callable[[], float]], repeats: int
+) -> dict[Hashable, float]:
     """Returns the least value of each measure over `repeats` rounds of all, after a round that warms up."""
-    rounds = [{name: measure() for name, measure in measures.items()} for _ in range(repeats + 1)]
+    rounds = [
+        {name: measure() for name, measure in measures.items()}
+        for _ in range(repeats + 1)
+    ]
     return {name: min(values[name] for values in rounds[1:]) for name in measures}
 
 
@@ -25,7 +30,9 @@ def seconds(call: Callable[[], object], number: int = 1) -> float:
 
 def best(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
     """Returns the seconds of a call of each, see `best_of_rounds` and `seconds`."""
-    return best_of_rounds({name: lambda call=call: seconds(call) for name, call in calls.items()}, repeats)
+    return best_of_rounds(
+        {name: lambda call=call: seconds(call) for name, call in calls.items()}, repeats
+    )
 
 
 def blocking(fn, *args) -> Callable[[], object]:
@@ -57,7 +64,9 @@ class Running:
             self._step = 0
             call = next(self._calls)
         num_steps, self._inputs = call
-        self._state = self.trainer.train_steps(self._step, self._state, self._data, self._inputs)
+        self._state = self.trainer.train_steps(
+            self._step, self._state, self._data, self._inputs
+        )
         jax.block_until_ready(self._state.step)
         self._step += num_steps
         return num_steps
@@ -65,7 +74,9 @@ class Running:
     @property
     def period(self) -> int:
         """The steps after which costs repeat: k, where the weight net is updated in one of k calls."""
-        learned = self.trainer.loss_weighting is not None and self.trainer.steps_per_call == 1
+        learned = (
+            self.trainer.loss_weighting is not None and self.trainer.steps_per_call == 1
+        )
         return self.trainer.loss_weighting.update_every if learned else 1
 
     def seconds(self, steps: int) -> float:
@@ -78,12 +89,22 @@ class Running:
 
     def flops(self) -> float:
         """Returns the FLOPs of a step; a loop's body is counted once."""
-        return sum(self._lower(step).cost_analysis()["flops"] for step in range(self.period)) / self.period
+        return (
+            sum(
+                self._lower(step).cost_analysis()["flops"]
+                for step in range(self.period)
+            )
+            / self.period
+        )
 
     def memory(self) -> int:
         """Returns the bytes of a compiled call: arguments, temporaries and result."""
         usage = self._lower(0).compile().memory_analysis()
-        arguments = usage.argument_size_in_bytes + usage.output_size_in_bytes - usage.alias_size_in_bytes
+        arguments = (
+            usage.argument_size_in_bytes
+            + usage.output_size_in_bytes
+            - usage.alias_size_in_bytes
+        )
         return arguments + usage.temp_size_in_bytes
 
     def hlo(self) -> str:

@@ -64,7 +64,9 @@ def cases(methods, teachers, precisions) -> list[Case]:
 
 def spec_of(case: Case, **models: str) -> RunSpec:
     """Returns the specification of a case; `models` are the names of the teacher and the student."""
-    argument = ",".join((case.method, *(f"{role}={name}" for role, name in models.items())))
+    argument = ",".join(
+        (case.method, *(f"{role}={name}" for role, name in models.items()))
+    )
     config = load.load_config(f"configs/cifar100lt.py:{argument}")
     config.precision = case.precision
     config.devices = 1
@@ -78,16 +80,31 @@ def noise(spec: RunSpec) -> Dataset:
 
     def images(labels, name):
         pixels = rng.integers(0, 256, (len(labels), *_SHAPE), np.uint8)
-        return Images(pixels, labels.astype(np.int32), np.array([f"{name}_{i:05d}" for i in range(len(labels))]))
+        return Images(
+            pixels,
+            labels.astype(np.int32),
+            np.array([f"{name}_{i:05d}" for i in range(len(labels))]),
+        )
 
     train = images(np.repeat(np.arange(100), counts), "train")
     outer = images(np.repeat(np.arange(100), spec.data.outer_per_class), "outer")
     test = images(np.arange(100), "test")
     names = tuple(f"class {c}" for c in range(100))
     views = augment.Views(pad=4, flip=True)
-    source = datasets.Source("noise", train, test, 100, names, (0.5,) * 3, (0.25,) * 3, views)
+    source = datasets.Source(
+        "noise", train, test, 100, names, (0.5,) * 3, (0.25,) * 3, views
+    )
     by_rank = groups.ClassGroups.from_counts(counts)
-    return Dataset(source, train, outer, test.take(np.arange(0)), test, counts, by_rank, groups.shots(counts))
+    return Dataset(
+        source,
+        train,
+        outer,
+        test.take(np.arange(0)),
+        test,
+        counts,
+        by_rank,
+        groups.shots(counts),
+    )
 
 
 def start(case: Case, **models: str) -> timing.Running:
@@ -97,9 +114,13 @@ def start(case: Case, **models: str) -> timing.Running:
     training = spec.student_training(case.teacher)
     teacher = None
     if case.teacher == "table":
-        teacher = np.zeros((len(data.train), data.source.views.num, data.num_classes), np.float32)
+        teacher = np.zeros(
+            (len(data.train), data.source.views.num, data.num_classes), np.float32
+        )
     elif case.teacher == "network":
-        init = jax.jit(functools.partial(teacher_model(training, data).init, train=False))
+        init = jax.jit(
+            functools.partial(teacher_model(training, data).init, train=False)
+        )
         teacher = init(jax.random.key(0), np.zeros((1, *_SHAPE), np.float32))
     return timing.Running(Trainer(training, data), teacher)
 
@@ -125,20 +146,39 @@ def _compile_into(folder):
     compilation_cache.reset_cache()
 
 
-def measure(cases: list[Case], *, repeats: int, steps: int, **models: str) -> dict[Case, StepCost]:
+def measure(
+    cases: list[Case], *, repeats: int, steps: int, **models: str
+) -> dict[Case, StepCost]:
     """Returns the costs of all cases, whose steps are timed in turns."""
     first = {case: first_step(case, **models) for case in cases}
     running = {case: start(case, **models) for case in cases}
-    seconds = timing.best_of_rounds({case: lambda r=r: r.seconds(steps) for case, r in running.items()}, repeats)
+    seconds = timing.best_of_rounds(
+        {case: lambda r=r: r.seconds(steps) for case, r in running.items()}, repeats
+    )
     return {
-        case: StepCost(r.trainer.recipe.batch_size, seconds[case], r.flops(), r.memory(), *first[case])
+        case: StepCost(
+            r.trainer.recipe.batch_size,
+            seconds[case],
+            r.flops(),
+            r.memory(),
+            *first[case],
+        )
         for case, r in running.items()
     }
 
 
 def table(costs: dict[Case, StepCost], rates: dict[str, float]) -> writers.Table:
     """Returns the rows; `rates` are FLOPs per second of a matrix product, by precision."""
-    header = ["method", "teacher", "precision", "batch", "images/s", "ms a step", "GFLOP a step", "of matmul"]
+    header = [
+        "method",
+        "teacher",
+        "precision",
+        "batch",
+        "images/s",
+        "ms a step",
+        "GFLOP a step",
+        "of matmul",
+    ]
     header += ["first step, s", "cached, s", "MiB"]
     rows = []
     for case, cost in costs.items():
@@ -151,11 +191,28 @@ def table(costs: dict[Case, StepCost], rates: dict[str, float]) -> writers.Table
     return writers.Table(header, rows)
 
 
-def report(*, methods, teachers, precisions, teacher: str, student: str, repeats: int, steps: int) -> str:
+def report(
+    *,
+    methods,
+    teachers,
+    precisions,
+    teacher: str,
+    student: str,
+    repeats: int,
+    steps: int,
+) -> str:
     """Returns the whole measurement as text."""
     rates = {precision: timing.matmul_rate(precision) for precision in precisions}
     rows = cases(methods, teachers, precisions)
-    costs = measure(rows, repeats=repeats, steps=steps, teacher=teacher, student=student)
-    lines = [f"{teacher} → {student}, CIFAR-100-LT's number of images", writers.as_text(table(costs, rates))]
-    lines += [f"a matrix product in {name}: {rate / 1e12:.3f} TFLOP/s" for name, rate in rates.items()]
+    costs = measure(
+        rows, repeats=repeats, steps=steps, teacher=teacher, student=student
+    )
+    lines = [
+        f"{teacher} → {student}, CIFAR-100-LT's number of images",
+        writers.as_text(table(costs, rates)),
+    ]
+    lines += [
+        f"a matrix product in {name}: {rate / 1e12:.3f} TFLOP/s"
+        for name, rate in rates.items()
+    ]
     return "\n".join([*lines, provenance.short()])

@@ -90,7 +90,10 @@ def identity_of(config: dict, content: dict) -> dict:
     if kind == "folder":
         tree["teacher"]["checkpoint"] = content["teacher"]
     elif kind == "variables":
-        tree["teacher"] = {"model": config["teacher"]["model"], "variables": content["teacher"]}
+        tree["teacher"] = {
+            "model": config["teacher"]["model"],
+            "variables": content["teacher"],
+        }
     elif kind == "logits":
         tree["teacher"] = {"model": f"logits {content['teacher']}"}
     return tree
@@ -121,7 +124,9 @@ def teacher_kind(checkpoint: str) -> str:
     """Returns what `teacher.checkpoint` is: a "folder", a file of "variables" or of "logits"; "trained" if empty."""
     if not checkpoint:
         return "trained"
-    return {".msgpack": "variables", ".npz": "logits"}.get(pathlib.Path(checkpoint).suffix.lower(), "folder")
+    return {".msgpack": "variables", ".npz": "logits"}.get(
+        pathlib.Path(checkpoint).suffix.lower(), "folder"
+    )
 
 
 def teacher_results(folder) -> dict:
@@ -131,7 +136,9 @@ def teacher_results(folder) -> dict:
       ConfigError: the folder holds none.
     """
     path = pathlib.Path(folder) / "results.json"
-    remedy = "if it lies in config.teacher.dir, remove it, and the teacher is trained again"
+    remedy = (
+        "if it lies in config.teacher.dir, remove it, and the teacher is trained again"
+    )
     results = read_json(path, remedy) if path.is_file() else {}
     if not {"hash", "model", "step"} <= set(results):
         raise ConfigError(
@@ -159,7 +166,9 @@ def _file_hash_of(path):
         stat = os.stat(path)
         return _cached_file_hash(str(path), stat.st_mtime_ns, stat.st_size)
     except OSError as error:
-        raise ConfigError(f"config.teacher.checkpoint={str(path)!r} cannot be read: {error.strerror}") from None
+        raise ConfigError(
+            f"config.teacher.checkpoint={str(path)!r} cannot be read: {error.strerror}"
+        ) from None
 
 
 @functools.lru_cache(maxsize=8)

@@ -79,10 +79,18 @@ class MethodSpec:
     def needs_features(self) -> bool:
         return methods.METHODS[self.name].needs_features
 
-    def objective(self, class_counts, groups: ClassGroups, steps_per_epoch: int) -> methods.Objective:
+    def objective(
+        self, class_counts, groups: ClassGroups, steps_per_epoch: int
+    ) -> methods.Objective:
         """Returns the terms and their weights for a training set."""
         warmup_steps = round(self.warmup_epochs * steps_per_epoch)
-        return methods.create(self.name, class_counts, groups, warmup_steps=warmup_steps, **self.hyperparameters)
+        return methods.create(
+            self.name,
+            class_counts,
+            groups,
+            warmup_steps=warmup_steps,
+            **self.hyperparameters,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,11 +210,21 @@ class RunSpec:
         Of a set that was not drawn by imbalance, "all" or the list's name stands in its place.
         """
         data = self.data
-        drawn = f"{data.imbalance:g}" if data.subset == "exponential" else pathlib.Path(data.subset).stem
+        drawn = (
+            f"{data.imbalance:g}"
+            if data.subset == "exponential"
+            else pathlib.Path(data.subset).stem
+        )
         is_file = self.teacher.kind in ("variables", "logits")
-        teacher = pathlib.Path(self.teacher.checkpoint).stem if is_file else self.teacher.model
+        teacher = (
+            pathlib.Path(self.teacher.checkpoint).stem
+            if is_file
+            else self.teacher.model
+        )
         method = self.label.replace(" over ", "-")
-        name = f"{data.name}-{drawn}-{method}-{teacher}-{self.student_model}-s{self.seed}"
+        name = (
+            f"{data.name}-{drawn}-{method}-{teacher}-{self.student_model}-s{self.seed}"
+        )
         return f"{name}-smoke" if self.config["smoke"] else name
 
     @property
@@ -215,7 +233,10 @@ class RunSpec:
 
     @property
     def outer_loss_needs_teacher(self) -> bool:
-        return self.loss_weighting is not None and self.loss_weighting.outer_loss_needs_teacher
+        return (
+            self.loss_weighting is not None
+            and self.loss_weighting.outer_loss_needs_teacher
+        )
 
     @property
     def can_use_table(self) -> bool:
@@ -256,7 +277,9 @@ def resolve(config: ml_collections.ConfigDict | Mapping) -> RunSpec:
     Raises:
       ConfigError: naming the key, its value and the remedy.
     """
-    tree = _with_tuples(config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config)
+    tree = _with_tuples(
+        config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
+    )
     _check_keys(tree)
     validation.validate(tree)
     try:
@@ -271,7 +294,11 @@ def resolve(config: ml_collections.ConfigDict | Mapping) -> RunSpec:
     method = dict(tree["method"])
     weighting = without(tree["loss_weighting"], ["name"])
     teacher = tree["teacher"]
-    execution_keys = [field.name for field in dataclasses.fields(Execution) if field.name != "num_workers"]
+    execution_keys = [
+        field.name
+        for field in dataclasses.fields(Execution)
+        if field.name != "num_workers"
+    ]
     return RunSpec(
         config=tree | {"data": tree["data"] | {"dir": ""}},
         content=content,
@@ -279,7 +306,11 @@ def resolve(config: ml_collections.ConfigDict | Mapping) -> RunSpec:
         teacher_identity=identities.teacher_identity(tree, identity),
         seed=tree["seed"],
         teacher_seed=tree["teacher_seed"],
-        data=DatasetSpec(**data, split_seed=tree["split_seed"], group_fractions=tree["groups"]["fractions"]),
+        data=DatasetSpec(
+            **data,
+            split_seed=tree["split_seed"],
+            group_fractions=tree["groups"]["fractions"],
+        ),
         augment=augment.Extra(**tree["augment"]),
         method=MethodSpec(
             name=method.pop("name"),
@@ -314,31 +345,52 @@ def method_label(config: Mapping) -> str:
 def _check_keys(tree):
     """Refuses a config that lacks a key of configs/common.py, or has another, such as one of an older version."""
     expected = flatten(common.base("", teacher="", student="", imbalance=1.0).to_dict())
-    by_name = ("method.", "loss_weighting.")  # their keys depend on the name of the method or weighting
+    by_name = (
+        "method.",
+        "loss_weighting.",
+    )  # their keys depend on the name of the method or weighting
     keys = set(flatten(tree))
     for key in sorted(keys - set(expected)):
         check_key(key)
         if not key.startswith(by_name):
-            raise ConfigError(f"the config has an unknown key {key!r}{names.suggestion(key, expected)}")
+            raise ConfigError(
+                f"the config has an unknown key {key!r}{names.suggestion(key, expected)}"
+            )
     missing = sorted(key for key in set(expected) - keys if not key.startswith(by_name))
-    missing += [f"{section}.name" for section in ("method", "loss_weighting") if f"{section}.name" not in keys]
+    missing += [
+        f"{section}.name"
+        for section in ("method", "loss_weighting")
+        if f"{section}.name" not in keys
+    ]
     if missing:
-        raise ConfigError(f"the config lacks the key {missing[0]!r}: configs/common.py has all keys and defaults")
+        raise ConfigError(
+            f"the config lacks the key {missing[0]!r}: configs/common.py has all keys and defaults"
+        )
     _check_types(flatten(tree), expected)
 
 
 def _check_types(values, defaults):
     """Refuses values that are not of their default's type, which no config file but a dictionary can hold."""
-    of_learned_weights = {f"loss_weighting.{key}": value for key, value in common.bilevel().items()}
+    of_learned_weights = {
+        f"loss_weighting.{key}": value for key, value in common.bilevel().items()
+    }
     defaults = defaults | of_learned_weights | {"method.num_groups": 0}
     for key, value in values.items():
-        expected = type(defaults.get(key, 0.0))  # the other hyperparameters of methods are floats
+        expected = type(
+            defaults.get(key, 0.0)
+        )  # the other hyperparameters of methods are floats
         if type(value) is not expected:
-            raise ConfigError(f"config.{key}={value!r} must be of type {expected.__name__}")
+            raise ConfigError(
+                f"config.{key}={value!r} must be of type {expected.__name__}"
+            )
 
 
 def _with_tuples(value):
     """Returns nested mappings as dicts and sequences as tuples, which JSON does not know."""
     if isinstance(value, Mapping):
         return {key: _with_tuples(item) for key, item in value.items()}
-    return tuple(_with_tuples(item) for item in value) if isinstance(value, (list, tuple)) else value
+    return (
+        tuple(_with_tuples(item) for item in value)
+        if isinstance(value, (list, tuple))
+        else value
+    )

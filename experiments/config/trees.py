@@ -37,5 +37,7 @@ def without(tree: dict, paths, prefix: str = "") -> dict:
     for key, value in tree.items():
         path = f"{prefix}{key}"
         if path not in paths:
-            kept[key] = without(value, paths, f"{path}.") if isinstance(value, dict) else value
+            kept[key] = (
+                without(value, paths, f"{path}.") if isinstance(value, dict) else value
+            )
     return kept

@@ -19,7 +19,9 @@ from experiments.trainer.interrupts import StopRequest
 
 def _positive(text):
     if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} must be a whole number of at least 1"
+        )
     return int(text)
 
 
@@ -32,7 +34,9 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--num_workers", type=_positive, default=1, metavar="N",
                         help="processes that share the queue, each on a device of its own (default: 1, which does one "
                         "run at a time on all devices)")  # fmt: skip
-    parser.add_argument("--list", action="store_true", help="only print what is missing")
+    parser.add_argument(
+        "--list", action="store_true", help="only print what is missing"
+    )
     return parser
 
 
@@ -54,7 +58,13 @@ def set_up(options: argparse.Namespace) -> workers.Machine | None:
     return machine
 
 
-def run(path, results_folder, folder, options: argparse.Namespace, machine: workers.Machine | None) -> int:
+def run(
+    path,
+    results_folder,
+    folder,
+    options: argparse.Namespace,
+    machine: workers.Machine | None,
+) -> int:
     """Does the runs of a queue file that have no result yet, prints the table, and writes the page.
 
     Args:
@@ -67,7 +77,9 @@ def run(path, results_folder, folder, options: argparse.Namespace, machine: work
     Returns:
       The exit status: 1 where a run failed, and 75 where a signal stopped it before all was done.
     """
-    stop = StopRequest(time.monotonic() + 60 * options.time_limit if options.time_limit else None)
+    stop = StopRequest(
+        time.monotonic() + 60 * options.time_limit if options.time_limit else None
+    )
     folder = pathlib.Path(folder)
     queue = Queue(read_queue(path), Results(results_folder), folder, options.data_dir)
     if options.list:
@@ -78,14 +90,28 @@ def run(path, results_folder, folder, options: argparse.Namespace, machine: work
         with stop.listening():
             failed = run_missing(queue, stop)
     else:
-        words = [str(path), f"--results={results_folder}", f"--runs={folder}", f"--data_dir={options.data_dir}"]
+        words = [
+            str(path),
+            f"--results={results_folder}",
+            f"--runs={folder}",
+            f"--data_dir={options.data_dir}",
+        ]
         words += [f"--time_limit={options.time_limit}"]
         command = [sys.executable, "-m", "experiments.reproduce", *words]
-        failed = workers.run(command, machine, options.num_workers, folder, lambda: len(queue.missing()), stop)
+        failed = workers.run(
+            command,
+            machine,
+            options.num_workers,
+            folder,
+            lambda: len(queue.missing()),
+            stop,
+        )
     if results := queue.results():
         print(tables.console(results))
     if workdirs := queue.workdirs():
-        report_page.write_report([load.load(path) for path in workdirs], folder / "report.html")
+        report_page.write_report(
+            [load.load(path) for path in workdirs], folder / "report.html"
+        )
         print(f"\n{folder / 'report.html'}")
     if failed:
         return 1

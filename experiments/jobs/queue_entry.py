@@ -55,7 +55,9 @@ class QueueEntry:
         if self.best_of:
             values |= _chosen(run_spec.config, run_spec.config)
         words = [f"--config.{key}={value}" for key, value in values.items()]
-        return shlex.join(["python", "-m", "experiments.main", f"--config={self.config}", *words])
+        return shlex.join(
+            ["python", "-m", "experiments.main", f"--config={self.config}", *words]
+        )
 
 
 def _chosen(source, config):
@@ -83,7 +85,15 @@ def read_queue(path) -> list[QueueEntry]:
                 raise ValueError(f"unknown key {unknown[0]!r} in {json.dumps(run)}")
             values = {**queue.get("set", {}), **run.get("set", {})}
             for seed in run.get("seeds", [0]):
-                entries.append(QueueEntry(run["config"], values, seed, run.get("group"), run.get("best_of")))
+                entries.append(
+                    QueueEntry(
+                        run["config"],
+                        values,
+                        seed,
+                        run.get("group"),
+                        run.get("best_of"),
+                    )
+                )
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"cannot read the queue {path}: {error}") from None
     except KeyError as error:
@@ -99,11 +109,19 @@ def _check(entries):
     groups = {entry.group for entry in entries}
     chosen_from = {entry.best_of for entry in entries} - {None}
     for entry in entries:
-        is_reference = isinstance(entry.config, str) and entry.config.partition(":")[0].endswith(".py")
-        if not is_reference or not all(isinstance(name, str | None) for name in (entry.group, entry.best_of)):
-            raise ConfigError(f"{entry.config!r}: the config must be configs/….py:ARGUMENT, group and best_of names")
+        is_reference = isinstance(entry.config, str) and entry.config.partition(":")[
+            0
+        ].endswith(".py")
+        if not is_reference or not all(
+            isinstance(name, str | None) for name in (entry.group, entry.best_of)
+        ):
+            raise ConfigError(
+                f"{entry.config!r}: the config must be configs/….py:ARGUMENT, group and best_of names"
+            )
         if "seed" in entry.set or re.search(r"[:,]\s*seed\s*=", entry.config):
-            raise ConfigError(f"{entry.config!r}: seeds of the student are given by the key 'seeds', a list")
+            raise ConfigError(
+                f"{entry.config!r}: seeds of the student are given by the key 'seeds', a list"
+            )
         for key in entry.set:
             names.check_key(key)
         if entry.best_of and entry.group in chosen_from:
@@ -111,4 +129,6 @@ def _check(entries):
                 f"a run of group {entry.group!r} cannot be best_of another: it is what others choose from"
             )
         if entry.best_of and entry.best_of not in groups:
-            raise ConfigError(f"best_of names {entry.best_of!r}, which is no run's group")
+            raise ConfigError(
+                f"best_of names {entry.best_of!r}, which is no run's group"
+            )

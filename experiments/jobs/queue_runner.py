@@ -13,7 +13,7 @@ from experiments.config.validation import ConfigError
 from experiments.jobs.queue_entry import QueueEntry
 from experiments.trainer import run
 from experiments.trainer.interrupts import Stopped, StopRequest
-from experiments.trainer.loop import Diverged
+from experiments.trainer.loop import DivergedError
 from ltkd_jax import files
 
 
@@ -51,7 +51,9 @@ class Queue:
       data_dir: the TFDS directory of every run; each config's own if empty.
     """
 
-    def __init__(self, entries: list[QueueEntry], results: Results, folder, data_dir: str = ""):
+    def __init__(
+        self, entries: list[QueueEntry], results: Results, folder, data_dir: str = ""
+    ):
         self._entries = entries
         self._results = results
         self._folder = pathlib.Path(folder)
@@ -60,9 +62,13 @@ class Queue:
         # A first time without the chosen hyperparameters, on which no teacher depends.
         specs = {entry: entry.resolve(**self._data_dir) for entry in entries}
         sharing = collections.Counter(
-            spec.teacher_hash for spec in specs.values() if spec.needs_teacher and spec.can_use_table
+            spec.teacher_hash
+            for spec in specs.values()
+            if spec.needs_teacher and spec.can_use_table
         )
-        self._table_runs = {entry: max(1, sharing[spec.teacher_hash]) for entry, spec in specs.items()}
+        self._table_runs = {
+            entry: max(1, sharing[spec.teacher_hash]) for entry, spec in specs.items()
+        }
 
     def spec(self, entry: QueueEntry) -> RunSpec | None:
         """Returns the specification of an entry's run; None while the group that it chooses from is not done."""
@@ -80,11 +86,15 @@ class Queue:
         Raises:
           ConfigError: a result of the group without a validation set.
         """
-        results = [self.result(entry) for entry in self._entries if entry.group == group]
+        results = [
+            self.result(entry) for entry in self._entries if entry.group == group
+        ]
         if any(result is None for result in results):
             return None
         if any(result["validation"] is None for result in results):
-            raise ConfigError(f"group {group!r} has runs without validation images: set data.validation_per_class")
+            raise ConfigError(
+                f"group {group!r} has runs without validation images: set data.validation_per_class"
+            )
         return max(results, key=lambda result: result["validation"]["all"])
 
     def result(self, entry: QueueEntry) -> dict | None:
@@ -105,19 +115,25 @@ class Queue:
         """Returns the work directories of finished runs, which hold their training curves too."""
         specs = [self.spec(entry) for entry in self._entries]
         folders = {self._workdir(spec) for spec in specs if spec is not None}
-        return sorted(folder for folder in folders if (folder / "results.json").exists())
+        return sorted(
+            folder for folder in folders if (folder / "results.json").exists()
+        )
 
     def run(self, entry: QueueEntry, stop: StopRequest) -> bool:
         """Does one run and adds its result; returns False where the group that it chooses from is not done.
 
         Raises:
-          Stopped, Diverged, ConfigError: as `experiments.trainer.run.run`.
+          Stopped, DivergedError, ConfigError: as `experiments.trainer.run.run`.
         """
         spec = self.spec(entry)
         if spec is None:
             return False
-        if self._results.find(spec) is None:  # another process may have done it meanwhile
-            results = run.run(spec, self._workdir(spec), command=entry.command(spec), stop=stop)
+        if (
+            self._results.find(spec) is None
+        ):  # another process may have done it meanwhile
+            results = run.run(
+                spec, self._workdir(spec), command=entry.command(spec), stop=stop
+            )
             self._results.add(spec, results, entry.group)
         return True
 
@@ -136,24 +152,28 @@ def run_missing(queue: Queue, stop: StopRequest, *, poll_seconds: float = 5.0) -
     """
     failed = 0
     todo = queue.missing()
-    with tqdm.tqdm(total=len(todo), desc="queue", unit="run", dynamic_ncols=True, position=0) as bar:
+    with tqdm.tqdm(
+        total=len(todo), desc="queue", unit="run", dynamic_ncols=True, position=0
+    ) as bar:
         while todo:
             remaining = []
             any_in_use = False
             for entry in todo:
-                bar.set_postfix_str(f"{entry.config.rpartition('/')[2]}, seed {entry.seed}")
+                bar.set_postfix_str(
+                    f"{entry.config.rpartition('/')[2]}, seed {entry.seed}"
+                )
                 if stop.reason:
                     _report(f"stopped by {stop.reason}; the same command continues")
                     return failed
                 try:
                     is_done = queue.run(entry, stop)
-                except run.InUse:
+                except run.InUseError:
                     is_done = False
                     any_in_use = True
                 except Stopped as stopped:
                     _report(f"{stopped}; the same command continues")
                     return failed
-                except (ConfigError, Diverged, OSError) as error:
+                except (ConfigError, DivergedError, OSError) as error:
                     _report(f"error: {entry.config}, seed {entry.seed}: {error}")
                     failed += 1
                     is_done = True
@@ -164,7 +184,9 @@ def run_missing(queue: Queue, stop: StopRequest, *, poll_seconds: float = 5.0) -
             if len(remaining) == len(todo):
                 if not any_in_use:
                     for entry in remaining:
-                        _report(f"{entry.config} waits for all runs of group {entry.best_of!r}")
+                        _report(
+                            f"{entry.config} waits for all runs of group {entry.best_of!r}"
+                        )
                     return failed + len(remaining)
                 bar.set_postfix_str("waiting for runs of other processes")
                 time.sleep(poll_seconds)

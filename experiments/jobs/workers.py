@@ -68,9 +68,13 @@ def count_devices() -> Machine:
     Raises:
       ConfigError: jax finds none.
     """
-    child = subprocess.run([sys.executable, "-c", _COUNT_DEVICES], capture_output=True, text=True)
+    child = subprocess.run(
+        [sys.executable, "-c", _COUNT_DEVICES], capture_output=True, text=True
+    )
     if child.returncode:
-        raise ConfigError(f"jax finds no device: {child.stderr.strip().rpartition(chr(10))[2]}")
+        raise ConfigError(
+            f"jax finds no device: {child.stderr.strip().rpartition(chr(10))[2]}"
+        )
     platform, slots = json.loads(child.stdout.splitlines()[-1])
     return Machine(platform, slots)
 
@@ -111,7 +115,9 @@ def run(
             environment = machine.environment(slot, os.environ)
             if stop.signal is None:
                 # In a session of its own a worker gets Ctrl-C from here, and once.
-                options = dict(env=environment, stdout=log, stderr=log, start_new_session=True)
+                options = dict(
+                    env=environment, stdout=log, stderr=log, start_new_session=True
+                )
                 workers.append(subprocess.Popen(command, **options))
         try:
             _wait(workers, folder, count_missing)
@@ -128,7 +134,12 @@ def run(
 
 def _wait(workers, folder, count_missing):
     total = count_missing()
-    with tqdm.tqdm(total=total, desc=f"queue, {len(workers)} workers", unit="run", dynamic_ncols=True) as bar:
+    with tqdm.tqdm(
+        total=total,
+        desc=f"queue, {len(workers)} workers",
+        unit="run",
+        dynamic_ncols=True,
+    ) as bar:
         bar.set_postfix_str(f"see {folder}/device-*.log")
         last_count = time.monotonic()
         while any(worker.poll() is None for worker in workers):

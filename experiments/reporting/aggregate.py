@@ -13,7 +13,7 @@ from experiments.config import identity, spec
 from experiments.config.trees import at, flatten
 from experiments.reporting.statistics import BETTER, mean_std, paired
 
-ORDER = "ce balanced_softmax logit_adjusted kd dkd reviewkd wsl dive bkd ltkd ltkd_bs bikd".split()
+ORDER = ["ce", "balanced_softmax", "logit_adjusted", "kd", "dkd", "reviewkd", "wsl", "dive", "bkd", "ltkd", "ltkd_bs", "bikd"]
 _SEEDS = ("seed", "split_seed", "teacher_seed")
 _TITLE_PARTS = ("data", "imbalance", "models")
 
@@ -32,7 +32,11 @@ class Method:
     def values(self, column, part="test"):
         """Returns {seeds: value} of the runs that have a finite value."""
         values = {seeds: at(run.get(part), column) for seeds, run in self.runs.items()}
-        return {seeds: v for seeds, v in values.items() if isinstance(v, (int, float)) and math.isfinite(v)}
+        return {
+            seeds: v
+            for seeds, v in values.items()
+            if isinstance(v, (int, float)) and math.isfinite(v)
+        }
 
     def mean(self, column, part="test"):
         """Returns the mean over the runs, None without a value."""
@@ -81,12 +85,20 @@ class Setting:
 
     def teachers(self):
         """Returns the distinct teachers, {hash: teacher}."""
-        teachers = {str(run["teacher"].get("hash")): run["teacher"] for run in self.runs if run.get("teacher")}
+        teachers = {
+            str(run["teacher"].get("hash")): run["teacher"]
+            for run in self.runs
+            if run.get("teacher")
+        }
         return dict(sorted(teachers.items()))
 
     def teacher_method(self):
         """Returns the teachers as a row of the table, with a run for each distinct teacher, or None."""
-        runs = {(0, i): {"test": t["test"]} for i, t in enumerate(self.teachers().values()) if t.get("test")}
+        runs = {
+            (0, i): {"test": t["test"]}
+            for i, t in enumerate(self.teachers().values())
+            if t.get("test")
+        }
         return Method("teacher", "teacher", runs) if runs else None
 
     def methods_with_teacher(self, *, first=False):
@@ -96,7 +108,11 @@ class Setting:
 
     def group_names(self):
         """Returns the names of the class groups, the most frequent first."""
-        return list(dict.fromkeys(name for run in self.runs for name in run["test"].get("groups") or {}))
+        return list(
+            dict.fromkeys(
+                name for run in self.runs for name in run["test"].get("groups") or {}
+            )
+        )
 
     def tail(self):
         """Returns the column of the least frequent group."""
@@ -112,17 +128,29 @@ class Setting:
         n = max(len(method.runs) for method in self.methods)
         teachers = len(self.teachers())
         over = f"one split, {teachers} teachers" if teachers > 1 else "one split"
-        spread = f"Mean ± standard deviation over student seeds, {over}" if n > 1 else f"One student seed, {over}"
+        spread = (
+            f"Mean ± standard deviation over student seeds, {over}"
+            if n > 1
+            else f"One student seed, {over}"
+        )
         images = f"{self.images:,} training images, " if self.images else ""
-        outer = next((run["outer_images"] for run in self.runs if run.get("outer_images")), 0)
-        images += f"for learned weights {outer:,} balanced ones beside them, " if outer else ""
+        outer = next(
+            (run["outer_images"] for run in self.runs if run.get("outer_images")), 0
+        )
+        images += (
+            f"for learned weights {outer:,} balanced ones beside them, "
+            if outer
+            else ""
+        )
         return f"{spread} (split seed {self.split}); {images}{self.epochs:g} epochs; the last epoch, in percent"
 
     def best(self, column, *, lower_is_better=False):
         """Returns the method with the best mean, None where no method has the column."""
         candidates = [method for method in self.methods if method.values(column)]
         sign = -1 if lower_is_better else 1
-        return max(candidates, key=lambda method: sign * method.mean(column), default=None)
+        return max(
+            candidates, key=lambda method: sign * method.mean(column), default=None
+        )
 
     def clear_best(self, column, *, lower_is_better=False):
         """Returns the best method if it is better than each of the others, else None."""
@@ -131,20 +159,33 @@ class Setting:
         if best is None or not others:
             return None
         values = best.values(column)
-        differences = [paired(values, other.values(column), lower_is_better=lower_is_better) for other in others]
-        return best if all(difference.verdict == BETTER for difference in differences) else None
+        differences = [
+            paired(values, other.values(column), lower_is_better=lower_is_better)
+            for other in others
+        ]
+        return (
+            best
+            if all(difference.verdict == BETTER for difference in differences)
+            else None
+        )
 
 
 def rank(method):
     """Returns a sorting key that puts the methods of `ORDER` first, and alpha=2 before alpha=16."""
-    place = (ORDER.index(method.name), "") if method.name in ORDER else (len(ORDER), method.name)
+    place = (
+        (ORDER.index(method.name), "")
+        if method.name in ORDER
+        else (len(ORDER), method.name)
+    )
     parts = re.split(r"(\d+(?:\.\d+)?)", method.label)
     return *place, tuple(float(part) if i % 2 else part for i, part in enumerate(parts))
 
 
 def all_methods(settings):
     """Returns a method of each label in the settings, sorted."""
-    methods = {method.label: method for setting in settings for method in setting.methods}
+    methods = {
+        method.label: method for setting in settings for method in setting.methods
+    }
     return sorted(methods.values(), key=rank)
 
 
@@ -162,14 +203,25 @@ def gather(runs):
     for setting_runs in settings.values():
         for name, same in _by_name(setting_runs).items():
             differing[name] |= _differing_keys(same)
-    return [Setting(*key, methods=_methods(settings[key], differing)) for key in sorted(settings)]
+    return [
+        Setting(*key, methods=_methods(settings[key], differing))
+        for key in sorted(settings)
+    ]
 
 
 def _setting_key(run):
     config = identity.of_results(run)
     models = config["teacher"]["model"], config["student"]["model"]
-    sizes = run["seeds"].get("split") or 0, run.get("epochs") or 0, run.get("train_images") or 0
-    return *_data_and_imbalance(config["data"], run.get("class_counts")), *models, *sizes
+    sizes = (
+        run["seeds"].get("split") or 0,
+        run.get("epochs") or 0,
+        run.get("train_images") or 0,
+    )
+    return (
+        *_data_and_imbalance(config["data"], run.get("class_counts")),
+        *models,
+        *sizes,
+    )
 
 
 def _data_and_imbalance(data, class_counts):
@@ -197,11 +249,19 @@ def _methods(runs, differing):
 def _differing_keys(runs):
     """Returns the keys in which the results of one method's runs differ; a part that a config lacks is off in it."""
     configs = [_flat_identity(run) for run in runs]
-    return {key for key in set().union(*configs) if len({config.get(key) for config in configs}) > 1}
+    return {
+        key
+        for key in set().union(*configs)
+        if len({config.get(key) for config in configs}) > 1
+    }
 
 
 def _flat_identity(run):
-    return {key: str(v) for key, v in flatten(identity.of_results(run)).items() if key not in _SEEDS}
+    return {
+        key: str(v)
+        for key, v in flatten(identity.of_results(run)).items()
+        if key not in _SEEDS
+    }
 
 
 def _variants(name, runs, keys):
@@ -212,12 +272,16 @@ def _variants(name, runs, keys):
         seeds = run["seeds"].get("teacher") or 0, run["seeds"].get("student") or 0
         same_runs = variants[tuple(config.get(key) for key in keys)]
         # A work directory, which has training curves, is preferred to the result file of the same run.
-        if seeds not in same_runs or (run.get("metrics") and not same_runs[seeds].get("metrics")):
+        if seeds not in same_runs or (
+            run.get("metrics") and not same_runs[seeds].get("metrics")
+        ):
             same_runs[seeds] = run
     methods = []
     for values, runs_by_seeds in variants.items():
         chosen = ", ".join(filter(None, map(_assignment, keys, values)))
-        methods.append(Method(name, f"{name} ({chosen})" if chosen else name, runs_by_seeds))
+        methods.append(
+            Method(name, f"{name} ({chosen})" if chosen else name, runs_by_seeds)
+        )
     return methods
 
 
@@ -247,7 +311,9 @@ def distinctions(settings):
 def common_title(settings):
     """Returns the data, imbalance and models that all settings have in common."""
     parts = [setting.parts() for setting in settings]
-    return ", ".join(parts[0][key] for key in _TITLE_PARTS if len({part[key] for part in parts}) == 1)
+    return ", ".join(
+        parts[0][key] for key in _TITLE_PARTS if len({part[key] for part in parts}) == 1
+    )
 
 
 def titles(settings):
@@ -258,10 +324,17 @@ def titles(settings):
     suffixes = {}
     for group in alike.values():
         suffixes |= zip(map(id, group), distinctions(group))
-    return [", ".join(filter(None, (setting.title, suffixes[id(setting)]))) for setting in settings]
+    return [
+        ", ".join(filter(None, (setting.title, suffixes[id(setting)])))
+        for setting in settings
+    ]
 
 
 def logits_source(run):
     """Returns in words where the training step took the teacher's logits from; None where it needed none."""
-    names = {"table": "table of all views", "network": "network in the step", "features": "network in the step"}
+    names = {
+        "table": "table of all views",
+        "network": "network in the step",
+        "features": "network in the step",
+    }
     return names.get(run.get("teacher_logits"))

@@ -22,9 +22,32 @@ from markupsafe import Markup
 
 # Distinct for people with protanopia and deuteranopia too (CIELAB distance of any two at least 15), with a contrast of
 # at least 3 : 1 to the page. Methods of the same colour differ in their dashes.
-LIGHT = ("#8c8c8c", "#c68300", "#0b5f4a", "#743f9c", "#4499cb", "#6b4216", "#b8420f", "#2c57d0")
-DARK = ("#d0d0d0", "#f0cf4a", "#4fdf9a", "#a878b8", "#86c8f5", "#a9795c", "#ee7a3a", "#5f7df0")
-SOLID, DASHED, DOTTED, MIXED = "solid", (0, (4, 2)), (0, (1.2, 1.6)), (0, (5, 1.6, 1.2, 1.6))
+LIGHT = (
+    "#8c8c8c",
+    "#c68300",
+    "#0b5f4a",
+    "#743f9c",
+    "#4499cb",
+    "#6b4216",
+    "#b8420f",
+    "#2c57d0",
+)
+DARK = (
+    "#d0d0d0",
+    "#f0cf4a",
+    "#4fdf9a",
+    "#a878b8",
+    "#86c8f5",
+    "#a9795c",
+    "#ee7a3a",
+    "#5f7df0",
+)
+SOLID, DASHED, DOTTED, MIXED = (
+    "solid",
+    (0, (4, 2)),
+    (0, (1.2, 1.6)),
+    (0, (5, 1.6, 1.2, 1.6)),
+)
 DASHES = (SOLID, DASHED, DOTTED, MIXED)
 STYLES = {
     "ce": (0, SOLID), "balanced_softmax": (5, SOLID), "logit_adjusted": (5, DASHED), "kd": (1, SOLID),
@@ -35,7 +58,11 @@ STYLES = {
 MARKS = {SOLID: "o", DASHED: "s", DOTTED: "^", MIXED: "D"}  # of methods that are points
 MANY = 30  # classes, from which on curves are smoothed
 PANEL, DESK, PHONE = 300, 950, 343  # widths in CSS pixels
-INK, QUIET, GRID = "#010101", "#020202", "#030303"  # stand for the CSS variables of these names
+INK, QUIET, GRID = (
+    "#010101",
+    "#020202",
+    "#030303",
+)  # stand for the CSS variables of these names
 _RC = {
     "svg.fonttype": "none", "svg.hashsalt": "report", "text.parse_math": False, "font.size": 11, "axes.titlesize": 12.5,
     "axes.titlelocation": "left", "axes.edgecolor": QUIET, "axes.labelcolor": INK, "text.color": INK,
@@ -48,7 +75,9 @@ _RC = {
 styled = matplotlib.rc_context(_RC)  # a decorator of functions that draw
 
 _NAMES = ("ink", "quiet", "grid", "page", *(f"c{i}" for i in range(len(LIGHT))))
-LIGHT_VARIABLES = dict(zip(_NAMES, ("#1d1d1b", "#63625e", "#e3e0d9", "#fdfcfa", *LIGHT)))
+LIGHT_VARIABLES = dict(
+    zip(_NAMES, ("#1d1d1b", "#63625e", "#e3e0d9", "#fdfcfa", *LIGHT))
+)
 DARK_VARIABLES = dict(zip(_NAMES, ("#e6e4df", "#a3a19b", "#35363a", "#17181a", *DARK)))
 
 
@@ -58,7 +87,10 @@ def styles(methods):
     for method in methods:
         unknown = (sum(method.name.encode()) % len(LIGHT), MIXED)
         index, dashes = STYLES.get(method.name, unknown)
-        styles_by_label[method.label] = index, DASHES[(DASHES.index(dashes) + repeats[method.name]) % len(DASHES)]
+        styles_by_label[method.label] = (
+            index,
+            DASHES[(DASHES.index(dashes) + repeats[method.name]) % len(DASHES)],
+        )
         repeats[method.name] += 1
     return styles_by_label | {"teacher": (None, DOTTED)}
 
@@ -78,7 +110,9 @@ def symbol(text, index):
     return Markup('<span style="color: {}">{}</span>').format(css(index), text)
 
 
-_STAND_INS = {INK: "ink", QUIET: "quiet", GRID: "grid"} | {colour(i): f"c{i}" for i in range(len(LIGHT))}
+_STAND_INS = {INK: "ink", QUIET: "quiet", GRID: "grid"} | {
+    colour(i): f"c{i}" for i in range(len(LIGHT))
+}
 
 
 # Figures as objects.
@@ -109,7 +143,12 @@ def _mark_sample(index, dashes):
 
 def _line_sample(index, dashes):
     line = {"d": "M0 5h30", "stroke-width": "3", "style": f"stroke: {css(index)}"}
-    return line if dashes == SOLID else line | {"stroke-dasharray": " ".join(f"{2 * length:g}" for length in dashes[1])}
+    return (
+        line
+        if dashes == SOLID
+        else line
+        | {"stroke-dasharray": " ".join(f"{2 * length:g}" for length in dashes[1])}
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,8 +170,14 @@ class Figure:
         width, height = map(float, root.get("viewBox").split()[2:])
         if self.legend:
             width, height = _append_legend(root, self.legend, width, height)
-        size = {"width": f"{width:g}", "height": f"{height:g}", "viewBox": f"0 0 {width:g} {height:g}"}
-        root.attrib |= size | {"font-family": "Helvetica, Arial, Liberation Sans, DejaVu Sans, sans-serif"}
+        size = {
+            "width": f"{width:g}",
+            "height": f"{height:g}",
+            "viewBox": f"0 0 {width:g} {height:g}",
+        }
+        root.attrib |= size | {
+            "font-family": "Helvetica, Arial, Liberation Sans, DejaVu Sans, sans-serif"
+        }
         text = ElementTree.tostring(root, encoding="unicode")
         for name, value in LIGHT_VARIABLES.items():
             text = text.replace(f"var(--{name})", value)
@@ -147,10 +192,14 @@ def _append_legend(root, legend, width, height):
         length = 54 + 6.4 * len(label)
         if left > 8 and left + length > width:
             left, baseline = 8, baseline + 18
-        sample = ElementTree.SubElement(group, "g", transform=f"translate({left:g} {baseline - 5:g})")
+        sample = ElementTree.SubElement(
+            group, "g", transform=f"translate({left:g} {baseline - 5:g})"
+        )
         ElementTree.SubElement(sample, "path", attributes)
         place = {"x": f"{left + 38:g}", "y": f"{baseline + 4:g}"}
-        ElementTree.SubElement(group, "text", place, style="fill: var(--ink)").text = _printable(label)
+        ElementTree.SubElement(
+            group, "text", place, style="fill: var(--ink)"
+        ).text = _printable(label)
         left += length
         right = max(right, left)
     return right, baseline + 14
@@ -167,10 +216,17 @@ def save(fig, name, description, *, hovers=(), legend=None):
       legend: of its lines or marks.
     """
     buffer = io.StringIO()
-    fig.savefig(buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    fig.savefig(
+        buffer,
+        format="svg",
+        transparent=True,
+        metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")),
+    )
     text = _printable(buffer.getvalue())
     root = ElementTree.fromstring(text)
-    root.remove(root.find(f"{_SVG}defs"))  # a style sheet, which would reach the whole page
+    root.remove(
+        root.find(f"{_SVG}defs")
+    )  # a style sheet, which would reach the whole page
     # Ids must be unique on a page: figures with the same prefix are the same figure.
     prefix = f"f{hashlib.md5(text.encode()).hexdigest()[:8]}"
     for element in root.iter():
@@ -180,7 +236,9 @@ def save(fig, name, description, *, hovers=(), legend=None):
         "role": "img", "aria-label": _printable(f"{name}: {description}"), "viewBox": root.get("viewBox"),
     }  # fmt: skip
     if hovers:
-        group = ElementTree.SubElement(root, "g", {"class": "hovers", "fill": "none", "pointer-events": "all"})
+        group = ElementTree.SubElement(
+            root, "g", {"class": "hovers", "fill": "none", "pointer-events": "all"}
+        )
         group.extend(hovers)
     return Figure(name, description, root, legend)
 
@@ -209,9 +267,15 @@ def _adapt(element, prefix):
             value = value.replace("#", f"#{prefix}")
         else:
             value = value.replace("url(#", f"url(#{prefix}")
-            value = re.sub(r"-?\d+\.\d{2,}", lambda number: f"{float(number[0]):.1f}".removesuffix(".0"), value)
+            value = re.sub(
+                r"-?\d+\.\d{2,}",
+                lambda number: f"{float(number[0]):.1f}".removesuffix(".0"),
+                value,
+            )
         if key == "style":
-            value = "; ".join(part for part in value.split("; ") if not part.startswith("font-family"))
+            value = "; ".join(
+                part for part in value.split("; ") if not part.startswith("font-family")
+            )
             for stand_in, name in _STAND_INS.items():
                 value = value.replace(stand_in, f"var(--{name})")
         element.set(key.replace(_XLINK, "xlink:"), " ".join(value.split()))
@@ -223,7 +287,9 @@ def _adapt(element, prefix):
 def canvas(width=PANEL, height=190, *, left=34, right=12):
     """Returns an empty Matplotlib figure, in CSS pixels; the margins are fixed, so that panels align."""
     fig = matplotlib.figure.Figure(figsize=(width / 72, height / 72), dpi=72)
-    fig.subplots_adjust(left / width, 40 / height, 1 - right / width, 1 - 25 / height, hspace=0.3)
+    fig.subplots_adjust(
+        left / width, 40 / height, 1 - right / width, 1 - 25 / height, hspace=0.3
+    )
     return fig
 
 
@@ -243,8 +309,13 @@ def areas(ax, xs, ys, texts):
 
     `xs` and `ys` are pairs of coordinates, or None for the whole axis; the limits of the axes must be final.
     """
-    xs, ys = (np.broadcast_to(v, (len(texts), 2)) for v in (xs or ax.get_xlim(), ys or ax.get_ylim()))
-    upper_left, lower_right = np.sort([_to_pixels(ax, xs[:, i], ys[:, i]) for i in range(2)], axis=0)
+    xs, ys = (
+        np.broadcast_to(v, (len(texts), 2))
+        for v in (xs or ax.get_xlim(), ys or ax.get_ylim())
+    )
+    upper_left, lower_right = np.sort(
+        [_to_pixels(ax, xs[:, i], ys[:, i]) for i in range(2)], axis=0
+    )
     rectangles = []
     for (left, top), (right, bottom), text in zip(upper_left, lower_right, texts):
         path = f"M{left:.1f} {top:.1f}H{right:.1f}V{bottom:.1f}H{left:.1f}z"
@@ -255,7 +326,10 @@ def areas(ax, xs, ys, texts):
 def spots(ax, xs, ys, texts, radius=9):
     """Returns discs about points, which show their texts under a pointer."""
     points = zip(_to_pixels(ax, xs, ys), texts)
-    return [_titled("circle", text, cx=f"{x:.1f}", cy=f"{y:.1f}", r=f"{radius}") for (x, y), text in points]
+    return [
+        _titled("circle", text, cx=f"{x:.1f}", cy=f"{y:.1f}", r=f"{radius}")
+        for (x, y), text in points
+    ]
 
 
 def dots(ax, xs, ys, texts, index):
@@ -287,18 +361,32 @@ def _to_pixels(ax, xs, ys):
 def group_mass(title, mass, fair, training):
     """Returns bars of the mass of each group, with ticks for the true shares and diamonds for the training images."""
     longest = max(map(len, mass))
-    fig, ax = panel(title, height=64 + 36 * len(mass), left=min(110, 14 + 7 * longest), right=40)
+    fig, ax = panel(
+        title, height=64 + 36 * len(mass), left=min(110, 14 + 7 * longest), right=40
+    )
     names, rows = list(mass), range(len(mass))
     ax.barh(rows, mass.values(), height=0.56, color=QUIET, alpha=0.45)
     if training != fair:
-        hollow = {"markersize": 7, "markeredgecolor": colour(7), "markerfacecolor": "none", "markeredgewidth": 1.8}
+        hollow = {
+            "markersize": 7,
+            "markeredgecolor": colour(7),
+            "markerfacecolor": "none",
+            "markeredgewidth": 1.8,
+        }
         ax.plot([training[name] for name in names], rows, "D", clip_on=False, **hollow)
-    ticks = {"color": colour(6), "markersize": 19, "markeredgewidth": 2.4, "clip_on": False}
+    ticks = {
+        "color": colour(6),
+        "markersize": 19,
+        "markeredgewidth": 2.4,
+        "clip_on": False,
+    }
     ax.plot([fair[name] for name in names], rows, "|", **ticks)
     texts = []
     for row, name in enumerate(names):
         ax.text(1.17, row, f"{mass[name]:.2f}", ha="right", va="center")
-        shares = f"true share {fair[name]:.3f}, of the training images {training[name]:.3f}"
+        shares = (
+            f"true share {fair[name]:.3f}, of the training images {training[name]:.3f}"
+        )
         texts.append(f"{name}: mass {mass[name]:.3f}, {shares}")
     ax.set(xlim=(0, 1), ylim=(len(names) - 0.4, -0.6), yticks=rows, yticklabels=names)
     quarters = (0, 0.25, 0.5, 0.75, 1)
@@ -318,7 +406,14 @@ def lines(title, series, method_styles, *, log=False, legend_below=False):
         index, dashes = method_styles[label]
         step = max(1, len(x) // 120)
         marker = {"marker": "o", "markersize": 4} if len(x) < 3 else {}
-        ax.plot(x[::step], y[::step], color=colour(index), linestyle=dashes, linewidth=1.6, **marker)
+        ax.plot(
+            x[::step],
+            y[::step],
+            color=colour(index),
+            linestyle=dashes,
+            linewidth=1.6,
+            **marker,
+        )
     ax.set_xlabel("epoch")
     lowest = min(float(np.min(y)) for _, y in series.values())
     if log and lowest > 0:
@@ -326,7 +421,9 @@ def lines(title, series, method_styles, *, log=False, legend_below=False):
         plain_log(ax)
     else:
         ax.set_ylim(bottom=min(0.0, lowest))
-    legend = Legend({label: method_styles[label] for label in series}, below=legend_below)
+    legend = Legend(
+        {label: method_styles[label] for label in series}, below=legend_below
+    )
     return save(fig, f"{title} over the epochs", ", ".join(series), legend=legend)
 
 
@@ -368,9 +465,16 @@ def curves(methods, pick):
         for run in method.runs.values():
             for record in run.get("metrics") or []:
                 number = pick(label, record)
-                if isinstance(number, (int, float)) and math.isfinite(number) and "epoch" in record:
+                if (
+                    isinstance(number, (int, float))
+                    and math.isfinite(number)
+                    and "epoch" in record
+                ):
                     by_epoch[record["epoch"]].append(number)
         if by_epoch:
             epochs = sorted(by_epoch)
-            series[label] = np.array(epochs, float), np.array([np.mean(by_epoch[epoch]) for epoch in epochs])
+            series[label] = (
+                np.array(epochs, float),
+                np.array([np.mean(by_epoch[epoch]) for epoch in epochs]),
+            )
     return series

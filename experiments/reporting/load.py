@@ -26,10 +26,17 @@ def load(path):
     """
     path = pathlib.Path(path)
     if path.is_file():
-        return _read_results(path) | {"source": path.stem, "finished": True, "metrics": []}
+        return _read_results(path) | {
+            "source": path.stem,
+            "finished": True,
+            "metrics": [],
+        }
     if not path.is_dir():
         raise ReportError(f"{path}: no such file or folder")
-    extra = {"source": path.resolve().name, "metrics": _read_lines(path / "metrics.jsonl")}
+    extra = {
+        "source": path.resolve().name,
+        "metrics": _read_lines(path / "metrics.jsonl"),
+    }
     if (path / "results.json").exists():
         return _read_results(path / "results.json") | extra | {"finished": True}
     return extra | {"finished": False}
@@ -37,7 +44,9 @@ def load(path):
 
 def find(paths):
     """Loads every run in the paths; folders are searched, and JSON files in them that hold no results are ignored."""
-    return [load(run_path) for path in paths for run_path in _run_paths(pathlib.Path(path))]
+    return [
+        load(run_path) for path in paths for run_path in _run_paths(pathlib.Path(path))
+    ]
 
 
 def read_json(path):
@@ -49,29 +58,46 @@ def read_json(path):
 
 
 def _run_paths(path):
-    is_work_directory = any((path / name).exists() for name in ("results.json", "config.json", "metrics.jsonl"))
+    is_work_directory = any(
+        (path / name).exists()
+        for name in ("results.json", "config.json", "metrics.jsonl")
+    )
     if is_work_directory or not path.is_dir():
         return [path]
     paths = []
     for child in sorted(path.iterdir()):
-        if child.is_dir() and not child.name.startswith(".") and child.name != "teachers":
+        if (
+            child.is_dir()
+            and not child.name.startswith(".")
+            and child.name != "teachers"
+        ):
             paths += _run_paths(child)
         elif child.suffix == ".json":
             content = read_json(child)
-            paths += [child] if isinstance(content, dict) and {"config", "test"} <= content.keys() else []
+            paths += (
+                [child]
+                if isinstance(content, dict) and {"config", "test"} <= content.keys()
+                else []
+            )
     return paths
 
 
 def _read_lines(path):
     """Returns the records of metrics.jsonl without a last line that an interruption cut short."""
     records = []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    lines = (
+        path.read_text(encoding="utf-8", errors="replace").splitlines()
+        if path.exists()
+        else []
+    )
     for number, line in enumerate(lines, 1):
         try:
             records += [json.loads(line)] if line.strip() else []
         except ValueError as error:
             if number < len(lines):
-                raise ReportError(f"{path}, line {number}: not readable as JSON ({error})") from error
+                raise ReportError(
+                    f"{path}, line {number}: not readable as JSON ({error})"
+                ) from error
     return records
 
 
@@ -80,9 +106,15 @@ def _read_results(path):
     results = read_json(path)
     flat = flatten(results) if isinstance(results, dict) else {}
     for key in flat:
-        new_name = names.new_name(key.removeprefix("config.")) if key.startswith("config.") else None
+        new_name = (
+            names.new_name(key.removeprefix("config."))
+            if key.startswith("config.")
+            else None
+        )
         if new_name:
-            raise ReportError(f"{path}: {key} is now called config.{new_name}; rename it there, or repeat the run")
+            raise ReportError(
+                f"{path}: {key} is now called config.{new_name}; rename it there, or repeat the run"
+            )
     for key in _REQUIRED:
         if key not in flat:
             raise ReportError(f"{path}: not a result file, it has no {key!r}")
@@ -91,18 +123,23 @@ def _read_results(path):
     seeds = results.get("seeds")
     is_valid = {
         "teacher": isinstance(results.get("teacher"), (dict, type(None))),
-        "seeds": isinstance(seeds, dict) and all(isinstance(seed, (int, type(None))) for seed in seeds.values()),
+        "seeds": isinstance(seeds, dict)
+        and all(isinstance(seed, (int, type(None))) for seed in seeds.values()),
         "class_names": isinstance(results.get("class_names"), (list, type(None))),
         "class_counts": _are_counts(results.get("class_counts")),
     }
     for key, valid in is_valid.items():
         if not valid:
-            raise ReportError(f"{path}: not a result file, its {key!r} is not what a run writes")
+            raise ReportError(
+                f"{path}: not a result file, its {key!r} is not what a run writes"
+            )
     return results
 
 
 def _are_counts(counts):
     if counts is None:
         return True
-    are_numbers = isinstance(counts, list) and all(isinstance(n, (int, float)) and n >= 0 for n in counts)
+    are_numbers = isinstance(counts, list) and all(
+        isinstance(n, (int, float)) and n >= 0 for n in counts
+    )
     return are_numbers and sum(counts) > 0

@@ -111,7 +111,11 @@ def anchor(title):
     >>> anchor("cifar100, imbalance 100, resnet32x4 → resnet8x4")
     'cifar100-imbalance-100-resnet32x4-resnet8x4'
     """
-    words = re.sub(r"\W+", "-", title.lower().replace("’", "")).encode()[:100].decode(errors="ignore")
+    words = (
+        re.sub(r"\W+", "-", title.lower().replace("’", ""))
+        .encode()[:100]
+        .decode(errors="ignore")
+    )
     return words.strip("-") or "page"
 
 
@@ -131,7 +135,12 @@ def write(path, title, parts, files=None):
     names = ["each figure as an SVG file", *files] if written else []
     colours = {"light": figures.LIGHT_VARIABLES, "dark": figures.DARK_VARIABLES}
     page = _ENVIRONMENT.get_template("page.html")
-    path.write_text(page.render(title=title, parts=parts, folder=folder.name, files=names, **colours), encoding="utf-8")
+    path.write_text(
+        page.render(
+            title=title, parts=parts, folder=folder.name, files=names, **colours
+        ),
+        encoding="utf-8",
+    )
 
 
 def _figure_files(parts):
@@ -147,7 +156,9 @@ def _figure_files(parts):
 def _named_figures(parts, prefix=""):
     for part in parts:
         if isinstance(part, Section):
-            yield from _named_figures(part.parts, f"{part.anchor}_" if part.anchor else "")
+            yield from _named_figures(
+                part.parts, f"{part.anchor}_" if part.anchor else ""
+            )
         for figure in getattr(part, "figures", ()):
             yield prefix + anchor(figure.name), figure
 
@@ -155,7 +166,9 @@ def _named_figures(parts, prefix=""):
 def _write_files(folder, files):
     """Writes the files, and removes figures of an earlier page; figures from elsewhere stay."""
     for old in folder.glob("*.svg"):
-        if old.name not in files and old.read_text(encoding="utf-8", errors="replace").rstrip().endswith(_OURS):
+        if old.name not in files and old.read_text(
+            encoding="utf-8", errors="replace"
+        ).rstrip().endswith(_OURS):
             old.unlink()
     if files:
         folder.mkdir(exist_ok=True)

@@ -2,7 +2,15 @@
 
 import json
 
-from experiments.reporting import aggregate, comparison, page, setting_figures, tables, weight_figures, writers
+from experiments.reporting import (
+    aggregate,
+    comparison,
+    page,
+    setting_figures,
+    tables,
+    weight_figures,
+    writers,
+)
 
 
 def write_report(runs, path, title=None):
@@ -19,13 +27,24 @@ def write_report(runs, path, title=None):
         links = [("settings", "All settings side by side"), *zip(anchors, titles)]
         parts += [page.Contents(links), comparison.section(settings)]
     for setting, setting_title, anchor in zip(settings, titles, anchors):
-        parts.append(page.Section(setting_title, _setting_parts(setting, alone=len(settings) == 1), anchor))
+        parts.append(
+            page.Section(
+                setting_title, _setting_parts(setting, alone=len(settings) == 1), anchor
+            )
+        )
     if unfinished:
         rows = [[run["source"], tables.progress(run)] for run in unfinished]
-        parts.append(page.Section("Unfinished runs", [writers.Table(["run", "progress"], rows, left=2)]))
+        parts.append(
+            page.Section(
+                "Unfinished runs", [writers.Table(["run", "progress"], rows, left=2)]
+            )
+        )
     if any("ltkd" in method.name for setting in settings for method in setting.methods):
         parts.append(page.Text(tables.RECONSTRUCTED))
-    files = {"tables.md": tables.console(runs, "markdown"), "tables.tex": tables.console(runs, "latex")}
+    files = {
+        "tables.md": tables.console(runs, "markdown"),
+        "tables.tex": tables.console(runs, "latex"),
+    }
     page.write(path, title, parts, files)
 
 
@@ -52,11 +71,18 @@ def _title(settings):
     if len(labels) == 1:
         return f"{labels[0]} on {settings[0].data}, imbalance {settings[0].imbalance:g}"
     data = sorted({setting.data for setting in settings})
-    return f"{len(set(labels))} methods on {', '.join(data)}" if labels else "No finished run"
+    return (
+        f"{len(set(labels))} methods on {', '.join(data)}"
+        if labels
+        else "No finished run"
+    )
 
 
 def _size(settings, unfinished):
-    counts = {"finished run": sum(len(setting.runs) for setting in settings), "setting": len(settings)}
+    counts = {
+        "finished run": sum(len(setting.runs) for setting in settings),
+        "setting": len(settings),
+    }
     counts |= {"unfinished run": len(unfinished)} if unfinished else {}
     return ", ".join(f"{n} {noun}{'' if n == 1 else 's'}" for noun, n in counts.items())
 
@@ -74,7 +100,12 @@ def _setting_parts(setting, *, alone):
             parts += [page.Text(f"On {name}:", "key"), table]
     if alone:  # else the comparison of all settings has it
         parts += comparison.tail_against_head([setting])
-    return [*parts, *setting_figures.parts(setting), *weight_figures.parts(setting), *_how_it_was_run(setting)]
+    return [
+        *parts,
+        *setting_figures.parts(setting),
+        *weight_figures.parts(setting),
+        *_how_it_was_run(setting),
+    ]
 
 
 def _how_it_was_run(setting):
@@ -88,12 +119,27 @@ def _how_it_was_run(setting):
                 versions.setdefault(name, set()).add(version)
             if source := aggregate.logits_source(run):
                 sources.setdefault(source, {})[method.label] = None
-        config = json.dumps(runs[0]["config"], indent=1, sort_keys=True, ensure_ascii=False)
+        config = json.dumps(
+            runs[0]["config"], indent=1, sort_keys=True, ensure_ascii=False
+        )
         configs.append(page.Details(method.label, [page.Code(config)]))
-    header = ["method", "hardware", "precision", "commit", "config", "seeds", "wall time", "images/s"]
-    packages = [f"{name} {', '.join(sorted(versions[name]))}" for name in sorted(versions)]
+    header = [
+        "method",
+        "hardware",
+        "precision",
+        "commit",
+        "config",
+        "seeds",
+        "wall time",
+        "images/s",
+    ]
+    packages = [
+        f"{name} {', '.join(sorted(versions[name]))}" for name in sorted(versions)
+    ]
     text = "; ".join(["Seeds: split / teacher / student", *packages])
-    logits = "; ".join(f"{', '.join(labels)} from the {source}" for source, labels in sources.items())
+    logits = "; ".join(
+        f"{', '.join(labels)} from the {source}" for source, labels in sources.items()
+    )
     return [
         page.Heading("How it was run"),
         writers.Table(header, rows, left=6),
@@ -105,7 +151,12 @@ def _how_it_was_run(setting):
 
 def _circumstances(run):
     seeds, timing = run["seeds"], run.get("timing") or {}
-    cells = [str(run.get(key) or "–") for key in ("device", "precision", "commit", "config_hash")]
-    cells.append(" / ".join(str(seeds.get(key, "–")) for key in ("split", "teacher", "student")))
+    cells = [
+        str(run.get(key) or "–")
+        for key in ("device", "precision", "commit", "config_hash")
+    ]
+    cells.append(
+        " / ".join(str(seeds.get(key, "–")) for key in ("split", "teacher", "student"))
+    )
     speed = timing.get("images_per_second")
     return [*cells, duration(timing.get("seconds")), f"{speed:,.0f}" if speed else "–"]

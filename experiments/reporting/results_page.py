@@ -16,7 +16,10 @@ _GROUPS = ("head", "medium", "tail")
 def write_results(folder, planned=()):
     """Writes README.md into a folder of result files and returns its path."""
     path = pathlib.Path(folder) / "README.md"
-    path.write_text(render_results(load.find([folder]), load.read_json(PUBLISHED), planned), encoding="utf-8")
+    path.write_text(
+        render_results(load.find([folder]), load.read_json(PUBLISHED), planned),
+        encoding="utf-8",
+    )
     return path
 
 
@@ -34,9 +37,16 @@ def render_results(runs, published, planned=()):
     entries = [*published["settings"], *planned_rows, *map(vars, settings)]
     parts = [_preamble(published)]
     for key in dict.fromkeys(map(_key, entries)):
-        reference = next((entry for entry in published["settings"] if _key(entry) == key), {})
+        reference = next(
+            (entry for entry in published["settings"] if _key(entry) == key), {}
+        )
         run_settings = [setting for setting in settings if _key(vars(setting)) == key]
-        parts += _section(key, run_settings, reference, [entry for entry in planned_rows if _key(entry) == key])
+        parts += _section(
+            key,
+            run_settings,
+            reference,
+            [entry for entry in planned_rows if _key(entry) == key],
+        )
     parts += _search(_of_kind("search", runs), _of_kind("search", planned))
     parts += _ablation(_of_kind("ablation", runs), _of_kind("ablation", planned))
     parts += _bias(settings, published["group_mass"])
@@ -50,7 +60,9 @@ def _of_kind(kind, entries):
 
 
 def _kind(group):
-    return next((kind for kind in ("search", "ablation") if group.startswith(kind)), "table")
+    return next(
+        (kind for kind in ("search", "ablation") if group.startswith(kind)), "table"
+    )
 
 
 def _key(entry):
@@ -64,7 +76,9 @@ def _title(data, imbalance, teacher, student):
 
 
 def _preamble(published):
-    marks = "\n".join(f"- **[{mark}]** {meaning}" for mark, meaning in published["marks"].items())
+    marks = "\n".join(
+        f"- **[{mark}]** {meaning}" for mark, meaning in published["marks"].items()
+    )
     return f"""# Results
 
 Written by `python -m experiments.report --results results/ --queue experiments/queues/*.json`; do not edit by hand.
@@ -87,7 +101,11 @@ def _section(key, settings, reference, planned):
     published = reference.get("methods", {})
     data = settings[0].data if settings else reference.get("data", key[0])
     parts = [f"## {escape_markdown(_title(data, *key[1:]))}"]
-    parts += [f"Published: {reference['paper']}. {reference.get('note', '')}".rstrip()] if reference else []
+    parts += (
+        [f"Published: {reference['paper']}. {reference.get('note', '')}".rstrip()]
+        if reference
+        else []
+    )
     missing = {}
     for entry in planned:
         missing.setdefault(entry["epochs"], set()).add(entry["method"])
@@ -101,7 +119,11 @@ def _section(key, settings, reference, planned):
         names = missing.pop(epochs, set())
         parts += [f"{epochs:g} epochs:"] if setting is None and len(shown) > 1 else []
         parts.append(as_markdown(_table(setting, references, names)))
-        parts += [*_distances(setting, references), *_below_table(setting)] if setting else []
+        parts += (
+            [*_distances(setting, references), *_below_table(setting)]
+            if setting
+            else []
+        )
     return parts
 
 
@@ -120,10 +142,14 @@ def _table(setting, published, missing):
     shown = ("all", "tail") if any(published.values()) else ()
     rows = []
     for method in sorted(methods, key=_row_rank):
-        references = [_published(published.get(method.name, {}).get(column)) for column in shown]
+        references = [
+            _published(published.get(method.name, {}).get(column)) for column in shown
+        ]
         own = cells.get(method.label, [_NOT_RUN] * len(columns))
         rows.append([method.label, *references, *own, str(len(method.runs))])
-    return Table(["method", *(f"published {column}" for column in shown), *columns, "n"], rows)
+    return Table(
+        ["method", *(f"published {column}" for column in shown), *columns, "n"], rows
+    )
 
 
 def _row_rank(method):
@@ -142,7 +168,11 @@ def _distances(setting, published):
         for name, column in (("all", "all"), ("tail", "groups.tail")):
             reference = published.get(method.name, {}).get(name)
             if reference and method.values(column):
-                distances.append(f"{name} {method.mean(column) - reference[0]:+.2f}".replace("-", "−"))
+                distances.append(
+                    f"{name} {method.mean(column) - reference[0]:+.2f}".replace(
+                        "-", "−"
+                    )
+                )
         parts += [f"{method.label}: {', '.join(distances)}"] if distances else []
     return [f"Ours less the published, in points: {'; '.join(parts)}."] if parts else []
 
@@ -154,18 +184,30 @@ def _below_table(setting):
     rows = []
     for method in setting.methods:
         runs = method.sorted_runs
-        columns = [[str(run.get(key) or "–") for run in runs] for key in ("device", "precision", "commit")]
+        columns = [
+            [str(run.get(key) or "–") for run in runs]
+            for key in ("device", "precision", "commit")
+        ]
         columns.append([aggregate.logits_source(run) or "–" for run in runs])
         seconds = [(run.get("timing") or {}).get("seconds") for run in runs]
         mean_seconds, _, _ = mean_std(time for time in seconds if time is not None)
         distinct = [", ".join(sorted(set(column))) for column in columns]
         rows.append([method.label, *distinct, report_page.duration(mean_seconds)])
-    header = ["method", "hardware", "precision", "commit", "teacher's logits", "wall time of a run"]
+    header = [
+        "method",
+        "hardware",
+        "precision",
+        "commit",
+        "teacher's logits",
+        "wall time of a run",
+    ]
     return [*parts, as_markdown(Table(header, rows, left=5)), _commands(setting.runs)]
 
 
 def _commands(runs):
-    commands = "\n".join(" ".join((run.get("command") or "# not recorded").split()) for run in runs)
+    commands = "\n".join(
+        " ".join((run.get("command") or "# not recorded").split()) for run in runs
+    )
     fence = "`" * (3 + max(map(len, re.findall("`+", commands)), default=0))
     return f"{fence}sh\n{commands}\n{fence}"
 
@@ -180,17 +222,32 @@ def _search(runs, planned):
     chosen, edges = {}, []
     for setting in aggregate.gather(runs):
         for name in dict.fromkeys(method.name for method in setting.methods):
-            candidates = [m for m in setting.methods if m.name == name and m.values("all", "validation")]
+            candidates = [
+                m
+                for m in setting.methods
+                if m.name == name and m.values("all", "validation")
+            ]
             if candidates:
-                best = max(candidates, key=lambda method: method.mean("all", "validation"))
+                best = max(
+                    candidates, key=lambda method: method.mean("all", "validation")
+                )
                 chosen[setting.title, best.label] = "chosen"
                 at_edge = "; ".join(_at_edge(best, candidates))
-                edges += [f"- {setting.title}, {best.label}: {at_edge}"] if at_edge else []
-    table = Table([*header, ""], [[*row, chosen.get((row[0], row[1]), "")] for row in rows], left=2)
+                edges += (
+                    [f"- {setting.title}, {best.label}: {at_edge}"] if at_edge else []
+                )
+    table = Table(
+        [*header, ""],
+        [[*row, chosen.get((row[0], row[1]), "")] for row in rows],
+        left=2,
+    )
     about = "Balanced accuracy on validation images taken from the training set; the test set chose nothing."
     parts = ["## The search", about, as_markdown(table)]
     if edges:
-        parts += ["The best value lies on the edge of what was tried, which is to be widened:", "\n".join(edges)]
+        parts += [
+            "The best value lies on the edge of what was tried, which is to be widened:",
+            "\n".join(edges),
+        ]
     return parts
 
 
@@ -208,24 +265,54 @@ def _variants(runs, planned, part):
     rows = []
     for setting in aggregate.gather(runs):
         for method in setting.methods:
-            cells = [tables.number(method.values(column, part).values()) for column in columns]
-            rows.append([setting.title, method.label, *cells, str(len(method.runs)), f"{setting.epochs:g}"])
+            cells = [
+                tables.number(method.values(column, part).values())
+                for column in columns
+            ]
+            rows.append(
+                [
+                    setting.title,
+                    method.label,
+                    *cells,
+                    str(len(method.runs)),
+                    f"{setting.epochs:g}",
+                ]
+            )
     configs = [flatten(run["config"]) for run in runs]
     for entry in planned:
         if not any(_is_run_of(entry, config) for config in configs):
-            chosen = {key: v for key, v in entry["set"].items() if key.startswith("method.")}
-            values = ", ".join(f"{key.removeprefix('method.')}={v}" for key, v in chosen.items())
+            chosen = {
+                key: v for key, v in entry["set"].items() if key.startswith("method.")
+            }
+            values = ", ".join(
+                f"{key.removeprefix('method.')}={v}" for key, v in chosen.items()
+            )
             label = f"{entry['method']} ({values})" if values else entry["method"]
-            row = [_title(*_key(entry)), label, *[_NOT_RUN] * len(columns), "0", f"{entry['epochs']:g}"]
+            row = [
+                _title(*_key(entry)),
+                label,
+                *[_NOT_RUN] * len(columns),
+                "0",
+                f"{entry['epochs']:g}",
+            ]
             rows += [row] if row not in rows else []  # one row for all seeds
     return ["setting", "method", "all", *_GROUPS, "n", "epochs"], rows
 
 
 def _is_run_of(entry, config):
     """Returns whether a flat config is that of a planned run."""
-    keys = {"data": "data.name", "imbalance": "data.imbalance", "teacher": "teacher.model", "student": "student.model"}
+    keys = {
+        "data": "data.name",
+        "imbalance": "data.imbalance",
+        "teacher": "teacher.model",
+        "student": "student.model",
+    }
     own = {name: config.get(key) for name, key in keys.items()}
-    if own["imbalance"] is None or _key(own) != _key(entry) or config.get("method.name") != entry["method"]:
+    if (
+        own["imbalance"] is None
+        or _key(own) != _key(entry)
+        or config.get("method.name") != entry["method"]
+    ):
         return False
     return all(str(config.get(key, v)) == str(v) for key, v in entry["set"].items())
 
@@ -235,8 +322,12 @@ def _at_edge(best, candidates):
     tried = [candidate.sorted_runs[0]["config"]["method"] for candidate in candidates]
     edges = []
     for key, value in best.sorted_runs[0]["config"]["method"].items():
-        values = sorted({other[key] for other in tried if isinstance(other.get(key), (int, float))})
-        if len(values) > 1 and value and value in (values[0], values[-1]):  # nothing lies below 0
+        values = sorted(
+            {other[key] for other in tried if isinstance(other.get(key), (int, float))}
+        )
+        if (
+            len(values) > 1 and value and value in (values[0], values[-1])
+        ):  # nothing lies below 0
             edges.append(f"{key} = {value:g} of {', '.join(f'{v:g}' for v in values)}")
     return edges
 
@@ -249,19 +340,37 @@ def _bias(settings, published):
     rows = []
     for kind in ("long_tailed", "balanced"):
         title = kind.replace("_", "-")
-        rows.append(["LTKD's paper", title, *(_published(published[kind][name]) for name in _GROUPS)])
+        rows.append(
+            [
+                "LTKD's paper",
+                title,
+                *(_published(published[kind][name]) for name in _GROUPS),
+            ]
+        )
         for setting in settings:
             for teacher in setting.teachers().values():
                 mass = (teacher.get("group_mass") or {}).get(kind) or {}
                 if set(_GROUPS) <= mass.keys():
-                    rows.append([setting.title, title, *(f"{64 * mass[name]:.2f}" for name in _GROUPS)])
+                    rows.append(
+                        [
+                            setting.title,
+                            title,
+                            *(f"{64 * mass[name]:.2f}" for name in _GROUPS),
+                        ]
+                    )
     about = f"{published['about']}. Ours are the mean mass at temperature 1, times 64."
-    return ["## The teacher's bias", about, as_markdown(Table(["teacher of", "input", *_GROUPS], rows, left=2))]
+    return [
+        "## The teacher's bias",
+        about,
+        as_markdown(Table(["teacher of", "input", *_GROUPS], rows, left=2)),
+    ]
 
 
 def _orientation(anchors):
     parts = ["## Numbers of others, for orientation"]
     for anchor in anchors:
-        table = Table(["method", f"top-1 % [{anchor['mark']}]"], list(anchor["all"].items()))
+        table = Table(
+            ["method", f"top-1 % [{anchor['mark']}]"], list(anchor["all"].items())
+        )
         parts += [f"{anchor['title']}:", as_markdown(table)]
     return parts

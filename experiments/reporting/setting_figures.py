@@ -10,7 +10,12 @@ from experiments.reporting import figures, page
 def parts(setting):
     """Returns the parts of a page that hold figures; those without data are left out."""
     styles = figures.styles(setting.methods)
-    return [*_by_class(setting, styles), *_bias(setting), *_confusion(setting), *_training(setting, styles)]
+    return [
+        *_by_class(setting, styles),
+        *_bias(setting),
+        *_confusion(setting),
+        *_training(setting, styles),
+    ]
 
 
 def mean_of(method, key):
@@ -35,7 +40,11 @@ def _smooth(values):
 
 def _class_names(setting, classes):
     """Returns a name for each class: the data set's own, "class 17" where a result does not have them."""
-    recorded = [run["class_names"] for run in setting.runs if len(run.get("class_names") or ()) == classes]
+    recorded = [
+        run["class_names"]
+        for run in setting.runs
+        if len(run.get("class_names") or ()) == classes
+    ]
     names = map(str, recorded[0] if recorded else range(classes))
     return [f"class {name}" if name.isdecimal() else name for name in names]
 
@@ -55,15 +64,38 @@ def _by_class(setting, styles):
     groups = setting.group_names() if len(assignment) == len(counts) else []
     assignment = assignment[order] if groups else assignment
     names = _class_names(setting, len(counts))
-    texts = [f"{names[c]}, {counts[c]:,.0f} training image{'' if counts[c] == 1 else 's'}" for c in order]
+    texts = [
+        f"{names[c]}, {counts[c]:,.0f} training image{'' if counts[c] == 1 else 's'}"
+        for c in order
+    ]
     shared = counts[order], assignment, groups, texts
     legend = figures.Legend({label: styles[label] for label in curves})
-    both = [_draw_classes(curves, legend, *shared, width=width) for width in (figures.DESK, figures.PHONE)]
-    text, dots = "Means over student seeds. A pointer over a class shows its name and its numbers.", []
+    both = [
+        _draw_classes(curves, legend, *shared, width=width)
+        for width in (figures.DESK, figures.PHONE)
+    ]
+    text, dots = (
+        "Means over student seeds. A pointer over a class shows its name and its numbers.",
+        [],
+    )
     if len(counts) >= figures.MANY:
-        text = f"Curves are averages over neighbouring classes; dots are classes. {text}"
-        dots = [page.Panels([_draw_dots(label, v, styles[label], *shared) for label, v in curves.items()])]
-    return [page.Heading("Accuracy by class frequency"), page.ByWidth(both, legend), page.Text(text), *dots]
+        text = (
+            f"Curves are averages over neighbouring classes; dots are classes. {text}"
+        )
+        dots = [
+            page.Panels(
+                [
+                    _draw_dots(label, v, styles[label], *shared)
+                    for label, v in curves.items()
+                ]
+            )
+        ]
+    return [
+        page.Heading("Accuracy by class frequency"),
+        page.ByWidth(both, legend),
+        page.Text(text),
+        *dots,
+    ]
 
 
 @figures.styled
@@ -80,20 +112,40 @@ def _draw_classes(curves, legend, counts, assignment, groups, texts, *, width):
     ax.set_title("test accuracy, %")
     figures.mark_groups(ax, assignment, groups)
     edges = np.arange(len(counts) + 1) - 0.5
-    strip.stairs(counts, edges, baseline=0.8, fill=True, color=figures.QUIET, alpha=0.45, linewidth=0)
+    strip.stairs(
+        counts,
+        edges,
+        baseline=0.8,
+        fill=True,
+        color=figures.QUIET,
+        alpha=0.45,
+        linewidth=0,
+    )
     strip.set_yscale("log")
     strip.set_title("training images (log scale)", fontsize=11)
     strip.set_xlabel("class, the most frequent first")
     strip.set_xlim(-0.5, len(counts) - 0.5)
     figures.plain_log(strip)
     hovers = ()
-    if len(counts) < 2 * width:  # a pointer cannot hit what is narrower than half a pixel
+    if (
+        len(counts) < 2 * width
+    ):  # a pointer cannot hit what is narrower than half a pixel
         columns = [(c - 0.5, c + 0.5) for c in range(len(counts))]
-        numbers = [[f"{label}  {values[c]:.1f} %" for label, values in curves.items()] for c in range(len(counts))]
-        hovers = figures.areas(ax, columns, None, ["\n".join([text, *n]) for text, n in zip(texts, numbers)])
+        numbers = [
+            [f"{label}  {values[c]:.1f} %" for label, values in curves.items()]
+            for c in range(len(counts))
+        ]
+        hovers = figures.areas(
+            ax,
+            columns,
+            None,
+            ["\n".join([text, *n]) for text, n in zip(texts, numbers)],
+        )
     name = f"Test accuracy by class{'' if width == figures.DESK else ', narrow'}"
     smoothed = "smoothed, " if len(counts) >= figures.MANY else ""
-    description = f"{smoothed}the classes sorted by training images, {', '.join(curves)}"
+    description = (
+        f"{smoothed}the classes sorted by training images, {', '.join(curves)}"
+    )
     return figures.save(fig, name, description, hovers=hovers, legend=legend)
 
 
@@ -109,9 +161,17 @@ def _draw_dots(label, values, style, counts, assignment, groups, texts):
     ax.set_xticks(ticks, [f"{counts[tick]:g}" for tick in ticks])
     ax.set_xlabel("training images of the class")
     figures.mark_groups(ax, assignment, groups)
-    dots = figures.dots(ax, classes, values, [f"{label}  {v:.1f} %\n{text}" for v, text in zip(values, texts)], index)
+    dots = figures.dots(
+        ax,
+        classes,
+        values,
+        [f"{label}  {v:.1f} %\n{text}" for v, text in zip(values, texts)],
+        index,
+    )
     description = "dots are classes, sorted by training images"
-    return figures.save(fig, f"Test accuracy by class, {label}", description, hovers=dots)
+    return figures.save(
+        fig, f"Test accuracy by class, {label}", description, hovers=dots
+    )
 
 
 # The teacher's bias, and confusion.
@@ -119,7 +179,10 @@ def _draw_dots(label, values, style, counts, assignment, groups, texts):
 
 def _shares(run, names):
     """Returns each group's share of a run's training images and of its classes; empty where that is not recorded."""
-    assignment, counts = np.array(run.get("group_assignment") or []), np.array(run.get("class_counts") or [])
+    assignment, counts = (
+        np.array(run.get("group_assignment") or []),
+        np.array(run.get("class_counts") or []),
+    )
     images, classes = {}, {}
     if len(counts) and len(counts) == len(assignment):
         for group, name in enumerate(names):
@@ -139,7 +202,11 @@ def _bias(setting):
             mass = (teacher.get("group_mass") or {}).get(kind) or {}
             if fair and set(names) <= mass.keys():
                 title = f"{kind.replace('_', '-')} input{suffix}"
-                panels.append(figures.group_mass(title, {name: mass[name] for name in names}, fair, training))
+                panels.append(
+                    figures.group_mass(
+                        title, {name: mass[name] for name in names}, fair, training
+                    )
+                )
     if not panels:
         return []
     text = Markup(
@@ -158,7 +225,11 @@ def _confusion(setting):
     if not matrices:
         return []
     text = "Rows: the group of the true class. Columns: the group of the predicted class, in percent of the row."
-    return [page.Heading("Confusion between groups"), page.Text(text), page.HeatMaps(matrices, names)]
+    return [
+        page.Heading("Confusion between groups"),
+        page.Text(text),
+        page.HeatMaps(matrices, names),
+    ]
 
 
 # Training.
@@ -166,11 +237,21 @@ def _confusion(setting):
 
 def _training(setting, styles):
     methods = {method.label: method for method in setting.methods}
-    columns = {"all classes": "all", "head": "groups.head", setting.tail_name(): setting.tail()}
+    columns = {
+        "all classes": "all",
+        "head": "groups.head",
+        setting.tail_name(): setting.tail(),
+    }
     panels = []
     for name, column in columns.items():
-        series = figures.curves(methods, lambda _, record, column=column: at(record, f"test.{column}"))
-        panels += [figures.lines(f"test accuracy, {name}, %", series, styles)] if series else []
+        series = figures.curves(
+            methods, lambda _, record, column=column: at(record, f"test.{column}")
+        )
+        panels += (
+            [figures.lines(f"test accuracy, {name}, %", series, styles)]
+            if series
+            else []
+        )
     series = figures.curves(methods, lambda _, record: record.get("train_accuracy"))
     panels += [figures.lines("training accuracy, %", series, styles)] if series else []
     for method in setting.methods:
@@ -183,10 +264,21 @@ def _training(setting, styles):
 
 def _terms(method, style):
     """Returns the loss terms of one method, each with its own dashes."""
-    records = [record for run in method.runs.values() for record in run.get("metrics") or []]
+    records = [
+        record for run in method.runs.values() for record in run.get("metrics") or []
+    ]
     names = sorted({name for record in records for name in record.get("terms") or {}})
-    series = figures.curves(dict.fromkeys(names, method), lambda name, record: at(record, f"terms.{name}"))
+    series = figures.curves(
+        dict.fromkeys(names, method), lambda name, record: at(record, f"terms.{name}")
+    )
     if not series:
         return []
-    styles = {name: (style[0], figures.DASHES[i % len(figures.DASHES)]) for i, name in enumerate(series)}
-    return [figures.lines(f"loss terms, {method.label}", series, styles, log=True, legend_below=True)]
+    styles = {
+        name: (style[0], figures.DASHES[i % len(figures.DASHES)])
+        for i, name in enumerate(series)
+    }
+    return [
+        figures.lines(
+            f"loss terms, {method.label}", series, styles, log=True, legend_below=True
+        )
+    ]

@@ -46,10 +46,15 @@ def mean_in_words(values):
 
 def numbers(setting, columns):
     """Returns {label: [a cell for each column]} with the teacher first; the clear best of a column is bold."""
-    best = {column: setting.clear_best(column, lower_is_better=column == "ece") for column in columns}
+    best = {
+        column: setting.clear_best(column, lower_is_better=column == "ece")
+        for column in columns
+    }
     cells = {}
     for method in setting.methods_with_teacher(first=True):
-        cells[method.label] = [number(method.values(c).values(), bold=best[c] is method) for c in columns]
+        cells[method.label] = [
+            number(method.values(c).values(), bold=best[c] is method) for c in columns
+        ]
     return cells
 
 
@@ -82,10 +87,16 @@ def over_settings(settings):
         labels += [method.label for method in aggregate.all_methods(settings)]
         rows = []
         for label in labels:
-            row = [column[label][0] if label in column else _MISSING for column in cells]
+            row = [
+                column[label][0] if label in column else _MISSING for column in cells
+            ]
             rows.append([Cell(label, quiet=label == "teacher"), *row])
-        title = ": ".join(filter(None, (f"Accuracy on {name}", aggregate.common_title(settings))))
-        pairs.append((title, Table(["method", *aggregate.distinctions(settings)], rows)))
+        title = ": ".join(
+            filter(None, (f"Accuracy on {name}", aggregate.common_title(settings)))
+        )
+        pairs.append(
+            (title, Table(["method", *aggregate.distinctions(settings)], rows))
+        )
     return pairs
 
 
@@ -94,7 +105,11 @@ def comparisons(setting):
     if len(setting.methods) < 2:
         return []
     shown = {"all classes": "all", f"the {setting.tail_name()}": setting.tail()}
-    return [(title, _comparison_table(setting, column)) for title, column in shown.items() if setting.best(column)]
+    return [
+        (title, _comparison_table(setting, column))
+        for title, column in shown.items()
+        if setting.best(column)
+    ]
 
 
 def _comparison_table(setting, column):
@@ -105,7 +120,11 @@ def _comparison_table(setting, column):
     for method in setting.methods:
         verdicts = [_verdict(method, reference, column) for reference in references]
         rows.append([method.label, *verdicts, _verdict(best, method, column)])
-    header = ["method", *(f"against {method.label}" for method in references), f"{best.label} against it"]
+    header = [
+        "method",
+        *(f"against {method.label}" for method in references),
+        f"{best.label} against it",
+    ]
     return Table(header, rows, left=len(header))
 
 
@@ -128,7 +147,9 @@ def headline(setting):
     best, tail, tail_name = setting.best("all"), setting.tail(), setting.tail_name()
     if best is None:
         return "No run has a test accuracy yet."
-    on_tail = "" if best.mean(tail) is None else f" ({tail_name} {best.mean(tail):.2f} %)"
+    on_tail = (
+        "" if best.mean(tail) is None else f" ({tail_name} {best.mean(tail):.2f} %)"
+    )
     text = f"{best.label} classifies {best.mean('all'):.2f} %{on_tail} of the balanced test set"
     if len(setting.methods) > 1:
         text += f", the highest of {len(setting.methods)} methods. {_comparison_in_words(setting, best)}"
@@ -139,7 +160,11 @@ def headline(setting):
         text += "." if len(best.runs) > 1 else ", with one seed."
     teacher = setting.teacher_method()
     if teacher and teacher.values("all"):
-        on_tail = "" if teacher.mean(tail) is None else f", {tail_name} {teacher.mean(tail):.2f} %"
+        on_tail = (
+            ""
+            if teacher.mean(tail) is None
+            else f", {tail_name} {teacher.mean(tail):.2f} %"
+        )
         text += f" The teacher: {teacher.mean('all'):.2f} %{on_tail}."
     return text
 
@@ -151,7 +176,11 @@ def _comparison_in_words(setting, best):
             differences[method.label] = paired(best.values("all"), method.values("all"))
     if all(difference.n < 2 for difference in differences.values()):
         return "With one seed per method, no difference can be told from chance."
-    clear = [label for label, difference in differences.items() if difference.verdict == BETTER]
+    clear = [
+        label
+        for label, difference in differences.items()
+        if difference.verdict == BETTER
+    ]
     unclear = [label for label in differences if label not in clear]
     parts = [f"better than {_enumeration(clear)}"] if clear else []
     parts += [f"{UNCLEAR} from {_enumeration(unclear)}"] if unclear else []
@@ -169,7 +198,11 @@ def overview(settings):
         best = [setting.best(column_of(setting)) for setting in settings]
         wins = collections.Counter(method.label for method in best if method)
         counts = [f"{label} in {n}" for label, n in wins.most_common()]
-        parts += [f"on {name}: {_enumeration(counts)} of {wins.total()} settings"] if counts else []
+        parts += (
+            [f"on {name}: {_enumeration(counts)} of {wins.total()} settings"]
+            if counts
+            else []
+        )
     return f"Highest mean accuracy {'; '.join(parts)}." if parts else ""
 
 
@@ -186,11 +219,26 @@ def console(runs, form="text"):
     """Returns the tables of the runs in one of `writers.FORMS`: first all settings, then each, then unfinished runs."""
     settings, blocks = aggregate.gather(runs), []
     for title, table in over_settings(settings):
-        blocks.append(writers.Block(table, title, *([] if blocks else [overview(settings), BETWEEN])))
+        blocks.append(
+            writers.Block(
+                table, title, *([] if blocks else [overview(settings), BETWEEN])
+            )
+        )
     for setting, title in zip(settings, aggregate.titles(settings)):
-        blocks.append(writers.Block(accuracy_table(setting), title, headline(setting), setting.note()))
-        blocks += [writers.Block(table, words=f"Paired, {name}:") for name, table in comparisons(setting)]
+        blocks.append(
+            writers.Block(
+                accuracy_table(setting), title, headline(setting), setting.note()
+            )
+        )
+        blocks += [
+            writers.Block(table, words=f"Paired, {name}:")
+            for name, table in comparisons(setting)
+        ]
     for run in runs:
         if not run.get("finished", True):
-            blocks.append(writers.Block(None, words=f"unfinished: {run['source']} ({progress(run)})"))
+            blocks.append(
+                writers.Block(
+                    None, words=f"unfinished: {run['source']} ({progress(run)})"
+                )
+            )
     return writers.document(blocks, form) if blocks else "no runs"

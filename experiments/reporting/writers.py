@@ -28,11 +28,17 @@ class Table:
 
     def cells(self):
         """Returns the rows with every entry a `Cell`."""
-        return [[cell if isinstance(cell, Cell) else Cell(str(cell)) for cell in row] for row in self.rows]
+        return [
+            [cell if isinstance(cell, Cell) else Cell(str(cell)) for cell in row]
+            for row in self.rows
+        ]
 
     def longest_notes(self):
         """Returns the longest note of each column."""
-        return [max((row[i].note for row in self.cells()), key=len, default="") for i in range(len(self.header))]
+        return [
+            max((row[i].note for row in self.cells()), key=len, default="")
+            for i in range(len(self.header))
+        ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,10 +62,15 @@ def as_text(table):
         # Every cell of a column with notes has room for one, so that the decimal points are aligned.
         note_width = max((len(cell.note) + 1 for cell in cells if cell.note), default=0)
         lines = [title + " " * note_width]
-        lines += [cell.text + (f" {cell.note}" if cell.note else "").ljust(note_width) for cell in cells]
+        lines += [
+            cell.text + (f" {cell.note}" if cell.note else "").ljust(note_width)
+            for cell in cells
+        ]
         lines = [printable(line) for line in lines]
         width = max(map(len, lines))
-        columns.append([f"{line:{side}{width}}" for line in (lines[0], "─" * width, *lines[1:])])
+        columns.append(
+            [f"{line:{side}{width}}" for line in (lines[0], "─" * width, *lines[1:])]
+        )
     return "\n".join("  ".join(line).rstrip() for line in zip(*columns))
 
 
@@ -83,10 +94,14 @@ def _text_block(block):
 def as_markdown(table):
     """Returns a table as Markdown."""
     lines = [[escape_markdown(title) for title in table.header]]
-    lines.append(["---" if i < table.left else "---:" for i in range(len(table.header))])
+    lines.append(
+        ["---" if i < table.left else "---:" for i in range(len(table.header))]
+    )
     for row in table.cells():
         texts = [escape_markdown(f"{cell.text} {cell.note}") for cell in row]
-        lines.append([f"**{text}**" if cell.bold else text for cell, text in zip(row, texts)])
+        lines.append(
+            [f"**{text}**" if cell.bold else text for cell, text in zip(row, texts)]
+        )
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -128,7 +143,10 @@ def as_latex(table):
     \\end{tabular}
     """
     head = " & ".join(map(escape_latex, table.header))
-    body = [" & ".join(map(_latex_cell, row, table.longest_notes())) for row in table.cells()]
+    body = [
+        " & ".join(map(_latex_cell, row, table.longest_notes()))
+        for row in table.cells()
+    ]
     kinds = "".join("l" if i < table.left else "r" for i in range(len(table.header)))
     lines = [rf"\begin{{tabular}}{{{kinds}}}", r"\toprule", rf"{head} \\", r"\midrule"]
     lines += [rf"{line} \\" for line in body]
@@ -152,13 +170,21 @@ def escape_latex(text):
 
 def _latex_block(block, heading):
     """Returns a floating table with its caption; the title and the paragraph are comments."""
-    comments = [f"% {escape_latex(line)}" for line in (block.title, block.words) if line]
+    comments = [
+        f"% {escape_latex(line)}" for line in (block.title, block.words) if line
+    ]
     if not block.table:
         return "\n".join(comments)
     captions = [heading, "" if block.title else block.words.rstrip(":"), block.note]
     caption = ". ".join(escape_latex(part) for part in captions if part)
     small = r"\centering\footnotesize\setlength{\tabcolsep}{3pt}"
-    table = [r"\begin{table}", small, rf"\caption{{{caption}.}}", as_latex(block.table), r"\end{table}"]
+    table = [
+        r"\begin{table}",
+        small,
+        rf"\caption{{{caption}.}}",
+        as_latex(block.table),
+        r"\end{table}",
+    ]
     return "\n".join([*comments, *table])
 
 
@@ -170,7 +196,9 @@ FORMS = ("text", "markdown", "latex")
 def document(blocks, form="text"):
     """Returns blocks one below the other, in one of `FORMS`."""
     if form != "latex":
-        return "\n\n".join(map(_text_block if form == "text" else _markdown_block, blocks))
+        return "\n\n".join(
+            map(_text_block if form == "text" else _markdown_block, blocks)
+        )
     heading, parts = "", [r"% needs \usepackage{booktabs}"]
     for block in blocks:
         heading = block.title or heading

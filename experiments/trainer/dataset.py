@@ -53,16 +53,36 @@ def load(spec: DatasetSpec) -> Dataset:
       ConfigError: unknown or unprepared data, or a split that the data cannot give.
     """
     try:
-        source = datasets.load(spec.name, spec.dir or None, size=spec.image_size, margin=spec.stream)
+        source = datasets.load(
+            spec.name, spec.dir or None, size=spec.image_size, margin=spec.stream
+        )
         split = _split(spec, source)
-        class_counts = np.bincount(source.train.labels[split.train], minlength=source.num_classes)
+        class_counts = np.bincount(
+            source.train.labels[split.train], minlength=source.num_classes
+        )
         test = _balanced_part(source.test, spec.test_images, source.num_classes)
-        parts = [(source.train, part) for part in (split.train, split.outer, split.validation)]
-        train, outer, validation, test = _read([*parts, (source.test, test)], spec.stream)
-        class_groups = groups.ClassGroups.from_counts(class_counts, fractions=spec.group_fractions)
+        parts = [
+            (source.train, part)
+            for part in (split.train, split.outer, split.validation)
+        ]
+        train, outer, validation, test = _read(
+            [*parts, (source.test, test)], spec.stream
+        )
+        class_groups = groups.ClassGroups.from_counts(
+            class_counts, fractions=spec.group_fractions
+        )
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    return Dataset(source, train, outer, validation, test, class_counts, class_groups, groups.shots(class_counts))
+    return Dataset(
+        source,
+        train,
+        outer,
+        validation,
+        test,
+        class_counts,
+        class_groups,
+        groups.shots(class_counts),
+    )
 
 
 def _split(spec, source) -> longtail.Split:
@@ -74,16 +94,22 @@ def _split(spec, source) -> longtail.Split:
         validation_per_class=spec.validation_per_class,
     )
     if spec.subset not in SUBSETS:
-        return longtail.split_listed(longtail.read_list(spec.subset), labels, keys, **options)
+        return longtail.split_listed(
+            longtail.read_list(spec.subset), labels, keys, **options
+        )
     imbalance = spec.imbalance if spec.subset == "exponential" else None
-    return longtail.split(labels, keys, imbalance=imbalance, n_max=spec.n_max, **options)
+    return longtail.split(
+        labels, keys, imbalance=imbalance, n_max=spec.n_max, **options
+    )
 
 
 def _read(parts, streams: bool):
     """Returns the images of each (images, indices), in memory or, for a stream, still on disk."""
     if streams:
         if not all(isinstance(images, Records) for images, _ in parts):
-            raise ValueError("data.stream=True: this data set has no files to stream from: leave it False")
+            raise ValueError(
+                "data.stream=True: this data set has no files to stream from: leave it False"
+            )
         return [images.subset(indices) for images, indices in parts]
     size = sum(len(indices) * int(np.prod(images.shape)) for images, indices in parts)
     if size > device_memory() / 2:
@@ -99,7 +125,9 @@ def _balanced_part(images, number, num_classes):
     if not 0 < number < len(images):
         return np.arange(len(images))
     per_class = max(number // num_classes, 1)
-    return longtail.balanced(images.labels, images.keys, num_classes=num_classes, per_class=per_class)
+    return longtail.balanced(
+        images.labels, images.keys, num_classes=num_classes, per_class=per_class
+    )
 
 
 def device_memory() -> int:

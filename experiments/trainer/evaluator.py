@@ -30,7 +30,11 @@ class Evaluator:
 
         def eval_step(variables, batch):
             return steps.eval_step(
-                variables, batch, model=model, preprocess=data.preprocess, axis_name=parallel.axis_name
+                variables,
+                batch,
+                model=model,
+                preprocess=data.preprocess,
+                axis_name=parallel.axis_name,
             )
 
         self._eval_step = parallel.compile(eval_step, batch_axis=0)
@@ -38,8 +42,14 @@ class Evaluator:
 
     def evaluate(self, variables, images: Images | Records) -> metrics.EvalSums:
         """Returns the sums over a set; `variables` are replicated."""
-        sums = [self._parallel.first(self._eval_step(variables, batch)) for batch in self._batches(images)]
-        return jax.tree.map(lambda *parts: np.sum([np.asarray(x, np.float64) for x in parts], axis=0), *sums)
+        sums = [
+            self._parallel.first(self._eval_step(variables, batch))
+            for batch in self._batches(images)
+        ]
+        return jax.tree.map(
+            lambda *parts: np.sum([np.asarray(x, np.float64) for x in parts], axis=0),
+            *sums,
+        )
 
     def _batches(self, images):
         """Returns the batches on the devices, where images of the memory stay from the first call on."""
@@ -56,7 +66,9 @@ class Evaluator:
             yield self._parallel.shard(batch, 0)
 
 
-def padded_batches(images: Images | Records, batch_size: int, positions: np.ndarray) -> Iterator[steps.EvalBatch]:
+def padded_batches(
+    images: Images | Records, batch_size: int, positions: np.ndarray
+) -> Iterator[steps.EvalBatch]:
     """Yields a set in full batches, the last one padded with images that are masked out.
 
     Args:

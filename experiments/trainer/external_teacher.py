@@ -31,9 +31,13 @@ def read_variables(path: str | os.PathLike, model_name: str, dataset: Dataset) -
       ValueError: the file is of another model or number of classes, or cannot be read.
     """
     try:
-        return convert.load(path, model_name, dataset.num_classes, image_shape=dataset.image_shape)
+        return convert.load(
+            path, model_name, dataset.num_classes, image_shape=dataset.image_shape
+        )
     except ValueError as error:
-        raise ValueError(f"teacher.checkpoint, with teacher.model={model_name!r}: {error}") from error
+        raise ValueError(
+            f"teacher.checkpoint, with teacher.model={model_name!r}: {error}"
+        ) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +82,9 @@ def _read_logits(path, dataset: Dataset) -> tuple[np.ndarray, dict]:
     source = dataset.source
     file = LogitsFile(path)
     train = file.logits(TRAIN, views=True)
-    _check_images(train, source.train, (len(source.train), dataset.num_classes), source.views.num)
+    _check_images(
+        train, source.train, (len(source.train), dataset.num_classes), source.views.num
+    )
     logits = train.to_logits().reshape(len(train), -1, dataset.num_classes)
     # Bias is measured on the images themselves, not on views of them.
     identity = source.views.identity if logits.shape[1] > 1 else 0
@@ -94,14 +100,23 @@ def _read_logits(path, dataset: Dataset) -> tuple[np.ndarray, dict]:
         _check_images(test, source.test, (len(source.test), dataset.num_classes))
         test_sums = _eval_sums(test.to_logits(), source.test, dataset.test)
         results["test"] = metrics.summarize(test_sums, dataset.groups, dataset.shots)
-        results["group_mass"]["balanced"] = metrics.group_mass(test_sums, dataset.groups)
+        results["group_mass"]["balanced"] = metrics.group_mass(
+            test_sums, dataset.groups
+        )
     return logits, results
 
 
-def _check_images(logits: Logits, images: Images | Records, shape: tuple[int, int], num_views: int | None = None):
+def _check_images(
+    logits: Logits,
+    images: Images | Records,
+    shape: tuple[int, int],
+    num_views: int | None = None,
+):
     """Checks that logits are of the data set's images, in their order."""
     number, num_classes = shape
-    allowed = [shape] if num_views is None else [shape, (number, num_views, num_classes)]
+    allowed = (
+        [shape] if num_views is None else [shape, (number, num_views, num_classes)]
+    )
     if logits.values.shape not in allowed:
         shapes = " or ".join(str(list(shape)) for shape in allowed)
         raise LogitsError(
@@ -118,7 +133,9 @@ def _check_images(logits: Logits, images: Images | Records, shape: tuple[int, in
         )
 
 
-def _eval_sums(logits: np.ndarray, all_images: Images | Records, images: Images | Records) -> metrics.EvalSums:
+def _eval_sums(
+    logits: np.ndarray, all_images: Images | Records, images: Images | Records
+) -> metrics.EvalSums:
     """Returns the evaluation of some of all images, of which the logits are."""
     indices = np.searchsorted(all_images.keys, images.keys)
     return metrics.eval_sums(logits[indices], images.labels, np.ones(len(images), bool))

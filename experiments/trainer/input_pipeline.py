@@ -38,7 +38,9 @@ class BatchShard:
         """The positions to read: with the neighbour of the first in front, where images are mixed."""
         if not self.mixup:
             return self.positions
-        return np.concatenate([self.positions[:1] - 1, self.positions]) % self.batch_size
+        return (
+            np.concatenate([self.positions[:1] - 1, self.positions]) % self.batch_size
+        )
 
     def inputs(self, train, outer=None) -> StepInputs:
         """Returns the steps' inputs from leaves `[S, len(to_read), …]`."""
@@ -50,7 +52,13 @@ class BatchShard:
 
 
 def from_memory(
-    epoch_fn: Callable, seed: int, step: int, call_sizes: Sequence[int], *, steps_per_epoch: int, shard: BatchShard
+    epoch_fn: Callable,
+    seed: int,
+    step: int,
+    call_sizes: Sequence[int],
+    *,
+    steps_per_epoch: int,
+    shard: BatchShard,
 ) -> Iterator[StepInputs]:
     """Yields the inputs of each call, on the host.
 
@@ -95,27 +103,37 @@ def from_disk(
       num_workers: processes that decode, for each set.
     """
     num_steps = sum(call_sizes)
-    reading = dict(first_step=step, batch_size=shard.batch_size, num_workers=num_workers)
+    reading = dict(
+        first_step=step, batch_size=shard.batch_size, num_workers=num_workers
+    )
     with contextlib.ExitStack() as stack:
 
         def batches(records, **options):
             return stack.enter_context(streaming.batches(records, **reading, **options))
 
         num_read = num_steps + lookahead - 1
-        train_batches = batches(train, seed=seed, num_steps=num_read, positions=shard.to_read)
+        train_batches = batches(
+            train, seed=seed, num_steps=num_read, positions=shard.to_read
+        )
         if outer is None:
             for size in call_sizes:
                 yield shard.inputs(_stack([next(train_batches) for _ in range(size)]))
             return
         outer_seed = int(np.random.SeedSequence((seed, 2)).generate_state(1)[0])
-        outer_batches = batches(outer, seed=outer_seed, num_steps=num_steps, positions=shard.positions)
-        window = collections.deque((next(train_batches) for _ in range(lookahead - 1)), maxlen=lookahead)
+        outer_batches = batches(
+            outer, seed=outer_seed, num_steps=num_steps, positions=shard.positions
+        )
+        window = collections.deque(
+            (next(train_batches) for _ in range(lookahead - 1)), maxlen=lookahead
+        )
         for size in call_sizes:
             windows = []
             for _ in range(size):
                 window.append(next(train_batches))
                 windows.append(_stack(list(window), axis=1))
-            yield shard.inputs(_stack(windows), _stack([next(outer_batches) for _ in range(size)]))
+            yield shard.inputs(
+                _stack(windows), _stack([next(outer_batches) for _ in range(size)])
+            )
 
 
 def _stack(batches, axis=0):
@@ -124,7 +142,9 @@ def _stack(batches, axis=0):
 
 
 def prefetch(
-    inputs: Iterator[StepInputs], call_sizes: Sequence[int], put: Callable[[StepInputs], StepInputs]
+    inputs: Iterator[StepInputs],
+    call_sizes: Sequence[int],
+    put: Callable[[StepInputs], StepInputs],
 ) -> Iterator[tuple[int, StepInputs]]:
     """Yields (steps, inputs on the devices) of each call; the next one is sent while the last is computed.
 

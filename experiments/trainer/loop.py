@@ -24,7 +24,7 @@ from ltkd_jax.training.state import TrainState
 _GRID = 16  # points of an axis of the map from features to weights
 
 
-class Diverged(Exception):
+class DivergedError(Exception):
     """A loss or a parameter is not finite; the last good checkpoint is untouched."""
 
 
@@ -45,7 +45,12 @@ class LoopOptions:
 
 
 def fit(
-    trainer: Trainer, data, seed: int, workdir: pathlib.Path, stop: StopRequest, options: LoopOptions
+    trainer: Trainer,
+    data,
+    seed: int,
+    workdir: pathlib.Path,
+    stop: StopRequest,
+    options: LoopOptions,
 ) -> tuple[TrainState, dict]:
     """Trains a network to its last step, from its newest checkpoint if there is one.
 
@@ -62,7 +67,7 @@ def fit(
 
     Raises:
       Stopped: after saving.
-      Diverged: before anything good is overwritten.
+      DivergedError: before anything good is overwritten.
     """
     checkpoints = Checkpoints(workdir / "checkpoints")
     log = MetricsLog(workdir / "metrics.jsonl", options.on_record)
@@ -70,7 +75,9 @@ def fit(
     step, state, clock = _resume(trainer, checkpoints, log, seed)
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(_progress_bar(trainer.total_steps, step, label))
-        inputs_of_calls = stack.enter_context(contextlib.closing(trainer.inputs(seed, step)))
+        inputs_of_calls = stack.enter_context(
+            contextlib.closing(trainer.inputs(seed, step))
+        )
         for num_steps, inputs in inputs_of_calls:
             epoch = step // trainer.steps_per_epoch
             state = trainer.train_steps(step, state, data, inputs)
@@ -89,13 +96,19 @@ def fit(
                 _check_finite(trainer, state, checkpoints, label)
             if epoch_ends:
                 record = _epoch_record(trainer, state, step, options, bar)
-                hosts.run_on_primary(lambda: log.write(record))  # noqa: B023
-            checkpoint_due = epoch_ends and (done or (epoch + 1) % options.checkpoint_every == 0)
+                hosts.run_on_primary(lambda: log.write(record))
+            checkpoint_due = epoch_ends and (
+                done or (epoch + 1) % options.checkpoint_every == 0
+            )
             if checkpoint_due or stop_reason:
                 saved = trainer.parallel.first(state)
-                hosts.run_on_primary(lambda: checkpoints.save(step, saved, clock.as_dict()))  # noqa: B023
+                hosts.run_on_primary(
+                    lambda: checkpoints.save(step, saved, clock.as_dict())
+                )
             if stop_reason and not done:
-                raise Stopped(f"{label}: stopped by {stop_reason} at step {step} of {trainer.total_steps}, and saved")
+                raise Stopped(
+                    f"{label}: stopped by {stop_reason} at step {step} of {trainer.total_steps}, and saved"
+                )
     return state, clock.timing(trainer.recipe.batch_size)
 
 
@@ -113,7 +126,11 @@ def _resume(trainer, checkpoints, log, seed):
         log.truncate(step, step // trainer.steps_per_epoch)
         return restored
 
-    step, state, elapsed = hosts.run_on_primary(restore) or (0, fresh, {"seconds": 0.0, "first_call_seconds": 0.0})
+    step, state, elapsed = hosts.run_on_primary(restore) or (
+        0,
+        fresh,
+        {"seconds": 0.0, "first_call_seconds": 0.0},
+    )
     return step, trainer.parallel.replicate(state), Clock(**elapsed)
 
 
@@ -164,30 +181,55 @@ class Clock:
 
     def timing(self, batch_size: int) -> dict:
         """Returns the timing for `results.json`; images per second after the first call, evaluation included."""
-        rate = batch_size * self._warm_steps / (time.monotonic() - self._warm_since) if self._warm_steps else None
+        rate = (
+            batch_size * self._warm_steps / (time.monotonic() - self._warm_since)
+            if self._warm_steps
+            else None
+        )
         return {**self.as_dict(), "images_per_second": rate}
 
 
 def _check_finite(trainer, state, checkpoints, label):
-    """Raises Diverged unless losses, parameters and the optimizer's state are finite."""
+    """Raises DivergedError unless losses, parameters and the optimizer's state are finite."""
     sums = trainer.parallel.first(state.sums)
     bad_step = int(sums.bad_step)
     last_step = next(iter(checkpoints.steps()), None)
-    last = "there is no checkpoint yet" if last_step is None else f"the last checkpoint is of step {last_step}"
+    last = (
+        "there is no checkpoint yet"
+        if last_step is None
+        else f"the last checkpoint is of step {last_step}"
+    )
     remedy = f"lower its learning rate; {last}"
     if bad_step >= 0:
-        bad_terms = [name for name, bad in zip(trainer.objective.names, np.asarray(sums.bad_terms)) if bad]
+        bad_terms = [
+            name
+            for name, bad in zip(trainer.objective.names, np.asarray(sums.bad_terms))
+            if bad
+        ]
         terms = ", ".join(bad_terms) or "only their weighted sum"
-        raise Diverged(f"{label}: the loss of step {bad_step} is not finite (terms: {terms}): {remedy}")
+        raise DivergedError(
+            f"{label}: the loss of step {bad_step} is not finite (terms: {terms}): {remedy}"
+        )
     if trainer.loss_weighting is not None and not np.isfinite(sums.learned.outer_loss):
-        raise Diverged(f"{label}: the outer loss, that of the outer set, is not finite: {remedy}")
-    saved = {name: getattr(state, name) for name in ("params", "batch_stats", "opt_state", "meta")}
+        raise DivergedError(
+            f"{label}: the outer loss, that of the outer set, is not finite: {remedy}"
+        )
+    saved = {
+        name: getattr(state, name)
+        for name in ("params", "batch_stats", "opt_state", "meta")
+    }
     saved = trainer.parallel.first(saved)
     if not _all_finite(saved):
         leaves = jax.tree.leaves_with_path(saved)
-        bad = [jax.tree_util.keystr(path) for path, leaf in leaves if not np.isfinite(leaf).all()]
+        bad = [
+            jax.tree_util.keystr(path)
+            for path, leaf in leaves
+            if not np.isfinite(leaf).all()
+        ]
         step = int(trainer.parallel.first(state.step))
-        raise Diverged(f"{label}: after step {step}, {bad[0]} is not finite ({len(bad)} such arrays): {remedy}")
+        raise DivergedError(
+            f"{label}: after step {step}, {bad[0]} is not finite ({len(bad)} such arrays): {remedy}"
+        )
 
 
 @jax.jit
@@ -207,12 +249,16 @@ def _epoch_record(trainer, state, step, options, bar):
         "lr": float(trainer.schedule(step - 1)),
         "loss": float(sums.loss) / num_steps,
         "terms": dict(zip(names, (sums.terms / num_steps).tolist())),
-        "train_accuracy": 100 * float(sums.correct) / (num_steps * trainer.recipe.batch_size),
+        "train_accuracy": 100
+        * float(sums.correct)
+        / (num_steps * trainer.recipe.batch_size),
     }
     if trainer.loss_weighting is not None:
         learned = sums.learned
         record["outer_loss"] = float(learned.outer_loss) / num_steps
-        record["weights"] = _means_by_group(trainer, learned.weights, learned.examples, names)
+        record["weights"] = _means_by_group(
+            trainer, learned.weights, learned.examples, names
+        )
     if step == trainer.total_steps or round(epoch) % options.eval_every == 0:
         for name in ("test", "validation"):
             images = getattr(trainer.data, name)
@@ -221,7 +267,9 @@ def _epoch_record(trainer, state, step, options, bar):
                 record[name] = {key: summary[key] for key in ("all", "groups")}
         tail = trainer.data.groups.names[-1]
         test = record["test"]
-        bar.set_postfix_str(f"test {test['all']:.2f} %, {tail} {test['groups'][tail]:.2f} %")
+        bar.set_postfix_str(
+            f"test {test['all']:.2f} %, {tail} {test['groups'][tail]:.2f} %"
+        )
     return record
 
 
@@ -230,7 +278,9 @@ def _means_by_group(trainer, totals, examples, names):
     means = {}
     for name, column in zip(names, totals.T):
         by_group = zip(trainer.data.groups.names, column, examples)
-        means[name] = {group: float(total / n) if n else None for group, total, n in by_group}
+        means[name] = {
+            group: float(total / n) if n else None for group, total, n in by_group
+        }
     return means
 
 
@@ -252,17 +302,25 @@ def learned_weights(trainer: Trainer, state: TrainState) -> dict:
     terms = trainer.objective.names
     summary = {
         "weights": _means_by_group(trainer, learned.weights, learned.examples, terms),
-        "features": _means_by_group(trainer, learned.features, learned.examples, features),
+        "features": _means_by_group(
+            trainer, learned.features, learned.examples, features
+        ),
     }
     if len(features) == 2:
         mean = learned.features.sum(axis=0) / learned.examples.sum()
-        highest = 2 * np.maximum(mean.astype(np.float64), np.log(trainer.data.num_classes))
+        highest = 2 * np.maximum(
+            mean.astype(np.float64), np.log(trainer.data.num_classes)
+        )
         axes = np.linspace(0.0, highest, _GRID, axis=-1)
         grid = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 2)
-        weights = trainer.loss_weighting.weights(state.meta.params, jnp.asarray(grid, jnp.float32))
+        weights = trainer.loss_weighting.weights(
+            state.meta.params, jnp.asarray(grid, jnp.float32)
+        )
         weights = np.asarray(weights, np.float64).reshape(_GRID, _GRID, -1).round(4)
         summary["axes"] = axes.round(4).tolist()
-        summary["map"] = {name: weights[..., t].tolist() for t, name in enumerate(terms)}
+        summary["map"] = {
+            name: weights[..., t].tolist() for t, name in enumerate(terms)
+        }
     return summary
 
 

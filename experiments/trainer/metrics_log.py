@@ -18,7 +18,9 @@ class MetricsLog:
       on_record: called with each record as it is written.
     """
 
-    def __init__(self, path: pathlib.Path, on_record: Callable[[dict], None] = lambda _: None):
+    def __init__(
+        self, path: pathlib.Path, on_record: Callable[[dict], None] = lambda _: None
+    ):
         self._path = path
         self._on_record = on_record
 
@@ -28,9 +30,17 @@ class MetricsLog:
         It warns of missing epochs until that step; the results do not need them.
         """
         text = self._path.read_text(errors="replace") if self._path.exists() else ""
-        kept = [line for line in text.splitlines(keepends=True) if _step_of(line) <= step]
+        kept = [
+            line for line in text.splitlines(keepends=True) if _step_of(line) <= step
+        ]
         if len(kept) < epochs:
-            _log.warning("%s has %d of the %d epochs until step %d", self._path, len(kept), epochs, step)
+            _log.warning(
+                "%s has %d of the %d epochs until step %d",
+                self._path,
+                len(kept),
+                epochs,
+                step,
+            )
         files.write_text(self._path, "".join(kept))
 
     def write(self, record: dict) -> None:

@@ -21,7 +21,7 @@ from ltkd_jax.data import records
 from ltkd_jax.training import hosts
 
 
-class InUse(ConfigError):
+class InUseError(ConfigError):
     """A work directory in which another process is at work."""
 
 
@@ -47,8 +47,8 @@ def run(
         only. A run that resumes from a checkpoint repeats the records since.
 
     Raises:
-      ConfigError: bad config or data, or a work directory that is in use (`InUse`) or holds another config.
-      Stopped, Diverged: as `loop.fit`.
+      ConfigError: bad config or data, or a work directory that is in use (`InUseError`) or holds another config.
+      Stopped, DivergedError: as `loop.fit`.
     """
     hosts.run_on_all(lambda: validation.validate_devices(spec.config))
     _check_same_everywhere(spec)
@@ -59,16 +59,20 @@ def run(
         if results is None:
             try:
                 results = _distil(spec, workdir, stop, command, on_record)
-            except records.DamagedRecord as error:
+            except records.DamagedRecordError as error:
                 raise ConfigError(str(error)) from error
-            hosts.run_on_primary(lambda: files.write_json(workdir / "results.json", results))
+            hosts.run_on_primary(
+                lambda: files.write_json(workdir / "results.json", results)
+            )
         return results
 
 
 def _check_same_everywhere(spec):
     """Raises ConfigError, in every process, unless all were started with the same config, folders apart."""
     folders = ("data.dir", "data.num_workers", "teacher.dir", "teacher.checkpoint")
-    own_hash = identity.hash_of({"identity": spec.identity, "config": without(spec.config, folders)})
+    own_hash = identity.hash_of(
+        {"identity": spec.identity, "config": without(spec.config, folders)}
+    )
     hashes = hosts.all_gather(own_hash)
     for index, other in enumerate(hashes):
         if other != hashes[0]:
@@ -85,34 +89,49 @@ def _claim(held, workdir, spec):
     try:
         held.enter_context(files.lock(workdir / ".lock"))
     except BlockingIOError:
-        raise InUse(f"{workdir} is in use by another run: wait for it, or give --workdir") from None
+        raise InUseError(
+            f"{workdir} is in use by another run: wait for it, or give --workdir"
+        ) from None
     path = workdir / "config.json"
     # A run that failed before its first step has claimed nothing.
     if any((workdir / name).exists() for name in ("results.json", "checkpoints")):
-        _check_same_run(path, spec, remedy=f"give another --workdir, or remove {workdir}")
-    files.write_json(path, {"config_hash": spec.hash, "config": spec.config, "content": spec.content})
+        _check_same_run(
+            path, spec, remedy=f"give another --workdir, or remove {workdir}"
+        )
+    files.write_json(
+        path, {"config_hash": spec.hash, "config": spec.config, "content": spec.content}
+    )
     return _finished_results(workdir / "results.json", spec)
 
 
 def _check_same_run(path, spec, remedy):
     """Raises ConfigError unless the `config.json` of a work directory is of this run."""
     if not path.exists():
-        raise ConfigError(f"{path.parent} holds a run, but no config.json that says which one: {remedy}")
+        raise ConfigError(
+            f"{path.parent} holds a run, but no config.json that says which one: {remedy}"
+        )
     recorded = identity.read_json(path, remedy)
     if recorded.get("config_hash") == spec.hash:
         return
     try:
         recorded_values = flatten(identity.of_results(recorded))
     except (AttributeError, KeyError, TypeError):
-        raise ConfigError(f"{path} is of another version of this program: {remedy}") from None
+        raise ConfigError(
+            f"{path} is of another version of this program: {remedy}"
+        ) from None
     values = flatten(spec.identity)
     keys = sorted(recorded_values.keys() | values.keys())
     changed = [key for key in keys if recorded_values.get(key) != values.get(key)]
     if not changed:
         return
-    listed = [f"{key}: {recorded_values.get(key)!r} there, {values.get(key)!r} here" for key in changed[:4]]
+    listed = [
+        f"{key}: {recorded_values.get(key)!r} there, {values.get(key)!r} here"
+        for key in changed[:4]
+    ]
     listed += [f"and {len(changed) - 4} more"] if len(changed) > 4 else []
-    raise ConfigError(f"{path.parent} holds a run of another config ({'; '.join(listed)}): {remedy}")
+    raise ConfigError(
+        f"{path.parent} holds a run of another config ({'; '.join(listed)}): {remedy}"
+    )
 
 
 def _finished_results(path, spec):
@@ -149,7 +168,11 @@ def _distil(spec, workdir, stop, command, on_record):
     state, timing = loop.fit(trainer, device_data, spec.seed, workdir, stop, options)
 
     def evaluate(images):
-        return loop.summarize(trainer, trainer.evaluate(state.variables, images)) if len(images) else None
+        return (
+            loop.summarize(trainer, trainer.evaluate(state.variables, images))
+            if len(images)
+            else None
+        )
 
     results = {
         "config_hash": spec.hash,

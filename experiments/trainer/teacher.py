@@ -49,10 +49,14 @@ def choose_source(spec: RunSpec, data: Dataset) -> str:
     if spec.loss_weighting is not None:
         epochs *= spec.loss_weighting.lookahead  # each image is met K times in an epoch
     num_views = data.source.views.num
-    num_images = len(data.train) + (len(data.outer) if spec.outer_loss_needs_teacher else 0)
+    num_images = len(data.train) + (
+        len(data.outer) if spec.outer_loss_needs_teacher else 0
+    )
     size = teacher_table.table_bytes(num_images, num_views, data.num_classes)
     fits = size <= teacher.table_memory * datasets.device_memory()
-    worthwhile = teacher_table.is_worthwhile(num_views, epochs=epochs, runs=teacher.table_runs)
+    worthwhile = teacher_table.is_worthwhile(
+        num_views, epochs=epochs, runs=teacher.table_runs
+    )
     return "table" if worthwhile and fits else "network"
 
 
@@ -94,7 +98,11 @@ class Teacher:
 
         def read():
             with _locked(path.with_suffix(".lock"), stop, "the teacher's table"):
-                intact = path.exists() and checksum.exists() and checksum.read_text() == files.sha256(path)
+                intact = (
+                    path.exists()
+                    and checksum.exists()
+                    and checksum.read_text() == files.sha256(path)
+                )
                 if not intact:
                     if path.exists():
                         _log.warning("%s is damaged: building it again", path)
@@ -109,8 +117,12 @@ class Teacher:
         temporary = path.with_suffix(".tmp")
         note = path.with_suffix(".done")
         done = _noted_progress(note) if temporary.exists() else 0
-        table = np.lib.format.open_memmap(temporary, mode="r+" if done else "w+", dtype=np.float32, shape=shape)
-        files.reserve(temporary, os.path.getsize(temporary))  # a full disk, met in the memory map, would kill
+        table = np.lib.format.open_memmap(
+            temporary, mode="r+" if done else "w+", dtype=np.float32, shape=shape
+        )
+        files.reserve(
+            temporary, os.path.getsize(temporary)
+        )  # a full disk, met in the memory map, would kill
         total = shape[0] * shape[1]
         noted = time.monotonic()
 
@@ -118,7 +130,13 @@ class Teacher:
             table.flush()
             files.write_text(note, str(done))
 
-        with tqdm.tqdm(total=total, initial=done, desc="teacher's table", unit="view", unit_scale=True) as bar:
+        with tqdm.tqdm(
+            total=total,
+            initial=done,
+            desc="teacher's table",
+            unit="view",
+            unit_scale=True,
+        ) as bar:
 
             def on_batch(done):
                 nonlocal noted
@@ -127,10 +145,14 @@ class Teacher:
                     note_progress(done)
                     noted = time.monotonic()
                 if stop.reason:
-                    raise Stopped(f"teacher's table: stopped by {stop.reason} at {done} of {total}, and saved")
+                    raise Stopped(
+                        f"teacher's table: stopped by {stop.reason} at {done} of {total}, and saved"
+                    )
 
             batch_size = min(_TABLE_BATCH, total)
-            teacher_table.build(logits_fn, table, batch_size=batch_size, start=done, on_batch=on_batch)
+            teacher_table.build(
+                logits_fn, table, batch_size=batch_size, start=done, on_batch=on_batch
+            )
         note_progress(total)
         files.write_text(checksum, files.sha256(temporary))
         os.replace(temporary, path)
@@ -148,19 +170,27 @@ def _noted_progress(note):
 def _table_logits(spec, data, images, variables):
     """Returns `indices -> logits [B, C]` of these images, compiled."""
     teacher_fn = steps.network_teacher(teacher_model(spec.teacher_training(), data))
-    train_data = jax.device_put(steps.TrainData(images.images, images.labels, variables))
+    train_data = jax.device_put(
+        steps.TrainData(images.images, images.labels, variables)
+    )
 
     @jax.jit
     def logits_fn(train_data, indices):
         batch = steps.make_batch(
-            train_data, indices, views=data.source.views, preprocess=data.preprocess, teacher_fn=teacher_fn
+            train_data,
+            indices,
+            views=data.source.views,
+            preprocess=data.preprocess,
+            teacher_fn=teacher_fn,
         )
         return batch.teacher.logits
 
     return lambda indices: logits_fn(train_data, indices)
 
 
-def obtain(spec: RunSpec, stop: StopRequest) -> "Teacher | external_teacher.LogitsTeacher":
+def obtain(
+    spec: RunSpec, stop: StopRequest
+) -> "Teacher | external_teacher.LogitsTeacher":
     """Returns the teacher of a run: `teacher.checkpoint` if given, else from `teacher.dir`, trained now if need be.
 
     Variables of a file are put into `teacher.dir`, evaluated once, and then are a teacher like the others.
@@ -178,7 +208,9 @@ def obtain(spec: RunSpec, stop: StopRequest) -> "Teacher | external_teacher.Logi
     with contextlib.ExitStack() as held:
 
         def claim():
-            held.enter_context(_locked(folder.with_suffix(".lock"), stop, "the teacher"))
+            held.enter_context(
+                _locked(folder.with_suffix(".lock"), stop, "the teacher")
+            )
             return folder.exists()
 
         if not hosts.run_on_primary(claim):
@@ -200,10 +232,15 @@ def _locked(path, stop, what):
                 break
             except BlockingIOError:
                 if not waiting:
-                    print(f"waiting for {what}, which another run is making ({path})", file=sys.stderr)
+                    print(
+                        f"waiting for {what}, which another run is making ({path})",
+                        file=sys.stderr,
+                    )
                     waiting = True
             if stop.reason:
-                raise Stopped(f"stopped by {stop.reason} while waiting for {what} of another run")
+                raise Stopped(
+                    f"stopped by {stop.reason} while waiting for {what} of another run"
+                )
             time.sleep(0.5)
         yield
 
@@ -211,9 +248,13 @@ def _locked(path, stop, what):
 def _train(spec, folder, stop):
     """Trains under a temporary name, so that a folder of the final name is always a finished teacher."""
     trainer = make_trainer(spec.teacher_training())
-    options = loop.LoopOptions(f"teacher {spec.teacher.model}", spec.eval_every, spec.checkpoint_every)
+    options = loop.LoopOptions(
+        f"teacher {spec.teacher.model}", spec.eval_every, spec.checkpoint_every
+    )
     unfinished = _unfinished(folder)
-    state, timing = loop.fit(trainer, trainer.device_data(None), spec.teacher_seed, unfinished, stop, options)
+    state, timing = loop.fit(
+        trainer, trainer.device_data(None), spec.teacher_seed, unfinished, stop, options
+    )
     _finish(spec, folder, trainer, state, trainer.total_steps, timing)
 
 
@@ -224,18 +265,24 @@ def _import(spec, folder):
 
     def read():
         try:
-            return external_teacher.read_variables(spec.teacher.checkpoint, spec.teacher.model, trainer.data)
+            return external_teacher.read_variables(
+                spec.teacher.checkpoint, spec.teacher.model, trainer.data
+            )
         except ValueError as error:
             raise ConfigError(str(error)) from error
 
     state = trainer.init(0)._replace(**hosts.run_on_primary(read))
-    hosts.run_on_primary(lambda: Checkpoints(unfinished / "checkpoints").save(0, state, {}))
+    hosts.run_on_primary(
+        lambda: Checkpoints(unfinished / "checkpoints").save(0, state, {})
+    )
     _finish(spec, folder, trainer, trainer.parallel.replicate(state), 0, None)
 
 
 def _load_logits(spec):
     try:
-        return external_teacher.load_logits(spec.teacher.checkpoint, datasets.load(spec.data))
+        return external_teacher.load_logits(
+            spec.teacher.checkpoint, datasets.load(spec.data)
+        )
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
@@ -252,7 +299,9 @@ def _finish(spec, folder, trainer, state, step, timing):
     data = trainer.data
     unfinished = _unfinished(folder)
     test_sums = trainer.evaluate(state.variables, data.test)
-    train_sums = trainer.evaluate(state.variables, _evenly_spaced(data.train, spec.data.test_images))
+    train_sums = trainer.evaluate(
+        state.variables, _evenly_spaced(data.train, spec.data.test_images)
+    )
     results = {
         "hash": spec.teacher_hash,
         "model": spec.teacher.model,
@@ -268,7 +317,9 @@ def _finish(spec, folder, trainer, state, step, timing):
     }
 
     def finish():
-        files.write_json(unfinished / "config.json", {"config": spec.config, "content": spec.content})
+        files.write_json(
+            unfinished / "config.json", {"config": spec.config, "content": spec.content}
+        )
         files.write_json(unfinished / "results.json", results)
         os.rename(unfinished, folder)
 

@@ -45,51 +45,84 @@ class Trainer:
         self.data = data
         self.recipe = spec.recipe
         execution = spec.execution
-        self.parallel = Parallel(execution.parallel, jax.devices()[: execution.devices or None])
-        self.steps_per_epoch = sampling.steps_per_epoch(len(data.train), spec.recipe.batch_size)
+        self.parallel = Parallel(
+            execution.parallel, jax.devices()[: execution.devices or None]
+        )
+        self.steps_per_epoch = sampling.steps_per_epoch(
+            len(data.train), spec.recipe.batch_size
+        )
         self.total_steps = spec.recipe.total_steps(self.steps_per_epoch)
         # The one switch for CPU, where XLA's convolutions are many times slower inside a loop or a branch.
         self._on_cpu = jax.default_backend() == "cpu"
         # Streamed batches are large: an epoch of them is not sent to the device at once.
         one_at_a_time = self._on_cpu or data.streams
-        self.steps_per_call = execution.steps_per_call or (1 if one_at_a_time else self.steps_per_epoch)
+        self.steps_per_call = execution.steps_per_call or (
+            1 if one_at_a_time else self.steps_per_epoch
+        )
 
-        self.objective = spec.method.objective(data.class_counts, data.groups, self.steps_per_epoch)
-        self.schedule = _schedule(spec.recipe.lr, spec.recipe.lr_decay, spec.recipe, self.total_steps)
+        self.objective = spec.method.objective(
+            data.class_counts, data.groups, self.steps_per_epoch
+        )
+        self.schedule = _schedule(
+            spec.recipe.lr, spec.recipe.lr_decay, spec.recipe, self.total_steps
+        )
         self.loss_weighting = None
         if spec.loss_weighting is not None:
             self.loss_weighting = _learned_weights(
                 spec.loss_weighting, spec.recipe, self.objective, data, self.total_steps
             )
         self._shard = input_pipeline.BatchShard(
-            self.parallel.local_positions(spec.recipe.batch_size), spec.recipe.batch_size, spec.augment.mixup > 0
+            self.parallel.local_positions(spec.recipe.batch_size),
+            spec.recipe.batch_size,
+            spec.augment.mixup > 0,
         )
         self.model = self._model(axis_name=None)
         self._optimizer = states.sgd(
-            self.schedule, momentum=spec.recipe.momentum, weight_decay=spec.recipe.weight_decay
+            self.schedule,
+            momentum=spec.recipe.momentum,
+            weight_decay=spec.recipe.weight_decay,
         )
         self.init = jax.jit(self._init)
-        self.evaluate = Evaluator(self.model, data, self.parallel, execution.eval_batch_size).evaluate
+        self.evaluate = Evaluator(
+            self.model, data, self.parallel, execution.eval_batch_size
+        ).evaluate
         self._epoch_fn = jax.jit(self._epoch_indices)
         self._compiled = functools.cache(self._compile)
         if spec.augment.cutout >= min(data.image_shape[:2]):
             raise ValueError(
                 f"augment.cutout={spec.augment.cutout} blackens images of {data.image_shape[:2]} pixels: lower it"
             )
-        jax.eval_shape(self.init, 0)  # a model that the images do not fit fails here, before any work
+        jax.eval_shape(
+            self.init, 0
+        )  # a model that the images do not fit fails here, before any work
 
     def _model(self, axis_name):
         spec = self.spec
         model = models.create(
-            spec.model, self.data.num_classes, precision=spec.execution.precision, axis_name=axis_name
+            spec.model,
+            self.data.num_classes,
+            precision=spec.execution.precision,
+            axis_name=axis_name,
         )
         if not self.objective.needs_features:
             return model
-        return review.reviewed(model, teacher_model(spec, self.data), self.data.image_shape)
+        return review.reviewed(
+            model, teacher_model(spec, self.data), self.data.image_shape
+        )
 
     def _init(self, seed):
-        fresh = states.create(self.model, self._optimizer, len(self.objective.terms), self.data.image_shape, seed)
-        return fresh if self.loss_weighting is None else self.loss_weighting.add_to(fresh, seed)
+        fresh = states.create(
+            self.model,
+            self._optimizer,
+            len(self.objective.terms),
+            self.data.image_shape,
+            seed,
+        )
+        return (
+            fresh
+            if self.loss_weighting is None
+            else self.loss_weighting.add_to(fresh, seed)
+        )
 
     # The step.
 
@@ -131,14 +164,18 @@ class Trainer:
         def bilevel_step(state, data, inputs):
             batches = []
             for j in range(spec.loss_weighting.lookahead):
-                indices, mixup = jax.tree.map(lambda x, j=j: x[:, j], (inputs.train, inputs.mixup))
+                indices, mixup = jax.tree.map(
+                    lambda x, j=j: x[:, j], (inputs.train, inputs.mixup)
+                )
                 batches.append(train_batch(data, indices, mixup))
             outer_batch = steps.make_batch(
                 data.outer,
                 inputs.outer,
                 views=views,
                 preprocess=preprocess,
-                teacher_fn=teacher_fn if spec.loss_weighting.outer_loss_needs_teacher else steps.no_teacher,
+                teacher_fn=teacher_fn
+                if spec.loss_weighting.outer_loss_needs_teacher
+                else steps.no_teacher,
             )
             return bilevel_steps.bilevel_step(
                 state,
@@ -160,7 +197,13 @@ class Trainer:
         step_fn = self._step_fn(update_weight_net)
 
         def train_steps(state, data, inputs):
-            return steps.train_steps(state, data, inputs, step_fn=step_fn, steps_per_epoch=self.steps_per_epoch)
+            return steps.train_steps(
+                state,
+                data,
+                inputs,
+                step_fn=step_fn,
+                steps_per_epoch=self.steps_per_epoch,
+            )
 
         return self.parallel.compile(train_steps, batch_axis=1, donate=(0,))
 
@@ -202,7 +245,12 @@ class Trainer:
             )
         else:
             on_host = input_pipeline.from_memory(
-                self._epoch_fn, seed, step, call_sizes, steps_per_epoch=self.steps_per_epoch, shard=self._shard
+                self._epoch_fn,
+                seed,
+                step,
+                call_sizes,
+                steps_per_epoch=self.steps_per_epoch,
+                shard=self._shard,
             )
         put = functools.partial(self.parallel.shard, batch_axis=1)
         return input_pipeline.prefetch(on_host, call_sizes, put)
@@ -217,14 +265,20 @@ class Trainer:
 
     def _epoch_indices(self, seed, epoch):
         """Returns the training indices of an epoch, and those of the outer set where weights are learned."""
-        options = dict(batch_size=self.recipe.batch_size, num_views=self.data.source.views.num)
+        options = dict(
+            batch_size=self.recipe.batch_size, num_views=self.data.source.views.num
+        )
         train_options = dict(
-            options, num_examples=len(self.data.train), random_bits=self.spec.augment != augment.NOTHING
+            options,
+            num_examples=len(self.data.train),
+            random_bits=self.spec.augment != augment.NOTHING,
         )
         if self.loss_weighting is None:
             return sampling.epoch_indices(seed, epoch, **train_options), None
         lookahead = self.spec.loss_weighting.lookahead
-        train = sampling.lookahead_indices(seed, epoch, lookahead=lookahead, **train_options)
+        train = sampling.lookahead_indices(
+            seed, epoch, lookahead=lookahead, **train_options
+        )
         outer = sampling.indices_from(
             sampling.outer_seed(seed),
             epoch * self.steps_per_epoch,
@@ -249,11 +303,17 @@ def _train_data(images: Images | Records, teacher) -> steps.TrainData:
 
 
 def _schedule(lr, lr_decay, recipe: Recipe, total_steps):
-    return states.step_schedule(lr, total_steps=total_steps, milestones=recipe.milestones, decay=lr_decay)
+    return states.step_schedule(
+        lr, total_steps=total_steps, milestones=recipe.milestones, decay=lr_decay
+    )
 
 
 def _learned_weights(
-    spec: LearnedWeights, recipe: Recipe, objective: methods.Objective, data: Dataset, total_steps: int
+    spec: LearnedWeights,
+    recipe: Recipe,
+    objective: methods.Objective,
+    data: Dataset,
+    total_steps: int,
 ) -> bilevel_steps.Weighting:
     longtail.check_outer(
         data.outer.labels,
@@ -286,12 +346,18 @@ def _teacher_fn(spec: TrainingSpec, data: Dataset) -> steps.TeacherFn:
     if spec.teacher_source == "table":
         return steps.table_teacher
     model = teacher_model(spec, data)
-    return steps.feature_teacher(model) if spec.teacher_source == "features" else steps.network_teacher(model)
+    return (
+        steps.feature_teacher(model)
+        if spec.teacher_source == "features"
+        else steps.network_teacher(model)
+    )
 
 
 def teacher_model(spec: TrainingSpec, data: Dataset):
     """Returns the teacher as it is used: in evaluation mode, so without a device axis."""
-    return models.create(spec.teacher_model, data.num_classes, precision=spec.execution.precision)
+    return models.create(
+        spec.teacher_model, data.num_classes, precision=spec.execution.precision
+    )
 
 
 @functools.lru_cache(maxsize=3)

@@ -64,9 +64,13 @@ class Extra:
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
-            raise ValueError(f"policy={self.policy!r} must be one of {', '.join(POLICIES)}")
+            raise ValueError(
+                f"policy={self.policy!r} must be one of {', '.join(POLICIES)}"
+            )
         if self.cutout < 0 or not 0 <= self.mixup < float("inf"):
-            raise ValueError(f"cutout={self.cutout} and mixup={self.mixup} must not be negative")
+            raise ValueError(
+                f"cutout={self.cutout} and mixup={self.mixup} must not be negative"
+            )
 
 
 NOTHING = Extra()
@@ -85,7 +89,9 @@ def apply_extra(images: jax.Array, bits: Array | None, extra: Extra) -> jax.Arra
     assert bits is not None  # it may be None only where nothing is drawn
     if extra.policy == "autoaugment":
         images = autoaugment.auto_augment(images, bits)
-    return autoaugment.cutout(images, bits, size=extra.cutout) if extra.cutout else images
+    return (
+        autoaugment.cutout(images, bits, size=extra.cutout) if extra.cutout else images
+    )
 
 
 def mixup_share(bits: Array, alpha: float) -> jax.Array:
@@ -138,7 +144,10 @@ def apply(images: jax.Array, view: Array, views: Views) -> jax.Array:
 
 
 def normalize(
-    images: jax.Array, mean: Sequence[float], std: Sequence[float], dtype: DTypeLike = jnp.float32
+    images: jax.Array,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: DTypeLike = jnp.float32,
 ) -> jax.Array:
     """Returns (x / 255 − mean) / std, `[B, H, W, C]` of `dtype`, computed in float32.
 

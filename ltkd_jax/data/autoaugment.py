@@ -36,11 +36,23 @@ POLICY = (
 # fmt: on
 # First the operations that replace each value by another, in the order of `_lut`.
 OPS = (
-    *("Identity", "Invert", "Solarize", "Posterize", "AutoContrast", "Equalize", "Brightness", "Contrast"),
+    *(
+        "Identity",
+        "Invert",
+        "Solarize",
+        "Posterize",
+        "AutoContrast",
+        "Equalize",
+        "Brightness",
+        "Contrast",
+    ),
     *("Color", "Sharpness", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate"),
 )
 INDEX = {name: index for index, name in enumerate(OPS)}
-_STREAM = {"auto_augment": 0x6175746F, "cutout": 0x6375746F}  # a stream of draws for each use of a word
+_STREAM = {
+    "auto_augment": 0x6175746F,
+    "cutout": 0x6375746F,
+}  # a stream of draws for each use of a word
 
 
 def auto_augment(images: jax.Array, bits: Array) -> jax.Array:
@@ -60,12 +72,18 @@ def auto_augment(images: jax.Array, bits: Array) -> jax.Array:
     """
     chex.assert_rank([images, bits], [4, 1])
     sub_policy, applied, negative = draw(bits)
-    op = jnp.asarray([[INDEX[name] for name, _, _ in pair] for pair in POLICY])[sub_policy]
+    op = jnp.asarray([[INDEX[name] for name, _, _ in pair] for pair in POLICY])[
+        sub_policy
+    ]
     op = jnp.where(applied, op, INDEX["Identity"])
-    magnitude = jnp.asarray([[magnitude for _, _, magnitude in pair] for pair in POLICY])[sub_policy]
+    magnitude = jnp.asarray(
+        [[magnitude for _, _, magnitude in pair] for pair in POLICY]
+    )[sub_policy]
     # A scan rather than two calls compiles in half the time, and XLA cannot recompute the first result for each use.
     step = jax.tree.map(jnp.transpose, (op, magnitude, negative))
-    return jax.lax.scan(lambda images, step: (apply_op(images, *step), None), images, step)[0]
+    return jax.lax.scan(
+        lambda images, step: (apply_op(images, *step), None), images, step
+    )[0]
 
 
 def draw(bits: Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -79,7 +97,9 @@ def draw(bits: Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """
     uniform = _uniform("auto_augment", bits, 5)
     sub_policy = (uniform[:, 0] * len(POLICY)).astype(jnp.int32)
-    probability = jnp.asarray([[probability for _, probability, _ in pair] for pair in POLICY], jnp.float32)
+    probability = jnp.asarray(
+        [[probability for _, probability, _ in pair] for pair in POLICY], jnp.float32
+    )
     return sub_policy, uniform[:, 1:3] < probability[sub_policy], uniform[:, 3:] >= 0.5
 
 
@@ -108,17 +128,23 @@ def cutout(images: jax.Array, bits: Array, *, size: int) -> jax.Array:
     if size < 0:
         raise ValueError(f"size={size}: give 0 (no cutout) or more pixels")
     _, height, width, _ = images.shape
-    start = (_uniform("cutout", bits, 2) * jnp.array([[height, width]])).astype(jnp.int32) - size // 2
+    start = (_uniform("cutout", bits, 2) * jnp.array([[height, width]])).astype(
+        jnp.int32
+    ) - size // 2
 
     def covered(start: jax.Array, side: int) -> jax.Array:
         pixel = jnp.arange(side)[None]
         return (pixel >= start[:, None]) & (pixel < start[:, None] + size)
 
-    square = covered(start[:, 0], height)[:, :, None] & covered(start[:, 1], width)[:, None]
+    square = (
+        covered(start[:, 0], height)[:, :, None] & covered(start[:, 1], width)[:, None]
+    )
     return jnp.where(square[..., None], jnp.uint8(0), images)
 
 
-def apply_op(images: jax.Array, op: jax.Array, magnitude: jax.Array, negative: jax.Array) -> jax.Array:
+def apply_op(
+    images: jax.Array, op: jax.Array, magnitude: jax.Array, negative: jax.Array
+) -> jax.Array:
     """Applies operation `OPS[op[b]]` to `images[b]`, byte for byte as Pillow 13 does on x86-64.
 
     A magnitude m means what it does in the official code (tensorflow/models, `augmentation_transforms.py`):
@@ -151,7 +177,9 @@ def apply_op(images: jax.Array, op: jax.Array, magnitude: jax.Array, negative: j
     chex.assert_rank([images, op, magnitude, negative], [4, 1, 1, 1])
     chex.assert_equal_shape_prefix([images, op, magnitude, negative], 1)
     chex.assert_axis_dimension_comparator(images, -1, (1, 3).__contains__, "be 1 or 3")
-    matrix = jnp.asarray(_matrices(*images.shape[1:3]))[op, magnitude, negative.astype(jnp.int32)]
+    matrix = jnp.asarray(_matrices(*images.shape[1:3]))[
+        op, magnitude, negative.astype(jnp.int32)
+    ]
     return jax.vmap(_apply_op)(images, op, magnitude, matrix)
 
 
@@ -159,17 +187,25 @@ def _uniform(use: str, bits: Array, number: int) -> jax.Array:
     """Returns uniform draws in [0, 1), float32 `[B, number]`, by threefry whatever JAX's default generator is."""
     chex.assert_type(bits, jnp.uint32)
     key = jax.random.key(_STREAM[use], impl="threefry2x32")
-    return jax.vmap(lambda word: jax.random.uniform(jax.random.fold_in(key, word), (number,), jnp.float32))(bits)
+    return jax.vmap(
+        lambda word: jax.random.uniform(
+            jax.random.fold_in(key, word), (number,), jnp.float32
+        )
+    )(bits)
 
 
-def _apply_op(image: jax.Array, op: jax.Array, magnitude: jax.Array, matrix: jax.Array) -> jax.Array:
+def _apply_op(
+    image: jax.Array, op: jax.Array, magnitude: jax.Array, matrix: jax.Array
+) -> jax.Array:
     """Applies a warp, a look-up and a blend to an image `[H, W, C]`; all but at most one are the identity."""
     image, channel = image.astype(jnp.int32), jnp.arange(image.shape[-1])[None, None]
     # Look-up and degenerate image are those of the image, not of the step before: the same wherever they count.
     result = _lut(image, op, magnitude)[_warp(image, matrix), channel]
     is_color, is_sharpness = op == INDEX["Color"], op == INDEX["Sharpness"]
     degenerate = jnp.where(is_color, _grey(image), _smooth(image))
-    return _blend(degenerate, result, jnp.where(is_color | is_sharpness, magnitude, 5)).astype(jnp.uint8)
+    return _blend(
+        degenerate, result, jnp.where(is_color | is_sharpness, magnitude, 5)
+    ).astype(jnp.uint8)
 
 
 @functools.cache
@@ -182,12 +218,20 @@ def _matrices(height: int, width: int) -> np.ndarray:
     amount = np.arange(10)[:, None] * np.array([1, -1])[None]
     matrix = np.zeros((len(OPS), 10, 2, 6))
     matrix[..., [a, e]] = 1
-    matrix[INDEX["ShearX"], ..., b] = matrix[INDEX["ShearY"], ..., d] = amount * 0.3 / 10
+    matrix[INDEX["ShearX"], ..., b] = matrix[INDEX["ShearY"], ..., d] = (
+        amount * 0.3 / 10
+    )
     matrix[INDEX["TranslateX"], ..., c] = matrix[INDEX["TranslateY"], ..., f] = amount
-    cos, sin = (function(np.radians(3 * amount)).round(15) for function in (np.cos, np.sin))
+    cos, sin = (
+        function(np.radians(3 * amount)).round(15) for function in (np.cos, np.sin)
+    )
     x, y = width / 2, height / 2
-    matrix[INDEX["Rotate"]] = np.stack([cos, -sin, x - cos * x + sin * y, sin, cos, y - sin * x - cos * y], -1)
-    matrix[..., [c, f]] += (matrix[..., [a, d]] + matrix[..., [b, e]]) / 2  # from the centre of the pixel
+    matrix[INDEX["Rotate"]] = np.stack(
+        [cos, -sin, x - cos * x + sin * y, sin, cos, y - sin * x - cos * y], -1
+    )
+    matrix[..., [c, f]] += (
+        matrix[..., [a, d]] + matrix[..., [b, e]]
+    ) / 2  # from the centre of the pixel
     return np.floor(matrix * 65536 + 0.5).astype(np.int32)
 
 
@@ -197,15 +241,21 @@ def _warp(image: jax.Array, matrix: jax.Array) -> jax.Array:
     x, y = jnp.arange(width)[None], jnp.arange(height)[:, None]
     source_x = (matrix[0] * x + matrix[1] * y + matrix[2]) >> 16
     source_y = (matrix[3] * x + matrix[4] * y + matrix[5]) >> 16
-    inside = (source_x >= 0) & (source_x < width) & (source_y >= 0) & (source_y < height)
-    pixels = image.reshape(-1, channels)[jnp.where(inside, source_y * width + source_x, 0)]
+    inside = (
+        (source_x >= 0) & (source_x < width) & (source_y >= 0) & (source_y < height)
+    )
+    pixels = image.reshape(-1, channels)[
+        jnp.where(inside, source_y * width + source_x, 0)
+    ]
     return jnp.where(inside[..., None], pixels, 0)
 
 
 def _lut(image: jax.Array, op: jax.Array, magnitude: jax.Array) -> jax.Array:
     """Returns what replaces each value, int32 `[256, C]`: the value itself unless op is one of the first of `OPS`."""
     value, grey = jnp.arange(256)[:, None], _grey(image)
-    mean = (2 * jnp.sum(grey, dtype=jnp.int32) + grey.size) // (2 * grey.size)  # int(mean + 1/2)
+    mean = (2 * jnp.sum(grey, dtype=jnp.int32) + grey.size) // (
+        2 * grey.size
+    )  # int(mean + 1/2)
     tables = (
         value,
         255 - value,
@@ -217,7 +267,9 @@ def _lut(image: jax.Array, op: jax.Array, magnitude: jax.Array) -> jax.Array:
         _blend(mean, value, magnitude),
     )
     # Stacked rather than selected: fused into the look-up, a pixel's value is computed by its own operation only.
-    stacked = jnp.stack([jnp.broadcast_to(table, (256, image.shape[-1])) for table in tables])
+    stacked = jnp.stack(
+        [jnp.broadcast_to(table, (256, image.shape[-1])) for table in tables]
+    )
     return stacked[jnp.where(op < len(tables), op, 0)]
 
 
@@ -226,7 +278,9 @@ def _autocontrast(value: jax.Array, low: jax.Array, high: jax.Array) -> jax.Arra
     span = jnp.maximum(high - low, 1)
     scaled = 255 * (value - low)
     stretched = scaled // span
-    nth = jnp.clip(stretched * jnp.asarray(np.gcd(np.arange(256), 255))[span] // 255, 0, 31)
+    nth = jnp.clip(
+        stretched * jnp.asarray(np.gcd(np.arange(256), 255))[span] // 255, 0, 31
+    )
     short = (jnp.asarray(_falls_short())[low, high] >> nth) & 1
     stretched -= jnp.where(scaled % span == 0, short, 0)
     return jnp.where(high > low, jnp.clip(stretched, 0, 255), value)
@@ -247,7 +301,9 @@ def _falls_short() -> np.ndarray:
     scale, bits = 255 / span, np.zeros((256, 256), np.int32)
     for nth in range(18):
         value = np.minimum(low + nth * (span // np.gcd(span, 255)), high)
-        bits |= (np.int32(value * scale + -low * scale) < 255 * (value - low) // span) << nth
+        bits |= (
+            np.int32(value * scale + -low * scale) < 255 * (value - low) // span
+        ) << nth
     return bits
 
 
@@ -256,8 +312,13 @@ def _equalize(value: jax.Array, image: jax.Array) -> jax.Array:
     channel = jnp.arange(image.shape[-1])[None, None]
     count = jnp.zeros((256, image.shape[-1]), jnp.int32).at[image, channel].add(1)
     smaller = jnp.cumsum(count, 0) - count
-    step = jnp.sum(image < image.max((0, 1))[None, None], (0, 1), dtype=jnp.int32)[None] // 255
-    return jnp.where(step > 0, jnp.minimum((step // 2 + smaller) // jnp.maximum(step, 1), 255), value)
+    step = (
+        jnp.sum(image < image.max((0, 1))[None, None], (0, 1), dtype=jnp.int32)[None]
+        // 255
+    )
+    return jnp.where(
+        step > 0, jnp.minimum((step // 2 + smaller) // jnp.maximum(step, 1), 255), value
+    )
 
 
 def _grey(image: jax.Array) -> jax.Array:
@@ -275,9 +336,13 @@ def _smooth(image: jax.Array) -> jax.Array:
     return image.at[1:-1, 1:-1].set((2 * total + 13) // 26)
 
 
-def _blend(degenerate: jax.Array | int, image: jax.Array, magnitude: jax.Array) -> jax.Array:
+def _blend(
+    degenerate: jax.Array | int, image: jax.Array, magnitude: jax.Array
+) -> jax.Array:
     """Computes `Image.blend`: degenerate + factor (image − degenerate), truncated; factor 1.8 magnitude / 10 + 0.1."""
-    gain = (5 + 9 * magnitude) * (image - degenerate)  # in 50ths, of which every factor is a whole number
+    gain = (5 + 9 * magnitude) * (
+        image - degenerate
+    )  # in 50ths, of which every factor is a whole number
     result = (50 * degenerate + gain) // 50
     # Pillow's float32 is a little below 1.18, hence below a whole gain, and the sum is truncated to one less where
     # it has no more bits than the gain (else it is rounded up). Of no other factor does the rounding show.

@@ -38,19 +38,35 @@ class _Spec:
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 _SPECS = {
-    "cifar100": _Spec((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761), augment.Views(pad=4, flip=True)),
-    "cifar10": _Spec((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), augment.Views(pad=4, flip=True)),
+    "cifar100": _Spec(
+        (0.5071, 0.4867, 0.4408),
+        (0.2675, 0.2565, 0.2761),
+        augment.Views(pad=4, flip=True),
+    ),
+    "cifar10": _Spec(
+        (0.4914, 0.4822, 0.4465),
+        (0.2470, 0.2435, 0.2616),
+        augment.Views(pad=4, flip=True),
+    ),
     "fashion_mnist": _Spec((0.2860,), (0.3530,), augment.Views(pad=2, flip=True)),
     "digits": _Spec((0.3041,), (0.3753,), augment.Views(pad=1, flip=False)),
     # As many views as CIFAR's, so that a teacher's table pays; the paper's are not known.
     "tiny_imagenet": _Spec(*_IMAGENET, augment.Views(pad=4, flip=True)),
-    "imagenet2012": _Spec(*_IMAGENET, augment.Views(pad=4, flip=True), test="validation"),
+    "imagenet2012": _Spec(
+        *_IMAGENET, augment.Views(pad=4, flip=True), test="validation"
+    ),
 }
 
 NAMES = tuple(_SPECS)
 
 
-def load(name: str, data_dir: str | os.PathLike[str] | None = None, *, size: int = 0, margin: bool = False) -> Source:
+def load(
+    name: str,
+    data_dir: str | os.PathLike[str] | None = None,
+    *,
+    size: int = 0,
+    margin: bool = False,
+) -> Source:
     """Returns digits (from scikit-learn), a data set that `prepare` knows, or a prepared folder of one's own.
 
     Args:
@@ -60,7 +76,7 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None, *, size: int
       margin: whether resizing leaves out a border, see `resize.center`.
 
     Raises:
-      DatasetNotPrepared: the data set is not in `data_dir`; the message has the command that prepares it.
+      DatasetNotPreparedError: the data set is not in `data_dir`; the message has the command that prepares it.
       ValueError: for an unknown name, labels out of range, or a missing or impossible size.
 
     >>> source = load("digits")
@@ -71,17 +87,31 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None, *, size: int
     test: Images | Records
     if name == "digits":
         if size:
-            raise ValueError(f"digits are 8 pixels wide and are not resized to data.image_size={size}: set it to 0")
+            raise ValueError(
+                f"digits are 8 pixels wide and are not resized to data.image_size={size}: set it to 0"
+            )
         spec = _SPECS[name]
         train, test, class_names = _load_digits()
     else:
         builder = _open(name, data_dir)
         spec = _SPECS[name] if name in _SPECS else _own_spec(builder, size)
-        train, test = (records.read(builder, split, size, margin=margin) for split in ("train", spec.test))
+        train, test = (
+            records.read(builder, split, size, margin=margin)
+            for split in ("train", spec.test)
+        )
         class_names = tuple(builder.info.features["label"].names)
     for images in (train, test):
         longtail.check_labels(images.labels, len(class_names))
-    return Source(name, train, test, len(class_names), class_names, spec.mean, spec.std, spec.views)
+    return Source(
+        name,
+        train,
+        test,
+        len(class_names),
+        class_names,
+        spec.mean,
+        spec.std,
+        spec.views,
+    )
 
 
 def _open(name: str, data_dir: str | os.PathLike[str] | None) -> records.Builder:
@@ -101,7 +131,9 @@ def _own_spec(builder: records.Builder, size: int) -> _Spec:
     """Returns ImageNet's statistics, and crops in proportion to CIFAR's 4 of 32 pixels."""
     features = builder.info.features
     if not {"image", "label"} <= set(features) or features["image"].shape[-1] != 3:
-        raise ValueError(f"{builder.name} has the features {sorted(features)}: a colour image and a label are needed")
+        raise ValueError(
+            f"{builder.name} has the features {sorted(features)}: a colour image and a label are needed"
+        )
     pad = (size or features["image"].shape[0] or 0) // 8
     return _Spec(*_IMAGENET, augment.Views(pad=pad, flip=True))
 
@@ -114,7 +146,15 @@ def _load_digits() -> tuple[Images, Images, tuple[str, ...]]:
     keys = np.array([f"digits_{i:04d}" for i in range(len(pixels))])
     images = Images(pixels, bunch.target.astype(np.int32), keys)
     test = longtail.balanced(
-        images.labels, keys, num_classes=10, per_class=_DIGITS_TEST_PER_CLASS, seed=_DIGITS_TEST_SEED
+        images.labels,
+        keys,
+        num_classes=10,
+        per_class=_DIGITS_TEST_PER_CLASS,
+        seed=_DIGITS_TEST_SEED,
     )
     train = np.setdiff1d(np.arange(len(images)), test)
-    return images.take(train), images.take(test), tuple(str(digit) for digit in range(10))
+    return (
+        images.take(train),
+        images.take(test),
+        tuple(str(digit) for digit in range(10)),
+    )

@@ -129,26 +129,40 @@ def from_arrays(
     if keys is not None:
         keys = np.asarray(keys)
         if keys.shape != labels.shape:
-            raise LogitsError(f"{source}: {prefix}keys is {list(keys.shape)}; give one for each of {len(labels)} rows")
+            raise LogitsError(
+                f"{source}: {prefix}keys is {list(keys.shape)}; give one for each of {len(labels)} rows"
+            )
     _check_rows(values, kind, f"{source}: {prefix}{kind}")
     return Logits(values, labels.astype(np.int64), kind, keys, source, prefix)
 
 
 def _check_values(values: Array, name: str, views: bool) -> None:
-    if values.ndim not in ((2, 3) if views else (2,)) or not np.issubdtype(values.dtype, np.floating):
+    if values.ndim not in ((2, 3) if views else (2,)) or not np.issubdtype(
+        values.dtype, np.floating
+    ):
         shapes = "[N, C] or [N, views, C]" if views else "[N, C]"
-        raise LogitsError(f"{name} is {values.dtype}{list(values.shape)}; give floats {shapes}, a row for each example")
+        raise LogitsError(
+            f"{name} is {values.dtype}{list(values.shape)}; give floats {shapes}, a row for each example"
+        )
     if not values.size or values.shape[-1] < 2:
-        raise LogitsError(f"{name} is of shape {list(values.shape)}; give at least 1 row and 2 classes")
+        raise LogitsError(
+            f"{name} is of shape {list(values.shape)}; give at least 1 row and 2 classes"
+        )
 
 
 def _check_labels(labels: Array, values: Array, name: str) -> None:
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
         one_hot = labels.ndim == 2 and labels.shape[1] > 1
-        remedy = "np.argmax(labels, axis=1)" if one_hot else "labels.astype(int).ravel()"
-        raise LogitsError(f"{name} is {labels.dtype}{list(labels.shape)}; give integers [N], such as {remedy}")
+        remedy = (
+            "np.argmax(labels, axis=1)" if one_hot else "labels.astype(int).ravel()"
+        )
+        raise LogitsError(
+            f"{name} is {labels.dtype}{list(labels.shape)}; give integers [N], such as {remedy}"
+        )
     if len(labels) != len(values):
-        raise LogitsError(f"{name} holds {len(labels)} labels for {len(values)} rows: give one for each row")
+        raise LogitsError(
+            f"{name} holds {len(labels)} labels for {len(values)} rows: give one for each row"
+        )
     num_classes = values.shape[-1]
     wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
     if wrong.size:
@@ -181,7 +195,9 @@ def _valid_rows(values: Array, kind: str) -> Array:
             valid = np.isfinite(numbers)
         else:
             p = numbers if kind == "probabilities" else np.exp(numbers)
-            valid = (p >= 0) & (np.abs(p.sum(axis=-1, keepdims=True) - 1) <= _SUM_TOLERANCE)
+            valid = (p >= 0) & (
+                np.abs(p.sum(axis=-1, keepdims=True) - 1) <= _SUM_TOLERANCE
+            )
     return np.all(valid.reshape(len(values), -1), axis=1)
 
 
@@ -236,10 +252,14 @@ class LogitsFile:
                 return np.asarray(archive[name])
         except ValueError as error:
             remedy = "give numbers, or names as np.array(names, dtype=str)"
-            raise LogitsError(f"{self.path}: {name} is not a plain array ({error}); {remedy}") from None
+            raise LogitsError(
+                f"{self.path}: {name} is not a plain array ({error}); {remedy}"
+            ) from None
         except (MemoryError, *_DAMAGED) as error:
             remedy = "write the file again, with fewer examples if memory is short"
-            raise LogitsError(f"{self.path}: {name} is damaged or too large ({error}): {remedy}") from None
+            raise LogitsError(
+                f"{self.path}: {name} is damaged or too large ({error}): {remedy}"
+            ) from None
 
     def has_logits(self, prefix: str = "") -> bool:
         """Returns whether there are logits, or probabilities, of that prefix."""
@@ -296,6 +316,8 @@ def save(
             arrays[prefix + examples.kind] = examples.values
             arrays[f"{prefix}labels"] = examples.labels
             arrays[f"{prefix}keys"] = examples.keys
-    arrays = {name: np.asarray(array) for name, array in arrays.items() if array is not None}
+    arrays = {
+        name: np.asarray(array) for name, array in arrays.items() if array is not None
+    }
     with files.atomic_write(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, **arrays)

@@ -35,13 +35,17 @@ def counts(n_max: int, imbalance: float, num_classes: int) -> np.ndarray:
     """
     _check_num_classes(num_classes)
     if not 1 <= n_max < 2**31:
-        raise ValueError(f"n_max={n_max}: class 0 needs at least 1 image, and fewer than 2³¹")
+        raise ValueError(
+            f"n_max={n_max}: class 0 needs at least 1 image, and fewer than 2³¹"
+        )
     if not 1 <= imbalance < 2**31:
         raise ValueError(
             f"imbalance={imbalance}: give a ratio >= 1 and below 2³¹ (1 is balanced, 100 is strongly long-tailed)"
         )
     position = np.arange(num_classes) / max(num_classes - 1, 1)
-    result = np.floor(n_max * (1.0 / imbalance) ** position + _ROUNDING).astype(np.int64)
+    result = np.floor(n_max * (1.0 / imbalance) ** position + _ROUNDING).astype(
+        np.int64
+    )
     if result[-1] < 1:
         raise ValueError(
             f"imbalance={imbalance}: with n_max={n_max} class {int(np.argmax(result < 1))} would get 0 images; "
@@ -101,16 +105,27 @@ def split(
     digests = _digests(keys, seed)
     order = np.lexsort((digests[:, 1], digests[:, 0], labels))
     starts = np.cumsum(present) - present
-    rank = np.arange(len(labels)) - np.repeat(starts, present)  # of each entry of `order`, in its class
+    rank = np.arange(len(labels)) - np.repeat(
+        starts, present
+    )  # of each entry of `order`, in its class
     from_back = np.repeat(present, present) - 1 - rank
     return Split(
         train=np.sort(order[rank < np.repeat(wanted, present)]),
-        outer=np.sort(order[(from_back >= validation_per_class) & (from_back < held_out)]),
+        outer=np.sort(
+            order[(from_back >= validation_per_class) & (from_back < held_out)]
+        ),
         validation=np.sort(order[from_back < validation_per_class]),
     )
 
 
-def balanced(labels: np.ndarray, keys: np.ndarray, *, num_classes: int, per_class: int, seed: int = 0) -> np.ndarray:
+def balanced(
+    labels: np.ndarray,
+    keys: np.ndarray,
+    *,
+    num_classes: int,
+    per_class: int,
+    seed: int = 0,
+) -> np.ndarray:
     """Returns the sorted indices of `per_class` images of each class, chosen by a hash of (seed, key).
 
     Raises:
@@ -121,7 +136,12 @@ def balanced(labels: np.ndarray, keys: np.ndarray, *, num_classes: int, per_clas
     6
     """
     return split(
-        labels, keys, num_classes=num_classes, imbalance=1, validation_per_class=per_class, seed=seed
+        labels,
+        keys,
+        num_classes=num_classes,
+        imbalance=1,
+        validation_per_class=per_class,
+        seed=seed,
     ).validation
 
 
@@ -149,7 +169,9 @@ def read_list(path: str | os.PathLike[str]) -> Listed:
             continue
         file, label = [*line.strip().rsplit(maxsplit=1), ""][:2]
         if not label.isdecimal():
-            raise ValueError(f'{path}:{number}: {line!r} is not of the form "relative/path label"')
+            raise ValueError(
+                f'{path}:{number}: {line!r} is not of the form "relative/path label"'
+            )
         paths.append(file)
         labels.append(int(label))
     if not paths:
@@ -182,7 +204,9 @@ def find_listed(listed: Listed, labels: np.ndarray, keys: np.ndarray) -> np.ndar
         if index is None:
             missing.append(path)
         elif index in path_of:
-            raise ValueError(f"{listed.name}: {path!r} is the image {path_of[index]!r} again: list each once")
+            raise ValueError(
+                f"{listed.name}: {path!r} is the image {path_of[index]!r} again: list each once"
+            )
         elif labels[index] != label:
             raise ValueError(
                 f"{listed.name}: {path!r} has label {label}, but {labels[index]} in the data set, where classes are "
@@ -223,7 +247,9 @@ def split_listed(
     train = find_listed(listed, labels, keys)
     missing = np.flatnonzero(np.bincount(labels[train], minlength=num_classes) == 0)
     if missing.size:
-        raise ValueError(f"{listed.name} names no image of class {missing[0]} ({missing.size} such classes): add some")
+        raise ValueError(
+            f"{listed.name} names no image of class {missing[0]} ({missing.size} such classes): add some"
+        )
     if not outer_per_class + validation_per_class:
         return Split(train, np.array([], np.int64), np.array([], np.int64))
     rest = np.setdiff1d(np.arange(len(labels)), train)
@@ -235,7 +261,12 @@ def split_listed(
 
 
 def check_outer(
-    labels: np.ndarray, keys: np.ndarray, train_keys: np.ndarray, *, num_classes: int, batch_size: int
+    labels: np.ndarray,
+    keys: np.ndarray,
+    train_keys: np.ndarray,
+    *,
+    num_classes: int,
+    batch_size: int,
 ) -> None:
     """Checks that the outer set has every class, no training image, and at least a batch.
 
@@ -276,7 +307,9 @@ def check_labels(labels: np.ndarray, num_classes: int) -> np.ndarray:
     _check_num_classes(num_classes)
     labels = np.asarray(labels)
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(f"labels: shape {labels.shape}, dtype {labels.dtype}; give a vector of integers")
+        raise ValueError(
+            f"labels: shape {labels.shape}, dtype {labels.dtype}; give a vector of integers"
+        )
     wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
     if wrong.size:
         raise ValueError(
@@ -293,7 +326,9 @@ def _check_num_classes(num_classes: int) -> None:
 
 def _check_keys(keys: np.ndarray, expected: int) -> None:
     if len(keys) != expected:
-        raise ValueError(f"keys: {len(keys)} keys for {expected} labels; give one key for each image")
+        raise ValueError(
+            f"keys: {len(keys)} keys for {expected} labels; give one key for each image"
+        )
     unique, times = np.unique(np.asarray(keys), return_counts=True)
     if unique.size != expected:
         raise ValueError(
@@ -302,15 +337,22 @@ def _check_keys(keys: np.ndarray, expected: int) -> None:
 
 
 def _check_held_out(outer_per_class: int, validation_per_class: int) -> None:
-    for name, value in (("outer_per_class", outer_per_class), ("validation_per_class", validation_per_class)):
+    for name, value in (
+        ("outer_per_class", outer_per_class),
+        ("validation_per_class", validation_per_class),
+    ):
         if value < 0:
-            raise ValueError(f"{name}={value}: give 0 (none) or more images of each class")
+            raise ValueError(
+                f"{name}={value}: give 0 (none) or more images of each class"
+            )
 
 
 def _resolve_n_max(n_max: int, present: np.ndarray, held_out: int) -> int:
     """Returns the size of class 0: as given, or what the smallest class has left."""
     if n_max < 0:
-        raise ValueError(f"n_max={n_max}: give a positive number, or 0 for what is left of the smallest class")
+        raise ValueError(
+            f"n_max={n_max}: give a positive number, or 0 for what is left of the smallest class"
+        )
     if not present.all():
         missing = np.flatnonzero(present == 0)
         raise ValueError(
@@ -325,7 +367,9 @@ def _resolve_n_max(n_max: int, present: np.ndarray, held_out: int) -> int:
     return int(n_max or present.min() - held_out)
 
 
-def _check_available(wanted: np.ndarray, present: np.ndarray, held_out: int, n_max: int) -> None:
+def _check_available(
+    wanted: np.ndarray, present: np.ndarray, held_out: int, n_max: int
+) -> None:
     short = np.flatnonzero(wanted > present - held_out)
     if short.size:
         c = short[0]

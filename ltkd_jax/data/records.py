@@ -24,15 +24,17 @@ if TYPE_CHECKING:
     from PIL import Image
 
 Builder = Any  # of TFDS, which has no type hints
-FINGERPRINT = "fingerprint.txt"  # holds a hash of all records, beside those of image files
+FINGERPRINT = (
+    "fingerprint.txt"  # holds a hash of all records, beside those of image files
+)
 _BLOCK = 256  # records that are read at once
 
 
-class DamagedRecord(ValueError):
+class DamagedRecordError(ValueError):
     """A record on disk cannot be read, or its image does not decode; the message names it."""
 
 
-class DatasetNotPrepared(ValueError):
+class DatasetNotPreparedError(ValueError):
     """The data set is not in the data directory; the message says which command puts it there."""
 
 
@@ -90,7 +92,9 @@ class Records:
         return len(self.labels)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {
+            field.name: getattr(self, field.name) for field in dataclasses.fields(self)
+        }
 
     @functools.cached_property
     def _source(self) -> Any:
@@ -101,7 +105,10 @@ class Records:
     def subset(self, indices: np.ndarray) -> "Records":
         """Returns the images at `indices`, still on disk."""
         return dataclasses.replace(
-            self, numbers=self.numbers[indices], labels=self.labels[indices], keys=self.keys[indices]
+            self,
+            numbers=self.numbers[indices],
+            labels=self.labels[indices],
+            keys=self.keys[indices],
         )
 
     def take(self, indices: np.ndarray) -> Images:
@@ -119,7 +126,7 @@ class Records:
         """Returns an image for evaluation, uint8 `[H, W, C]`.
 
         Raises:
-          DamagedRecord: it does not decode.
+          DamagedRecordError: it does not decode.
         """
         return self.take(np.array([index])).images[0]
 
@@ -127,11 +134,13 @@ class Records:
         """Returns a random resized crop of an image, uint8 `[H, W, C]`, see `resize.random_crop`.
 
         Raises:
-          DamagedRecord: it does not decode.
+          DamagedRecordError: it does not decode.
         """
         with self._named_errors(index):
             record = self._source[int(self.numbers[index])]
-            return resize.random_crop(_open_image(_parse(record), self.shape[-1]), self.shape[0], rng)
+            return resize.random_crop(
+                _open_image(_parse(record), self.shape[-1]), self.shape[0], rng
+            )
 
     def _decode(self, index: int, record: bytes) -> np.ndarray:
         with self._named_errors(index):
@@ -147,12 +156,14 @@ class Records:
             yield
         except Exception as error:  # whatever a decoder or reader raises
             key, folder = str(self.keys[index]), pathlib.Path(self.files[0]).parent
-            raise DamagedRecord(
+            raise DamagedRecordError(
                 f"image {key!r} in {folder} does not decode ({_reason(error)}): prepare it again"
             ) from error
 
 
-def read(builder: Builder, split: str, size: int = 0, *, margin: bool = False) -> Records:
+def read(
+    builder: Builder, split: str, size: int = 0, *, margin: bool = False
+) -> Records:
     """Returns the images of a split, sorted by key.
 
     Args:
@@ -167,12 +178,16 @@ def read(builder: Builder, split: str, size: int = 0, *, margin: bool = False) -
     stored = builder.info.features["image"].shape
     fixed = None not in stored
     if not size and not fixed:
-        raise ValueError(f"{builder.name}: its images differ in size: set data.image_size, such as 64 or 224")
+        raise ValueError(
+            f"{builder.name}: its images differ in size: set data.image_size, such as 64 or 224"
+        )
     shape = stored if fixed and not size else (size, size, stored[-1])
     fit = "stored" if shape == stored else "margin" if margin else "whole"
     labels, keys = index(builder, split)
     order = np.argsort(keys)
-    return Records(_files(builder, split), order, labels[order], keys[order], shape, fit)
+    return Records(
+        _files(builder, split), order, labels[order], keys[order], shape, fit
+    )
 
 
 def _files(builder: Builder, split: str) -> tuple[str, ...]:
@@ -189,23 +204,41 @@ def index(builder: Builder, split: str) -> tuple[np.ndarray, np.ndarray]:
     index_path = _index_path(builder, split)
     if index_path.exists():
         # What is damaged or out of date is only a copy.
-        with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        with contextlib.suppress(
+            OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile
+        ):
             with np.load(index_path) as arrays:
-                if arrays["sizes"].tolist() == [os.stat(path).st_size for path in paths]:
+                if arrays["sizes"].tolist() == [
+                    os.stat(path).st_size for path in paths
+                ]:
                     return arrays["labels"], arrays["keys"]
     labels, keys = _scan(paths, builder.info.features["image"].shape[-1])
     keep_index(builder, split, paths, labels, keys)
     return labels, keys
 
 
-def keep_index(builder: Builder, split: str, paths: Sequence[str], labels: np.ndarray, keys: np.ndarray) -> None:
+def keep_index(
+    builder: Builder,
+    split: str,
+    paths: Sequence[str],
+    labels: np.ndarray,
+    keys: np.ndarray,
+) -> None:
     """Saves the arrays that `index` returns, where images differ in size."""
     if None not in builder.info.features["image"].shape:
         return
     # A directory that cannot be written to is scanned again each time.
-    with contextlib.suppress(OSError), files.atomic_write(_index_path(builder, split)) as temporary:
+    with (
+        contextlib.suppress(OSError),
+        files.atomic_write(_index_path(builder, split)) as temporary,
+    ):
         with open(temporary, "wb") as file:
-            np.savez_compressed(file, labels=labels, keys=keys, sizes=[os.stat(path).st_size for path in paths])
+            np.savez_compressed(
+                file,
+                labels=labels,
+                keys=keys,
+                sizes=[os.stat(path).st_size for path in paths],
+            )
 
 
 def _index_path(builder: Builder, split: str) -> pathlib.Path:
@@ -224,19 +257,27 @@ def _scan(paths: Sequence[str], channels: int) -> tuple[np.ndarray, np.ndarray]:
     try:
         source = ArrayRecordDataSource(list(paths))
         for start in range(0, len(source), _BLOCK):
-            for record in source.__getitems__(range(start, min(start + _BLOCK, len(source)))):
+            for record in source.__getitems__(
+                range(start, min(start + _BLOCK, len(source)))
+            ):
                 features = _parse(record)
                 labels.append(features["label"].int64_list.value[0])
-                id_name = next((name for name in ("id", "file_name") if name in features), None)
+                id_name = next(
+                    (name for name in ("id", "file_name") if name in features), None
+                )
                 if id_name:
                     ids.append(features[id_name].bytes_list.value[0].decode())
                 else:
                     pixels = np.asarray(_open_image(features, channels)).tobytes()
                     digests.append(hashlib.blake2b(pixels, digest_size=16).hexdigest())
     except RuntimeError as error:
-        raise DamagedRecord(f"{paths[0]} or a file beside it is damaged ({error}): prepare it again") from error
+        raise DamagedRecordError(
+            f"{paths[0]} or a file beside it is damaged ({error}): prepare it again"
+        ) from error
     label_array = np.array(labels, np.int32)
-    return label_array, content_keys(np.array(digests), label_array) if digests else np.array(ids)
+    return label_array, content_keys(
+        np.array(digests), label_array
+    ) if digests else np.array(ids)
 
 
 def _parse(record: bytes) -> Any:
@@ -249,7 +290,9 @@ def _parse(record: bytes) -> Any:
 def _open_image(features: Any, channels: int) -> "Image.Image":
     from PIL import Image
 
-    return resize.in_mode(Image.open(io.BytesIO(features["image"].bytes_list.value[0])), channels)
+    return resize.in_mode(
+        Image.open(io.BytesIO(features["image"].bytes_list.value[0])), channels
+    )
 
 
 def _reason(error: Exception) -> str:
@@ -272,32 +315,38 @@ def open_builder(name: str, data_dir: str | os.PathLike[str] | None = None) -> B
     """Returns the TFDS builder of a data set that is prepared in `data_dir`, without using the network.
 
     Raises:
-      DatasetNotPrepared: it is not there, is damaged, or is in another format.
+      DatasetNotPreparedError: it is not there, is damaged, or is in another format.
     """
     builder = find_builder(name, data_dir)
     if builder is None:
         root = resolve_data_dir(data_dir)
         source = " --source PATH" if name in ("tiny_imagenet", "imagenet2012") else ""
-        raise DatasetNotPrepared(
+        raise DatasetNotPreparedError(
             f"{name} is not prepared in {root}; run: python -m ltkd_jax.data.prepare {name} --data_dir {root}{source}"
         )
     return builder
 
 
-def fingerprint(name: str, data_dir: str | os.PathLike[str] | None = None) -> str | None:
+def fingerprint(
+    name: str, data_dir: str | os.PathLike[str] | None = None
+) -> str | None:
     """Returns a hash of all records of a data set that was prepared from image files; None where there is none."""
     paths = _glob(name, data_dir, FINGERPRINT)
     return paths[-1].read_text().strip() if paths else None
 
 
-def _glob(name: str, data_dir: str | os.PathLike[str] | None, file_name: str) -> list[pathlib.Path]:
+def _glob(
+    name: str, data_dir: str | os.PathLike[str] | None, file_name: str
+) -> list[pathlib.Path]:
     """Returns the sorted paths of a file in all versions of a data set."""
     if not re.fullmatch(r"\w+", name):  # not a name but a pattern or a path
         return []
     return sorted((resolve_data_dir(data_dir) / name).glob(f"*/{file_name}"))
 
 
-def find_builder(name: str, data_dir: str | os.PathLike[str] | None = None) -> Builder | None:
+def find_builder(
+    name: str, data_dir: str | os.PathLike[str] | None = None
+) -> Builder | None:
     """Returns the builder as `open_builder` does, but None if the data set is not there."""
     # TFDS itself takes a second to import: look first.
     prepared = _glob(name, data_dir, "dataset_info.json")
@@ -315,11 +364,11 @@ def find_builder(name: str, data_dir: str | os.PathLike[str] | None = None) -> B
         if not builder.is_prepared():
             return None
     except Exception as error:  # whatever TFDS's parsers raise
-        raise DatasetNotPrepared(
+        raise DatasetNotPreparedError(
             f"{newest.parent} is damaged ({_reason(error)}): remove it and prepare it again"
         ) from error
     if builder.info.file_format.value != "array_record":
-        raise DatasetNotPrepared(
+        raise DatasetNotPreparedError(
             f"{builder.data_path} holds {builder.info.file_format.value} files, and only array_record is read without "
             f"TensorFlow; prepare it elsewhere: python -m ltkd_jax.data.prepare {name} --data_dir DIR"
         )
@@ -328,4 +377,10 @@ def find_builder(name: str, data_dir: str | os.PathLike[str] | None = None) -> B
 
 def resolve_data_dir(data_dir: str | os.PathLike[str] | None) -> pathlib.Path:
     """Returns TFDS's directory: as given, or TFDS's own default."""
-    return pathlib.Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser().absolute()
+    return (
+        pathlib.Path(
+            data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+        )
+        .expanduser()
+        .absolute()
+    )

@@ -10,7 +10,9 @@ if TYPE_CHECKING:
 _AREA = (0.08, 1.0)  # of a random crop, as a share of the image
 _RATIO = (3 / 4, 4 / 3)  # of its sides
 _TRIES = 10
-_MARGIN = 0.875  # share of the shorter side that an evaluation with a margin sees: 224 of 256
+_MARGIN = (
+    0.875  # share of the shorter side that an evaluation with a margin sees: 224 of 256
+)
 
 
 def in_mode(image: "Image.Image", channels: int) -> "Image.Image":
@@ -24,7 +26,9 @@ def in_mode(image: "Image.Image", channels: int) -> "Image.Image":
     mode = "L" if channels == 1 else "RGB"
     if image.mode.startswith("I;16"):
         # Pillow would cut off what is above 255.
-        image = Image.fromarray((np.asarray(image, np.float64) / 257).round().astype(np.uint8))
+        image = Image.fromarray(
+            (np.asarray(image, np.float64) / 257).round().astype(np.uint8)
+        )
     elif image.mode in ("I", "F"):
         raise ValueError(f"its mode is {image.mode!r}: save it with 8 or 16 bits")
     return image if image.mode == mode else image.convert(mode)
@@ -48,7 +52,9 @@ def center(image: "Image.Image", size: int, *, margin: bool) -> np.ndarray:
     return _resized(image, (left, top, left + side, top + side), size)
 
 
-def random_crop(image: "Image.Image", size: int, rng: np.random.Generator) -> np.ndarray:
+def random_crop(
+    image: "Image.Image", size: int, rng: np.random.Generator
+) -> np.ndarray:
     """Returns a random part of an image, resized, and mirrored in half of the cases, uint8 `[size, size, C]`.
 
     Its area is uniform in 8 to 100 % of the image, the logarithm of its aspect ratio uniform between those of 3/4 and
@@ -68,7 +74,9 @@ def random_crop(image: "Image.Image", size: int, rng: np.random.Generator) -> np
     return crop[:, ::-1] if rng.random() < 0.5 else crop
 
 
-def _draw_box(width: int, height: int, rng: np.random.Generator) -> tuple[float, float, float, float]:
+def _draw_box(
+    width: int, height: int, rng: np.random.Generator
+) -> tuple[float, float, float, float]:
     for _ in range(_TRIES):
         area = width * height * rng.uniform(*_AREA)
         ratio = np.exp(rng.uniform(*np.log(_RATIO)))
@@ -82,9 +90,15 @@ def _draw_box(width: int, height: int, rng: np.random.Generator) -> tuple[float,
     return left, top, left + w, top + h
 
 
-def _resized(image: "Image.Image", box: tuple[float, float, float, float], size: int) -> np.ndarray:
+def _resized(
+    image: "Image.Image", box: tuple[float, float, float, float], size: int
+) -> np.ndarray:
     from PIL import Image
 
     left, top, right, bottom = map(float, box)
-    pixels = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, right, bottom)))
+    pixels = np.asarray(
+        image.resize(
+            (size, size), Image.Resampling.BILINEAR, box=(left, top, right, bottom)
+        )
+    )
     return pixels if pixels.ndim == 3 else pixels[..., None]

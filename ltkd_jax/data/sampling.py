@@ -57,14 +57,20 @@ def epoch_indices(
     order_key, view_key = jax.random.split(jax.random.key(seed))
 
     def permutation(epoch: jax.Array | int) -> jax.Array:
-        return jax.random.permutation(jax.random.fold_in(order_key, epoch), num_examples)
+        return jax.random.permutation(
+            jax.random.fold_in(order_key, epoch), num_examples
+        )
 
     # A batch larger than the set takes from as many of the following permutations as it needs.
     needed = -(-shape[0] * batch_size // num_examples)
-    order = jnp.concatenate([permutation(epoch + i) for i in range(needed)])[: shape[0] * batch_size]
+    order = jnp.concatenate([permutation(epoch + i) for i in range(needed)])[
+        : shape[0] * batch_size
+    ]
     view_key = jax.random.fold_in(view_key, epoch)
     view = jax.random.randint(view_key, shape, 0, num_views, jnp.int32)
-    bits = jax.random.bits(jax.random.fold_in(view_key, 1), shape) if random_bits else None
+    bits = (
+        jax.random.bits(jax.random.fold_in(view_key, 1), shape) if random_bits else None
+    )
     return BatchIndices(order.astype(jnp.int32).reshape(shape), view, bits)
 
 
@@ -93,10 +99,21 @@ def indices_from(
     epochs = first_step // per_epoch + jnp.arange(-(-num_steps // per_epoch) + 1)
 
     def indices_of(epoch: jax.Array) -> BatchIndices:
-        return epoch_indices(seed, epoch, num_examples=num_examples, batch_size=batch_size, **view_options)
+        return epoch_indices(
+            seed,
+            epoch,
+            num_examples=num_examples,
+            batch_size=batch_size,
+            **view_options,
+        )
 
-    flat = jax.tree.map(lambda x: x.reshape(-1, batch_size), jax.vmap(indices_of)(epochs))
-    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first_step % per_epoch, num_steps), flat)
+    flat = jax.tree.map(
+        lambda x: x.reshape(-1, batch_size), jax.vmap(indices_of)(epochs)
+    )
+    return jax.tree.map(
+        lambda x: jax.lax.dynamic_slice_in_dim(x, first_step % per_epoch, num_steps),
+        flat,
+    )
 
 
 def lookahead_indices(

@@ -18,7 +18,9 @@ import numpy as np
 from ltkd_jax.data.records import Records
 from ltkd_jax.data.sampling import Array, steps_per_epoch
 
-_THREADS = min(16, os.cpu_count() or 4)  # as many batches are read side by side, and wait, decoded
+_THREADS = min(
+    16, os.cpu_count() or 4
+)  # as many batches are read side by side, and wait, decoded
 _PREFETCH = 2  # batches that each worker keeps ready
 
 
@@ -50,12 +52,16 @@ class Order:
     seed: int
     num_examples: int
     batch_size: int
-    _shuffled: Any = dataclasses.field(init=False, repr=False, compare=False)  # of Grain
+    _shuffled: Any = dataclasses.field(
+        init=False, repr=False, compare=False
+    )  # of Grain
 
     def __post_init__(self) -> None:
         import grain
 
-        order = grain.MapDataset.range(self.num_examples).seed(self.seed).shuffle().repeat()
+        order = (
+            grain.MapDataset.range(self.num_examples).seed(self.seed).shuffle().repeat()
+        )
         object.__setattr__(self, "_shuffled", order)
 
     def index(self, position: int) -> int:
@@ -82,7 +88,11 @@ class _Views:
         position = step * self.order.batch_size + self.positions[i]
         index, rng = self.order.index(position), self.order.rng(position)
         image = self.records.crop(index, rng)
-        return StreamedBatch(image, self.records.labels[index], np.asarray(rng.integers(2**32, dtype=np.uint32)))
+        return StreamedBatch(
+            image,
+            self.records.labels[index],
+            np.asarray(rng.integers(2**32, dtype=np.uint32)),
+        )
 
 
 @contextlib.contextmanager
@@ -115,20 +125,26 @@ def batches(
     positions = tuple(range(batch_size) if positions is None else map(int, positions))
     share = len(positions)
     if not positions or not all(0 <= position < batch_size for position in positions):
-        raise ValueError(f"positions={positions}: a batch of {batch_size} has those from 0 to {batch_size - 1}")
+        raise ValueError(
+            f"positions={positions}: a batch of {batch_size} has those from 0 to {batch_size - 1}"
+        )
     if not len(records) or min(seed, first_step, num_workers) < 0:
         raise ValueError(
             f"{len(records)} images, seed={seed}, first_step={first_step}, num_workers={num_workers}: there must be "
             "an image, and nothing may be negative"
         )
     views = _Views(records, Order(seed, len(records), batch_size), positions)
-    numbers = grain.MapDataset.range(first_step * share, (first_step + num_steps) * share)
+    numbers = grain.MapDataset.range(
+        first_step * share, (first_step + num_steps) * share
+    )
     threads = 0 if num_workers else _THREADS
     read = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
     stream = numbers.map(views).batch(share).to_iter_dataset(read)
     if num_workers:
         _parse_flags()
-        stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=_PREFETCH))
+        stream = stream.mp_prefetch(
+            grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=_PREFETCH)
+        )
     iterator = iter(stream)
     try:
         # Grain starts its workers for the first batch, in threads that start then too, and all inherit the mask.
@@ -162,11 +178,17 @@ def _parse_flags() -> None:
         flags.FLAGS.mark_as_parsed()
 
 
-def in_order(records: Records, indices: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def in_order(
+    records: Records, indices: np.ndarray
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields (images, labels) as they are evaluated, a batch for each row of `indices` `[S, B]`."""
     import grain
 
     read = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_THREADS)
-    examples = grain.MapDataset.source(indices.ravel()).map(lambda i: (records.image(int(i)), records.labels[i]))
-    with contextlib.closing(iter(examples.batch(indices.shape[1]).to_iter_dataset(read))) as iterator:
+    examples = grain.MapDataset.source(indices.ravel()).map(
+        lambda i: (records.image(int(i)), records.labels[i])
+    )
+    with contextlib.closing(
+        iter(examples.batch(indices.shape[1]).to_iter_dataset(read))
+    ) as iterator:
         yield from iterator

@@ -16,9 +16,27 @@ that `where` excludes, always.
 (2,)
 """
 
-from ltkd_jax.losses.classification import balanced_softmax, cross_entropy, logit_adjusted
-from ltkd_jax.losses.distillation import bkd, dive, dkd, effective_number_weights, kd, wsl
-from ltkd_jax.losses.ltkd import GroupKL, group_kl, ltkd, rebalance, rebalanced_inter_group, uniform_intra_group
+from ltkd_jax.losses.classification import (
+    balanced_softmax,
+    cross_entropy,
+    logit_adjusted,
+)
+from ltkd_jax.losses.distillation import (
+    bkd,
+    dive,
+    dkd,
+    effective_number_weights,
+    kd,
+    wsl,
+)
+from ltkd_jax.losses.ltkd import (
+    GroupKL,
+    group_kl,
+    ltkd,
+    rebalance,
+    rebalanced_inter_group,
+    uniform_intra_group,
+)
 from ltkd_jax.losses.reviewkd import hierarchical_context
 
 __all__ = [

@@ -1,6 +1,7 @@
 """What the losses share: input checks, and softmax in log space over the classes that exist."""
 
-from __future__ import annotations  # so that help() shows ArrayLike, not all that it stands for
+# So that help() shows ArrayLike, not all that it stands for
+from __future__ import annotations
 
 import chex
 import jax
@@ -22,35 +23,54 @@ def as_float(x: ArrayLike) -> jax.Array:
 
 
 def pair(
-    student_logits: ArrayLike, teacher_logits: ArrayLike, temperature: Scalar, where: ArrayLike | None = None
+    student_logits: ArrayLike,
+    teacher_logits: ArrayLike,
+    temperature: Scalar,
+    where: ArrayLike | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Both logits as floats, checked, 0 for what does not exist; the teacher's carry no gradient."""
-    student, teacher = as_float(student_logits), jax.lax.stop_gradient(as_float(teacher_logits))
+    student, teacher = (
+        as_float(student_logits),
+        jax.lax.stop_gradient(as_float(teacher_logits)),
+    )
     chex.assert_equal_shape(
-        (student, teacher), custom_message="student_logits and teacher_logits must both be [..., C]"
+        (student, teacher),
+        custom_message="student_logits and teacher_logits must both be [..., C]",
     )
     check_logits(student)
     check_temperature(temperature)
     if where is not None:
-        student, teacher = (jnp.where(class_mask(where, x), x, 0) for x in (student, teacher))
+        student, teacher = (
+            jnp.where(class_mask(where, x), x, 0) for x in (student, teacher)
+        )
     return student, teacher
 
 
 def logit_pair(
-    student_logits: ArrayLike, teacher_logits: ArrayLike, temperature: Scalar, where: ArrayLike | None = None
+    student_logits: ArrayLike,
+    teacher_logits: ArrayLike,
+    temperature: Scalar,
+    where: ArrayLike | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """As `pair`, from the top and divided by τ."""
     student, teacher = pair(student_logits, teacher_logits, temperature, where)
-    return from_top(student, where) / temperature, from_top(teacher, where) / temperature
+    return from_top(student, where) / temperature, from_top(
+        teacher, where
+    ) / temperature
 
 
 def check_logits(logits: jax.Array) -> None:
     if logits.ndim < 1 or logits.shape[-1] == 0:
-        raise ValueError(f"logits must be [..., C] with C > 0, got shape {logits.shape}")
+        raise ValueError(
+            f"logits must be [..., C] with C > 0, got shape {logits.shape}"
+        )
 
 
 def check_temperature(temperature: Scalar) -> None:
-    if not isinstance(temperature, jax.core.Tracer) and not (np.asarray(temperature) > 0).all():
+    if (
+        not isinstance(temperature, jax.core.Tracer)
+        and not (np.asarray(temperature) > 0).all()
+    ):
         raise ValueError(f"temperature={temperature} must be positive")
 
 
@@ -61,9 +81,15 @@ def class_vector(values: npt.ArrayLike, logits: jax.Array, name: str) -> jax.Arr
         good = (concrete > 0) & np.isfinite(concrete)
         if not good.all():
             bad = np.flatnonzero(~good)[:5].tolist()
-            raise ValueError(f"{name} must be positive and finite; classes {bad} are not: leave them out")
+            raise ValueError(
+                f"{name} must be positive and finite; classes {bad} are not: leave them out"
+            )
     values = jnp.asarray(values, logits.dtype)
-    chex.assert_shape(values, logits.shape[-1:], custom_message=f"{name} must hold one number a class, [C]")
+    chex.assert_shape(
+        values,
+        logits.shape[-1:],
+        custom_message=f"{name} must hold one number a class, [C]",
+    )
     return values.reshape((1,) * (logits.ndim - 1) + (-1,))
 
 
@@ -74,19 +100,31 @@ def is_label(labels: ArrayLike, logits: jax.Array) -> jax.Array:
     concrete = None if isinstance(labels, jax.core.Tracer) else np.asarray(labels)
     labels = jnp.asarray(labels)
     chex.assert_type(labels, int)
-    chex.assert_shape(labels, logits.shape[:-1], custom_message="labels must be [...] where logits are [..., C]")
+    chex.assert_shape(
+        labels,
+        logits.shape[:-1],
+        custom_message="labels must be [...] where logits are [..., C]",
+    )
     if concrete is not None and ((concrete < 0) | (concrete >= num_classes)).any():
         low, high = concrete.min(), concrete.max()
-        raise ValueError(f"labels from {low} to {high} are outside [0, C) with C = {num_classes}")
-    return labels[..., None] == jnp.arange(num_classes).reshape((1,) * labels.ndim + (-1,))
+        raise ValueError(
+            f"labels from {low} to {high} are outside [0, C) with C = {num_classes}"
+        )
+    return labels[..., None] == jnp.arange(num_classes).reshape(
+        (1,) * labels.ndim + (-1,)
+    )
 
 
 def class_mask(where: ArrayLike | None, logits: jax.Array) -> jax.Array:
     """`where` as bool of the shape of the logits; all true for None."""
     where = jnp.asarray(True if where is None else where)
     chex.assert_type(where, bool)
-    if len(where.shape) > logits.ndim or any(w not in (1, n) for w, n in zip(where.shape[::-1], logits.shape[::-1])):
-        raise ValueError(f"where has shape {where.shape}, which does not broadcast to {logits.shape}")
+    if len(where.shape) > logits.ndim or any(
+        w not in (1, n) for w, n in zip(where.shape[::-1], logits.shape[::-1])
+    ):
+        raise ValueError(
+            f"where has shape {where.shape}, which does not broadcast to {logits.shape}"
+        )
     return jnp.broadcast_to(where, logits.shape)
 
 
@@ -96,7 +134,9 @@ def from_top(logits: jax.Array, where: ArrayLike | None = None) -> jax.Array:
     It comes before anything is added to the logits or divides them: a large common offset then costs no precision.
     """
     exists = class_mask(where, logits)
-    top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True, where=exists, initial=-jnp.inf))
+    top = jax.lax.stop_gradient(
+        jnp.max(logits, axis=-1, keepdims=True, where=exists, initial=-jnp.inf)
+    )
     return jnp.where(exists, logits - jnp.where(jnp.isfinite(top), top, 0), 0)
 
 
@@ -108,7 +148,9 @@ def log_softmax(logits: jax.Array, where: ArrayLike | None = None) -> jax.Array:
     return jnp.where(exists, shifted - jnp.log(jnp.where(total > 0, total, 1)), 0)
 
 
-def cross_entropy(logits: jax.Array, labels: ArrayLike, where: ArrayLike | None = None) -> jax.Array:
+def cross_entropy(
+    logits: jax.Array, labels: ArrayLike, where: ArrayLike | None = None
+) -> jax.Array:
     """−log softmax(logits) at the label, NaN where the label is no existing class."""
     at_label = is_label(labels, logits) & class_mask(where, logits)
     loss = -jnp.sum(log_softmax(logits, where), axis=-1, where=at_label)
@@ -117,4 +159,6 @@ def cross_entropy(logits: jax.Array, labels: ArrayLike, where: ArrayLike | None 
 
 def kl(log_p: jax.Array, log_q: jax.Array, where: ArrayLike | None = None) -> jax.Array:
     """Σ p (log p − log q) over the last axis, from logs; 0 · log 0 is 0 since all logs are finite."""
-    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1, where=class_mask(where, log_p))
+    return jnp.sum(
+        jnp.exp(log_p) * (log_p - log_q), axis=-1, where=class_mask(where, log_p)
+    )

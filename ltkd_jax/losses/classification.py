@@ -1,6 +1,7 @@
 """Losses from labels alone: cross-entropy, and its two adjustments for long-tailed class counts."""
 
-from __future__ import annotations  # so that help() shows ArrayLike, not all that it stands for
+# So that help() shows ArrayLike, not all that it stands for
+from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,9 @@ from ltkd_jax.losses import _common
 from ltkd_jax.losses._common import Scalar
 
 
-def cross_entropy(student_logits: ArrayLike, labels: ArrayLike, *, where: ArrayLike | None = None) -> jax.Array:
+def cross_entropy(
+    student_logits: ArrayLike, labels: ArrayLike, *, where: ArrayLike | None = None
+) -> jax.Array:
     """Cross-entropy with integer labels: −log softmax(z)_y.
 
     Args:

@@ -1,6 +1,7 @@
 """Distillation losses that both papers compare with. Each is the soft part alone; add the hard loss yourself."""
 
-from __future__ import annotations  # so that help() shows ArrayLike, not all that it stands for
+# So that help() shows ArrayLike, not all that it stands for
+from __future__ import annotations
 
 import math
 
@@ -13,7 +14,9 @@ from ltkd_jax.groups import check_counts
 from ltkd_jax.losses import _common, ltkd
 from ltkd_jax.losses._common import Scalar
 
-_MIN_TEACHER_LOSS = 1e-7  # the divisor of WSL's ratio, for a teacher that is certain and right
+_MIN_TEACHER_LOSS = (
+    1e-7  # the divisor of WSL's ratio, for a teacher that is certain and right
+)
 
 
 def kd(
@@ -39,8 +42,13 @@ def kd(
     >>> kd(jnp.ones((2, 3)), jnp.zeros((2, 3))).tolist()  # the softmax ignores a common offset
     [0.0, 0.0]
     """
-    student, teacher = _common.logit_pair(student_logits, teacher_logits, temperature, where)
-    log_p, log_q = _common.log_softmax(teacher, where), _common.log_softmax(student, where)
+    student, teacher = _common.logit_pair(
+        student_logits, teacher_logits, temperature, where
+    )
+    log_p, log_q = (
+        _common.log_softmax(teacher, where),
+        _common.log_softmax(student, where),
+    )
     return temperature**2 * _common.kl(log_p, log_q, where)
 
 
@@ -77,7 +85,10 @@ def dkd(
     (2,)
     """
     student, teacher = _common.pair(student_logits, teacher_logits, temperature, where)
-    target, exists = _common.is_label(labels, student), _common.class_mask(where, student)
+    target, exists = (
+        _common.is_label(labels, student),
+        _common.class_mask(where, student),
+    )
     member = jnp.stack([target & exists, ~target & exists], axis=-2)
     split = ltkd.membership_kl(student, teacher, member, temperature)
     loss = temperature**2 * (alpha * split.inter + beta * split.intra[..., 1])
@@ -110,9 +121,13 @@ def dive(
     >>> dive(jnp.zeros((2, 3)), jnp.eye(2, 3), power=1.0).shape
     (2,)
     """
-    student, teacher = _common.logit_pair(student_logits, teacher_logits, temperature, where)
+    student, teacher = _common.logit_pair(
+        student_logits, teacher_logits, temperature, where
+    )
     log_q = _common.log_softmax(power * teacher, where)
-    return temperature**2 * _common.kl(log_q, _common.log_softmax(student, where), where)
+    return temperature**2 * _common.kl(
+        log_q, _common.log_softmax(student, where), where
+    )
 
 
 def bkd(
@@ -140,13 +155,21 @@ def bkd(
     >>> bkd(jnp.zeros((2, 3)), jnp.eye(2, 3), effective_number_weights([100, 10, 1])).shape
     (2,)
     """
-    student, teacher = _common.logit_pair(student_logits, teacher_logits, temperature, where)
-    log_weights = jax.lax.stop_gradient(jnp.log(_common.class_vector(class_weights, student, "class_weights")))
+    student, teacher = _common.logit_pair(
+        student_logits, teacher_logits, temperature, where
+    )
+    log_weights = jax.lax.stop_gradient(
+        jnp.log(_common.class_vector(class_weights, student, "class_weights"))
+    )
     log_q = _common.log_softmax(teacher + log_weights, where)
-    return temperature**2 * _common.kl(log_q, _common.log_softmax(student, where), where)
+    return temperature**2 * _common.kl(
+        log_q, _common.log_softmax(student, where), where
+    )
 
 
-def effective_number_weights(class_counts: npt.ArrayLike, *, beta: float = 0.9999) -> jax.Array:
+def effective_number_weights(
+    class_counts: npt.ArrayLike, *, beta: float = 0.9999
+) -> jax.Array:
     """Class weights by effective number of samples: w_c ∝ (1−b) / (1−b^{n_c}), scaled to sum to C.
 
     Source: Cui et al., "Class-Balanced Loss Based on Effective Number of Samples", CVPR 2019, as BKD uses it.
@@ -169,7 +192,9 @@ def effective_number_weights(class_counts: npt.ArrayLike, *, beta: float = 0.999
     return weights * (len(counts) / weights.sum())
 
 
-def _sure_cross_entropy(logits: ArrayLike, labels: ArrayLike, where: ArrayLike | None) -> jax.Array:
+def _sure_cross_entropy(
+    logits: ArrayLike, labels: ArrayLike, where: ArrayLike | None
+) -> jax.Array:
     """Cross-entropy as log(1 + Σ_{j≠y} exp(z_j − z_y)): right to rounding also where it is 1e-6, as a ratio needs.
 
     −log softmax(z)_y is then a difference of numbers rounded at 1e-7. For values; it carries no gradient.
@@ -209,11 +234,20 @@ def wsl(
     >>> wsl(jnp.zeros((2, 3)), jnp.eye(2, 3), jnp.array([0, 1])).shape
     (2,)
     """
-    student, teacher = _common.logit_pair(student_logits, teacher_logits, temperature, where)
+    student, teacher = _common.logit_pair(
+        student_logits, teacher_logits, temperature, where
+    )
     ratio = _sure_cross_entropy(student_logits, labels, where) / jnp.maximum(
         _sure_cross_entropy(teacher_logits, labels, where), _MIN_TEACHER_LOSS
     )
     factor = jax.lax.stop_gradient(-jnp.expm1(-ratio))
     exists = _common.class_mask(where, student)
-    log_p, log_q = _common.log_softmax(teacher, where), _common.log_softmax(student, where)
-    return temperature**2 * factor * -jnp.sum(jnp.exp(log_p) * log_q, axis=-1, where=exists)
+    log_p, log_q = (
+        _common.log_softmax(teacher, where),
+        _common.log_softmax(student, where),
+    )
+    return (
+        temperature**2
+        * factor
+        * -jnp.sum(jnp.exp(log_p) * log_q, axis=-1, where=exists)
+    )

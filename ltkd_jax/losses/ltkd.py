@@ -10,7 +10,8 @@ Source: "Biased Teacher, Balanced Student" (arXiv 2506.18496). The split is an i
 corrections is known second-hand, and the formula of the rebalancing is inferred: no official code is public.
 """
 
-from __future__ import annotations  # so that help() shows ArrayLike, not all that it stands for
+# So that help() shows ArrayLike, not all that it stands for
+from __future__ import annotations
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -52,7 +53,9 @@ class _Split(NamedTuple):
         return _common.kl(teacher_log_mass, self.student_log_mass, exists)
 
 
-def _split(student: jax.Array, teacher: jax.Array, member: jax.Array, temperature: Scalar) -> _Split:
+def _split(
+    student: jax.Array, teacher: jax.Array, member: jax.Array, temperature: Scalar
+) -> _Split:
     """The split of logits for `member`: see `_sum_by_group`.
 
     Within a group, with u = (z^S − max z^S) / τ and v likewise of the teacher, so that no group underflows,
@@ -62,9 +65,13 @@ def _split(student: jax.Array, teacher: jax.Array, member: jax.Array, temperatur
     which writes no normalised distribution: its derivative needs e^u and e^v, and numbers of a group.
     """
     exists = member.any(axis=-1)
-    (u, student_top), (v, teacher_top) = (_below_top(x, member, temperature) for x in (student, teacher))
+    (u, student_top), (v, teacher_top) = (
+        _below_top(x, member, temperature) for x in (student, teacher)
+    )
     exp_v = jnp.exp(v)
-    student_total, teacher_total = (jnp.where(exists, _sum_by_group(x, member), 1) for x in (jnp.exp(u), exp_v))
+    student_total, teacher_total = (
+        jnp.where(exists, _sum_by_group(x, member), 1) for x in (jnp.exp(u), exp_v)
+    )
     gap = _sum_by_group(exp_v * (v - u), member) / teacher_total
     student_log, teacher_log = jnp.log(student_total), jnp.log(teacher_total)
     return _Split(
@@ -74,7 +81,9 @@ def _split(student: jax.Array, teacher: jax.Array, member: jax.Array, temperatur
     )
 
 
-def _below_top(logits: jax.Array, member: jax.Array, temperature: Scalar) -> tuple[jax.Array, jax.Array]:
+def _below_top(
+    logits: jax.Array, member: jax.Array, temperature: Scalar
+) -> tuple[jax.Array, jax.Array]:
     """Logits less their group's largest, `[..., C]`, and that less the largest of all, `[..., G]`; both over τ.
 
     Differences come first: they are small, so a large offset, of a group or of all, costs no precision.
@@ -113,13 +122,21 @@ def _max_by_group(x: jax.Array, member: jax.Array) -> jax.Array:
 
     def one_by_one(x: jax.Array, matrix: jax.Array) -> jax.Array:
         rows = matrix.reshape(len(matrix), *(1,) * (x.ndim - 1), -1)
-        return jnp.moveaxis(jax.lax.map(lambda row: jnp.max(jnp.where(row > 0, x, -jnp.inf), axis=-1), rows), 0, -1)
+        return jnp.moveaxis(
+            jax.lax.map(
+                lambda row: jnp.max(jnp.where(row > 0, x, -jnp.inf), axis=-1), rows
+            ),
+            0,
+            -1,
+        )
 
     return _on_platform(
         member,
         x,
         cpu=one_by_one,
-        default=lambda x: jnp.max(jnp.where(member, x[..., None, :], -jnp.inf), axis=-1),
+        default=lambda x: jnp.max(
+            jnp.where(member, x[..., None, :], -jnp.inf), axis=-1
+        ),
     )
 
 
@@ -130,29 +147,43 @@ def _on_platform(
     cpu: Callable[[jax.Array, jax.Array], jax.Array],
     default: Callable[[jax.Array], jax.Array],
 ) -> jax.Array:
-    if any(size != 1 for size in member.shape[:-2]):  # groups differ by example: no one matrix
+    if any(
+        size != 1 for size in member.shape[:-2]
+    ):  # groups differ by example: no one matrix
         return default(x)
     matrix = member.reshape(member.shape[-2:]).astype(x.dtype)
     return jax.lax.platform_dependent(x, cpu=lambda x: cpu(x, matrix), default=default)
 
 
-def membership_kl(student: jax.Array, teacher: jax.Array, member: jax.Array, temperature: Scalar) -> GroupKL:
+def membership_kl(
+    student: jax.Array, teacher: jax.Array, member: jax.Array, temperature: Scalar
+) -> GroupKL:
     """`group_kl` for `member`, see `_sum_by_group`; logits as `_common.pair` gives them."""
     split, exists = _split(student, teacher, member, temperature), member.any(axis=-1)
     inter = split.inter(split.teacher_log_mass, exists)
-    return GroupKL(inter, split.intra, jnp.where(exists, split.teacher_log_mass, -jnp.inf))
+    return GroupKL(
+        inter, split.intra, jnp.where(exists, split.teacher_log_mass, -jnp.inf)
+    )
 
 
-def _membership(groups: ClassGroups, logits: jax.Array, where: ArrayLike | None) -> jax.Array:
+def _membership(
+    groups: ClassGroups, logits: jax.Array, where: ArrayLike | None
+) -> jax.Array:
     """Bool `[..., G, C]`: class c exists and belongs to group g. Leading axes are 1 where all classes exist."""
     assignment = groups.assignment
     chex.assert_shape(
-        assignment, logits.shape[-1:], custom_message="groups must be of the same classes as the logits, [C]"
+        assignment,
+        logits.shape[-1:],
+        custom_message="groups must be of the same classes as the logits, [C]",
     )
     # In NumPy where the groups are concrete: a constant of the compiled function.
     of_group = assignment[None, :] == np.arange(groups.num_groups)[:, None]
     of_group = of_group.reshape((1,) * (logits.ndim - 1) + of_group.shape)
-    return of_group if where is None else of_group & _common.class_mask(where, logits)[..., None, :]
+    return (
+        of_group
+        if where is None
+        else of_group & _common.class_mask(where, logits)[..., None, :]
+    )
 
 
 def _inputs(
@@ -198,7 +229,9 @@ def group_kl(
     >>> bool(jnp.allclose(whole, losses.kd(jnp.array([[1., 2., 3.]]), jnp.array([[2., 0., 1.]]), temperature=1.)))
     True
     """
-    return membership_kl(*_inputs(student_logits, teacher_logits, groups, temperature, where))
+    return membership_kl(
+        *_inputs(student_logits, teacher_logits, groups, temperature, where)
+    )
 
 
 def rebalance(
@@ -240,21 +273,34 @@ def rebalance(
     if axis_name is not None:
         top = jax.lax.pmax(top, axis_name)
     top = jnp.where(jnp.isfinite(top), top, 0)[None]
-    total = jnp.sum(jnp.exp(jnp.where(counts, log_mass - top, 0)), axis=0, keepdims=True, where=counts)
+    total = jnp.sum(
+        jnp.exp(jnp.where(counts, log_mass - top, 0)),
+        axis=0,
+        keepdims=True,
+        where=counts,
+    )
     if axis_name is not None:
         total = jax.lax.psum(total, axis_name)
-    scaled = jnp.where(exists, log_mass - top, 0) - jnp.log(jnp.where(total > 0, total, 1))
+    scaled = jnp.where(exists, log_mass - top, 0) - jnp.log(
+        jnp.where(total > 0, total, 1)
+    )
     return jnp.where(exists, _common.log_softmax(scaled, exists), -jnp.inf)
 
 
 def _example_mask(example_mask: ArrayLike, batched: jax.Array) -> jax.Array:
     mask = jnp.asarray(example_mask, bool)
-    chex.assert_shape(mask, batched.shape[:1], custom_message="example_mask must be [B]")
+    chex.assert_shape(
+        mask, batched.shape[:1], custom_message="example_mask must be [B]"
+    )
     return mask
 
 
 def _masked(loss: jax.Array, example_mask: ArrayLike | None) -> jax.Array:
-    return loss if example_mask is None else jnp.where(_example_mask(example_mask, loss), loss, 0)
+    return (
+        loss
+        if example_mask is None
+        else jnp.where(_example_mask(example_mask, loss), loss, 0)
+    )
 
 
 def _batch_split(
@@ -265,15 +311,25 @@ def _batch_split(
     where: ArrayLike | None,
 ) -> tuple[_Split, jax.Array]:
     """The split of logits `[B, C]`, and which groups exist."""
-    student, teacher, member, temperature = _inputs(student_logits, teacher_logits, groups, temperature, where)
+    student, teacher, member, temperature = _inputs(
+        student_logits, teacher_logits, groups, temperature, where
+    )
     chex.assert_rank(student, 2, custom_message="batch statistics need logits [B, C]")
     return _split(student, teacher, member, temperature), member.any(axis=-1)
 
 
 def _rebalanced_inter(
-    split: _Split, exists: jax.Array, axis_name: AxisName, example_mask: ArrayLike | None
+    split: _Split,
+    exists: jax.Array,
+    axis_name: AxisName,
+    example_mask: ArrayLike | None,
 ) -> jax.Array:
-    target = rebalance(split.teacher_log_mass, axis_name=axis_name, where=exists, example_mask=example_mask)
+    target = rebalance(
+        split.teacher_log_mass,
+        axis_name=axis_name,
+        where=exists,
+        example_mask=example_mask,
+    )
     return split.inter(jnp.where(exists, target, 0), exists)
 
 
@@ -310,7 +366,9 @@ def rebalanced_inter_group(
     (2,)
     """
     split = _batch_split(student_logits, teacher_logits, groups, temperature, where)
-    return temperature**2 * _masked(_rebalanced_inter(*split, axis_name, example_mask), example_mask)
+    return temperature**2 * _masked(
+        _rebalanced_inter(*split, axis_name, example_mask), example_mask
+    )
 
 
 def uniform_intra_group(
@@ -342,7 +400,9 @@ def uniform_intra_group(
     >>> uniform_intra_group(jnp.zeros((2, 3)), jnp.zeros((2, 3)), g).tolist()
     [0.0, 0.0]
     """
-    split = group_kl(student_logits, teacher_logits, groups, temperature=temperature, where=where)
+    split = group_kl(
+        student_logits, teacher_logits, groups, temperature=temperature, where=where
+    )
     return temperature**2 * split.intra.sum(axis=-1)
 
 
@@ -380,6 +440,10 @@ def ltkd(
     >>> ltkd(jnp.zeros((4, 6)), jnp.eye(4, 6), g, alpha=1.0, beta=2.0).shape
     (4,)
     """
-    split, exists = _batch_split(student_logits, teacher_logits, groups, temperature, where)
+    split, exists = _batch_split(
+        student_logits, teacher_logits, groups, temperature, where
+    )
     inter = _rebalanced_inter(split, exists, axis_name, example_mask)
-    return temperature**2 * _masked(alpha * inter + beta * split.intra.sum(axis=-1), example_mask)
+    return temperature**2 * _masked(
+        alpha * inter + beta * split.intra.sum(axis=-1), example_mask
+    )

@@ -1,6 +1,7 @@
 """A loss of intermediate features."""
 
-from __future__ import annotations  # so that help() shows ArrayLike, not all that it stands for
+# So that help() shows ArrayLike, not all that it stands for
+from __future__ import annotations
 
 import functools
 import operator
@@ -16,7 +17,9 @@ from ltkd_jax.losses._common import as_float
 _GRIDS = (4, 2, 1)  # sides of the coarser levels
 
 
-def hierarchical_context(student_features: Sequence[ArrayLike], teacher_features: Sequence[ArrayLike]) -> jax.Array:
+def hierarchical_context(
+    student_features: Sequence[ArrayLike], teacher_features: Sequence[ArrayLike]
+) -> jax.Array:
     """ReviewKD's hierarchical context loss, the sum over the features of L(s, t), `[B]`.
 
     L is a weighted mean over levels: the squared difference, averaged over height, width and channels, with weight 1;
@@ -39,8 +42,12 @@ def hierarchical_context(student_features: Sequence[ArrayLike], teacher_features
     [2.0, 2.0]
     """
     if not len(student_features) == len(teacher_features) > 0:
-        raise ValueError(f"{len(student_features)} features of the student, {len(teacher_features)} of the teacher")
-    return functools.reduce(operator.add, map(_context, student_features, teacher_features))
+        raise ValueError(
+            f"{len(student_features)} features of the student, {len(teacher_features)} of the teacher"
+        )
+    return functools.reduce(
+        operator.add, map(_context, student_features, teacher_features)
+    )
 
 
 def _context(student: ArrayLike, teacher: ArrayLike) -> jax.Array:
@@ -60,7 +67,10 @@ def _context(student: ArrayLike, teacher: ArrayLike) -> jax.Array:
 def _cells(x: jax.Array, side: int) -> jax.Array:
     """Means over a grid of side × side cells, which overlap where the side does not divide the features'."""
     rows, columns = (_cell_edges(size, side) for size in x.shape[1:3])
-    means = [jnp.stack([x[:, a:b, c:d].mean(axis=(1, 2)) for c, d in columns], axis=1) for a, b in rows]
+    means = [
+        jnp.stack([x[:, a:b, c:d].mean(axis=(1, 2)) for c, d in columns], axis=1)
+        for a, b in rows
+    ]
     return jnp.stack(means, axis=1)
 
 

@@ -21,15 +21,31 @@ from ltkd_jax.models.vgg import VGG
 from ltkd_jax.models.weight_net import WeightNet
 from ltkd_jax.models.wide_resnet import WideResNet
 
-_VGG = {8: (1, 1, 1, 1, 1), 11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
+_VGG = {
+    8: (1, 1, 1, 1, 1),
+    11: (1, 1, 2, 2, 2),
+    13: (2, 2, 2, 2, 2),
+    16: (2, 2, 3, 3, 3),
+    19: (2, 2, 4, 4, 4),
+}
 _resnet18 = functools.partial(resnet.ResNet, (2, 2, 2, 2))
 _resnet34 = functools.partial(resnet.ResNet, (3, 4, 6, 3))
 _resnet50 = functools.partial(resnet.ResNet, (3, 4, 6, 3), bottleneck=True)
 
 REGISTRY: dict[str, Callable[..., nn.Module]] = {
-    **{f"resnet{depth}": functools.partial(resnet.CifarResNet, depth) for depth in (8, 14, 20, 32, 44, 56, 110)},
-    **{f"resnet{depth}x4": functools.partial(resnet.CifarResNet, depth, resnet.WIDE) for depth in (8, 32)},
-    **{f"wrn_{depth}_{k}": functools.partial(WideResNet, depth, k) for depth in (16, 40) for k in (1, 2)},
+    **{
+        f"resnet{depth}": functools.partial(resnet.CifarResNet, depth)
+        for depth in (8, 14, 20, 32, 44, 56, 110)
+    },
+    **{
+        f"resnet{depth}x4": functools.partial(resnet.CifarResNet, depth, resnet.WIDE)
+        for depth in (8, 32)
+    },
+    **{
+        f"wrn_{depth}_{k}": functools.partial(WideResNet, depth, k)
+        for depth in (16, 40)
+        for k in (1, 2)
+    },
     **{f"vgg{depth}": functools.partial(VGG, convs) for depth, convs in _VGG.items()},
     "mobilenetv2": MobileNetV2,
     "shufflenetv1": ShuffleNetV1,
@@ -49,7 +65,15 @@ _PRECISIONS = {
 }
 PRECISIONS = tuple(_PRECISIONS)
 
-__all__ = ["PRECISIONS", "REGISTRY", "Model", "WeightNet", "apply_with_features", "create", "resnet"]
+__all__ = [
+    "PRECISIONS",
+    "REGISTRY",
+    "Model",
+    "WeightNet",
+    "apply_with_features",
+    "create",
+    "resnet",
+]
 
 
 class Model(Protocol):
@@ -58,11 +82,25 @@ class Model(Protocol):
     def init(self, key: jax.Array, images: jax.Array, /, *, train: bool) -> Any:
         """Variables, by the name of their collection."""
 
-    def apply(self, variables: Any, images: jax.Array, /, *, train: bool, mutable: Sequence[str] = ()) -> Any:
+    def apply(
+        self,
+        variables: Any,
+        images: jax.Array,
+        /,
+        *,
+        train: bool,
+        mutable: Sequence[str] = (),
+    ) -> Any:
         """Logits `[B, C]`; with `mutable` also a dict of the collections named there, updated."""
 
 
-def create(name: str, num_classes: int, *, precision: str = "float32", axis_name: str | None = None) -> nn.Module:
+def create(
+    name: str,
+    num_classes: int,
+    *,
+    precision: str = "float32",
+    axis_name: str | None = None,
+) -> nn.Module:
     """The model of a name.
 
     Args:
@@ -83,15 +121,27 @@ def create(name: str, num_classes: int, *, precision: str = "float32", axis_name
     if name not in REGISTRY:
         raise ValueError(names.unknown("model", name, REGISTRY))
     if precision not in _PRECISIONS:
-        raise ValueError(f"precision={precision!r} must be one of {', '.join(_PRECISIONS)}")
+        raise ValueError(
+            f"precision={precision!r} must be one of {', '.join(_PRECISIONS)}"
+        )
     if num_classes < 1:
         raise ValueError(f"num_classes={num_classes} must be positive")
     dtype, matmul_precision = _PRECISIONS[precision]
-    return REGISTRY[name](num_classes=num_classes, dtype=dtype, precision=matmul_precision, axis_name=axis_name)
+    return REGISTRY[name](
+        num_classes=num_classes,
+        dtype=dtype,
+        precision=matmul_precision,
+        axis_name=axis_name,
+    )
 
 
 def apply_with_features(
-    model: Model, variables: Mapping[str, Any], images: jax.Array, *, train: bool, mutable: tuple[str, ...] = ()
+    model: Model,
+    variables: Mapping[str, Any],
+    images: jax.Array,
+    *,
+    train: bool,
+    mutable: tuple[str, ...] = (),
 ) -> tuple[jax.Array, dict[str, jax.Array], dict[str, Any]]:
     """`model.apply`, and the intermediate features that a model of `create` hands out; without it none is kept.
 
@@ -112,7 +162,9 @@ def apply_with_features(
     >>> {name: feature.shape for name, feature in features.items()}
     {'stage1': (2, 8, 8, 16), 'stage2': (2, 4, 4, 32), 'stage3': (2, 2, 2, 64), 'pooled': (2, 64)}
     """
-    logits, updates = model.apply(variables, images, train=train, mutable=[*mutable, "intermediates"])
+    logits, updates = model.apply(
+        variables, images, train=train, mutable=[*mutable, "intermediates"]
+    )
     kept = updates.pop("intermediates", {})
     # Linen keeps a tuple of each name, one entry per call.
     return logits, {name: values[-1] for name, values in kept.items()}, updates

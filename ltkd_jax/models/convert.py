@@ -41,14 +41,24 @@ _MODULES = {
         r"classifier": "fc",
     },
 }
-_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+_LEAVES = {
+    "kernel": "weight",
+    "scale": "weight",
+    "bias": "bias",
+    "mean": "running_mean",
+    "var": "running_var",
+}
 # By rank, the zoo's axes in our order: [out, in, h, w] becomes [h, w, in, out], and [out, in] becomes [in, out].
 _AXES = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}
 
-SUPPORTED = tuple(name for name in models.REGISTRY if type(models.create(name, 1)) in _MODULES)
+SUPPORTED = tuple(
+    name for name in models.REGISTRY if type(models.create(name, 1)) in _MODULES
+)
 
 
-def from_torch(name: str, state_dict: dict[str, np.ndarray], num_classes: int) -> dict[str, Any]:
+def from_torch(
+    name: str, state_dict: dict[str, np.ndarray], num_classes: int
+) -> dict[str, Any]:
     """Our variables of a model, with the weights of a state dict.
 
     Args:
@@ -63,14 +73,25 @@ def from_torch(name: str, state_dict: dict[str, np.ndarray], num_classes: int) -
       ValueError: another model; a key that is missing, left over or of another shape.
     """
     if name not in SUPPORTED:
-        raise ValueError(f"cannot convert {name!r}: the models with a converter are {', '.join(SUPPORTED)}")
-    arrays = {key: np.asarray(x) for key, x in state_dict.items() if not key.endswith("num_batches_tracked")}
+        raise ValueError(
+            f"cannot convert {name!r}: the models with a converter are {', '.join(SUPPORTED)}"
+        )
+    arrays = {
+        key: np.asarray(x)
+        for key, x in state_dict.items()
+        if not key.endswith("num_batches_tracked")
+    }
     modules = _MODULES[type(models.create(name, num_classes))]
     shapes = _shapes(name, num_classes)
     keys = {path: _torch_key(modules, *path.split("/")[1:]) for path in shapes}
-    for problem, wrong in (("lacks", {*keys.values()} - {*arrays}), ("has also", {*arrays} - {*keys.values()})):
+    for problem, wrong in (
+        ("lacks", {*keys.values()} - {*arrays}),
+        ("has also", {*arrays} - {*keys.values()}),
+    ):
         if wrong:
-            raise ValueError(f"not a state dict of {name}: it {problem} {', '.join(map(repr, sorted(wrong)[:5]))}")
+            raise ValueError(
+                f"not a state dict of {name}: it {problem} {', '.join(map(repr, sorted(wrong)[:5]))}"
+            )
     converted = {}
     for path, shape in shapes.items():
         value, axes = arrays[keys[path]], _AXES[len(shape)]
@@ -107,14 +128,27 @@ def read(path: files.PathLike) -> dict[str, np.ndarray]:
     for key in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
-    if not isinstance(content, dict) or not content or not all(map(torch.is_tensor, content.values())):
-        raise ValueError(f'{path} holds no state dict: expected are tensors by name, plain or under "model"')
+    if (
+        not isinstance(content, dict)
+        or not content
+        or not all(map(torch.is_tensor, content.values()))
+    ):
+        raise ValueError(
+            f'{path} holds no state dict: expected are tensors by name, plain or under "model"'
+        )
     # DataParallel puts a "module." before every name.
-    return {key.removeprefix("module."): tensor.to(torch.float32).numpy() for key, tensor in content.items()}
+    return {
+        key.removeprefix("module."): tensor.to(torch.float32).numpy()
+        for key, tensor in content.items()
+    }
 
 
 def load(
-    path: files.PathLike, name: str, num_classes: int, *, image_shape: tuple[int, ...] = (32, 32, 3)
+    path: files.PathLike,
+    name: str,
+    num_classes: int,
+    *,
+    image_shape: tuple[int, ...] = (32, 32, 3),
 ) -> dict[str, Any]:
     """The variables in a file that this module wrote, checked against a model.
 
@@ -129,22 +163,36 @@ def load(
     """
     try:
         variables = serialization.msgpack_restore(pathlib.Path(path).read_bytes())
-        found = {key: np.shape(leaf) for key, leaf in traverse_util.flatten_dict(variables, sep="/").items()}
+        found = {
+            key: np.shape(leaf)
+            for key, leaf in traverse_util.flatten_dict(variables, sep="/").items()
+        }
     except Exception as error:  # a broken file raises what its bytes make it
-        raise ValueError(f"cannot read {path} as variables in Flax's msgpack: {error}") from error
+        raise ValueError(
+            f"cannot read {path} as variables in Flax's msgpack: {error}"
+        ) from error
     expected = _shapes(name, num_classes, image_shape)
     for key in sorted(expected.keys() | found.keys()):
         if expected.get(key) != found.get(key):
-            has, needs = (f"shape {list(x[key])}" if key in x else "none" for x in (found, expected))
-            raise ValueError(f"{path} is not of {name} with {num_classes} classes: of {key} it has {has}, not {needs}")
+            has, needs = (
+                f"shape {list(x[key])}" if key in x else "none"
+                for x in (found, expected)
+            )
+            raise ValueError(
+                f"{path} is not of {name} with {num_classes} classes: of {key} it has {has}, not {needs}"
+            )
     return variables
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code, 2 with a message on the standard error if it can't be done."""
-    parser = argparse.ArgumentParser("ltkd_jax.models.convert", description="Weights from PyTorch to Flax.")
+    parser = argparse.ArgumentParser(
+        "ltkd_jax.models.convert", description="Weights from PyTorch to Flax."
+    )
     parser.add_argument("model", help=f"one of {', '.join(SUPPORTED)}")
-    parser.add_argument("checkpoint", help="a file of torch.save, by mdistiller or RepDistiller")
+    parser.add_argument(
+        "checkpoint", help="a file of torch.save, by mdistiller or RepDistiller"
+    )
     parser.add_argument("out", help="the file to write")
     parser.add_argument("--num_classes", type=int, default=100)
     args = parser.parse_args(argv)
@@ -159,11 +207,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _shapes(name: str, num_classes: int, image_shape: tuple[int, ...] = (32, 32, 3)) -> dict[str, tuple[int, ...]]:
+def _shapes(
+    name: str, num_classes: int, image_shape: tuple[int, ...] = (32, 32, 3)
+) -> dict[str, tuple[int, ...]]:
     """The shapes of a model's variables by their paths."""
     model = models.create(name, num_classes)
-    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, *image_shape)), train=False))
-    return {path: leaf.shape for path, leaf in traverse_util.flatten_dict(variables, sep="/").items()}
+    variables = jax.eval_shape(
+        lambda: model.init(jax.random.key(0), jnp.zeros((1, *image_shape)), train=False)
+    )
+    return {
+        path: leaf.shape
+        for path, leaf in traverse_util.flatten_dict(variables, sep="/").items()
+    }
 
 
 def _torch_key(modules: dict[str, str], layer: str, leaf: str) -> str:

@@ -8,7 +8,9 @@ from flax.typing import PrecisionLike
 from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
-uniform_by_fan_in = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # ±1/√fan_in
+uniform_by_fan_in = nn.initializers.variance_scaling(
+    1 / 3, "fan_in", "uniform"
+)  # ±1/√fan_in
 
 
 def linear(
@@ -26,5 +28,11 @@ def linear(
     def uniform(key: jax.Array, shape: Sequence[int], dtype: DTypeLike) -> jax.Array:
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
-    layer = nn.Dense(features, precision=precision, kernel_init=kernel_init, bias_init=bias_init or uniform, name=name)
+    layer = nn.Dense(
+        features,
+        precision=precision,
+        kernel_init=kernel_init,
+        bias_init=bias_init or uniform,
+        name=name,
+    )
     return layer(x)

@@ -38,7 +38,15 @@ class Layers(nn.Module, kw_only=True):
     initialisers: ClassVar[Initialisers] = Initialisers()
 
     def conv(
-        self, x: jax.Array, width: int, size: int, stride: int = 1, *, groups: int = 1, bias: bool = False, name: str
+        self,
+        x: jax.Array,
+        width: int,
+        size: int,
+        stride: int = 1,
+        *,
+        groups: int = 1,
+        bias: bool = False,
+        name: str,
     ) -> jax.Array:
         """A square convolution, padded so that stride 1 keeps the image's size."""
         # Explicit padding: "SAME" would pad a strided convolution on one side only.
@@ -83,8 +91,16 @@ class Layers(nn.Module, kw_only=True):
         index: int | None = None,
     ) -> jax.Array:
         """A convolution and its batch norm, `name` and `name_norm`; in a block `name_conv1`, `name_norm1` and so on."""
-        conv, norm = (name, f"{name}_norm") if index is None else (f"{name}_conv{index}", f"{name}_norm{index}")
-        return self.norm(self.conv(x, width, size, stride, groups=groups, bias=bias, name=conv), train, norm)
+        conv, norm = (
+            (name, f"{name}_norm")
+            if index is None
+            else (f"{name}_conv{index}", f"{name}_norm{index}")
+        )
+        return self.norm(
+            self.conv(x, width, size, stride, groups=groups, bias=bias, name=conv),
+            train,
+            norm,
+        )
 
 
 class Network(Layers, kw_only=True):
@@ -103,7 +119,9 @@ class Network(Layers, kw_only=True):
 
     num_classes: int = 100
 
-    smallest: ClassVar[int] = 1  # pixels of an image's side from which there is a feature map
+    smallest: ClassVar[int] = (
+        1  # pixels of an image's side from which there is a feature map
+    )
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:

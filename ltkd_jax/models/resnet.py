@@ -32,7 +32,12 @@ class _Residual(Network):
         for stage, (width, number) in enumerate(zip(widths, blocks), start=1):
             for block in range(1, number + 1):
                 stride = 2 if stage > 1 and block == 1 else 1
-                x = self._block(nn.relu(x), train, branch(width, stride), f"stage{stage}_block{block}")
+                x = self._block(
+                    nn.relu(x),
+                    train,
+                    branch(width, stride),
+                    f"stage{stage}_block{block}",
+                )
             self.keep(f"stage{stage}", x)
         return nn.relu(x)
 
@@ -42,7 +47,9 @@ class _Residual(Network):
             y = self.conv_norm(nn.relu(y), train, *conv, name=name, index=index)
         if x.shape != y.shape:
             stride = max(stride for _, _, stride in convs)
-            x = self.conv_norm(x, train, y.shape[-1], 1, stride, name=name, index=len(convs) + 1)
+            x = self.conv_norm(
+                x, train, y.shape[-1], 1, stride, name=name, index=len(convs) + 1
+            )
         return x + y
 
 
@@ -101,4 +108,10 @@ class ResNet(_Residual):
             x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
         else:
             x = self.conv_norm(x, train, 64, 3, name="stem")
-        return self._stages(x, train, (64, 128, 256, 512), self.blocks, _bottleneck if self.bottleneck else _basic)
+        return self._stages(
+            x,
+            train,
+            (64, 128, 256, 512),
+            self.blocks,
+            _bottleneck if self.bottleneck else _basic,
+        )

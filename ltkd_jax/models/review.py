@@ -21,7 +21,12 @@ def maps(features: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
     >>> [x.shape for x in maps({"stage1": jnp.zeros((2, 4, 4, 8)), "pooled": jnp.zeros((2, 8))})]
     [(2, 4, 4, 8), (2, 1, 1, 8)]
     """
-    *stages, pooled = (feature for _, feature in sorted(features.items(), key=lambda item: (item[0] == "pooled", item)))
+    *stages, pooled = (
+        feature
+        for _, feature in sorted(
+            features.items(), key=lambda item: (item[0] == "pooled", item)
+        )
+    )
     return (*stages, pooled[:, None, None, :])
 
 
@@ -38,24 +43,40 @@ class Fusion(Layers):
 
     targets: tuple[tuple[int, int], ...]
 
-    initialisers = Initialisers(conv=nn.initializers.variance_scaling(1.0, "fan_in", "uniform"))
+    initialisers = Initialisers(
+        conv=nn.initializers.variance_scaling(1.0, "fan_in", "uniform")
+    )
 
     @nn.compact
-    def __call__(self, features: tuple[jax.Array, ...], *, train: bool) -> tuple[jax.Array, ...]:
+    def __call__(
+        self, features: tuple[jax.Array, ...], *, train: bool
+    ) -> tuple[jax.Array, ...]:
         """Maps `[B, size, size, channels]` of the targets, from those of `maps(student's features)`."""
         common = min(_MOST_CHANNELS, features[-1].shape[-1])
         fused, deeper = [], None
         for level in reversed(range(len(features))):
             size, channels = self.targets[level]
-            x = self.conv_norm(features[level], train, common, 1, name=f"level{level + 1}", index=1)
+            x = self.conv_norm(
+                features[level], train, common, 1, name=f"level{level + 1}", index=1
+            )
             if deeper is not None:
-                x = self._attend(x, _nearest(deeper, x.shape[1]), f"level{level + 1}_attention")
+                x = self._attend(
+                    x, _nearest(deeper, x.shape[1]), f"level{level + 1}_attention"
+                )
             deeper = _nearest(x, size)
-            fused.append(self.conv_norm(deeper, train, channels, 3, name=f"level{level + 1}", index=2))
+            fused.append(
+                self.conv_norm(
+                    deeper, train, channels, 3, name=f"level{level + 1}", index=2
+                )
+            )
         return tuple(reversed(fused))
 
     def _attend(self, x: jax.Array, y: jax.Array, name: str) -> jax.Array:
-        weights = nn.sigmoid(linear(jnp.concatenate([x, y], axis=-1), 2, precision=self.precision, name=name))
+        weights = nn.sigmoid(
+            linear(
+                jnp.concatenate([x, y], axis=-1), 2, precision=self.precision, name=name
+            )
+        )
         own, other = jnp.split(weights.astype(x.dtype), 2, axis=-1)
         return x * own + y * other
 
@@ -83,19 +104,34 @@ class Reviewed:
     def init(self, key: jax.Array, images: jax.Array, *, train: bool) -> dict[str, Any]:
         """Variables of both; the student's are those that it gets alone."""
         student = self.student.init(key, images, train=train)
-        _, features, _ = models.apply_with_features(self.student, student, images, train=False)
-        fusion = self.fusion.init(jax.random.fold_in(key, 1), maps(features), train=train)
-        return {kind: {"student": student[kind], "fusion": fusion[kind]} for kind in student}
+        _, features, _ = models.apply_with_features(
+            self.student, student, images, train=False
+        )
+        fusion = self.fusion.init(
+            jax.random.fold_in(key, 1), maps(features), train=train
+        )
+        return {
+            kind: {"student": student[kind], "fusion": fusion[kind]} for kind in student
+        }
 
     def apply(
-        self, variables: Mapping[str, Any], images: jax.Array, *, train: bool, mutable: Sequence[str] = ()
+        self,
+        variables: Mapping[str, Any],
+        images: jax.Array,
+        *,
+        train: bool,
+        mutable: Sequence[str] = (),
     ) -> Any:
         """The student's logits; with `mutable` also its updated collections, beside the fusion's as they were."""
         student = _part(variables, "student")
         if not mutable:
             return self.student.apply(student, images, train=train)
-        logits, updates = self.student.apply(student, images, train=train, mutable=mutable)
-        return logits, {kind: {**variables[kind], "student": new} for kind, new in updates.items()}
+        logits, updates = self.student.apply(
+            student, images, train=train, mutable=mutable
+        )
+        return logits, {
+            kind: {**variables[kind], "student": new} for kind, new in updates.items()
+        }
 
     def apply_with_features(
         self, variables: Mapping[str, Any], images: jax.Array
@@ -103,17 +139,34 @@ class Reviewed:
         """In training mode: the student's logits, its fused features, and both's updated batch statistics."""
         mutable = ("batch_stats",)
         logits, features, student = models.apply_with_features(
-            self.student, _part(variables, "student"), images, train=True, mutable=mutable
+            self.student,
+            _part(variables, "student"),
+            images,
+            train=True,
+            mutable=mutable,
         )
-        fused, fusion = self.fusion.apply(_part(variables, "fusion"), maps(features), train=True, mutable=mutable)
-        return logits, fused, {"batch_stats": {"student": student["batch_stats"], "fusion": fusion["batch_stats"]}}
+        fused, fusion = self.fusion.apply(
+            _part(variables, "fusion"), maps(features), train=True, mutable=mutable
+        )
+        return (
+            logits,
+            fused,
+            {
+                "batch_stats": {
+                    "student": student["batch_stats"],
+                    "fusion": fusion["batch_stats"],
+                }
+            },
+        )
 
 
 def _part(variables: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {kind: tree[name] for kind, tree in variables.items()}
 
 
-def reviewed(student: nn.Module, teacher: nn.Module, image_shape: tuple[int, int, int]) -> Reviewed:
+def reviewed(
+    student: nn.Module, teacher: nn.Module, image_shape: tuple[int, int, int]
+) -> Reviewed:
     """A student with the fusion that compares it with a teacher.
 
     Args:
@@ -127,7 +180,9 @@ def reviewed(student: nn.Module, teacher: nn.Module, image_shape: tuple[int, int
     >>> reviewed(*pair, (8, 8, 1)).fusion.targets
     ((8, 16), (4, 32), (2, 64), (1, 64))
     """
-    of_student, of_teacher = (_shapes(model, image_shape) for model in (student, teacher))
+    of_student, of_teacher = (
+        _shapes(model, image_shape) for model in (student, teacher)
+    )
     if len(of_student) != len(of_teacher):
         raise ValueError(
             f"reviewkd compares stage with stage: the student has {len(of_student) - 1}, the teacher "
@@ -137,12 +192,18 @@ def reviewed(student: nn.Module, teacher: nn.Module, image_shape: tuple[int, int
     return Reviewed(student, Fusion(targets=of_teacher, **own))
 
 
-def _shapes(model: nn.Module, image_shape: tuple[int, int, int]) -> tuple[tuple[int, int], ...]:
+def _shapes(
+    model: nn.Module, image_shape: tuple[int, int, int]
+) -> tuple[tuple[int, int], ...]:
     """(size, channels) of each feature."""
 
     def features(images: jax.Array) -> tuple[jax.Array, ...]:
         variables = model.init(jax.random.key(0), images, train=False)
-        return maps(models.apply_with_features(model, variables, images, train=False)[1])
+        return maps(
+            models.apply_with_features(model, variables, images, train=False)[1]
+        )
 
-    found = jax.eval_shape(features, jax.ShapeDtypeStruct((1, *image_shape), jnp.float32))
+    found = jax.eval_shape(
+        features, jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    )
     return tuple((feature.shape[1], feature.shape[-1]) for feature in found)

@@ -17,7 +17,9 @@ def shuffle(x: jax.Array, groups: int) -> jax.Array:
     [0, 3, 1, 4, 2, 5]
     """
     *image, channels = x.shape
-    return x.reshape(*image, groups, channels // groups).swapaxes(-1, -2).reshape(x.shape)
+    return (
+        x.reshape(*image, groups, channels // groups).swapaxes(-1, -2).reshape(x.shape)
+    )
 
 
 class ShuffleNetV1(Network):
@@ -46,22 +48,40 @@ class ShuffleNetV1(Network):
                 # The stem has too few channels to be grouped.
                 groups = 1 if stage == block == 1 else self.groups
                 stride = 2 if block == 1 else 1
-                x = self._block(nn.relu(x), train, width, stride, groups, f"stage{stage}_block{block}")
+                x = self._block(
+                    nn.relu(x),
+                    train,
+                    width,
+                    stride,
+                    groups,
+                    f"stage{stage}_block{block}",
+                )
             self.keep(f"stage{stage}", x)
         return nn.relu(x)
 
-    def _block(self, x: jax.Array, train: bool, width: int, stride: int, groups: int, name: str) -> jax.Array:
+    def _block(
+        self, x: jax.Array, train: bool, width: int, stride: int, groups: int, name: str
+    ) -> jax.Array:
         """The block before its last ReLU. One that halves the image appends the pooled input to the branch."""
         if stride == 2:
             width -= x.shape[-1]
         inner = width // 4
-        y = shuffle(nn.relu(self.conv_norm(x, train, inner, 1, groups=groups, name=name, index=1)), groups)
-        y = nn.relu(self.conv_norm(y, train, inner, 3, stride, groups=inner, name=name, index=2))
+        y = shuffle(
+            nn.relu(
+                self.conv_norm(x, train, inner, 1, groups=groups, name=name, index=1)
+            ),
+            groups,
+        )
+        y = nn.relu(
+            self.conv_norm(y, train, inner, 3, stride, groups=inner, name=name, index=2)
+        )
         y = self.conv_norm(y, train, width, 1, groups=self.groups, name=name, index=3)
         if stride == 1:
             return x + y
         # The padding counts, as in PyTorch.
-        x = nn.avg_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)), count_include_pad=True)
+        x = nn.avg_pool(
+            x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)), count_include_pad=True
+        )
         return jnp.concatenate([y, x], axis=-1)
 
 
@@ -89,7 +109,11 @@ class ShuffleNetV2(Network):
         for stage, (width, blocks) in enumerate(zip(self.widths, self.blocks), start=1):
             for block in range(1, blocks + 2):
                 name = f"stage{stage}_block{block}"
-                before = self._halve(x, train, width // 2, name) if block == 1 else self._block(x, train, name)
+                before = (
+                    self._halve(x, train, width // 2, name)
+                    if block == 1
+                    else self._block(x, train, name)
+                )
                 x = shuffle(nn.relu(before), 2)
             self.keep(f"stage{stage}", before)
         return nn.relu(self.conv_norm(x, train, self.widths[-1], 1, name="last"))
@@ -97,10 +121,14 @@ class ShuffleNetV2(Network):
     def _halve(self, x: jax.Array, train: bool, width: int, name: str) -> jax.Array:
         """Both branches see all channels and halve the image; before their ReLU."""
         channels = x.shape[-1]
-        left = self.conv_norm(x, train, channels, 3, 2, groups=channels, name=name, index=1)
+        left = self.conv_norm(
+            x, train, channels, 3, 2, groups=channels, name=name, index=1
+        )
         left = self.conv_norm(left, train, width, 1, name=name, index=2)
         right = nn.relu(self.conv_norm(x, train, width, 1, name=name, index=3))
-        right = self.conv_norm(right, train, width, 3, 2, groups=width, name=name, index=4)
+        right = self.conv_norm(
+            right, train, width, 3, 2, groups=width, name=name, index=4
+        )
         right = self.conv_norm(right, train, width, 1, name=name, index=5)
         return jnp.concatenate([left, right], axis=-1)
 

@@ -26,13 +26,17 @@ class VGG(Network):
     convs: tuple[int, int, int, int, int]
 
     smallest = 8  # halved three times
-    initialisers = Initialisers(kernel=nn.initializers.normal(0.01), bias=nn.initializers.zeros)
+    initialisers = Initialisers(
+        kernel=nn.initializers.normal(0.01), bias=nn.initializers.zeros
+    )
 
     def body(self, x: jax.Array, train: bool) -> jax.Array:
         pools = 4 if min(x.shape[1:3]) >= LARGE else 3
         for stage, (width, number) in enumerate(zip(WIDTHS, self.convs)):
             for index in range(1, number + 1):
-                before = self.conv_norm(x, train, width, 3, bias=True, name=f"stage{stage}", index=index)
+                before = self.conv_norm(
+                    x, train, width, 3, bias=True, name=f"stage{stage}", index=index
+                )
                 x = nn.relu(before)
             if stage > 0:
                 self.keep(f"stage{stage}", before)

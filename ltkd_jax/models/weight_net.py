@@ -31,5 +31,13 @@ class WeightNet(nn.Module):
         x = features.astype(jnp.promote_types(features.dtype, jnp.float32))
         # It is tiny and its gradient is a small difference: always in full precision.
         for i, width in enumerate(self.hidden):
-            x = nn.tanh(linear(x, width, precision=jax.lax.Precision.HIGHEST, name=f"hidden{i + 1}"))
-        return nn.sigmoid(linear(x, self.num_terms, precision=jax.lax.Precision.HIGHEST, name="weights"))
+            x = nn.tanh(
+                linear(
+                    x, width, precision=jax.lax.Precision.HIGHEST, name=f"hidden{i + 1}"
+                )
+            )
+        return nn.sigmoid(
+            linear(
+                x, self.num_terms, precision=jax.lax.Precision.HIGHEST, name="weights"
+            )
+        )

@@ -33,14 +33,27 @@ class WideResNet(Network):
         for stage in (1, 2, 3):
             for block in range(1, blocks + 1):
                 stride = 2 if stage > 1 and block == 1 else 1
-                x = self._block(x, train, 2 ** (stage + 3) * self.widening, stride, f"stage{stage}_block{block}")
+                x = self._block(
+                    x,
+                    train,
+                    2 ** (stage + 3) * self.widening,
+                    stride,
+                    f"stage{stage}_block{block}",
+                )
             self.keep(f"stage{stage}", x)
         return nn.relu(self.norm(x, train, "last_norm"))
 
-    def _block(self, x: jax.Array, train: bool, width: int, stride: int, name: str) -> jax.Array:
+    def _block(
+        self, x: jax.Array, train: bool, width: int, stride: int, name: str
+    ) -> jax.Array:
         active = nn.relu(self.norm(x, train, f"{name}_norm1"))
         y = self.conv(active, width, 3, stride, name=f"{name}_conv1")
-        y = self.conv(nn.relu(self.norm(y, train, f"{name}_norm2")), width, 3, name=f"{name}_conv2")
+        y = self.conv(
+            nn.relu(self.norm(y, train, f"{name}_norm2")),
+            width,
+            3,
+            name=f"{name}_conv2",
+        )
         if x.shape[-1] != width:
             x = self.conv(active, width, 1, stride, name=f"{name}_conv3")
         return x + y

@@ -43,16 +43,22 @@ class Weighting:
 
     def __post_init__(self) -> None:
         if len(self.scales) != self.net.num_terms:
-            raise ValueError(f"scales={self.scales}: give one for each of the {self.net.num_terms} terms")
+            raise ValueError(
+                f"scales={self.scales}: give one for each of the {self.net.num_terms} terms"
+            )
 
     def weights(self, params: PyTree, features: jax.Array) -> jax.Array:
         """Returns the weights `[B, T]` for features `[B, F]`."""
         scales = jnp.asarray(self.scales, features.dtype)
-        return scales[None, :] * cast(jax.Array, self.net.apply({"params": params}, features))
+        return scales[None, :] * cast(
+            jax.Array, self.net.apply({"params": params}, features)
+        )
 
     def add_to(self, state: TrainState, seed: jax.Array | int) -> TrainState:
         """Returns the state with a fresh weight net in it; the seed may be traced."""
-        key = jax.random.fold_in(jax.random.key(seed), 1)  # key(seed) itself is the student's
+        key = jax.random.fold_in(
+            jax.random.key(seed), 1
+        )  # key(seed) itself is the student's
         params = self.net.init(key, jnp.zeros((1, self.num_features)))["params"]
         num_groups = len(self.groups.names)
         learned = LearnedSums(
@@ -85,7 +91,9 @@ def problem(
 
     def terms_fn(params: PyTree, batch: Batch) -> tuple[jax.Array, bilevel.Aux]:
         predictions, new_stats = predict(params, batch)
-        return objective(predictions), bilevel.Aux(weighting.features(predictions), (predictions, new_stats))
+        return objective(predictions), bilevel.Aux(
+            weighting.features(predictions), (predictions, new_stats)
+        )
 
     def outer_fn(params: PyTree, batch: Batch) -> jax.Array:
         predictions, _ = predict(params, batch)
@@ -122,15 +130,21 @@ def bilevel_step(
       unroll: as `bilevel.step`.
     """
     result = bilevel.step(
-        problem(state.batch_stats, model=model, objective=objective, weighting=weighting, axis_name=axis_name),
+        problem(
+            state.batch_stats,
+            model=model,
+            objective=objective,
+            weighting=weighting,
+            axis_name=axis_name,
+        ),
         state.params,
         state.meta,
         batches,
         outer_batch,
         schedule(state.step),
         optimizer=weighting.optimizer,
-        every=weighting.update_every,
-        changes=update_weight_net,
+        update_every=weighting.update_every,
+        update_weight_net=update_weight_net,
         unroll=unroll,
     )
     predictions, batch_stats = result.aux.extra
@@ -149,11 +163,20 @@ def bilevel_step(
     return state._replace(meta=result.meta, sums=state.sums._replace(learned=learned))
 
 
-def _add(sums: LearnedSums, group: jax.Array, result: bilevel.Step, axis_name: str | None) -> LearnedSums:
+def _add(
+    sums: LearnedSums,
+    group: jax.Array,
+    result: bilevel.StepResult,
+    axis_name: str | None,
+) -> LearnedSums:
     features = result.aux.features
 
     def by_group(values: jax.Array) -> jax.Array:
-        return jnp.zeros((len(sums.examples), *values.shape[1:]), values.dtype).at[group].add(values)
+        return (
+            jnp.zeros((len(sums.examples), *values.shape[1:]), values.dtype)
+            .at[group]
+            .add(values)
+        )
 
     batch_sums = LearnedSums(
         outer_loss=result.outer_loss,
@@ -162,5 +185,9 @@ def _add(sums: LearnedSums, group: jax.Array, result: bilevel.Step, axis_name: s
         examples=by_group(jnp.ones_like(features[:, 0])),
     )
     # The outer loss is an average over the devices already.
-    global_sums = sum_over_devices(batch_sums, axis_name)._replace(outer_loss=result.outer_loss)
-    return jax.tree.map(lambda total, new: total + new.astype(total.dtype), sums, global_sums)
+    global_sums = sum_over_devices(batch_sums, axis_name)._replace(
+        outer_loss=result.outer_loss
+    )
+    return jax.tree.map(
+        lambda total, new: total + new.astype(total.dtype), sums, global_sums
+    )

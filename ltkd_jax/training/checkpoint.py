@@ -30,7 +30,9 @@ class Checkpoints:
     def __init__(self, directory: str | os.PathLike[str], *, keep: int = 2) -> None:
         self._dir = pathlib.Path(directory).resolve()
         if self._dir.exists() and not self._dir.is_dir():
-            raise NotADirectoryError(f"{self._dir} is a file where the folder of the checkpoints belongs: move it away")
+            raise NotADirectoryError(
+                f"{self._dir} is a file where the folder of the checkpoints belongs: move it away"
+            )
         self._keep = keep
         # By itself Orbax would wait for the other processes, of which none comes.
         alone = ocp.options.MultiprocessingOptions(
@@ -77,9 +79,16 @@ class Checkpoints:
         for step in self.steps():
             path = self._path(step)
             if not self._is_whole(step):
-                _log.warning("checkpoint %s is damaged or incomplete: passing it over for an older one", path)
+                _log.warning(
+                    "checkpoint %s is damaged or incomplete: passing it over for an older one",
+                    path,
+                )
                 continue
-            return step, self._read(path, like), json.loads((path / "extra.json").read_text())
+            return (
+                step,
+                self._read(path, like),
+                json.loads((path / "extra.json").read_text()),
+            )
         return None
 
     def discard_after(self, step: int) -> None:
@@ -90,7 +99,9 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps of which there is something on disk, newest first."""
-        found = (p.name.removeprefix("step_") for p in self._dir.glob("step_*") if p.is_dir())
+        found = (
+            p.name.removeprefix("step_") for p in self._dir.glob("step_*") if p.is_dir()
+        )
         return sorted((int(name) for name in found if name.isdecimal()), reverse=True)
 
     def _read(self, path: pathlib.Path, like: Any) -> Any:
@@ -98,11 +109,17 @@ class Checkpoints:
             restored = self._saver.restore(
                 path / "state",
                 item=jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like),
-                restore_args=jax.tree.map(lambda x: ocp.RestoreArgs(restore_type=np.ndarray), like),
+                restore_args=jax.tree.map(
+                    lambda x: ocp.RestoreArgs(restore_type=np.ndarray), like
+                ),
             )
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"checkpoint {path} is of another model or optimizer: {error}") from error
-        for (where, want), got in zip(jax.tree.leaves_with_path(like), jax.tree.leaves(restored), strict=True):
+            raise ValueError(
+                f"checkpoint {path} is of another model or optimizer: {error}"
+            ) from error
+        for (where, want), got in zip(
+            jax.tree.leaves_with_path(like), jax.tree.leaves(restored), strict=True
+        ):
             if tuple(want.shape) != got.shape or want.dtype != got.dtype:
                 name = jax.tree_util.keystr(where)
                 raise ValueError(
@@ -113,7 +130,11 @@ class Checkpoints:
 
     def _is_whole(self, step: int) -> bool:
         path, checksum = self._path(step), self._checksum_path(step)
-        return path.is_dir() and checksum.is_file() and checksum.read_bytes() == _checksum(path).encode()
+        return (
+            path.is_dir()
+            and checksum.is_file()
+            and checksum.read_bytes() == _checksum(path).encode()
+        )
 
     def _forget(self, step: int) -> None:
         # The checksum goes first, so that a half-removed checkpoint is never taken for a whole one.

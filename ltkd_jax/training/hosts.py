@@ -48,8 +48,12 @@ def start(where: str) -> None:
         except ValueError:
             known = False
         if not known:
-            raise ValueError(f"distributed={where!r} must be auto, or HOST:PORT,INDEX,COUNT with INDEX below COUNT")
-        jax.distributed.initialize(address, count, index, cluster_detection_method="deactivate")
+            raise ValueError(
+                f"distributed={where!r} must be auto, or HOST:PORT,INDEX,COUNT with INDEX below COUNT"
+            )
+        jax.distributed.initialize(
+            address, count, index, cluster_detection_method="deactivate"
+        )
     jax.devices()  # a meeting of all: one that came later would make the others give up
 
 
@@ -78,15 +82,21 @@ def run_on_primary(fn: Callable[[], _T]) -> _T:
         content = pickle.dumps(result, protocol=5, buffer_callback=buffers.append)
         buffers = [np.frombuffer(buffer.raw(), np.uint8) for buffer in buffers]
         sizes = [buffer.size for buffer in buffers]
-        client.key_value_set_bytes(key, pickle.dumps((content, sizes, error and _portable(error))))
-    content, sizes, told = pickle.loads(client.blocking_key_value_get_bytes(key, _WAIT_MS))
+        client.key_value_set_bytes(
+            key, pickle.dumps((content, sizes, error and _portable(error)))
+        )
+    content, sizes, told = pickle.loads(
+        client.blocking_key_value_get_bytes(key, _WAIT_MS)
+    )
     client.wait_at_barrier(key, _WAIT_MS)  # all have read it
     if is_primary():
         client.key_value_delete(key)
     if told:
         raise error or told
     if sizes:  # in one piece, since every size is compiled for
-        joined = np.concatenate(buffers) if is_primary() else np.zeros(sum(sizes), np.uint8)
+        joined = (
+            np.concatenate(buffers) if is_primary() else np.zeros(sum(sizes), np.uint8)
+        )
         joined = _broadcast(joined)
         buffers = [part.copy() for part in np.split(joined, np.cumsum(sizes)[:-1])]
     return result if is_primary() else pickle.loads(content, buffers=buffers)
@@ -123,8 +133,13 @@ def all_gather(value: _T) -> list[_T]:
     client.wait_at_barrier(key, _WAIT_MS)
     _forgotten.append(mine)
     if len(_forgotten) > 1:
-        client.key_value_delete(_forgotten.popleft())  # of the last call, which all have left
-    return [pickle.loads(content) for _, content in sorted(client.key_value_dir_get_bytes(key))]
+        client.key_value_delete(
+            _forgotten.popleft()
+        )  # of the last call, which all have left
+    return [
+        pickle.loads(content)
+        for _, content in sorted(client.key_value_dir_get_bytes(key))
+    ]
 
 
 def _attempt(fn: Callable[[], Any]) -> tuple[Any, Exception | None]:

@@ -37,15 +37,24 @@ class Parallel:
     8.0
     """
 
-    def __init__(self, mode: str = "jit", devices: Sequence[jax.Device] | None = None) -> None:
+    def __init__(
+        self, mode: str = "jit", devices: Sequence[jax.Device] | None = None
+    ) -> None:
         if mode not in MODES:
             raise ValueError(f"parallel={mode!r} must be one of {', '.join(MODES)}")
         self.mode = mode
         # By process, so that each holds one run of positions.
-        self.devices = sorted(devices or jax.devices(), key=lambda device: (device.process_index, device.id))
+        self.devices = sorted(
+            devices or jax.devices(),
+            key=lambda device: (device.process_index, device.id),
+        )
         self.num_devices = len(self.devices)
         self.axis_name = _AXIS if mode == "pmap" else None
-        self._local = [device for device in self.devices if device.process_index == jax.process_index()]
+        self._local = [
+            device
+            for device in self.devices
+            if device.process_index == jax.process_index()
+        ]
         # `pmap` takes and gives the arrays of this process, `jit` those of all.
         of_arrays = self._local if mode == "pmap" else self.devices
         self._mesh = Mesh(np.asarray(of_arrays), (_AXIS,), axis_types=(AxisType.Auto,))
@@ -61,7 +70,9 @@ class Parallel:
         """
         each, rest = divmod(batch_size, self.num_devices)
         if rest:
-            raise ValueError(f"batch_size={batch_size} must be a multiple of the {self.num_devices} devices")
+            raise ValueError(
+                f"batch_size={batch_size} must be a multiple of the {self.num_devices} devices"
+            )
         first = self.devices.index(self._local[0])
         return np.arange(first * each, (first + len(self._local)) * each)
 
@@ -72,7 +83,10 @@ class Parallel:
         """
         if self.mode == "jit":
             return self._put(tree, P())
-        stacked = jax.tree.map(lambda x: np.broadcast_to(np.asarray(x), (len(self._local), *np.shape(x))), tree)
+        stacked = jax.tree.map(
+            lambda x: np.broadcast_to(np.asarray(x), (len(self._local), *np.shape(x))),
+            tree,
+        )
         return self._put(stacked, P(_AXIS))
 
     def first(self, tree: PyTree) -> PyTree:
@@ -85,12 +99,18 @@ class Parallel:
     def shard(self, tree: PyTree, batch_axis: int) -> PyTree:
         """Leaves split over the devices along `batch_axis`, of which each process gives its own positions."""
         if self.mode == "pmap":
-            stacked = jax.tree.map(lambda x: self._split(np.asarray(x), batch_axis), tree)
+            stacked = jax.tree.map(
+                lambda x: self._split(np.asarray(x), batch_axis), tree
+            )
             return self._put(stacked, P(_AXIS))
         return self._put(tree, self._spec(batch_axis), batch_axis)
 
     def compile(
-        self, fn: Callable[..., PyTree], *, batch_axis: int, donate: tuple[int, ...] = ()
+        self,
+        fn: Callable[..., PyTree],
+        *,
+        batch_axis: int,
+        donate: tuple[int, ...] = (),
     ) -> Callable[..., PyTree]:
         """`fn(*replicated, batch)`, compiled: its last argument is sharded, its result replicated.
 
@@ -100,8 +120,13 @@ class Parallel:
           donate: arguments whose memory the result may take.
         """
         if self.mode == "pmap":
-            return jax.pmap(fn, axis_name=_AXIS, devices=self.devices, donate_argnums=donate)
-        replicated, batched = NamedSharding(self._mesh, P()), NamedSharding(self._mesh, self._spec(batch_axis))
+            return jax.pmap(
+                fn, axis_name=_AXIS, devices=self.devices, donate_argnums=donate
+            )
+        replicated, batched = (
+            NamedSharding(self._mesh, P()),
+            NamedSharding(self._mesh, self._spec(batch_axis)),
+        )
 
         def constrained(*args: PyTree) -> PyTree:
             *rest, batch = args
@@ -117,7 +142,9 @@ class Parallel:
             x = np.asarray(x)
             shape = list(x.shape)
             if spread_axis is not None:
-                shape[spread_axis] = shape[spread_axis] * self.num_devices // len(self._local)
+                shape[spread_axis] = (
+                    shape[spread_axis] * self.num_devices // len(self._local)
+                )
             return jax.make_array_from_process_local_data(sharding, x, tuple(shape))
 
         return jax.tree.map(put, tree)
@@ -126,5 +153,7 @@ class Parallel:
         return P(*([None] * batch_axis), _AXIS)
 
     def _split(self, x: np.ndarray, batch_axis: int) -> np.ndarray:
-        shape = x.shape[:batch_axis] + (len(self._local), -1) + x.shape[batch_axis + 1 :]
+        shape = (
+            x.shape[:batch_axis] + (len(self._local), -1) + x.shape[batch_axis + 1 :]
+        )
         return np.moveaxis(x.reshape(shape), batch_axis, 0)

@@ -78,7 +78,9 @@ def zero_sums(num_terms: int) -> EpochSums:
 
 def cleared(sums: EpochSums) -> EpochSums:
     """The sums at an epoch's start."""
-    return jax.tree.map(jnp.zeros_like, sums)._replace(bad_step=-jnp.ones_like(sums.bad_step))
+    return jax.tree.map(jnp.zeros_like, sums)._replace(
+        bad_step=-jnp.ones_like(sums.bad_step)
+    )
 
 
 def create(
@@ -97,7 +99,9 @@ def create(
       image_shape: `(H, W, channels)`.
       seed: int scalar, may be traced.
     """
-    variables = model.init(jax.random.key(seed), jnp.zeros((1, *image_shape)), train=False)
+    variables = model.init(
+        jax.random.key(seed), jnp.zeros((1, *image_shape)), train=False
+    )
     params = variables["params"]
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -108,7 +112,9 @@ def create(
     )
 
 
-def sgd(learning_rate: optax.ScalarOrSchedule, *, momentum: float, weight_decay: float) -> optax.GradientTransformation:
+def sgd(
+    learning_rate: optax.ScalarOrSchedule, *, momentum: float, weight_decay: float
+) -> optax.GradientTransformation:
     """SGD as PyTorch has it: L2 on every parameter, added to the gradient before the momentum."""
     return optax.chain(
         optax.add_decayed_weights(weight_decay),
@@ -116,12 +122,18 @@ def sgd(learning_rate: optax.ScalarOrSchedule, *, momentum: float, weight_decay:
     )
 
 
-def adam(learning_rate: optax.ScalarOrSchedule, *, weight_decay: float) -> optax.GradientTransformation:
+def adam(
+    learning_rate: optax.ScalarOrSchedule, *, weight_decay: float
+) -> optax.GradientTransformation:
     """Adam as PyTorch has it: L2 on every parameter, added to the gradient before the moments."""
-    return optax.chain(optax.add_decayed_weights(weight_decay), optax.adam(learning_rate))
+    return optax.chain(
+        optax.add_decayed_weights(weight_decay), optax.adam(learning_rate)
+    )
 
 
-def step_schedule(base: float, *, total_steps: int, milestones: tuple[float, ...], decay: float) -> optax.Schedule:
+def step_schedule(
+    base: float, *, total_steps: int, milestones: tuple[float, ...], decay: float
+) -> optax.Schedule:
     """A learning rate that is multiplied by `decay` at each milestone, given as a fraction of all steps.
 
     >>> schedule = step_schedule(0.1, total_steps=100, milestones=(0.5,), decay=0.1)

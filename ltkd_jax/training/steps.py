@@ -75,31 +75,43 @@ class EvalBatch(NamedTuple):
 Preprocess = Callable[[jax.Array], jax.Array]  # uint8 images -> float images
 # (data.teacher, the batch's indices or streamed batch, images) -> what the teacher computes for them
 TeacherFn = Callable[[Any, Any, jax.Array], TeacherOutputs]
-Forward = Callable[[PyTree, Batch], tuple[Predictions, PyTree]]  # (params, batch) -> predictions, batch statistics
+Forward = Callable[
+    [PyTree, Batch], tuple[Predictions, PyTree]
+]  # (params, batch) -> predictions, batch statistics
 StepFn = Callable[[TrainState, TrainData, StepInputs], TrainState]
 _T = TypeVar("_T")
 
 
-def no_teacher(teacher: Any, batch: BatchIndices | StreamedBatch, images: jax.Array) -> TeacherOutputs:
+def no_teacher(
+    teacher: Any, batch: BatchIndices | StreamedBatch, images: jax.Array
+) -> TeacherOutputs:
     """Returns nothing: the `TeacherFn` of a method without a teacher."""
     return TeacherOutputs()
 
 
-def table_teacher(table: jax.Array, batch: BatchIndices, images: jax.Array) -> TeacherOutputs:
+def table_teacher(
+    table: jax.Array, batch: BatchIndices, images: jax.Array
+) -> TeacherOutputs:
     """Looks logits up in the teacher's table, `[N, views, C]`; a table of one view serves for all."""
     return TeacherOutputs(table[batch.index, batch.view if table.shape[1] > 1 else 0])
 
 
 def network_teacher(model: models.Model) -> TeacherFn:
     """Returns the `TeacherFn` that runs the teacher, in evaluation mode, on the batch's images."""
-    return lambda variables, batch, images: TeacherOutputs(model.apply(variables, images, train=False))
+    return lambda variables, batch, images: TeacherOutputs(
+        model.apply(variables, images, train=False)
+    )
 
 
 def feature_teacher(model: models.Model) -> TeacherFn:
     """Returns `network_teacher` with the teacher's features too, from the first stage to the pooled vector."""
 
-    def teacher_fn(variables: PyTree, batch: BatchIndices | StreamedBatch, images: jax.Array) -> TeacherOutputs:
-        logits, features, _ = models.apply_with_features(model, variables, images, train=False)
+    def teacher_fn(
+        variables: PyTree, batch: BatchIndices | StreamedBatch, images: jax.Array
+    ) -> TeacherOutputs:
+        logits, features, _ = models.apply_with_features(
+            model, variables, images, train=False
+        )
         return TeacherOutputs(logits, review.maps(features))
 
     return teacher_fn
@@ -141,13 +153,18 @@ def make_batch(
 
 
 def _augmented(
-    data: TrainData, batch: BatchIndices | StreamedBatch, views: augment.Views, extra: augment.Extra
+    data: TrainData,
+    batch: BatchIndices | StreamedBatch,
+    views: augment.Views,
+    extra: augment.Extra,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns augmented uint8 images and their labels."""
     if isinstance(batch, StreamedBatch):
         images, labels = jnp.asarray(batch.images), jnp.asarray(batch.labels)
     else:
-        assert data.images is not None and data.labels is not None  # they are None for streams alone
+        assert (
+            data.images is not None and data.labels is not None
+        )  # they are None for streams alone
         images = augment.apply(data.images[batch.index], batch.view, views)
         labels = data.labels[batch.index]
     return augment.apply_extra(images, batch.random_bits, extra), labels
@@ -164,12 +181,22 @@ def forward(model: models.Model, batch_stats: PyTree, axis_name: str | None) -> 
         variables = {"params": params, "batch_stats": batch_stats}
         features = None
         if batch.teacher.features is None:
-            logits, updates = model.apply(variables, batch.images, train=True, mutable=["batch_stats"])
+            logits, updates = model.apply(
+                variables, batch.images, train=True, mutable=["batch_stats"]
+            )
         else:
             assert isinstance(model, review.Reviewed)
-            logits, features, updates = model.apply_with_features(variables, batch.images)
+            logits, features, updates = model.apply_with_features(
+                variables, batch.images
+            )
         predictions = Predictions(
-            logits, batch.teacher.logits, batch.labels, axis_name, features, batch.teacher.features, batch.mixup
+            logits,
+            batch.teacher.logits,
+            batch.labels,
+            axis_name,
+            features,
+            batch.teacher.features,
+            batch.mixup,
         )
         return predictions, updates["batch_stats"]
 
@@ -198,16 +225,31 @@ def train_step(
     weights = objective.weights(state.step)[None, :]
     predict = forward(model, state.batch_stats, axis_name)
 
-    def loss_fn(params: PyTree) -> tuple[jax.Array, tuple[jax.Array, Predictions, PyTree]]:
+    def loss_fn(
+        params: PyTree,
+    ) -> tuple[jax.Array, tuple[jax.Array, Predictions, PyTree]]:
         predictions, batch_stats = predict(params, batch)
         terms = objective(predictions)
         # The local mean: a collective's value must not be returned to `grad`. Gradients are averaged below.
-        return jnp.mean(jnp.sum(terms * weights, axis=-1)), (terms, predictions, batch_stats)
+        return jnp.mean(jnp.sum(terms * weights, axis=-1)), (
+            terms,
+            predictions,
+            batch_stats,
+        )
 
-    gradient, (terms, predictions, batch_stats) = jax.grad(loss_fn, has_aux=True)(state.params)
+    gradient, (terms, predictions, batch_stats) = jax.grad(loss_fn, has_aux=True)(
+        state.params
+    )
     gradient = mean_over_devices(gradient, axis_name)
     return apply_gradients(
-        state, gradient, terms, weights, predictions, batch_stats, optimizer=optimizer, axis_name=axis_name
+        state,
+        gradient,
+        terms,
+        weights,
+        predictions,
+        batch_stats,
+        optimizer=optimizer,
+        axis_name=axis_name,
     )
 
 
@@ -234,7 +276,9 @@ def apply_gradients(
       optimizer, axis_name: as `train_step`.
     """
     loss = jnp.mean(jnp.sum(terms * weights, axis=-1))
-    correct = jnp.sum(jnp.argmax(predictions.student_logits, axis=-1) == predictions.labels)
+    correct = jnp.sum(
+        jnp.argmax(predictions.student_logits, axis=-1) == predictions.labels
+    )
     loss, terms = mean_over_devices((loss, terms.mean(axis=0)), axis_name)
     correct = sum_over_devices(correct, axis_name)
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
@@ -257,7 +301,13 @@ def sum_over_devices(tree: _T, axis_name: str | None) -> _T:
     return tree if axis_name is None else jax.lax.psum(tree, axis_name)
 
 
-def _add(sums: EpochSums, terms: jax.Array, loss: jax.Array, correct: jax.Array, step: jax.Array) -> EpochSums:
+def _add(
+    sums: EpochSums,
+    terms: jax.Array,
+    loss: jax.Array,
+    correct: jax.Array,
+    step: jax.Array,
+) -> EpochSums:
     first_bad = (sums.bad_step < 0) & ~jnp.isfinite(loss)
     return sums._replace(
         terms=sums.terms + terms,
@@ -270,7 +320,12 @@ def _add(sums: EpochSums, terms: jax.Array, loss: jax.Array, correct: jax.Array,
 
 
 def train_steps(
-    state: TrainState, data: TrainData, inputs: StepInputs, *, step_fn: StepFn, steps_per_epoch: int
+    state: TrainState,
+    data: TrainData,
+    inputs: StepInputs,
+    *,
+    step_fn: StepFn,
+    steps_per_epoch: int,
 ) -> TrainState:
     """Takes the S steps of `inputs`, leaves `[S, …]`, as one computation; an epoch's first step clears the sums.
 
@@ -285,7 +340,9 @@ def train_steps(
 
     def body(state: TrainState, inputs: StepInputs) -> tuple[TrainState, None]:
         at_start = state.step % steps_per_epoch == 0
-        sums = jax.tree.map(functools.partial(jnp.where, at_start), cleared(state.sums), state.sums)
+        sums = jax.tree.map(
+            functools.partial(jnp.where, at_start), cleared(state.sums), state.sums
+        )
         return step_fn(state._replace(sums=sums), data, inputs), None
 
     if jax.tree.leaves(inputs)[0].shape[0] == 1:
@@ -303,4 +360,6 @@ def eval_step(
 ) -> metrics.EvalSums:
     """Returns `metrics.EvalSums` of one padded batch, over all devices."""
     logits = model.apply(variables, preprocess(batch.images), train=False)
-    return sum_over_devices(metrics.eval_sums(logits, batch.labels, batch.mask), axis_name)
+    return sum_over_devices(
+        metrics.eval_sums(logits, batch.labels, batch.mask), axis_name
+    )

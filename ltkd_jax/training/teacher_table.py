@@ -31,7 +31,9 @@ def is_worthwhile(num_views: int, *, epochs: float, runs: int) -> bool:
     return num_views <= epochs * runs
 
 
-def batches(num_examples: int, num_views: int, batch_size: int, start: int = 0) -> Iterator[tuple[int, BatchIndices]]:
+def batches(
+    num_examples: int, num_views: int, batch_size: int, start: int = 0
+) -> Iterator[tuple[int, BatchIndices]]:
     """Yields every (image, view) from the `start`-th on, image-major, in batches, with the number of the first pair.
 
     The last batch is filled up with the last pair.
@@ -39,7 +41,12 @@ def batches(num_examples: int, num_views: int, batch_size: int, start: int = 0) 
     total = num_examples * num_views
     for first in range(start, total, batch_size):
         flat = np.minimum(np.arange(first, first + batch_size), total - 1)
-        yield first, BatchIndices(*(part.astype(np.int32) for part in np.divmod(flat, num_views)))
+        yield (
+            first,
+            BatchIndices(
+                *(part.astype(np.int32) for part in np.divmod(flat, num_views))
+            ),
+        )
 
 
 def build(

@@ -57,7 +57,10 @@ def fabricate(name):
     rng = np.random.default_rng(0)
     data = {}
     for split, size in (("train", TRAIN), ("test", TEST)):
-        labels = {label: rng.integers(0, classes, size) for label, classes in NUM_CLASSES[name].items()}
+        labels = {
+            label: rng.integers(0, classes, size)
+            for label, classes in NUM_CLASSES[name].items()
+        }
         data[split] = rng.integers(0, 256, (size, 3072), dtype=np.uint8), labels
     return data
 
@@ -69,19 +72,33 @@ def class_names(name, label):
 def chunks(data, members):
     """Yields the part of a split that each of its members holds."""
     planes, labels = data
-    for member, rows in zip(members, np.array_split(np.arange(len(planes)), len(members))):
-        yield member, planes[rows], {name: values[rows] for name, values in labels.items()}
+    for member, rows in zip(
+        members, np.array_split(np.arange(len(planes)), len(members))
+    ):
+        yield (
+            member,
+            planes[rows],
+            {name: values[rows] for name, values in labels.items()},
+        )
 
 
 def pickle_archive(path, name, data):
     """Writes an archive of pickles, and returns the layout with its checksum."""
     layout = LAYOUTS[name]
-    meta = {f"{key}_names".encode(): class_names(name, label) for label, key in layout.pickle_names.items()}
+    meta = {
+        f"{key}_names".encode(): class_names(name, label)
+        for label, key in layout.pickle_names.items()
+    }
     members = {f"{FOLDERS[name][0]}/{layout.pickle_meta}": dump_as_python_2(meta)}
     for split, files in layout.splits.items():
         for file, planes, labels in chunks(data[split], files):
-            batch = {f"{key}s".encode(): labels[label].tolist() for label, key in layout.pickle_names.items()}
-            members[f"{FOLDERS[name][0]}/{file}"] = dump_as_python_2(batch | {b"data": planes})
+            batch = {
+                f"{key}s".encode(): labels[label].tolist()
+                for label, key in layout.pickle_names.items()
+            }
+            members[f"{FOLDERS[name][0]}/{file}"] = dump_as_python_2(
+                batch | {b"data": planes}
+            )
     write_tar(path, members)
     return dataclasses.replace(layout, pickle_sha256=sha256(path.read_bytes()))
 
@@ -91,11 +108,17 @@ def binary_archive(path, name, data):
     layout = LAYOUTS[name]
     members = {}
     for label, file in layout.binary_names.items():
-        members[f"{FOLDERS[name][1]}/{file}"] = "\n".join(class_names(name, label)).encode() + b"\n\n"
+        members[f"{FOLDERS[name][1]}/{file}"] = (
+            "\n".join(class_names(name, label)).encode() + b"\n\n"
+        )
     for split, files in layout.splits.items():
         for file, planes, labels in chunks(data[split], files):
-            leading = np.stack([labels[label] for label in layout.binary_names], axis=1).astype(np.uint8)
-            members[f"{FOLDERS[name][1]}/{file}.bin"] = np.concatenate([leading, planes], axis=1).tobytes()
+            leading = np.stack(
+                [labels[label] for label in layout.binary_names], axis=1
+            ).astype(np.uint8)
+            members[f"{FOLDERS[name][1]}/{file}.bin"] = np.concatenate(
+                [leading, planes], axis=1
+            ).tobytes()
     write_tar(path, members)
     return dataclasses.replace(layout, binary_sha256=sha256(path.read_bytes()))
 
@@ -104,7 +127,9 @@ ARCHIVES = {"pickles": pickle_archive, "binary": binary_archive}
 
 
 def cifar_recipe(name, layout):
-    return recipes.Recipe(name, (), functools.partial(archives.read_cifar, cifar=layout))
+    return recipes.Recipe(
+        name, (), functools.partial(archives.read_cifar, cifar=layout)
+    )
 
 
 def idx(array):
@@ -121,6 +146,9 @@ def fashion_mnist():
         data[split] = rng.integers(0, 256, (size, 28, 28)), np.arange(size) % 10
         for kind, array in zip(("images-idx3", "labels-idx1"), data[split]):
             contents[f"{prefix}-{kind}-ubyte.gz"] = idx(array)
-    read = functools.partial(archives.read_idx, sha256={name: sha256(content) for name, content in contents.items()})
+    read = functools.partial(
+        archives.read_idx,
+        sha256={name: sha256(content) for name, content in contents.items()},
+    )
     files = {name: gzip.compress(content) for name, content in contents.items()}
     return recipes.Recipe("fashion_mnist", (), read), data, files

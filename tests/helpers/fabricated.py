@@ -8,12 +8,21 @@ import random
 from configs import common
 
 NAMES = ("head", "medium", "tail")
-STRENGTH = {"ce": (70, 30, 2), "kd": (72, 28, 3), "dkd": (71, 36, 6), "ltkd": (66, 44, 20), "ltkd_bs": (62, 47, 24)}
+STRENGTH = {
+    "ce": (70, 30, 2),
+    "kd": (72, 28, 3),
+    "dkd": (71, 36, 6),
+    "ltkd": (66, 44, 20),
+    "ltkd_bs": (62, 47, 24),
+}
 
 
 def _assignment(classes):
     """Returns the groups of classes that are sorted by count."""
-    return [0 if c < round(0.33 * classes) else 1 if c < round(0.67 * classes) else 2 for c in range(classes)]
+    return [
+        0 if c < round(0.33 * classes) else 1 if c < round(0.67 * classes) else 2
+        for c in range(classes)
+    ]
 
 
 def _measured(levels, classes, rng, *, shots=True):
@@ -31,22 +40,45 @@ def _measured(levels, classes, rng, *, shots=True):
         "all": sum(per_class) / classes,
         "per_class": per_class,
         "groups": means,
-        "shots": {"many": means["head"]} | dict.fromkeys(("medium", "few"), means["tail"] if shots else None),
+        "shots": {"many": means["head"]}
+        | dict.fromkeys(("medium", "few"), means["tail"] if shots else None),
         "ece": 12.3 + rng.gauss(0, 1),
         "confusion": confusion,
     }
 
 
-def fabricate(method="ltkd", seed=0, *, classes=10, imbalance=100, teacher=True, shots=True, epochs=240, **extra):
+def fabricate(
+    method="ltkd",
+    seed=0,
+    *,
+    classes=10,
+    imbalance=100,
+    teacher=True,
+    shots=True,
+    epochs=240,
+    **extra,
+):
     """Returns a finished run."""
     rng = random.Random(f"{method}{seed}{classes}")
     n_max = 500 if classes > 10 else 5000
     counts = [int(n_max * imbalance ** (-c / (classes - 1))) for c in range(classes)]
-    config = common.base(f"cifar{classes}", teacher="resnet32x4", student="resnet8x4", imbalance=float(imbalance))
+    config = common.base(
+        f"cifar{classes}",
+        teacher="resnet32x4",
+        student="resnet8x4",
+        imbalance=float(imbalance),
+    )
     config = json.loads(config.to_json())
-    config["seed"], config["data"]["n_max"], config["train"]["epochs"] = seed, n_max, epochs
+    config["seed"], config["data"]["n_max"], config["train"]["epochs"] = (
+        seed,
+        n_max,
+        epochs,
+    )
     config["method"] = {"name": method, "temperature": 4.0, "alpha": 1.0}
-    mass = {"long_tailed": dict(zip(NAMES, (0.8, 0.17, 0.03))), "balanced": dict(zip(NAMES, (0.65, 0.29, 0.06)))}
+    mass = {
+        "long_tailed": dict(zip(NAMES, (0.8, 0.17, 0.03))),
+        "balanced": dict(zip(NAMES, (0.65, 0.29, 0.06))),
+    }
     test = _measured((71, 33, 8), classes, random.Random(1), shots=shots)
     return {
         "config_hash": f"{method}-{classes}-{seed}",
@@ -56,11 +88,19 @@ def fabricate(method="ltkd", seed=0, *, classes=10, imbalance=100, teacher=True,
         "train_images": sum(counts),
         "class_counts": counts,
         "epochs": epochs,
-        "test": _measured(STRENGTH.get(method, (65, 40, 12)), classes, rng, shots=shots),
+        "test": _measured(
+            STRENGTH.get(method, (65, 40, 12)), classes, rng, shots=shots
+        ),
         "group_assignment": _assignment(classes),
-        "teacher": {"hash": "7e4c4e70", "test": test, "group_mass": mass} if teacher else None,
+        "teacher": {"hash": "7e4c4e70", "test": test, "group_mass": mass}
+        if teacher
+        else None,
         "validation": None,
-        "timing": {"seconds": 4321.0, "images_per_second": 5123.0, "compile_seconds": 31.0},
+        "timing": {
+            "seconds": 4321.0,
+            "images_per_second": 5123.0,
+            "compile_seconds": 31.0,
+        },
         "device": "NVIDIA H100",
         "precision": "tf32",
         "versions": {"jax": "0.10.2"},
@@ -78,8 +118,18 @@ def metrics_of(run, epochs=240):
     records = []
     for epoch in range(1, epochs + 1):
         done = 1 - math.exp(-3 * epoch / epochs)
-        record = {"step": 170 * epoch, "epoch": epoch, "lr": 0.05, "loss": 4 - 3 * done, "train_accuracy": 95 * done}
-        record["terms"] = {"ce": 4.0 - 3 * done, "inter": 0.8 - 0.7 * done, "intra": 2.2 - 1.2 * done}
+        record = {
+            "step": 170 * epoch,
+            "epoch": epoch,
+            "lr": 0.05,
+            "loss": 4 - 3 * done,
+            "train_accuracy": 95 * done,
+        }
+        record["terms"] = {
+            "ce": 4.0 - 3 * done,
+            "inter": 0.8 - 0.7 * done,
+            "intra": 2.2 - 1.2 * done,
+        }
         if epoch % 10 == 0:
             groups = {name: v * done for name, v in run["test"]["groups"].items()}
             record["test"] = {"all": run["test"]["all"] * done, "groups": groups}
@@ -106,22 +156,37 @@ def sweep(imbalances=(10, 100), methods=("ce", "kd", "ltkd"), seeds=2, **extra):
             for seed in range(seeds):
                 run = fabricate(method, seed, imbalance=imbalance, **extra)
                 run["test"]["all"] = 70.0 + rank - 10 * (imbalance == 100) + seed / 4
-                run["test"]["groups"] = {"head": 80.0 - rank, "medium": 60.0, "tail": 20.0 + 5 * rank + seed / 2}
+                run["test"]["groups"] = {
+                    "head": 80.0 - rank,
+                    "medium": 60.0,
+                    "tail": 20.0 + 5 * rank + seed / 2,
+                }
                 runs.append(run)
     return runs
 
 
 def learned(seed=0, **extra):
     """Returns a finished BiKD run: weights that rise for the tail, over twelve epochs, and a map."""
-    weights = {term: dict(zip(NAMES, (0.2, 0.4, level))) for term, level in (("ce", 0.8), ("kd", 0.6))}
+    weights = {
+        term: dict(zip(NAMES, (0.2, 0.4, level)))
+        for term, level in (("ce", 0.8), ("kd", 0.6))
+    }
     loss_weighting = {
         "weights": weights,
-        "features": {"student_ce": dict(zip(NAMES, (0.1, 0.5, None))), "teacher_ce": dict(zip(NAMES, (0.2, 0.9, 1.5)))},
+        "features": {
+            "student_ce": dict(zip(NAMES, (0.1, 0.5, None))),
+            "teacher_ce": dict(zip(NAMES, (0.2, 0.9, 1.5))),
+        },
         "axes": [[0.0, 1.0, 2.0], [0.0, 2.0, 4.0]],
-        "map": {term: [[0.1, 0.2, 0.3], [0.4, 0.5, 0.6], [0.7, 0.8, 0.9]] for term in weights},
+        "map": {
+            term: [[0.1, 0.2, 0.3], [0.4, 0.5, 0.6], [0.7, 0.8, 0.9]]
+            for term in weights
+        },
     }
     metrics = [{"step": e, "epoch": float(e), "weights": weights} for e in range(1, 13)]
-    run = fabricate("kd", seed, loss_weighting=loss_weighting, outer_images=1000, metrics=metrics)
+    run = fabricate(
+        "kd", seed, loss_weighting=loss_weighting, outer_images=1000, metrics=metrics
+    )
     run["config"]["loss_weighting"] = {"name": "bilevel", "update_every": 5}
     return run | extra
 
@@ -129,9 +194,16 @@ def learned(seed=0, **extra):
 def save(folder, run, epochs=24):
     """Writes a fabricated run as a work directory."""
     folder.mkdir(parents=True)
-    results = {key: value for key, value in run.items() if key not in ("source", "finished", "metrics")}
+    results = {
+        key: value
+        for key, value in run.items()
+        if key not in ("source", "finished", "metrics")
+    }
     (folder / "results.json").write_text(json.dumps(results))
-    lines = [json.dumps(record) + "\n" for record in run["metrics"] or metrics_of(run, epochs)]
+    lines = [
+        json.dumps(record) + "\n"
+        for record in run["metrics"] or metrics_of(run, epochs)
+    ]
     (folder / "metrics.jsonl").write_text("".join(lines))
     return folder
 
@@ -157,7 +229,9 @@ class Page(html.parser.HTMLParser):
         attributes = dict(attributes)
         self.tags.append(tag)
         self.ids += [attributes["id"]] if "id" in attributes else []
-        self.labels += [attributes["aria-label"]] if attributes.get("role") == "img" else []
+        self.labels += (
+            [attributes["aria-label"]] if attributes.get("role") == "img" else []
+        )
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag

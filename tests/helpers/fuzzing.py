@@ -11,5 +11,9 @@ SEEDS = st.integers(0, 2**32 - 1)
 
 def fuzz(check, **strategies):
     """Calls `check` with examples of the strategies."""
-    options = dict(deadline=None, database=None, suppress_health_check=list(HealthCheck))
-    settings(max_examples=EXAMPLES, derandomize=EXAMPLES < 100, **options)(given(**strategies)(check))()
+    options = dict(
+        deadline=None, database=None, suppress_health_check=list(HealthCheck)
+    )
+    settings(max_examples=EXAMPLES, derandomize=EXAMPLES < 100, **options)(
+        given(**strategies)(check)
+    )()

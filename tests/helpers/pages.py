@@ -6,7 +6,9 @@ from helpers.environments import ROOT
 
 DOCS = ROOT / "docs"
 PAGES = sorted(path for path in DOCS.rglob("*.md") if "_build" not in path.parts)
-_BLOCK = re.compile(r"^(`{3,})(\{[\w-]+\})? ?(\w*)\n(.*?)^\1$", re.MULTILINE | re.DOTALL)
+_BLOCK = re.compile(
+    r"^(`{3,})(\{[\w-]+\})? ?(\w*)\n(.*?)^\1$", re.MULTILINE | re.DOTALL
+)
 _OPTION = re.compile(r":[\w-]+:")
 
 

@@ -9,7 +9,11 @@ from PIL import Image
 
 from ltkd_jax.data.prepare import folders, recipes
 
-TINY_CLASSES = ("n02000000", "n01000000", "n03000000")  # in the official file they are not sorted either
+TINY_CLASSES = (
+    "n02000000",
+    "n01000000",
+    "n03000000",
+)  # in the official file they are not sorted either
 
 
 def picture(label, number, *, size=(64, 64), mode="RGB", kind="jpeg"):
@@ -28,7 +32,9 @@ def tiny_imagenet(per_class=12, test_images=6, classes=TINY_CLASSES, **changed):
     for label, name in enumerate(sorted(classes)):
         for i in range(per_class):
             mode = "L" if i == 1 else "RGB"  # the true one has grey images too
-            files[f"{root}/train/{name}/images/{name}_{i}.JPEG"] = picture(label, i, mode=mode)
+            files[f"{root}/train/{name}/images/{name}_{i}.JPEG"] = picture(
+                label, i, mode=mode
+            )
         files[f"{root}/train/{name}/{name}_boxes.txt"] = b"0\t0\t0\t63\t63\n"
     lines = []
     for i in range(test_images):
@@ -42,7 +48,9 @@ def tiny_imagenet(per_class=12, test_images=6, classes=TINY_CLASSES, **changed):
 def tiny_recipe(per_class=12, test_images=6, classes=3):
     """The recipe of a fabricated one."""
     counts = dict(classes=classes, per_class=per_class, test_images=test_images)
-    return recipes.Recipe("tiny_imagenet", (), functools.partial(folders.tiny_imagenet, **counts))
+    return recipes.Recipe(
+        "tiny_imagenet", (), functools.partial(folders.tiny_imagenet, **counts)
+    )
 
 
 def write_zip(path, files):

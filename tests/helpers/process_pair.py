@@ -24,12 +24,18 @@ from ltkd_jax.training.checkpoint import Checkpoints
 from ltkd_jax.training.parallel import Parallel
 
 STEPS = 6  # a collective of eight virtual devices in two processes takes its time
-TRAININGS = {"jit": ("ltkd", "jit"), "pmap": ("ltkd", "pmap"), "learned": ("one virtual step", "jit")}
+TRAININGS = {
+    "jit": ("ltkd", "jit"),
+    "pmap": ("ltkd", "pmap"),
+    "learned": ("one virtual step", "jit"),
+}
 
 
 def primitives(index):
     """Checks what is done once, what all must agree on, and whose errors all get."""
-    large = hosts.run_on_primary(lambda: {"array": np.arange(1000.0) + index, "index": index})
+    large = hosts.run_on_primary(
+        lambda: {"array": np.arange(1000.0) + index, "index": index}
+    )
     assert large["index"] == 0 and (large["array"] == np.arange(1000.0)).all()
     calls = []
     hosts.run_on_primary(lambda: calls.append(1))
@@ -39,7 +45,7 @@ def primitives(index):
     assert hosts.run_on_all(lambda: index) == index
     for culprit in range(2):
         with pytest.raises(ZeroDivisionError):
-            hosts.run_on_all(lambda: 1 // (index != culprit))  # noqa: B023
+            hosts.run_on_all(lambda: 1 // (index != culprit))
     with pytest.raises(FileNotFoundError, match="/nowhere/at/all"):
         hosts.run_on_primary(lambda: open("/nowhere/at/all"))
 
@@ -65,7 +71,9 @@ def trainings(folder):
             state = training.run(STEPS)
             save(name, state)
             if name == "jit":
-                step, start, _ = hosts.run_on_primary(lambda: Checkpoints(folder / "of_one").restore(state))  # noqa: B023
+                step, start, _ = hosts.run_on_primary(
+                    lambda: Checkpoints(folder / "of_one").restore(state)
+                )
                 assert step == start.step == STEPS // 2
                 save("resumed", training.run(STEPS, start=start))
 
@@ -84,7 +92,11 @@ def reading(index, folder, spec):
         setattr(Records, name, noting)
     assert len(list(student.inputs(3, 0))) == student.total_steps == 2
     state = student.parallel.replicate(student.init(0))
-    counted = student.evaluate(state.variables, student.data.test).confusion.sum(axis=1).tolist()
+    counted = (
+        student.evaluate(state.variables, student.data.test)
+        .confusion.sum(axis=1)
+        .tolist()
+    )
     notes = {**read, "train": len(student.data.train), "counted": counted}
     (folder / f"read_{index}.json").write_text(json.dumps(notes))
 
@@ -95,7 +107,11 @@ def given_logits(folder):
     config = tiny(folder, "kd")
     source = dataset.load(resolve(config).data).source
     if hosts.is_primary():
-        logits = np.random.default_rng(0).normal(size=(len(source.train), 10)).astype(np.float32)
+        logits = (
+            np.random.default_rng(0)
+            .normal(size=(len(source.train), 10))
+            .astype(np.float32)
+        )
         np.savez(path, train_logits=logits, train_labels=source.train.labels)
     hosts.all_gather(None)
     with config.unlocked():
@@ -113,7 +129,9 @@ def refusals(index, folder, config):
         [resolve(tiny(folder, argument)) for argument in ("kd", "ltkd")],
         [resolve(config), resolve(absent)],
     ):
-        with pytest.raises(ConfigError, match="process 1 of 2 has another config, or other data"):
+        with pytest.raises(
+            ConfigError, match="process 1 of 2 has another config, or other data"
+        ):
             run.run(specs[index], folder / f"run{index}", command="the test")
         assert not (folder / f"run{index}").exists()
 

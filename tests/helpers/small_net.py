@@ -34,7 +34,9 @@ class SmallNet(nn.Module):
     @nn.compact
     def __call__(self, images, *, train):
         x = nn.Dense(12)(images.reshape(len(images), -1))
-        x = nn.BatchNorm(use_running_average=not train, momentum=0.9, axis_name=self.axis_name)(x)
+        x = nn.BatchNorm(
+            use_running_average=not train, momentum=0.9, axis_name=self.axis_name
+        )(x)
         return nn.Dense(CLASSES)(nn.relu(x))
 
 
@@ -44,7 +46,10 @@ def preprocess(images):
 
 def double(tree):
     """Returns the tree with its floats in float64, which flax then computes in."""
-    return jax.tree.map(lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+    return jax.tree.map(
+        lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x,
+        tree,
+    )
 
 
 def optimizer():
@@ -60,13 +65,18 @@ def teacher_variables(in_double=False):
 
 def table(variables, images=IMAGES, labels=LABELS):
     """Returns the table of a teacher's logits for all views of these images."""
-    out = np.zeros((len(images), VIEWS.num, CLASSES), np.float64 if jax.config.jax_enable_x64 else np.float32)
+    out = np.zeros(
+        (len(images), VIEWS.num, CLASSES),
+        np.float64 if jax.config.jax_enable_x64 else np.float32,
+    )
     data = steps.TrainData(jnp.asarray(images), jnp.asarray(labels), variables)
     teacher_fn = steps.network_teacher(SmallNet())
 
     @jax.jit
     def logits_fn(indices):
-        batch = steps.make_batch(data, indices, views=VIEWS, preprocess=preprocess, teacher_fn=teacher_fn)
+        batch = steps.make_batch(
+            data, indices, views=VIEWS, preprocess=preprocess, teacher_fn=teacher_fn
+        )
         return batch.teacher.logits
 
     teacher_table.build(logits_fn, out, batch_size=64)
@@ -111,7 +121,9 @@ class Training:
 
     def init(self):
         """Returns the state before the first step."""
-        state = states.create(SmallNet(), optimizer(), len(self._objective.terms), SHAPE, 0)
+        state = states.create(
+            SmallNet(), optimizer(), len(self._objective.terms), SHAPE, 0
+        )
         if self._weighting:
             state = self._weighting.add_to(state, 0)
         return double(state) if jax.config.jax_enable_x64 else state
@@ -131,17 +143,29 @@ class Training:
         inputs = self._inputs(num_steps)
         for step in range(first_step, num_steps, steps_per_call):
             stop = min(step + steps_per_call, num_steps)
-            call_inputs = jax.tree.map(lambda x, part=slice(step, stop): x[part], inputs)
+            call_inputs = jax.tree.map(
+                lambda x, part=slice(step, stop): x[part], inputs
+            )
             update_weight_net = None
             if self._weighting and steps_per_call == 1:
                 update_weight_net = stop % self._weighting.update_every == 0
-            state = self._compiled(update_weight_net)(state, data, self.parallel.shard(call_inputs, 1))
-            jax.block_until_ready(state)  # collectives of several calls in flight can starve each other of threads
+            state = self._compiled(update_weight_net)(
+                state, data, self.parallel.shard(call_inputs, 1)
+            )
+            jax.block_until_ready(
+                state
+            )  # collectives of several calls in flight can starve each other of threads
         return jax.device_get(self.parallel.first(state))
 
     def _data(self, tables):
-        teacher, outer_teacher = tables or [teacher_variables(jax.config.jax_enable_x64)] * 2
-        outer = steps.TrainData(OUTER_IMAGES, OUTER_LABELS, outer_teacher) if self._weighting else None
+        teacher, outer_teacher = (
+            tables or [teacher_variables(jax.config.jax_enable_x64)] * 2
+        )
+        outer = (
+            steps.TrainData(OUTER_IMAGES, OUTER_LABELS, outer_teacher)
+            if self._weighting
+            else None
+        )
         return self.parallel.replicate(steps.TrainData(IMAGES, LABELS, teacher, outer))
 
     def _step_fn(self, update_weight_net):
@@ -153,10 +177,15 @@ class Training:
         )
 
         def static_step(state, data, inputs):
-            return steps.train_step(state, self._make_batch(data, inputs.train), **options)
+            return steps.train_step(
+                state, self._make_batch(data, inputs.train), **options
+            )
 
         def bilevel_step(state, data, inputs):
-            windows = [jax.tree.map(lambda x, j=j: x[:, j], inputs.train) for j in range(self._lookahead)]
+            windows = [
+                jax.tree.map(lambda x, j=j: x[:, j], inputs.train)
+                for j in range(self._lookahead)
+            ]
             batches = [self._make_batch(data, indices) for indices in windows]
             return bilevel_steps.bilevel_step(
                 state,
@@ -172,7 +201,9 @@ class Training:
 
     def _compile(self, update_weight_net):
         step_fn = self._step_fn(update_weight_net)
-        train_steps = functools.partial(steps.train_steps, step_fn=step_fn, steps_per_epoch=STEPS_PER_EPOCH)
+        train_steps = functools.partial(
+            steps.train_steps, step_fn=step_fn, steps_per_epoch=STEPS_PER_EPOCH
+        )
         return self.parallel.compile(train_steps, batch_axis=1, donate=(0,))
 
     def _inputs(self, num_steps):
@@ -181,16 +212,24 @@ class Training:
         epochs = range(-(-num_steps // STEPS_PER_EPOCH))
         outer = None
         if self._lookahead:
-            indices_of = functools.partial(sampling.lookahead_indices, lookahead=self._lookahead)
+            indices_of = functools.partial(
+                sampling.lookahead_indices, lookahead=self._lookahead
+            )
             outer_seed = sampling.outer_seed(0)
-            outer = sampling.indices_from(outer_seed, 0, num_steps=num_steps, num_examples=NUM_OUTER, **options)
+            outer = sampling.indices_from(
+                outer_seed, 0, num_steps=num_steps, num_examples=NUM_OUTER, **options
+            )
         else:
             indices_of = sampling.epoch_indices
         indices_of = jax.jit(functools.partial(indices_of, num_examples=N, **options))
         by_epoch = [indices_of(0, epoch) for epoch in epochs]
-        train = jax.tree.map(lambda *parts: np.concatenate(parts)[:num_steps], *by_epoch)
+        train = jax.tree.map(
+            lambda *parts: np.concatenate(parts)[:num_steps], *by_epoch
+        )
         positions = self.parallel.local_positions(BATCH)
-        return jax.tree.map(lambda x: np.asarray(x)[:, positions], steps.StepInputs(train, outer=outer))
+        return jax.tree.map(
+            lambda x: np.asarray(x)[:, positions], steps.StepInputs(train, outer=outer)
+        )
 
 
 # LTKD's terms have batch statistics over all devices; KD's compile sooner, which matters for three virtual steps.
@@ -221,8 +260,13 @@ def assert_eight_devices_are_one(case, mode):
 
 def assert_same_first_gradients(case, mode):
     """Checks them in float32, to 1e-5 of the largest: of the student, in its momentum, and of the weight net."""
-    states = Training(parallel=Parallel(mode), **CASES[case]).run(1), on_one_device(case, 1, in_double=False)
-    gradients = [(state.opt_state, state.meta.gradients if state.meta else ()) for state in states]
+    states = (
+        Training(parallel=Parallel(mode), **CASES[case]).run(1),
+        on_one_device(case, 1, in_double=False),
+    )
+    gradients = [
+        (state.opt_state, state.meta.grad_sum if state.meta else ()) for state in states
+    ]
     for part, expected_part in zip(*gradients):
         leaves = zip(jax.tree.leaves(part), jax.tree.leaves(expected_part))
         floats = [(x, expected) for x, expected in leaves if x.dtype == np.float32]
@@ -237,4 +281,6 @@ def parameters(state):
 
 
 def assert_close(state, expected, **tolerance):
-    jax.tree.map(functools.partial(np.testing.assert_allclose, **tolerance), state, expected)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, **tolerance), state, expected
+    )

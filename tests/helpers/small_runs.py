@@ -12,7 +12,7 @@ import pytest
 from experiments.config.spec import resolve
 from experiments.trainer import run as runs
 from experiments.trainer.interrupts import Stopped, StopRequest
-from experiments.trainer.loop import Diverged
+from experiments.trainer.loop import DivergedError
 from experiments.trainer.trainer import trainer
 from helpers import pictures
 from ltkd_jax.data.prepare import recipes
@@ -31,7 +31,12 @@ STREAMED = _SMALL | {
     "data.stream": True, "data.image_size": 8, "data.num_workers": 0, "data.subset": "exponential",
     "train.epochs": 2.0, "teacher.train.epochs": 1.0, "eval_batch_size": 16,
 }  # fmt: skip
-INSECTS = {"ant": 30, "bee": 24, "cat": 20, "dog": 20}  # training images; of each there are 5 test images
+INSECTS = {
+    "ant": 30,
+    "bee": 24,
+    "cat": 20,
+    "dog": 20,
+}  # training images; of each there are 5 test images
 
 
 def config_of(name, argument=""):
@@ -47,7 +52,10 @@ def changed(config, **values):
 
 def tiny(folder, argument="ltkd", **values):
     """Returns the config of a run on digits that shares its teacher with the others of the folder."""
-    return changed(config_of("digitslt", argument), **{**TINY, "teacher.dir": str(folder / "teachers"), **values})
+    return changed(
+        config_of("digitslt", argument),
+        **{**TINY, "teacher.dir": str(folder / "teachers"), **values},
+    )
 
 
 def prepare_insects(folder):
@@ -63,7 +71,10 @@ def prepare_insects(folder):
 def streamed(data_dir, folder, argument="ltkd", **values):
     """Returns the config of a run on streamed insects that shares its teacher with the others of the folder."""
     folders = {"data.dir": str(data_dir), "teacher.dir": str(folder / "teachers")}
-    return changed(config_of("folderlt", f"{argument},name=insects"), **{**STREAMED, **folders, **values})
+    return changed(
+        config_of("folderlt", f"{argument},name=insects"),
+        **{**STREAMED, **folders, **values},
+    )
 
 
 def run(config, workdir, **options):
@@ -81,7 +92,9 @@ def run_with_stops(config, workdir):
     """Runs a config, stopped after every call; returns its results and the number of stops."""
     for stops in range(1000):
         try:
-            return run(config, workdir, stop=StopRequest(time.monotonic() + 0.01)), stops
+            return run(
+                config, workdir, stop=StopRequest(time.monotonic() + 0.01)
+            ), stops
         except Stopped:
             pass
     raise AssertionError("the run makes no progress")
@@ -89,7 +102,10 @@ def run_with_stops(config, workdir):
 
 def records(workdir):
     """Returns the lines of `metrics.jsonl`."""
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)
+        for line in (workdir / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 def parameters(workdir, config=None):
@@ -103,7 +119,9 @@ def parameters(workdir, config=None):
 def assert_same_bits(config, workdir, other):
     """Checks that two runs have ended with the same state and the same records."""
     assert parameters(workdir, config) == parameters(other, config)
-    assert (workdir / "metrics.jsonl").read_text() == (other / "metrics.jsonl").read_text()
+    assert (workdir / "metrics.jsonl").read_text() == (
+        other / "metrics.jsonl"
+    ).read_text()
 
 
 def with_infinity(tree):
@@ -129,6 +147,6 @@ def spoil(monkeypatch, student, change, *, at_step=None):
 def assert_diverges(workdir, message, train):
     """Checks that `train` is stopped by a number that is not finite, and leaves the checkpoints as they were."""
     saved = sorted((workdir / "checkpoints").rglob("*"))
-    with pytest.raises(Diverged, match=message):
+    with pytest.raises(DivergedError, match=message):
         train()
     assert sorted((workdir / "checkpoints").rglob("*")) == saved

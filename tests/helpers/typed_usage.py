@@ -15,12 +15,20 @@ Params = dict[str, jax.Array]
 Batch = dict[str, jax.Array]
 
 
-def mean_loss(student_logits: jax.Array, teacher_logits: np.ndarray, labels: np.ndarray) -> jax.Array:
+def mean_loss(
+    student_logits: jax.Array, teacher_logits: np.ndarray, labels: np.ndarray
+) -> jax.Array:
     """The README's first example; the teacher's logits come from disk."""
-    g = groups.ClassGroups.from_counts([500, 300, 100, 50, 20, 10], names=["many", "some", "few"])
+    g = groups.ClassGroups.from_counts(
+        [500, 300, 100, 50, 20, 10], names=["many", "some", "few"]
+    )
     loss = losses.cross_entropy(student_logits, labels)
-    loss += losses.ltkd(student_logits, teacher_logits, g, alpha=1, beta=jnp.float32(1), temperature=4.0)
-    loss += ltkd_jax.losses.balanced_softmax(student_logits, labels, np.array([9, 8, 7, 6, 5, 4]))
+    loss += losses.ltkd(
+        student_logits, teacher_logits, g, alpha=1, beta=jnp.float32(1), temperature=4.0
+    )
+    loss += ltkd_jax.losses.balanced_softmax(
+        student_logits, labels, np.array([9, 8, 7, 6, 5, 4])
+    )
     return loss.mean()
 
 
@@ -44,7 +52,16 @@ def learned_weights(batch: Batch) -> jax.Array:
     optimizer = optax.adam(1e-3)
     params, meta = {"w": jnp.zeros(3)}, bilevel.init(jnp.zeros((2, 2)), optimizer)
     ahead = jax.tree.map(lambda x: x[None], batch)
-    taken = bilevel.step(problem, params, meta, ahead, batch, jnp.float32(0.1), optimizer=optimizer, every=2)
+    taken = bilevel.step(
+        problem,
+        params,
+        meta,
+        ahead,
+        batch,
+        jnp.float32(0.1),
+        optimizer=optimizer,
+        update_every=2,
+    )
     return taken.weights
 
 
@@ -52,10 +69,14 @@ def confidence(predictions: methods.Predictions) -> jax.Array:
     return -jax.nn.log_softmax(predictions.student_logits).max(axis=-1)
 
 
-def own_objective(student: jax.Array, teacher: jax.Array, labels: jax.Array) -> jax.Array:
+def own_objective(
+    student: jax.Array, teacher: jax.Array, labels: jax.Array
+) -> jax.Array:
     """A method of the table with a term of one's own beside it, and its static weights."""
     kd = methods.create("kd", [5, 3, 1], warmup_steps=10, temperature=2.0)
-    own = methods.Objective((*kd.terms, methods.Term("confidence", confidence, 0.1, distils=False)))
+    own = methods.Objective(
+        (*kd.terms, methods.Term("confidence", confidence, 0.1, distils=False))
+    )
     predictions = methods.Predictions(student, teacher, labels)
     soft = losses.kd(predictions.student_logits, predictions.teacher)
     return (own(predictions) * own.weights(0)[None, :]).sum(axis=-1) + soft
@@ -65,7 +86,9 @@ def evaluate(images: jax.Array, labels: jax.Array) -> dict[str, float]:
     """Sums of one batch of a model, by group."""
     model = models.create("resnet8", num_classes=3)
     variables = model.init(jax.random.key(0), images, train=False)
-    logits, features, _ = models.apply_with_features(model, variables, images, train=False)
+    logits, features, _ = models.apply_with_features(
+        model, variables, images, train=False
+    )
     assert features["pooled"].ndim == 2
     sums = metrics.eval_sums(logits, labels, jnp.ones(len(labels), bool))
     return metrics.group_mass(sums, groups.ClassGroups.from_assignment([0, 0, 1]))
@@ -79,8 +102,8 @@ def misuse(logits: jax.Array, g: groups.ClassGroups) -> None:
     losses.kd(logits, logits, temprature=4.0)  # type: ignore[call-arg]
     losses.kd(logits, logits, temperature="4")  # type: ignore[arg-type]
     losses.cross_entropy(logits, None)  # type: ignore[arg-type]
-    losses.group_kl(logits, logits, g).mass  # type: ignore[attr-defined]  # noqa: B018
-    ltkd_jax.loses  # type: ignore[attr-defined]  # noqa: B018
+    losses.group_kl(logits, logits, g).mass  # type: ignore[attr-defined]
+    ltkd_jax.loses  # type: ignore[attr-defined]
     groups.ClassGroups.from_counts([5, 3, 1], names="abc")  # type: ignore[arg-type]
     g.num_groups = 3  # type: ignore[misc]
     bilevel.Problem(terms_fn, outer_fn)  # type: ignore[call-arg]
@@ -90,6 +113,9 @@ def misuse(logits: jax.Array, g: groups.ClassGroups) -> None:
     models.create("resnet8", "100")  # type: ignore[arg-type]
     # No word of an array may be lost to Any.
     number: int = losses.kd(logits, logits)  # type: ignore[assignment]
-    problem, state = bilevel.Problem(terms_fn, outer_fn, weight_fn), bilevel.init({}, optax.sgd(1.0))
+    problem, state = (
+        bilevel.Problem(terms_fn, outer_fn, weight_fn),
+        bilevel.init({}, optax.sgd(1.0)),
+    )
     text: str = bilevel.step(problem, {}, state, {}, {}, 0.1, optimizer=optax.sgd(1.0))  # type: ignore[assignment]
     print(number, text)

@@ -21,16 +21,24 @@ def write(path, classes=6, each=10, seed=0, **arrays):
     """Writes logits of a model that prefers the first classes; returns the path."""
     rng = np.random.default_rng(seed)
     labels = np.repeat(np.arange(classes), each)
-    z = rng.normal(size=(len(labels), classes)) + 3 * np.eye(classes)[labels] - 0.1 * np.arange(classes)
+    z = (
+        rng.normal(size=(len(labels), classes))
+        + 3 * np.eye(classes)[labels]
+        - 0.1 * np.arange(classes)
+    )
     arrays = {"logits": z.astype(np.float32), "labels": labels, **arrays}
-    np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
+    np.savez(
+        path, **{name: array for name, array in arrays.items() if array is not None}
+    )
     return str(path)
 
 
 def record_of(z, counts=COUNTS):
     model = inputs.Model("model", "model.npz", logits.from_arrays(z, LABELS))
     counts = np.asarray(counts, float)
-    return run.build_record(model, None, counts, "as counted", ClassGroups.from_counts(counts), 4.0)
+    return run.build_record(
+        model, None, counts, "as counted", ClassGroups.from_counts(counts), 4.0
+    )
 
 
 # What an audit says.
@@ -39,9 +47,13 @@ def record_of(z, counts=COUNTS):
 def test_uniform_model_is_fair():
     record = record_of(np.zeros((60, 6)))
     (model,) = record["inputs"][0]["models"]
-    assert model["mass"]["1"] == pytest.approx({"head": 1 / 3, "medium": 1 / 3, "tail": 1 / 3})
+    assert model["mass"]["1"] == pytest.approx(
+        {"head": 1 / 3, "medium": 1 / 3, "tail": 1 / 3}
+    )
     tail = model["groups"]["tail"]
-    assert (tail["inter"], tail["intra"]) == pytest.approx((np.log(3), np.log(2)), rel=1e-6)
+    assert (tail["inter"], tail["intra"]) == pytest.approx(
+        (np.log(3), np.log(2)), rel=1e-6
+    )
     headline = summary.headline(record)
     assert "every group its share" in headline and "gives away most" not in headline
 
@@ -53,11 +65,21 @@ def test_model_of_the_prior_is_as_biased_as_its_data():
     assert model["mass"]["1"] == pytest.approx(record["training"], rel=1e-5)
     ratios = [summary.mass_ratio(model["classes"], c) for c in range(6)]
     np.testing.assert_allclose(ratios, 6 * counts / counts.sum(), rtol=1e-5)
-    assert model["classes"]["to"] == [1, 0, 0, 0, 0, 0] and model["between"] == [[100, 0, 0]] * 3
+    assert (
+        model["classes"]["to"] == [1, 0, 0, 0, 0, 0]
+        and model["between"] == [[100, 0, 0]] * 3
+    )
     # The loss on tail classes is −log(5/155) or −log(10/155), of which −log(15/155) is about the group.
     part = 2 * np.log(155 / 15) / (np.log(155 / 5) + np.log(155 / 10))
     headline = summary.headline(record)
-    for words in ("head classes 0.58", "0.33 is fair", "tail classes 0.10", "Class 5", "0.19", f"{100 * part:.0f} %"):
+    for words in (
+        "head classes 0.58",
+        "0.33 is fair",
+        "tail classes 0.10",
+        "Class 5",
+        "0.19",
+        f"{100 * part:.0f} %",
+    ):
         assert words in headline
 
 
@@ -81,16 +103,30 @@ def main(monkeypatch):
 
 
 def test_two_models(main, tmp_path, capsys):
-    path, student = write(tmp_path / "resnet<50>.npz", 40, 4), write(tmp_path / "student.npz", 40, 4, seed=1)
+    path, student = (
+        write(tmp_path / "resnet<50>.npz", 40, 4),
+        write(tmp_path / "student.npz", 40, 4, seed=1),
+    )
     output = tmp_path / "audit.html"
-    main([f"--logits={path}", f"--compare={student}", "--imbalance=100", "--temperature=2", f"--output={output}"])
+    main(
+        [
+            f"--logits={path}",
+            f"--compare={student}",
+            "--imbalance=100",
+            "--temperature=2",
+            f"--output={output}",
+        ]
+    )
     record = json.loads((tmp_path / "audit.json").read_text())
     # The record holds all that is printed.
     assert summary.console(record) in capsys.readouterr().out
     assert record["temperatures"] == ["1", "2"]
     assert np.bincount(record["groups"]["assignment"]).tolist() == [13, 14, 13]
     page = output.read_text()
-    assert headings(page) == SECTIONS | {"Between the two models", "Which classes resnet<50> gives away"}
+    assert headings(page) == SECTIONS | {
+        "Between the two models",
+        "Which classes resnet<50> gives away",
+    }
     assert "All 40 classes" in page and "exponential with imbalance 100" in page
     assert "http" not in page.replace("http://www.w3.org", "")
 
@@ -109,20 +145,36 @@ def test_training_input_and_names(tmp_path):
     assert (test["title"], training["title"]) == ("this input", "training input")
     assert training["share"] == pytest.approx(record["training"])
     text = (tmp_path / "a.html").read_text()
-    assert "1 classes have none" in text and "<b>cat" not in text and "&lt;b&gt;cat" in text
+    assert (
+        "1 classes have none" in text
+        and "<b>cat" not in text
+        and "&lt;b&gt;cat" in text
+    )
 
 
 def test_group_without_examples_is_a_dash(tmp_path):
     path = write(tmp_path / "x.npz", labels=LABELS % 4, class_counts=COUNTS)
     record = run.run(path, output=tmp_path / "a.html")
-    rows = [line.split() for line in summary.console(record).splitlines() if line.split()[:2] == ["tail", "0"]]
-    assert [row[2:] for row in rows] == [["–"] * 4, ["–"] * 5]  # of loss and calibration
+    rows = [
+        line.split()
+        for line in summary.console(record).splitlines()
+        if line.split()[:2] == ["tail", "0"]
+    ]
+    assert [row[2:] for row in rows] == [
+        ["–"] * 4,
+        ["–"] * 5,
+    ]  # of loss and calibration
     page = (tmp_path / "a.html").read_text()
     assert headings(page) > SECTIONS and "predictions of x" in page
 
 
 def test_counts_of_a_file(tmp_path):
-    model = inputs.Model("model", "model.npz", logits.from_arrays(np.zeros((60, 6)), LABELS), class_counts=np.ones(6))
+    model = inputs.Model(
+        "model",
+        "model.npz",
+        logits.from_arrays(np.zeros((60, 6)), LABELS),
+        class_counts=np.ones(6),
+    )
     np.save(tmp_path / "a.npy", COUNTS)
     (tmp_path / "a.json").write_text(json.dumps(COUNTS))
     (tmp_path / "b.json").write_text(json.dumps({"class_counts": COUNTS}))
@@ -137,8 +189,13 @@ def test_counts_of_a_model():
     model = inputs.Model("model", "model.npz", balanced, class_counts=np.array(COUNTS))
     assert inputs.class_counts(model, None, None)[0].tolist() == COUNTS
     assert inputs.class_counts(model, None, "4,8")[0].tolist() == [8, 6, 4, 3, 2, 2]
-    long_tailed = logits.from_arrays(np.zeros((21, 6)), np.repeat(np.arange(6), range(1, 7)))
-    for model in (inputs.Model("m", "m.npz", balanced, long_tailed), inputs.Model("m", "m.npz", long_tailed)):
+    long_tailed = logits.from_arrays(
+        np.zeros((21, 6)), np.repeat(np.arange(6), range(1, 7))
+    )
+    for model in (
+        inputs.Model("m", "m.npz", balanced, long_tailed),
+        inputs.Model("m", "m.npz", long_tailed),
+    ):
         assert inputs.class_counts(model, None, None)[0].tolist() == [1, 2, 3, 4, 5, 6]
     with pytest.raises(inputs.AuditError, match="give --counts"):
         inputs.class_counts(inputs.Model("m", "m.npz", balanced), None, None)
@@ -152,13 +209,22 @@ ERRORS = [
     ("--logits=good.npz --compare=other.npz", "--compare: row 0 has label 1"),
     ("--logits=good.npz --counts=good.npz", "--counts=good.npz can't be read"),
     ("--logits=good.npz --counts=gone.json", "--counts=gone.json can't be read"),
-    ("--logits=good.npz --imbalance=0.5", "--imbalance=0.5: imbalance=0.5: give a ratio >= 1"),
+    (
+        "--logits=good.npz --imbalance=0.5",
+        "--imbalance=0.5: imbalance=0.5: give a ratio >= 1",
+    ),
     ("--logits=good.npz --imbalance=x", "give GAMMA or GAMMA,N_MAX"),
-    ("--logits=good.npz --groups=0.5,0.6", "--groups=0.5,0.6: fractions=[0.5, 0.6] must be positive and sum to 1"),
+    (
+        "--logits=good.npz --groups=0.5,0.6",
+        "--groups=0.5,0.6: fractions=[0.5, 0.6] must be positive and sum to 1",
+    ),
     ("--logits=good.npz --groups=0.9,0.05,0.05", "groups ['tail'] would be empty"),
     ("--logits=good.npz --output=no/such/a.html", "--output=no/such/a.html"),
     ("--logits=good.npz --output=a.json", "its name ending in .html"),
-    ("--logits=good.npz --output=results.html", "results.json exists and is no audit's"),
+    (
+        "--logits=good.npz --output=results.html",
+        "results.json exists and is no audit's",
+    ),
     ("--checkpoint=.", "has no config.json"),
 ]
 
@@ -170,7 +236,12 @@ def bad_files(tmp_path_factory):
     write(folder / "other.npz", labels=(LABELS + 1) % 6)
     write(folder / "zero.npz", class_counts=[*COUNTS[:-1], 0])
     write(folder / "counts.npz", class_counts=COUNTS[:-1])
-    write(folder / "train.npz", class_counts=COUNTS, train_logits=np.zeros((5, 5)), train_labels=np.arange(5))
+    write(
+        folder / "train.npz",
+        class_counts=COUNTS,
+        train_logits=np.zeros((5, 5)),
+        train_labels=np.arange(5),
+    )
     (folder / "results.json").write_text('{"test": {}}')
     return folder
 

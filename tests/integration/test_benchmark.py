@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 
 from experiments.benchmark import __main__ as benchmark
-from experiments.benchmark import bilevel_step, input_pipeline, profile, timing, train_step
+from experiments.benchmark import (
+    bilevel_step,
+    input_pipeline,
+    profile,
+    timing,
+    train_step,
+)
 from experiments.reporting import writers
 from ltkd_jax.data import datasets, streaming
 from ltkd_jax.data.prepare import recipes
@@ -19,19 +25,36 @@ def test_bilevel_ratios():
         "naive, teacher in the step": cost(160e9, 100 * 2**20),
         "teacher, one forward": cost(60e9, 10 * 2**20, 1.0),
     }
-    assert bilevel_step.fast_flops(costs, 5) == pytest.approx(84e9) and bilevel_step.fast_flops(costs, 1) == 100e9
+    assert (
+        bilevel_step.fast_flops(costs, 5) == pytest.approx(84e9)
+        and bilevel_step.fast_flops(costs, 1) == 100e9
+    )
     assert bilevel_step.official_flops(costs) == 220e9
     table = bilevel_step.table(costs)
-    assert table.rows[0] == ["fast, weight net unchanged", "80.00", "0.800", "90.0", "0.900", "2.000", "0.500"]
+    assert table.rows[0] == [
+        "fast, weight net unchanged",
+        "80.00",
+        "0.800",
+        "90.0",
+        "0.900",
+        "2.000",
+        "0.500",
+    ]
     assert table.rows[3][-2:] == ["–", "–"] and "naive" in writers.as_text(table)
 
 
 @pytest.mark.parametrize(
     "command, words",
     [
-        ("bilevel", ("--batch_size=many", "--batch_size=0", "--repeats=-1", "--precision=half")),
+        (
+            "bilevel",
+            ("--batch_size=many", "--batch_size=0", "--repeats=-1", "--precision=half"),
+        ),
         ("stream", ("--repeats=0", "--size=4", "--num_workers=x")),
-        ("train", ("--methods=kd,nosuch", "--precisions=", "--teachers=file", "--steps=0")),
+        (
+            "train",
+            ("--methods=kd,nosuch", "--precisions=", "--teachers=file", "--steps=0"),
+        ),
         ("pytorch", ("--methods=ce", "--repeats=0")),
     ],
 )
@@ -51,10 +74,16 @@ def test_unknown_model_is_refused():
 
 def test_stream_and_plain_loop_read_the_same_batches(tmp_path):
     input_pipeline.photographs(tmp_path / "images", 24)
-    recipes.prepare(recipes.own_recipe("photographs"), tmp_path / "tfds", tmp_path / "images")
+    recipes.prepare(
+        recipes.own_recipe("photographs"), tmp_path / "tfds", tmp_path / "images"
+    )
     train = datasets.load("photographs", tmp_path / "tfds", size=16, margin=True).train
-    with streaming.batches(train, seed=0, batch_size=4, first_step=0, num_steps=6) as batches:
-        for streamed, plain in zip(batches, input_pipeline.plain_loop(train, 4, 6), strict=True):
+    with streaming.batches(
+        train, seed=0, batch_size=4, first_step=0, num_steps=6
+    ) as batches:
+        for streamed, plain in zip(
+            batches, input_pipeline.plain_loop(train, 4, 6), strict=True
+        ):
             np.testing.assert_array_equal(streamed.images, plain)
     rates = input_pipeline.measure(train, 4, 2, [0], repeats=1)
     assert set(rates) == {"plain loop", "stream, threads"} and min(rates.values()) > 0
@@ -65,7 +94,9 @@ def test_best_is_of_the_rounds_after_the_first():
     measures = {"a": lambda: next(values), "b": lambda: next(values)}
     assert timing.best_of_rounds(measures, 2) == {"a": 4.0, "b": 6.0}
     calls = []
-    assert timing.best({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 1).keys() == {"a", "b"}
+    assert timing.best(
+        {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 1
+    ).keys() == {"a", "b"}
     assert calls == list("abab")
 
 
@@ -78,8 +109,22 @@ def test_cases_have_each_teacher_once():
 
 def test_table_of_the_step():
     case = train_step.Case("ltkd", "table")
-    row = train_step.table({case: train_step.StepCost(64, 0.5, 1e9, 2**30, 9.0, 3.0)}, {"float32": 4e9}).rows[0]
-    assert row == ["ltkd", "table", "float32", "64", "128", "500.00", "1.0", "50 %", "9.0", "3.0", "1,024"]
+    row = train_step.table(
+        {case: train_step.StepCost(64, 0.5, 1e9, 2**30, 9.0, 3.0)}, {"float32": 4e9}
+    ).rows[0]
+    assert row == [
+        "ltkd",
+        "table",
+        "float32",
+        "64",
+        "128",
+        "500.00",
+        "1.0",
+        "50 %",
+        "9.0",
+        "3.0",
+        "1,024",
+    ]
 
 
 def test_profile_counts_operations_by_primitive():
@@ -104,14 +149,22 @@ def test_profile_counts_operations_by_primitive():
         "dot.1": "dot", "custom.8": "convolution", "custom.9": "dot", "fusion.3": "conv", "fusion.4": "conv, backward",
     }  # fmt: skip
     spent = {"fusion.3": 50.0, "fusion.4": 40.0, "copy.7": 5.0, "copy.8": 5.0}
-    events = [{"ph": "X", "name": name, "dur": micros, "args": {"hlo_op": name}} for name, micros in spent.items()]
-    events += [{"ph": "M", "name": "process_name", "pid": 1}, {"ph": "X", "name": "python", "ts": 0, "dur": 900.0}]
+    events = [
+        {"ph": "X", "name": name, "dur": micros, "args": {"hlo_op": name}}
+        for name, micros in spent.items()
+    ]
+    events += [
+        {"ph": "M", "name": "process_name", "pid": 1},
+        {"ph": "X", "name": "python", "ts": 0, "dur": 900.0},
+    ]
     spent = profile.operations({"traceEvents": events}, labels)
     assert spent == {"conv": 50, "conv, backward": 40, "copy": 10}
     assert profile.table(spent).rows[0] == ["conv", "0.05", "50.0 %"]
 
 
-@pytest.mark.parametrize("method, number, outer", [("ltkd", 10_847, 0), ("bikd", 10_626, 1_000)])
+@pytest.mark.parametrize(
+    "method, number, outer", [("ltkd", 10_847, 0), ("bikd", 10_626, 1_000)]
+)
 def test_noise_has_the_papers_number_of_images(method, number, outer):
     data = train_step.noise(train_step.spec_of(train_step.Case(method, "none")))
     assert (len(data.train), len(data.outer)) == (number, outer)

@@ -33,7 +33,12 @@ STEPS = 20
 
 
 def assert_as_on_one_device(state):
-    assert_close(parameters(state), parameters(on_one_device("one virtual step", STEPS)), rtol=1e-9, atol=1e-9)
+    assert_close(
+        parameters(state),
+        parameters(on_one_device("one virtual step", STEPS)),
+        rtol=1e-9,
+        atol=1e-9,
+    )
 
 
 def test_many_steps_in_one_call():
@@ -57,10 +62,15 @@ def test_tables_are_the_teacher_in_the_step():
 
 def test_lookahead_over_the_end_of_an_epoch():
     options = dict(num_examples=N, batch_size=BATCH, num_views=9)
-    windows = [sampling.lookahead_indices(3, epoch, lookahead=5, **options).index for epoch in range(3)]
+    windows = [
+        sampling.lookahead_indices(3, epoch, lookahead=5, **options).index
+        for epoch in range(3)
+    ]
     windows = np.concatenate(windows)
     assert windows.shape == (3 * STEPS_PER_EPOCH, BATCH, 5)
-    batches = np.concatenate([sampling.epoch_indices(3, epoch, **options).index for epoch in range(5)])
+    batches = np.concatenate(
+        [sampling.epoch_indices(3, epoch, **options).index for epoch in range(5)]
+    )
     for step, window in enumerate(windows):
         np.testing.assert_array_equal(window.T, batches[step : step + 5])
 
@@ -68,7 +78,9 @@ def test_lookahead_over_the_end_of_an_epoch():
 def test_outer_batches_are_a_sequence_of_their_own():
     """Every image is in each ceil(M / B) of them; their epochs do not end with the training set's."""
     options = dict(batch_size=BATCH, num_views=9)
-    outer = sampling.indices_from(sampling.outer_seed(3), 0, num_steps=9, num_examples=NUM_OUTER, **options).index
+    outer = sampling.indices_from(
+        sampling.outer_seed(3), 0, num_steps=9, num_examples=NUM_OUTER, **options
+    ).index
     per_epoch = sampling.steps_per_epoch(NUM_OUTER, BATCH)
     for start in range(0, len(outer) - per_epoch + 1, per_epoch):
         assert set(np.ravel(outer[start : start + per_epoch])) == set(range(NUM_OUTER))
@@ -78,9 +90,14 @@ def test_outer_batches_are_a_sequence_of_their_own():
 
 def test_learned_weights_are_summed_by_group():
     learned = on_one_device("one virtual step", STEPS).sums.learned
-    assert learned.examples.sum() == (STEPS % STEPS_PER_EPOCH) * BATCH  # of the last epoch
+    assert (
+        learned.examples.sum() == (STEPS % STEPS_PER_EPOCH) * BATCH
+    )  # of the last epoch
     mean = learned.weights / learned.examples[:, None]
-    assert mean.shape == (3, 3) and ((mean > 0) & (mean < np.array([[1.0, 0.5, 2.0]]))).all()  # below the scales
+    assert (
+        mean.shape == (3, 3)
+        and ((mean > 0) & (mean < np.array([[1.0, 0.5, 2.0]]))).all()
+    )  # below the scales
     assert learned.features.shape == (3, 2) and (learned.features > 0).all()
 
 
@@ -103,7 +120,11 @@ def test_bad_outer_set(change, message):
 @pytest.mark.parametrize(
     "method, names, message",
     [
-        ("ce", ("student_ce", "teacher_ce"), "'teacher_ce': .* student_ce, ce .there is no teacher"),
+        (
+            "ce",
+            ("student_ce", "teacher_ce"),
+            "'teacher_ce': .* student_ce, ce .there is no teacher",
+        ),
         ("kd", ("inter",), "'inter': .* student_ce, teacher_ce, ce, kd"),
         ("kd", (), "at least one of"),
         ("kd", ("ce", "ce"), "each once"),
@@ -117,14 +138,23 @@ def test_bad_features(method, names, message):
 
 def test_features_and_outer_losses_are_the_terms():
     objective = methods.create("ltkd_bs", COUNTS, GROUPS)
-    student, teacher = np.random.default_rng(0).normal(size=(2, BATCH, CLASSES)).astype(np.float32)
+    student, teacher = (
+        np.random.default_rng(0).normal(size=(2, BATCH, CLASSES)).astype(np.float32)
+    )
     predictions = methods.Predictions(student, teacher, jnp.arange(BATCH) % CLASSES)
     terms = objective(predictions)
-    features = methods.features(objective, ("inter", "student_ce", "balanced_softmax"))(predictions)
+    features = methods.features(objective, ("inter", "student_ce", "balanced_softmax"))(
+        predictions
+    )
     np.testing.assert_allclose(features[:, 0], terms[:, 1])
     np.testing.assert_allclose(features[:, 2], terms[:, 0])
-    hard, soft, mix = (methods.outer_loss(objective, kind)(predictions) for kind in ("hard", "soft", "mix"))
-    np.testing.assert_allclose(hard, features[:, 1])  # plain cross-entropy, on a balanced set
+    hard, soft, mix = (
+        methods.outer_loss(objective, kind)(predictions)
+        for kind in ("hard", "soft", "mix")
+    )
+    np.testing.assert_allclose(
+        hard, features[:, 1]
+    )  # plain cross-entropy, on a balanced set
     np.testing.assert_allclose(soft, terms[:, 1] + terms[:, 2], rtol=1e-6)
     np.testing.assert_allclose(mix, hard + soft, rtol=1e-6)
     with pytest.raises(ValueError, match="'harder' must be one of hard, soft, mix"):
@@ -140,11 +170,20 @@ def test_weight_net_is_the_formula():
         params = double(net.init(jax.random.key(0), x))["params"]
         expected = np.asarray(x)
         for name in ("hidden1", "hidden2", "weights"):
-            expected = expected @ np.asarray(params[name]["kernel"]) + np.asarray(params[name]["bias"])[None, :]
-            expected = np.tanh(expected) if name != "weights" else 1 / (1 + np.exp(-expected))
-        np.testing.assert_allclose(net.apply({"params": params}, x), expected, rtol=1e-12)
+            expected = (
+                expected @ np.asarray(params[name]["kernel"])
+                + np.asarray(params[name]["bias"])[None, :]
+            )
+            expected = (
+                np.tanh(expected) if name != "weights" else 1 / (1 + np.exp(-expected))
+            )
+        np.testing.assert_allclose(
+            net.apply({"params": params}, x), expected, rtol=1e-12
+        )
 
 
 def test_scales_of_another_number_than_terms():
     with pytest.raises(ValueError, match="each of the 3 terms"):
-        dataclasses.replace(weighting(methods.create("ltkd", COUNTS, GROUPS)), scales=(1.0,))
+        dataclasses.replace(
+            weighting(methods.create("ltkd", COUNTS, GROUPS)), scales=(1.0,)
+        )

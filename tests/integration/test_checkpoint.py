@@ -23,8 +23,12 @@ def fresh(name="resnet8", classes=4, seed=0):
 def state():
     """A state whose every leaf is something else than zero."""
     leaves, structure = jax.tree.flatten(jax.jit(fresh)())
-    ramp = [jnp.arange(leaf.size).reshape(leaf.shape).astype(leaf.dtype) for leaf in leaves]
-    return jax.tree.unflatten(structure, [a if a.dtype == bool else a + b for a, b in zip(leaves, ramp)])
+    ramp = [
+        jnp.arange(leaf.size).reshape(leaf.shape).astype(leaf.dtype) for leaf in leaves
+    ]
+    return jax.tree.unflatten(
+        structure, [a if a.dtype == bool else a + b for a, b in zip(leaves, ramp)]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +37,11 @@ def like():
 
 
 def files_of(folder, step):
-    return sorted(p for p in (folder / f"step_{step}").rglob("*") if p.is_file() and p.stat().st_size > 100)
+    return sorted(
+        p
+        for p in (folder / f"step_{step}").rglob("*")
+        if p.is_file() and p.stat().st_size > 100
+    )
 
 
 def test_round_trip_is_exact_and_the_newest_are_kept(tmp_path, state, like):
@@ -94,7 +102,9 @@ def leave_an_empty_folder(folder):
         put_a_folder_for_the_checksum, leave_an_empty_folder,
     ],
 )  # fmt: skip
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, state, like, damage, caplog):
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
+    tmp_path, state, like, damage, caplog
+):
     saved = Checkpoints(tmp_path)
     saved.save(1, state, {})
     saved.save(2, state, {})

@@ -28,18 +28,35 @@ def load_black(name, data_dir=None, *, size=0, margin=False):
     """Stands in for `datasets.load`: the true form of a data set, but for how many images there are."""
     stored, num_classes, channels, per_class = STORED[name]
     side = size or stored
-    views = augment.Views(pad=1, flip=False) if name == "digits" else augment.Views(pad=4, flip=True)
+    views = (
+        augment.Views(pad=1, flip=False)
+        if name == "digits"
+        else augment.Views(pad=4, flip=True)
+    )
 
     def images(per_class):
         labels = np.repeat(np.arange(num_classes, dtype=np.int32), per_class)
         keys = np.char.add("k", np.arange(len(labels)).astype(str))
         if margin:
-            return records.Records((), np.arange(len(labels)), labels, keys, (side, side, channels), "margin")
-        return records.Images(np.broadcast_to(np.uint8(0), (len(labels), side, side, channels)), labels, keys)
+            return records.Records(
+                (),
+                np.arange(len(labels)),
+                labels,
+                keys,
+                (side, side, channels),
+                "margin",
+            )
+        return records.Images(
+            np.broadcast_to(np.uint8(0), (len(labels), side, side, channels)),
+            labels,
+            keys,
+        )
 
     names = tuple(map(str, range(num_classes)))
     normal = (0.5,) * channels
-    return datasets.Source(name, images(per_class), images(2), num_classes, names, normal, normal, views)
+    return datasets.Source(
+        name, images(per_class), images(2), num_classes, names, normal, normal, views
+    )
 
 
 @pytest.fixture
@@ -63,7 +80,10 @@ def data_shapes(student, teacher):
     def of(images, **outer):
         if student.data.streams:
             return steps.TrainData(None, None, teacher, **outer)
-        images_and_labels = array(images.images.shape, np.uint8), array(images.labels.shape, np.int32)
+        images_and_labels = (
+            array(images.images.shape, np.uint8),
+            array(images.labels.shape, np.int32),
+        )
         return steps.TrainData(*images_and_labels, teacher, **outer)
 
     learned = student.loss_weighting is not None
@@ -79,10 +99,16 @@ def input_shapes(student):
     def batch(*lookahead):
         lead = (1, student.recipe.batch_size, *lookahead)
         images = array((*lead, *student.data.image_shape), np.uint8)
-        return streaming.StreamedBatch(images, array(lead, np.int32), array(lead, np.uint32))
+        return streaming.StreamedBatch(
+            images, array(lead, np.int32), array(lead, np.uint32)
+        )
 
     learned = student.loss_weighting is not None
-    return steps.StepInputs(batch(1), outer=batch()) if learned else steps.StepInputs(batch())
+    return (
+        steps.StepInputs(batch(1), outer=batch())
+        if learned
+        else steps.StepInputs(batch())
+    )
 
 
 def assert_keeps_shapes(student, teacher):
@@ -115,17 +141,28 @@ def assert_keeps_shapes(student, teacher):
 def test_step_keeps_its_shapes(name, argument, side, source, black):
     """With the config's own models: the step of the teacher and that of the student."""
     # Eight devices would not divide BiKD's 100.
-    spec = resolve(changed(config_of(name, argument), **{"train.batch_size": 64, "teacher.train.batch_size": 64}))
+    spec = resolve(
+        changed(
+            config_of(name, argument),
+            **{"train.batch_size": 64, "teacher.train.batch_size": 64},
+        )
+    )
     data = dataset.load(spec.data)
     assert data.streams is (name == "imagenetlt") and data.image_shape[0] == side
     assert teacher.choose_source(spec, data) == source
     student = trainer(spec.student_training(source))
     network = teacher_model(student.spec, data)
     images = array((2, *data.image_shape), np.float32)
-    variables = jax.eval_shape(lambda x: network.init(jax.random.key(0), x, train=False), images)
-    logits = jax.eval_shape(lambda v, x: network.apply(v, x, train=False), variables, images)
+    variables = jax.eval_shape(
+        lambda x: network.init(jax.random.key(0), x, train=False), images
+    )
+    logits = jax.eval_shape(
+        lambda v, x: network.apply(v, x, train=False), variables, images
+    )
     assert logits.shape == (2, data.num_classes)
-    table = array((len(data.train), data.source.views.num, data.num_classes), np.float32)
+    table = array(
+        (len(data.train), data.source.views.num, data.num_classes), np.float32
+    )
     assert_keeps_shapes(student, table if source == "table" else variables)
     if argument != "bikd":
         assert_keeps_shapes(trainer(spec.teacher_training()), None)

@@ -34,32 +34,59 @@ NORMS = {
 @functools.cache
 def _state_dict():
     rng = np.random.default_rng(0)
-    shapes = {f"{module}.weight": shape for module, shape in CONVS.items()} | {"fc.bias": (10,)}
+    shapes = {f"{module}.weight": shape for module, shape in CONVS.items()} | {
+        "fc.bias": (10,)
+    }
     for module, width in NORMS.items():
-        shapes |= {f"{module}.{leaf}": (width,) for leaf in ("weight", "bias", "running_mean", "running_var")}
+        shapes |= {
+            f"{module}.{leaf}": (width,)
+            for leaf in ("weight", "bias", "running_mean", "running_var")
+        }
         shapes[f"{module}.num_batches_tracked"] = ()
-    return {key: rng.normal(size=shape).astype(np.float32) for key, shape in shapes.items()}
+    return {
+        key: rng.normal(size=shape).astype(np.float32) for key, shape in shapes.items()
+    }
 
 
 def test_every_array_finds_its_place():
     state = _state_dict()
     variables = convert.from_torch("resnet8", state, 10)
     leaves = jax.tree.leaves(variables)
-    assert sum(leaf.size for leaf in leaves) == sum(x.size for k, x in state.items() if "num_batches" not in k)
+    assert sum(leaf.size for leaf in leaves) == sum(
+        x.size for k, x in state.items() if "num_batches" not in k
+    )
     assert {leaf.dtype for leaf in leaves} == {np.dtype(np.float32)}
     assert not any(np.shares_memory(leaf, x) for leaf in leaves for x in state.values())
     params, stats = variables["params"], variables["batch_stats"]
     shortcut = state["layer2.0.downsample.0.weight"]
-    np.testing.assert_array_equal(params["stem"]["kernel"], np.einsum("oihw->hwio", state["conv1.weight"]))
-    np.testing.assert_array_equal(params["stage2_block1_conv3"]["kernel"][0, 0], shortcut[..., 0, 0].T)
+    np.testing.assert_array_equal(
+        params["stem"]["kernel"], np.einsum("oihw->hwio", state["conv1.weight"])
+    )
+    np.testing.assert_array_equal(
+        params["stage2_block1_conv3"]["kernel"][0, 0], shortcut[..., 0, 0].T
+    )
     np.testing.assert_array_equal(params["classifier"]["kernel"], state["fc.weight"].T)
-    np.testing.assert_array_equal(params["stage3_block1_norm2"]["scale"], state["layer3.0.bn2.weight"])
-    np.testing.assert_array_equal(stats["stage3_block1_norm2"]["mean"], state["layer3.0.bn2.running_mean"])
-    np.testing.assert_array_equal(stats["stage3_block1_norm2"]["var"], state["layer3.0.bn2.running_var"])
+    np.testing.assert_array_equal(
+        params["stage3_block1_norm2"]["scale"], state["layer3.0.bn2.weight"]
+    )
+    np.testing.assert_array_equal(
+        stats["stage3_block1_norm2"]["mean"], state["layer3.0.bn2.running_mean"]
+    )
+    np.testing.assert_array_equal(
+        stats["stage3_block1_norm2"]["var"], state["layer3.0.bn2.running_var"]
+    )
 
 
 def test_supported_models():
-    small = {"resnet8", "resnet14", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110"}
+    small = {
+        "resnet8",
+        "resnet14",
+        "resnet20",
+        "resnet32",
+        "resnet44",
+        "resnet56",
+        "resnet110",
+    }
     wrns = {"wrn_16_1", "wrn_16_2", "wrn_40_1", "wrn_40_2"}
     assert set(convert.SUPPORTED) == small | wrns | {"resnet8x4", "resnet32x4"}
 
@@ -68,19 +95,41 @@ def test_supported_models():
     "name, change, message",
     [
         ("vgg8", {}, "'vgg8'.* resnet8, "),
-        ("resnet8", {"layer2.0.bn1.running_var": None}, "lacks 'layer2.0.bn1.running_var'"),
-        ("resnet8", {"layer1.1.conv1.weight": np.zeros(3)}, "also 'layer1.1.conv1.weight'"),
-        ("resnet8", {"fc.weight": np.zeros((7, 64))}, r"'fc.weight'.* \[7, 64\].*10 classes.* \[10, 64\]"),
-        ("resnet8", {"conv1.weight": np.zeros(16)}, r"'conv1.weight'.* \[16\].* \[16, 3, 3, 3\]"),
+        (
+            "resnet8",
+            {"layer2.0.bn1.running_var": None},
+            "lacks 'layer2.0.bn1.running_var'",
+        ),
+        (
+            "resnet8",
+            {"layer1.1.conv1.weight": np.zeros(3)},
+            "also 'layer1.1.conv1.weight'",
+        ),
+        (
+            "resnet8",
+            {"fc.weight": np.zeros((7, 64))},
+            r"'fc.weight'.* \[7, 64\].*10 classes.* \[10, 64\]",
+        ),
+        (
+            "resnet8",
+            {"conv1.weight": np.zeros(16)},
+            r"'conv1.weight'.* \[16\].* \[16, 3, 3, 3\]",
+        ),
         # In our order it would fit.
-        ("resnet8", {"conv1.weight": np.zeros((3, 3, 3, 16))}, r"'conv1.weight'.* \[3, 3, 3, 16\]"),
+        (
+            "resnet8",
+            {"conv1.weight": np.zeros((3, 3, 3, 16))},
+            r"'conv1.weight'.* \[3, 3, 3, 16\]",
+        ),
         ("wrn_16_1", {}, "wrn_16_1.* lacks 'block1.layer.0.bn1.bias', "),
     ],
 )
 def test_a_state_dict_of_something_else(name, change, message):
     state = _state_dict() | change
     with pytest.raises(ValueError, match=message):
-        convert.from_torch(name, {key: x for key, x in state.items() if x is not None}, 10)
+        convert.from_torch(
+            name, {key: x for key, x in state.items() if x is not None}, 10
+        )
 
 
 def _write(path, variables):
@@ -97,9 +146,17 @@ def test_load_gives_back_what_was_written(tmp_path):
 @pytest.mark.parametrize(
     "name, num_classes, message",
     [
-        ("resnet8", 100, r"resnet8 with 100 classes.* params/classifier/bias .*\[10\].*\[100\]"),
+        (
+            "resnet8",
+            100,
+            r"resnet8 with 100 classes.* params/classifier/bias .*\[10\].*\[100\]",
+        ),
         ("resnet14", 10, r"resnet14 .* none, not shape \[16\]"),
-        ("wrn_16_1", 10, r"wrn_16_1 .* batch_stats/last_norm/mean .* none, not shape \[64\]"),
+        (
+            "wrn_16_1",
+            10,
+            r"wrn_16_1 .* batch_stats/last_norm/mean .* none, not shape \[64\]",
+        ),
     ],
 )
 def test_load_checks_the_model(tmp_path, name, num_classes, message):
@@ -108,7 +165,10 @@ def test_load_checks_the_model(tmp_path, name, num_classes, message):
         convert.load(path, name, num_classes)
 
 
-@pytest.mark.parametrize("content", [b"", b"not msgpack", serialization.msgpack_serialize({"params": {}, "x": [1]})])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"not msgpack", serialization.msgpack_serialize({"params": {}, "x": [1]})],
+)
 def test_load_of_another_file(tmp_path, content):
     (tmp_path / "w").write_bytes(content)
     with pytest.raises(ValueError, match="w"):
@@ -122,7 +182,9 @@ def test_without_torch_the_error_says_what_to_install(monkeypatch, capsys, tmp_p
     with pytest.raises(ModuleNotFoundError, match="pip install torch"):
         convert.read("checkpoint.pth")
     assert convert.main(["resnet8", "checkpoint.pth", str(tmp_path / "out")]) == 2
-    assert "pip install torch" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    assert "pip install torch" in capsys.readouterr().err and not list(
+        tmp_path.iterdir()
+    )
 
 
 def test_the_command_line_writes_the_file_whole(monkeypatch, capsys, tmp_path):
@@ -130,9 +192,21 @@ def test_the_command_line_writes_the_file_whole(monkeypatch, capsys, tmp_path):
     out.write_bytes(b"old")
     monkeypatch.setattr(convert, "read", lambda path: _state_dict())
     assert convert.main(["resnet8", "x.pth", str(out)]) == 2  # 10 classes are not 100
-    assert "'fc.bias' has shape [10]" in capsys.readouterr().err and out.read_bytes() == b"old"
+    assert (
+        "'fc.bias' has shape [10]" in capsys.readouterr().err
+        and out.read_bytes() == b"old"
+    )
     assert convert.main(["resnet8", "x.pth", str(out), "--num_classes=10"]) == 0
-    assert str(out) in capsys.readouterr().out and [path.name for path in tmp_path.iterdir()] == [out.name]
+    assert str(out) in capsys.readouterr().out and [
+        path.name for path in tmp_path.iterdir()
+    ] == [out.name]
     loaded = convert.load(out, "resnet8", 10)
-    np.testing.assert_array_equal(loaded["params"]["classifier"]["bias"], _state_dict()["fc.bias"])
-    assert convert.main(["resnet8", "x.pth", str(tmp_path / "absent" / "out"), "--num_classes=10"]) == 2
+    np.testing.assert_array_equal(
+        loaded["params"]["classifier"]["bias"], _state_dict()["fc.bias"]
+    )
+    assert (
+        convert.main(
+            ["resnet8", "x.pth", str(tmp_path / "absent" / "out"), "--num_classes=10"]
+        )
+        == 2
+    )

@@ -46,27 +46,56 @@ def try_to(call, *args, **kwargs):
 
 def check_split(split, labels, num_classes, outer, validation):
     indices = np.concatenate(split)
-    assert len(set(indices.tolist())) == len(indices) and set(indices.tolist()) <= set(range(len(labels)))
+    assert len(set(indices.tolist())) == len(indices) and set(indices.tolist()) <= set(
+        range(len(labels))
+    )
     for part, per_class in ((split.outer, outer), (split.validation, validation)):
-        assert (np.bincount(labels[part], minlength=num_classes) == per_class).all() and (np.diff(part) > 0).all()
+        assert (
+            np.bincount(labels[part], minlength=num_classes) == per_class
+        ).all() and (np.diff(part) > 0).all()
 
 
 def test_longtail():
     """A draw is disjoint, balanced and as counted, or refused."""
 
-    def check(sizes, stray, key_of, num_classes, imbalance, n_max, outer, validation, seed, share, oddity):
+    def check(
+        sizes,
+        stray,
+        key_of,
+        num_classes,
+        imbalance,
+        n_max,
+        outer,
+        validation,
+        seed,
+        share,
+        oddity,
+    ):
         rng = np.random.default_rng(seed)
-        labels = rng.permutation(np.concatenate([np.repeat(np.arange(len(sizes)), sizes), stray])).astype(int)
+        labels = rng.permutation(
+            np.concatenate([np.repeat(np.arange(len(sizes)), sizes), stray])
+        ).astype(int)
         keys = np.array([key_of(i) for i in range(len(labels))], str)
         num_classes = len(sizes) if num_classes is None else num_classes
         if imbalance:
             counts = try_to(longtail.counts, n_max, imbalance, num_classes)
             if counts is not None:
-                assert counts.shape == (num_classes,) and counts[0] == n_max and counts[-1] >= 1
+                assert (
+                    counts.shape == (num_classes,)
+                    and counts[0] == n_max
+                    and counts[-1] >= 1
+                )
                 assert (np.diff(counts) <= 0).all()
 
-        options = dict(num_classes=num_classes, outer_per_class=outer, validation_per_class=validation, seed=seed)
-        split = try_to(longtail.split, labels, keys, imbalance=imbalance, n_max=n_max, **options)
+        options = dict(
+            num_classes=num_classes,
+            outer_per_class=outer,
+            validation_per_class=validation,
+            seed=seed,
+        )
+        split = try_to(
+            longtail.split, labels, keys, imbalance=imbalance, n_max=n_max, **options
+        )
         if split is not None:
             check_split(split, labels, num_classes, outer, validation)
             if imbalance is None:
@@ -74,13 +103,20 @@ def test_longtail():
             else:
                 largest = n_max or np.bincount(labels).min() - outer - validation
                 expected = longtail.counts(largest, imbalance, num_classes)
-                np.testing.assert_array_equal(np.bincount(labels[split.train], minlength=num_classes), expected)
-        balanced = try_to(longtail.balanced, labels, keys, num_classes=num_classes, per_class=outer)
+                np.testing.assert_array_equal(
+                    np.bincount(labels[split.train], minlength=num_classes), expected
+                )
+        balanced = try_to(
+            longtail.balanced, labels, keys, num_classes=num_classes, per_class=outer
+        )
         if balanced is not None:
             assert (np.bincount(labels[balanced], minlength=num_classes) == outer).all()
 
         chosen = np.flatnonzero(rng.random(len(labels)) < share)
-        paths, path_labels = [f"train/{key}" for key in keys[chosen]], labels[chosen].tolist()
+        paths, path_labels = (
+            [f"train/{key}" for key in keys[chosen]],
+            labels[chosen].tolist(),
+        )
         if oddity == "twice":
             paths, path_labels = paths * 2, path_labels * 2
         elif oddity == "gone":
@@ -97,10 +133,25 @@ def test_longtail():
         check,
         sizes=st.lists(st.integers(0, 9) | st.integers(4, 12), max_size=5),
         stray=st.lists(st.integers(-2, 7), max_size=1),
-        key_of=st.sampled_from([str, str, str, "image_{}".format, lambda i: "é" * i, lambda i: i // 2, lambda i: ""]),
+        key_of=st.sampled_from(
+            [
+                str,
+                str,
+                str,
+                "image_{}".format,
+                lambda i: "é" * i,
+                lambda i: i // 2,
+                lambda i: "",
+            ]
+        ),
         num_classes=st.none() | st.none() | st.integers(-1, 6),
-        imbalance=st.none() | st.floats(1, 9) | st.floats() | st.sampled_from([1, 2, 0, -3, 10**400]),
-        n_max=st.just(0) | st.integers(-1, 12) | st.sampled_from([10**6, 2**31, 2**63, 10**400]),
+        imbalance=st.none()
+        | st.floats(1, 9)
+        | st.floats()
+        | st.sampled_from([1, 2, 0, -3, 10**400]),
+        n_max=st.just(0)
+        | st.integers(-1, 12)
+        | st.sampled_from([10**6, 2**31, 2**63, 10**400]),
         outer=st.integers(-1, 3),
         validation=st.integers(-1, 3),
         seed=SEEDS,
@@ -126,19 +177,35 @@ def write_zip(path, members):
     with zipfile.ZipFile(path, "w") as archive:
         for member in members:
             info = zipfile.ZipInfo("x")
-            info.filename = member.name.encode(errors="replace").decode()  # as it is, NUL and all
-            info.external_attr = (stat.S_IFLNK if member.kind == "link" else stat.S_IFREG) << 16
-            compressions = {"bzip2": zipfile.ZIP_BZIP2, "lzma": zipfile.ZIP_LZMA, "folder": zipfile.ZIP_STORED}
-            archive.writestr(info, member.data, compressions.get(member.kind, zipfile.ZIP_DEFLATED))
+            info.filename = member.name.encode(
+                errors="replace"
+            ).decode()  # as it is, NUL and all
+            info.external_attr = (
+                stat.S_IFLNK if member.kind == "link" else stat.S_IFREG
+            ) << 16
+            compressions = {
+                "bzip2": zipfile.ZIP_BZIP2,
+                "lzma": zipfile.ZIP_LZMA,
+                "folder": zipfile.ZIP_STORED,
+            }
+            archive.writestr(
+                info, member.data, compressions.get(member.kind, zipfile.ZIP_DEFLATED)
+            )
             if member.size is not None:
-                info.file_size = member.size  # in the directory at the end, which is what is believed
+                info.file_size = (
+                    member.size
+                )  # in the directory at the end, which is what is believed
 
 
 def write_folder(path, members):
     path.mkdir()
     for member in members:
-        target = path / os.path.normpath(f"/{member.name}".replace("\0", "")).lstrip("/")
-        with contextlib.suppress(OSError, ValueError):  # two things of one name, a name too long or with a NUL
+        target = path / os.path.normpath(f"/{member.name}".replace("\0", "")).lstrip(
+            "/"
+        )
+        with contextlib.suppress(
+            OSError, ValueError
+        ):  # two things of one name, a name too long or with a NUL
             target.parent.mkdir(parents=True, exist_ok=True)
             if member.kind == "link":
                 target.symlink_to(os.fsdecode(member.data))
@@ -159,10 +226,20 @@ def png(width, height, data=b""):
     """Returns a small file that declares so many pixels."""
 
     def chunk(kind, content):
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        return (
+            struct.pack(">I", len(content))
+            + kind
+            + content
+            + struct.pack(">I", zlib.crc32(kind + content))
+        )
 
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + header
+        + chunk(b"IDAT", zlib.compress(data))
+        + chunk(b"IEND", b"")
+    )
 
 
 def damaged(data, rng):
@@ -177,31 +254,79 @@ ODD_NAMES = (
     "../../x.jpg", "a\\b.jpg", "C:/x.jpg", "C:\\x.jpg", "x\0.jpg", "\0", "", "/", "//x/y.jpg", "\udcff.jpg", ".", "..",
     "x" * 300,
 )  # fmt: skip
-ODD_CONTENTS = (b"", b"GIF89a", b"a\tb\n", b"0 0\n", png(60_000, 60_000), png(3000, 3000), png(2, 2, bytes(14)))
+ODD_CONTENTS = (
+    b"",
+    b"GIF89a",
+    b"a\tb\n",
+    b"0 0\n",
+    png(60_000, 60_000),
+    png(3000, 3000),
+    png(2, 2, bytes(14)),
+)
 ODD_TARGETS = (b"/dev/zero", b"..", b".", b"../outside.txt", b"gone")
 
 
 def mutate(members, rng, sandbox):
     """Changes one thing; nothing that is named lies outside the sandbox, or can be harmed."""
     member, other = rng.choice(members), rng.choice(members)
-    change = rng.choice(["name", "name", "content", "content", "link", "kind", "twice", "gone", "size"])
+    change = rng.choice(
+        ["name", "name", "content", "content", "link", "kind", "twice", "gone", "size"]
+    )
     if change == "name":
-        folder, odd = member.name.rpartition("/")[0], rng.choice(["\udcff", "..", " ", "\n", "é", "a\0b"])
-        near = [f"../{member.name}", f"./{member.name}", f"/{member.name}", f"{member.name}/x.jpg", f"{member.name} "]
-        names = [*ODD_NAMES, *near, f"{sandbox}/x.jpg", member.name.upper(), other.name, *[f"{folder}/{odd}.png"] * 5]
+        folder, odd = (
+            member.name.rpartition("/")[0],
+            rng.choice(["\udcff", "..", " ", "\n", "é", "a\0b"]),
+        )
+        near = [
+            f"../{member.name}",
+            f"./{member.name}",
+            f"/{member.name}",
+            f"{member.name}/x.jpg",
+            f"{member.name} ",
+        ]
+        names = [
+            *ODD_NAMES,
+            *near,
+            f"{sandbox}/x.jpg",
+            member.name.upper(),
+            other.name,
+            *[f"{folder}/{odd}.png"] * 5,
+        ]
         member.name = rng.choice(names)
     elif change == "content":
         evil = pickle.dumps(Evil(str(sandbox / "mark")))
-        member.data = rng.choice([*ODD_CONTENTS, *[damaged(member.data, rng)] * 5, other.data, evil])
+        member.data = rng.choice(
+            [*ODD_CONTENTS, *[damaged(member.data, rng)] * 5, other.data, evil]
+        )
     elif change == "link":
         member.kind = rng.choice(["link", "hard link"])
-        member.data = rng.choice([*ODD_TARGETS, os.fsencode(other.name), os.fsencode(sandbox / "source" / other.name)])
+        member.data = rng.choice(
+            [
+                *ODD_TARGETS,
+                os.fsencode(other.name),
+                os.fsencode(sandbox / "source" / other.name),
+            ]
+        )
     elif change == "kind":
         member.kind = rng.choice(KINDS)
     elif change == "size":
-        member.size = rng.choice([0, 1, 100, 2**29, 2**31, 2**33, len(member.data) + 9, len(member.data) // 2])
+        member.size = rng.choice(
+            [
+                0,
+                1,
+                100,
+                2**29,
+                2**31,
+                2**33,
+                len(member.data) + 9,
+                len(member.data) // 2,
+            ]
+        )
     elif change == "twice":
-        members.insert(rng.randrange(len(members) + 1), Member(member.name, rng.choice([member.data, b"other"])))
+        members.insert(
+            rng.randrange(len(members) + 1),
+            Member(member.name, rng.choice([member.data, b"other"])),
+        )
     elif len(members) > 1:
         members.remove(member)
 
@@ -217,14 +342,27 @@ def originals():
     wnids = ("n01", "n02")
     imagenet = pictures.by_class(dict.fromkeys(wnids, 2), folder="train/", **small)
     imagenet |= {f"val/v{i}.JPEG": pictures.picture(0, i, **small) for i in range(2)}
-    read = functools.partial(folders.imagenet, class_names=wnids, validation_labels=["n02", "n01"])
+    read = functools.partial(
+        folders.imagenet, class_names=wnids, validation_labels=["n02", "n01"]
+    )
     zips = [
-        (pictures.tiny_recipe(2, 3, 3), pictures.tiny_imagenet(per_class=2, test_images=3)),
-        (recipes.own_recipe("pets", test_per_class=1), own | {f"ant/{name}": data for name, data in test.items()}),
+        (
+            pictures.tiny_recipe(2, 3, 3),
+            pictures.tiny_imagenet(per_class=2, test_images=3),
+        ),
+        (
+            recipes.own_recipe("pets", test_per_class=1),
+            own | {f"ant/{name}": data for name, data in test.items()},
+        ),
         (recipes.own_recipe("split"), split),
     ]
-    only_folders = [(fashion, fashion_files), (recipes.Recipe("imagenet2012", (), read), imagenet)]
-    return [(*case, write_zip) for case in zips] + [(*case, write_folder) for case in [*zips, *only_folders]]
+    only_folders = [
+        (fashion, fashion_files),
+        (recipes.Recipe("imagenet2012", (), read), imagenet),
+    ]
+    return [(*case, write_zip) for case in zips] + [
+        (*case, write_folder) for case in [*zips, *only_folders]
+    ]
 
 
 def listing(folder, but):
@@ -244,7 +382,10 @@ def test_prepare(tmp_path, monkeypatch):
     prepared = set()
 
     def check(index, edits, outside, seed):
-        rng, sandbox = random.Random(seed), pathlib.Path(tempfile.mkdtemp(dir=tmp_path), "some", "where")
+        rng, sandbox = (
+            random.Random(seed),
+            pathlib.Path(tempfile.mkdtemp(dir=tmp_path), "some", "where"),
+        )
         for folder in ("work", "data"):
             (sandbox / folder).mkdir(parents=True)
         recipe, files, write = cases[index]
@@ -259,21 +400,37 @@ def test_prepare(tmp_path, monkeypatch):
         monkeypatch.chdir(sandbox / "work")
         before = listing(tmp_path, but=data_dir)
         try:
-            written = recipes.prepare(recipe, data_dir, source, skip_damaged=rng.random() < 0.5)
+            written = recipes.prepare(
+                recipe, data_dir, source, skip_damaged=rng.random() < 0.5
+            )
         except (archives.ArchiveError, recipes.PrepareError, OSError) as error:
             assert str(error)
             assert not any(data_dir.iterdir())
         else:
-            assert written.relative_to(data_dir).parts[0] == recipe.name and os.listdir(data_dir) == [recipe.name]
-            assert not [path for path in data_dir.rglob("*") if "unfinished" in path.name or "tmp" in path.name]
-            loaded = datasets.load(recipe.name, data_dir, size=0 if recipe.name == "fashion_mnist" else 8)
+            assert written.relative_to(data_dir).parts[0] == recipe.name and os.listdir(
+                data_dir
+            ) == [recipe.name]
+            assert not [
+                path
+                for path in data_dir.rglob("*")
+                if "unfinished" in path.name or "tmp" in path.name
+            ]
+            loaded = datasets.load(
+                recipe.name, data_dir, size=0 if recipe.name == "fashion_mnist" else 8
+            )
             for part in (loaded.train, loaded.test):
                 assert len(part.take(np.arange(len(part))).images) == len(part) > 0
             prepared.add(index)
         assert listing(tmp_path, but=data_dir) == before
         shutil.rmtree(sandbox.parent.parent)
 
-    fuzz(check, index=st.integers(0, len(cases) - 1), edits=st.integers(0, 3), outside=st.booleans(), seed=SEEDS)
+    fuzz(
+        check,
+        index=st.integers(0, len(cases) - 1),
+        edits=st.integers(0, 3),
+        outside=st.booleans(),
+        seed=SEEDS,
+    )
     assert EXAMPLES < 100 or prepared == set(range(len(cases)))
 
 

@@ -18,9 +18,16 @@ from ltkd_jax.data.prepare import recipes
 def small(tmp_path_factory):
     """A data directory with a small CIFAR-10 and a small Fashion-MNIST, and what is in them."""
     data_dir = tmp_path_factory.mktemp("tfds")
-    contents = {"cifar10": random_content((32, 32, 3), 10), "fashion_mnist": random_content((28, 28, 1), 10)}
+    contents = {
+        "cifar10": random_content((32, 32, 3), 10),
+        "fashion_mnist": random_content((28, 28, 1), 10),
+    }
     for name, content in contents.items():
-        recipes.prepare(recipes.Recipe(name, (), lambda _, content=content: content), data_dir, "any")
+        recipes.prepare(
+            recipes.Recipe(name, (), lambda _, content=content: content),
+            data_dir,
+            "any",
+        )
     return data_dir, contents
 
 
@@ -30,8 +37,14 @@ def whole(part):
 
 def check_form(source):
     for part in (whole(source.train), whole(source.test)):
-        assert part.images.dtype == np.uint8 and part.labels.dtype == np.int32 and part.keys.dtype.kind == "U"
-        assert part.images.ndim == 4 and len(part) == len(part.images) == len(part.keys) == len(set(part.keys))
+        assert (
+            part.images.dtype == np.uint8
+            and part.labels.dtype == np.int32
+            and part.keys.dtype.kind == "U"
+        )
+        assert part.images.ndim == 4 and len(part) == len(part.images) == len(
+            part.keys
+        ) == len(set(part.keys))
         assert (part.keys[1:] > part.keys[:-1]).all()
         assert part.labels.min() == 0 and part.labels.max() == source.num_classes - 1
     assert len(source.class_names) == source.num_classes
@@ -48,10 +61,14 @@ def test_digits():
     assert not set(source.train.keys) & set(source.test.keys)
     for part in (source.train, source.test):
         indices = [int(key.removeprefix("digits_")) for key in part.keys]
-        np.testing.assert_array_equal(np.round(part.images[..., 0] / 255 * 16), bunch.images[indices])
+        np.testing.assert_array_equal(
+            np.round(part.images[..., 0] / 255 * 16), bunch.images[indices]
+        )
         np.testing.assert_array_equal(part.labels, bunch.target[indices])
     pixels = source.train.images / 255
-    np.testing.assert_allclose((source.mean[0], source.std[0]), (pixels.mean(), pixels.std()), atol=1e-4)
+    np.testing.assert_allclose(
+        (source.mean[0], source.std[0]), (pixels.mean(), pixels.std()), atol=1e-4
+    )
     assert source.views == augment.Views(pad=1, flip=False)
 
 
@@ -63,7 +80,14 @@ def test_digits_test_set_is_frozen():
 
 def test_digits_do_not_import_tfds():
     code = "import sys; from ltkd_jax.data import datasets; datasets.load('digits')"
-    subprocess.run([sys.executable, "-c", f"{code}; assert 'tensorflow_datasets' not in sys.modules"], check=True)
+    subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            f"{code}; assert 'tensorflow_datasets' not in sys.modules",
+        ],
+        check=True,
+    )
 
 
 @pytest.mark.parametrize(
@@ -79,9 +103,11 @@ def test_load_unknown_name(name, message):
 
 
 def test_load_unprepared(tmp_path):
-    with pytest.raises(records.DatasetNotPrepared) as error:
+    with pytest.raises(records.DatasetNotPreparedError) as error:
         datasets.load("cifar100", tmp_path)
-    assert f"python -m ltkd_jax.data.prepare cifar100 --data_dir {tmp_path}" in str(error.value)
+    assert f"python -m ltkd_jax.data.prepare cifar100 --data_dir {tmp_path}" in str(
+        error.value
+    )
 
 
 def test_default_directory(monkeypatch, tmp_path):
@@ -96,7 +122,7 @@ def test_load_another_file_format(small, tmp_path):
     shutil.copytree(small[0] / "cifar10", tmp_path / "cifar10")
     info = next(tmp_path.glob("cifar10/*/dataset_info.json"))
     info.write_text(info.read_text().replace('"array_record"', '"tfrecord"'))
-    with pytest.raises(records.DatasetNotPrepared, match="tfrecord files"):
+    with pytest.raises(records.DatasetNotPreparedError, match="tfrecord files"):
         datasets.load("cifar10", tmp_path)
 
 
@@ -105,7 +131,7 @@ def test_load_another_version(small, tmp_path):
     info = next(tmp_path.glob("cifar10/*/dataset_info.json"))
     info.write_text(json.dumps(json.loads(info.read_text()) | {"version": "1.0.0"}))
     os.rename(info.parent, info.parent.with_name("1.0.0"))
-    with pytest.raises(records.DatasetNotPrepared, match="not prepared"):
+    with pytest.raises(records.DatasetNotPreparedError, match="not prepared"):
         datasets.load("cifar10", tmp_path)
 
 
@@ -117,7 +143,11 @@ def test_load_with_ids(small):
         assert part.keys.tolist() == [f"{split}_{i:05d}" for i in range(len(images))]
         np.testing.assert_array_equal(whole(part).images, images)
         np.testing.assert_array_equal(part.labels, labels["label"])
-    assert source.views == augment.Views(pad=4, flip=True) and source.mean == (0.4914, 0.4822, 0.4465)
+    assert source.views == augment.Views(pad=4, flip=True) and source.mean == (
+        0.4914,
+        0.4822,
+        0.4465,
+    )
 
 
 def test_load_without_ids(small):
@@ -125,8 +155,14 @@ def test_load_without_ids(small):
     check_form(source)
     images, labels = small[1]["fashion_mnist"].splits["train"]
     expected = {image.tobytes(): label for image, label in zip(images, labels["label"])}
-    assert expected == {image.tobytes(): label for image, label in zip(whole(source.train).images, source.train.labels)}
-    assert source.views == augment.Views(pad=2, flip=True) and source.class_names[9] == "Ankle boot"
+    assert expected == {
+        image.tobytes(): label
+        for image, label in zip(whole(source.train).images, source.train.labels)
+    }
+    assert (
+        source.views == augment.Views(pad=2, flip=True)
+        and source.class_names[9] == "Ankle boot"
+    )
 
 
 def test_content_keys_do_not_depend_on_the_order():
@@ -136,11 +172,15 @@ def test_content_keys_do_not_depend_on_the_order():
     digests = np.array([image.tobytes().hex() for image in images])
     keys = records.content_keys(digests, labels)
     order = np.random.default_rng(0).permutation(6)
-    by_key = dict(zip(records.content_keys(digests[order], labels[order]), labels[order]))
+    by_key = dict(
+        zip(records.content_keys(digests[order], labels[order]), labels[order])
+    )
     assert by_key == dict(zip(keys, labels)) and len(by_key) == 6
 
 
 def test_load_checks_labels(small, monkeypatch):
-    monkeypatch.setattr(records, "index", lambda *_: (np.arange(24) % 12, np.arange(24).astype(str)))
+    monkeypatch.setattr(
+        records, "index", lambda *_: (np.arange(24) % 12, np.arange(24).astype(str))
+    )
     with pytest.raises(ValueError, match=r"=10: 4 labels are outside 0\.\.9"):
         datasets.load("cifar10", small[0])

@@ -42,7 +42,9 @@ def test_evaluation_counts_every_image_once(devices, mode):
     data = types.SimpleNamespace(train=whole, test=whole, preprocess=preprocess)
     evaluator = Evaluator(SmallNet(), data, parallel, 16)
     variables = teacher_variables()
-    predicted = np.argmax(SmallNet().apply(variables, preprocess(IMAGES), train=False), axis=-1)
+    predicted = np.argmax(
+        SmallNet().apply(variables, preprocess(IMAGES), train=False), axis=-1
+    )
     replicated = parallel.replicate(variables)
     for size in (1, 15, 16, 17, N):
         expected = np.zeros((CLASSES, CLASSES))

@@ -22,7 +22,11 @@ from ltkd_jax.groups import ClassGroups, shots
 
 # Losses.
 
-FORMS = [(shape, dtype) for shape in ((6, 10), (2, 3), (3, 100)) for dtype in (jnp.float32, jnp.bfloat16)]
+FORMS = [
+    (shape, dtype)
+    for shape in ((6, 10), (2, 3), (3, 100))
+    for dtype in (jnp.float32, jnp.bfloat16)
+]
 
 
 def any_logits(rng, shape):
@@ -32,7 +36,9 @@ def any_logits(rng, shape):
         scale = 10 ** rng.uniform(-3, 4)
         if kind == "spikes":
             height = rng.choice([-1, 1], shape) * 10 ** rng.uniform(0, 30, shape)
-            return np.where(rng.random(shape) < 1.5 / shape[1], height, rng.normal(0, 1, shape))
+            return np.where(
+                rng.random(shape) < 1.5 / shape[1], height, rng.normal(0, 1, shape)
+            )
         return {
             "normal": rng.normal(0, scale, shape),
             "constant": np.full(shape, rng.normal(0, scale)),
@@ -69,14 +75,20 @@ def test_losses():
     """They and their gradients are finite, and none is negative."""
 
     def check(seed, temperature, form):
-        for name, (loss, gradient) in jax.device_get(evaluate(any_inputs(seed, temperature, *form))).items():
+        for name, (loss, gradient) in jax.device_get(
+            evaluate(any_inputs(seed, temperature, *form))
+        ).items():
             entry = truth.FAMILY[name]
             assert np.isfinite(loss).all() and loss.dtype == np.float32, name
-            assert (loss >= -1e-5 * (temperature**2 if entry.squared else 1.0) * entry.terms).all(), (name, loss)
+            assert (
+                loss >= -1e-5 * (temperature**2 if entry.squared else 1.0) * entry.terms
+            ).all(), (name, loss)
             assert np.isfinite(gradient.astype(np.float32)).all(), name
 
     forms = FORMS if EXAMPLES >= 100 else FORMS[1:2]  # a compilation takes seconds
-    fuzz(check, seed=SEEDS, temperature=st.floats(0.1, 100), form=st.sampled_from(forms))
+    fuzz(
+        check, seed=SEEDS, temperature=st.floats(0.1, 100), form=st.sampled_from(forms)
+    )
 
 
 # Groups.
@@ -84,12 +96,41 @@ def test_losses():
 NUMBERS = st.one_of(
     st.integers(-2, 9),
     st.floats(),
-    st.sampled_from([0, 10**18, 10**400, 2**63, 0.33, 0.34, 1 / 3, 0.5, None, True, "", "5", "x", 1j, b"1", [1], {}]),
+    st.sampled_from(
+        [
+            0,
+            10**18,
+            10**400,
+            2**63,
+            0.33,
+            0.34,
+            1 / 3,
+            0.5,
+            None,
+            True,
+            "",
+            "5",
+            "x",
+            1j,
+            b"1",
+            [1],
+            {},
+        ]
+    ),
 )
-GARBAGE = st.one_of(NUMBERS, st.lists(NUMBERS, max_size=6), st.lists(NUMBERS, max_size=6).map(tuple), st.text())
+GARBAGE = st.one_of(
+    NUMBERS,
+    st.lists(NUMBERS, max_size=6),
+    st.lists(NUMBERS, max_size=6).map(tuple),
+    st.text(),
+)
 COUNTS = st.one_of(st.lists(st.integers(1, 500), min_size=1, max_size=12), GARBAGE)
-FRACTIONS = st.lists(st.integers(1, 5), min_size=1, max_size=5).map(lambda parts: [p / sum(parts) for p in parts])
-NAMES = st.one_of(st.none(), st.lists(st.text(max_size=2), max_size=5).map(tuple), GARBAGE)
+FRACTIONS = st.lists(st.integers(1, 5), min_size=1, max_size=5).map(
+    lambda parts: [p / sum(parts) for p in parts]
+)
+NAMES = st.one_of(
+    st.none(), st.lists(st.text(max_size=2), max_size=5).map(tuple), GARBAGE
+)
 
 
 def try_to(call, *arguments):
@@ -103,7 +144,9 @@ def try_to(call, *arguments):
 def check_partition(groups, length):
     assert groups.assignment.shape == (length,) and groups.assignment.dtype == np.int32
     assert set(groups.assignment.tolist()) == set(range(groups.num_groups))
-    assert len({*groups.names}) == groups.num_groups and all(isinstance(name, str) for name in groups.names)
+    assert len({*groups.names}) == groups.num_groups and all(
+        isinstance(name, str) for name in groups.names
+    )
 
 
 def test_groups():
@@ -111,21 +154,40 @@ def test_groups():
 
     def check(counts, fractions, names, assignment, few, many):
         arguments = ("class_counts", "fractions", "names", "group")
-        groups = try_to(lambda: ClassGroups.from_counts(counts, fractions=fractions, names=names), *arguments)
+        groups = try_to(
+            lambda: ClassGroups.from_counts(counts, fractions=fractions, names=names),
+            *arguments,
+        )
         if groups:
             check_partition(groups, len(counts))
-        groups = try_to(lambda: ClassGroups.from_assignment(assignment, names=names), "assignment", *arguments)
+        groups = try_to(
+            lambda: ClassGroups.from_assignment(assignment, names=names),
+            "assignment",
+            *arguments,
+        )
         if groups:
             check_partition(groups, len(assignment))
             np.testing.assert_array_equal(groups.assignment, assignment)
-        masks = try_to(lambda: shots(counts, many=many, few=few), "class_counts", "few=")
+        masks = try_to(
+            lambda: shots(counts, many=many, few=few), "class_counts", "few="
+        )
         if masks:
-            assert (sum(mask.astype(int) for mask in masks.values()) == np.ones(len(counts))).all()
+            assert (
+                sum(mask.astype(int) for mask in masks.values()) == np.ones(len(counts))
+            ).all()
 
     assignment = st.one_of(st.lists(st.integers(0, 3), min_size=1, max_size=9), GARBAGE)
     limits = st.one_of(st.integers(-1, 300), st.floats())
     fractions = st.one_of(FRACTIONS, GARBAGE)
-    fuzz(check, counts=COUNTS, fractions=fractions, names=NAMES, assignment=assignment, few=limits, many=limits)
+    fuzz(
+        check,
+        counts=COUNTS,
+        fractions=fractions,
+        names=NAMES,
+        assignment=assignment,
+        few=limits,
+        many=limits,
+    )
 
 
 # The config's argument.
@@ -133,11 +195,67 @@ def test_groups():
 WORDS = (*methods.METHODS, "bikd", "smoke", "", " ", "kdd", "ltkd ltkd")
 TEXTS = st.one_of(
     st.sampled_from(
-        ["1", "0", "-1", "0.5", "2.0", "1e999", "nan", "9" * 400, "-" + "9" * 400, "9" * 5000, "0x" + "f" * 5000]
-        + ["(" * 300 + ")" * 300, "[" * 99 + "]" * 99, "-" * 9000 + "1", "1+" * 900 + "1", "(" * 50 + "1," + ")" * 50]
-        + ["(0.5, 0.5)", "(1j,)", "((1,), 2)", "(None,)", "(b'1', 0.5)", "(0.3, 'x')", "(nan, 1)", "()", "(1", "1)"]
-        + ["True", "true", "None", "{}", "{[]: 1}", "[1]", "b'1'", "'a'", "...", "1_000", "\0", "a\0b", "\ud800", "é²"]
-        + ["all", "exponential", "autoaugment", "kd", "ltkd", "bikd", "base", "soft", "resnet8", "vgg8", "wrn_16_1"]
+        [
+            "1",
+            "0",
+            "-1",
+            "0.5",
+            "2.0",
+            "1e999",
+            "nan",
+            "9" * 400,
+            "-" + "9" * 400,
+            "9" * 5000,
+            "0x" + "f" * 5000,
+        ]
+        + [
+            "(" * 300 + ")" * 300,
+            "[" * 99 + "]" * 99,
+            "-" * 9000 + "1",
+            "1+" * 900 + "1",
+            "(" * 50 + "1," + ")" * 50,
+        ]
+        + [
+            "(0.5, 0.5)",
+            "(1j,)",
+            "((1,), 2)",
+            "(None,)",
+            "(b'1', 0.5)",
+            "(0.3, 'x')",
+            "(nan, 1)",
+            "()",
+            "(1",
+            "1)",
+        ]
+        + [
+            "True",
+            "true",
+            "None",
+            "{}",
+            "{[]: 1}",
+            "[1]",
+            "b'1'",
+            "'a'",
+            "...",
+            "1_000",
+            "\0",
+            "a\0b",
+            "\ud800",
+            "é²",
+        ]
+        + [
+            "all",
+            "exponential",
+            "autoaugment",
+            "kd",
+            "ltkd",
+            "bikd",
+            "base",
+            "soft",
+            "resnet8",
+            "vgg8",
+            "wrn_16_1",
+        ]
     ),
     st.integers(-3, 300).map(str),
     st.floats().map(str),
@@ -145,8 +263,28 @@ TEXTS = st.one_of(
 )
 
 
-PATHS = sorted({path for method in ("ltkd", "bikd") for path in flatten(config_of("digitslt", method).to_dict())})
-NAMED = st.sampled_from([*sorted(models.REGISTRY), "all", "never", "gpu", "pmap", "tf32", "hard", "ltkd"]) | st.text()
+PATHS = sorted(
+    {
+        path
+        for method in ("ltkd", "bikd")
+        for path in flatten(config_of("digitslt", method).to_dict())
+    }
+)
+NAMED = (
+    st.sampled_from(
+        [
+            *sorted(models.REGISTRY),
+            "all",
+            "never",
+            "gpu",
+            "pmap",
+            "tf32",
+            "hard",
+            "ltkd",
+        ]
+    )
+    | st.text()
+)
 VALUES = {
     bool: st.booleans(),
     int: st.integers(0, 40) | st.integers(),
@@ -156,16 +294,19 @@ VALUES = {
 }
 KEYS = st.sampled_from([*common.SHORT, *PATHS])
 PAIR = st.one_of(
-    st.tuples(KEYS | st.sampled_from(["terms", "recipe", "alpha", "data", ""]), TEXTS).map("=".join),
+    st.tuples(
+        KEYS | st.sampled_from(["terms", "recipe", "alpha", "data", ""]), TEXTS
+    ).map("=".join),
     st.tuples(KEYS, st.integers(1, 20).map(str)).map("=".join),
 )
 ANYTHING = st.lists(PAIR | st.sampled_from(WORDS) | st.text(max_size=8), max_size=5)
 ARGUMENTS = ANYTHING.map(",".join) | st.tuples(
-    st.sampled_from([*WORDS, "kd,name=birds", "bikd,terms=ltkd,name=birds"]), st.lists(PAIR, max_size=3).map(",".join)
+    st.sampled_from([*WORDS, "kd,name=birds", "bikd,terms=ltkd,name=birds"]),
+    st.lists(PAIR, max_size=3).map(",".join),
 ).map(",".join)
-MUTATED = st.tuples(ARGUMENTS, st.integers(0, 40), st.sampled_from([*",=().\n \0\ud800", ""])).map(
-    lambda drawn: drawn[0][: drawn[1]] + drawn[2] + drawn[0][drawn[1] + 1 :]
-)
+MUTATED = st.tuples(
+    ARGUMENTS, st.integers(0, 40), st.sampled_from([*",=().\n \0\ud800", ""])
+).map(lambda drawn: drawn[0][: drawn[1]] + drawn[2] + drawn[0][drawn[1] + 1 :])
 
 
 def test_config():
@@ -176,7 +317,9 @@ def test_config():
         for path in set(paths) & set(flatten(config.to_dict())):
             changed(config, **{path: values[type(at(config.to_dict(), path))]})
         # No file is read: the paths are anyone's.
-        return resolve(changed(config, **{"data.dir": "/nowhere", "teacher.checkpoint": ""}))
+        return resolve(
+            changed(config, **{"data.dir": "/nowhere", "teacher.checkpoint": ""})
+        )
 
     def check(name, argument, paths, values):
         try:
@@ -185,7 +328,12 @@ def test_config():
             assert str(error)
             return
         from_results = resolve(json.loads(json.dumps(spec.config)))
-        assert spec.hash == resolved(name, argument, paths, values).hash == from_results.hash and len(spec.hash) == 12
+        assert (
+            spec.hash
+            == resolved(name, argument, paths, values).hash
+            == from_results.hash
+            and len(spec.hash) == 12
+        )
 
     fuzz(
         check,

@@ -20,15 +20,36 @@ def learned(tmp_path_factory):
 
 def test_learned_weights_in_results(learned):
     folder, results = learned
-    assert results["config"]["loss_weighting"]["update_every"] == 2 and results["outer_images"] == 80
+    assert (
+        results["config"]["loss_weighting"]["update_every"] == 2
+        and results["outer_images"] == 80
+    )
     summary = results["loss_weighting"]
     groups = {"head", "medium", "tail"}
-    assert set(summary["weights"]) == {"ce", "kd"} and set(summary["features"]) == {"student_ce", "teacher_ce"}
-    assert all(set(means) == groups for part in ("weights", "features") for means in summary[part].values())
-    assert all(0 < weight < 1 for means in summary["weights"].values() for weight in means.values())
-    assert np.shape(summary["map"]["kd"]) == (len(summary["axes"][0]), len(summary["axes"][1])) == (16, 16)
+    assert set(summary["weights"]) == {"ce", "kd"} and set(summary["features"]) == {
+        "student_ce",
+        "teacher_ce",
+    }
+    assert all(
+        set(means) == groups
+        for part in ("weights", "features")
+        for means in summary[part].values()
+    )
+    assert all(
+        0 < weight < 1
+        for means in summary["weights"].values()
+        for weight in means.values()
+    )
+    assert (
+        np.shape(summary["map"]["kd"])
+        == (len(summary["axes"][0]), len(summary["axes"][1]))
+        == (16, 16)
+    )
     lines = small_runs.records(folder / "run")
-    assert all(np.isfinite(line["outer_loss"]) and set(line["weights"]["ce"]) == groups for line in lines)
+    assert all(
+        np.isfinite(line["outer_loss"]) and set(line["weights"]["ce"]) == groups
+        for line in lines
+    )
     assert lines[-1]["weights"] == summary["weights"]
     assert lines[0]["weights"] != lines[-1]["weights"]  # the net has learned
 
@@ -39,12 +60,17 @@ def test_resume_is_bit_for_bit(learned, tmp_path):
     config = tiny(folder, "bikd", **WEIGHTED, checkpoint_every=100)
     resumed, stops = small_runs.run_with_stops(config, tmp_path / "run")
     assert stops == trainer(resolve(config).student_training("network")).total_steps - 1
-    assert resumed["test"] == results["test"] and resumed["loss_weighting"] == results["loss_weighting"]
+    assert (
+        resumed["test"] == results["test"]
+        and resumed["loss_weighting"] == results["loss_weighting"]
+    )
     assert_same_bits(config, tmp_path / "run", folder / "run")
 
 
 def spoil_outer_loss(state):
-    learned = state.sums.learned._replace(outer_loss=state.sums.learned.outer_loss * np.float32("nan"))
+    learned = state.sums.learned._replace(
+        outer_loss=state.sums.learned.outer_loss * np.float32("nan")
+    )
     return state._replace(sums=state.sums._replace(learned=learned))
 
 
@@ -52,11 +78,15 @@ def spoil_weight_net(state):
     return state._replace(meta=small_runs.with_infinity(state.meta))
 
 
-@pytest.mark.parametrize("change, message", [(spoil_outer_loss, "outer loss"), (spoil_weight_net, "meta")])
+@pytest.mark.parametrize(
+    "change, message", [(spoil_outer_loss, "outer loss"), (spoil_weight_net, "meta")]
+)
 def test_state_that_is_not_finite(learned, tmp_path, monkeypatch, change, message):
     config = tiny(learned[0], "bikd", **WEIGHTED)
     workdir = tmp_path / "run"
     small_runs.run_one_call(config, workdir)
-    small_runs.spoil(monkeypatch, trainer(resolve(config).student_training("network")), change)
+    small_runs.spoil(
+        monkeypatch, trainer(resolve(config).student_training("network")), change
+    )
     message = f"{message}.* not finite.* step 1$"
     small_runs.assert_diverges(workdir, message, lambda: run(config, workdir))

@@ -37,7 +37,9 @@ def faults(jaxpr):
         for variable in (*equation.invars, *equation.outvars):
             if getattr(variable.aval, "dtype", None) in WIDE:
                 problems.add(f"{variable.aval.dtype} in {name}")
-            if not all(isinstance(size, int) for size in getattr(variable.aval, "shape", ())):
+            if not all(
+                isinstance(size, int) for size in getattr(variable.aval, "shape", ())
+            ):
                 problems.add(f"shape {variable.aval.shape} in {name}")
     return problems
 
@@ -51,7 +53,9 @@ def assert_lowers(fn, *arguments):
     like = shapes(arguments)
     assert faults(jax.make_jaxpr(fn)(*like).jaxpr) == set()
     exported = jax.export.export(fn, platforms=PLATFORMS)(*like)
-    assert exported.platforms == PLATFORMS and len(exported.mlir_module_serialized) > 1000
+    assert (
+        exported.platforms == PLATFORMS and len(exported.mlir_module_serialized) > 1000
+    )
 
 
 def test_faults_are_found():
@@ -68,10 +72,15 @@ def test_faults_are_found():
     x = jnp.ones(3)
     assert faults(jax.make_jaxpr(looped(jnp.sin))(x).jaxpr) == set()
     assert faults(jax.make_jaxpr(looped(to_host))(x).jaxpr) == {"pure_callback"}
-    assert any("float64" in fault for fault in faults(jax.make_jaxpr(jax.jit(wide))(x).jaxpr))
+    assert any(
+        "float64" in fault for fault in faults(jax.make_jaxpr(jax.jit(wide))(x).jaxpr)
+    )
     unknown = jax.export.symbolic_shape("n")
     shape = jax.ShapeDtypeStruct(unknown, jnp.float32)
-    assert any("shape" in fault for fault in faults(jax.make_jaxpr(jax.jit(jnp.sin))(shape).jaxpr))
+    assert any(
+        "shape" in fault
+        for fault in faults(jax.make_jaxpr(jax.jit(jnp.sin))(shape).jaxpr)
+    )
 
 
 @pytest.fixture
@@ -94,7 +103,9 @@ def assert_steps_lower(config, teacher_source):
     )
 
     def train_data(images):
-        table = jax.ShapeDtypeStruct((len(images), data.source.views.num, data.num_classes), jnp.float32)
+        table = jax.ShapeDtypeStruct(
+            (len(images), data.source.views.num, data.num_classes), jnp.float32
+        )
         teacher = {"none": None, "table": table}.get(teacher_source, variables)
         if data.streams:
             return steps.TrainData(None, None, teacher)
@@ -106,7 +117,9 @@ def assert_steps_lower(config, teacher_source):
         num_steps, inputs = next(inputs_of_calls)
     assert num_steps > 1 or data.streams
     state = jax.eval_shape(student.init, 0)
-    assert_lowers(jax.jit(functools.partial(student.train_steps, 0)), state, device_data, inputs)
+    assert_lowers(
+        jax.jit(functools.partial(student.train_steps, 0)), state, device_data, inputs
+    )
     return student, state, device_data._replace(teacher=variables)
 
 
@@ -130,33 +143,51 @@ def test_all_of_a_run_lowers(accelerated, tmp_path):
     assert_lowers(student.init, np.int32(0))
     sizes = dict(num_examples=50, batch_size=16, num_views=9, random_bits=True)
     assert_lowers(
-        jax.jit(functools.partial(sampling.lookahead_indices, lookahead=2, **sizes)), np.int32(0), np.int32(0)
+        jax.jit(functools.partial(sampling.lookahead_indices, lookahead=2, **sizes)),
+        np.int32(0),
+        np.int32(0),
     )
 
     def evaluate(variables, batch):
-        return steps.eval_step(variables, batch, model=student.model, preprocess=student.data.preprocess)
+        return steps.eval_step(
+            variables, batch, model=student.model, preprocess=student.data.preprocess
+        )
 
     def logits(data, indices):
-        options = dict(views=student.data.source.views, preprocess=student.data.preprocess)
+        options = dict(
+            views=student.data.source.views, preprocess=student.data.preprocess
+        )
         teacher_fn = steps.network_teacher(teacher_model(student.spec, student.data))
-        return steps.make_batch(data, indices, teacher_fn=teacher_fn, **options).teacher.logits
+        return steps.make_batch(
+            data, indices, teacher_fn=teacher_fn, **options
+        ).teacher.logits
 
     numbers = np.zeros(64, np.int32)
     images = np.zeros((64, *student.data.image_shape), np.uint8)
-    assert_lowers(jax.jit(evaluate), state.variables, steps.EvalBatch(images, numbers, numbers == 0))
+    assert_lowers(
+        jax.jit(evaluate),
+        state.variables,
+        steps.EvalBatch(images, numbers, numbers == 0),
+    )
     assert_lowers(jax.jit(logits), data, sampling.BatchIndices(numbers, numbers))
 
 
 def test_streamed_steps_lower(accelerated, tmp_path):
     """With all of the augmentation that is drawn on the device."""
-    config = streamed(prepare_insects(tmp_path), tmp_path, "ce,policy=autoaugment,cutout=2,mixup=0.2")
+    config = streamed(
+        prepare_insects(tmp_path), tmp_path, "ce,policy=autoaugment,cutout=2,mixup=0.2"
+    )
     assert_steps_lower(config, "none")
 
 
-@pytest.mark.parametrize("name", sorted(set(methods.METHODS) - {"reviewkd"}))  # whose terms need features: above
+@pytest.mark.parametrize(
+    "name", sorted(set(methods.METHODS) - {"reviewkd"})
+)  # whose terms need features: above
 def test_terms_lower(name):
     """With their gradient by the student's logits."""
-    objective = methods.create(name, np.arange(10, 0, -1), groups.ClassGroups.from_counts(np.arange(10, 0, -1)))
+    objective = methods.create(
+        name, np.arange(10, 0, -1), groups.ClassGroups.from_counts(np.arange(10, 0, -1))
+    )
 
     @jax.jit
     def gradient(student, teacher, labels, step):

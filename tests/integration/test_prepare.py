@@ -36,7 +36,9 @@ def files_in(folder):
 def cifar10(tmp_path):
     """The path and the recipe of a small CIFAR-10."""
     path = tmp_path / "a.tar.gz"
-    return path, cifar_recipe("cifar10", binary_archive(path, "cifar10", fabricate("cifar10")))
+    return path, cifar_recipe(
+        "cifar10", binary_archive(path, "cifar10", fabricate("cifar10"))
+    )
 
 
 @pytest.mark.parametrize("archive", ARCHIVES)
@@ -45,19 +47,31 @@ def test_cifar_read_by_tfds(name, archive, tmp_path):
     data = fabricate(name)
     recipe = cifar_recipe(name, ARCHIVES[archive](tmp_path / "a.tar.gz", name, data))
     data_dir = tmp_path / "tfds"
-    assert recipes.prepare(recipe, data_dir, tmp_path / "a.tar.gz") == data_dir / name / "3.0.2"
+    assert (
+        recipes.prepare(recipe, data_dir, tmp_path / "a.tar.gz")
+        == data_dir / name / "3.0.2"
+    )
     assert [path.name for path in data_dir.iterdir()] == [name]
 
     builder = tfds.builder(name, data_dir=data_dir)
-    assert builder.is_prepared() and type(builder).__module__ == "tensorflow_datasets.image_classification.cifar"
+    assert (
+        builder.is_prepared()
+        and type(builder).__module__ == "tensorflow_datasets.image_classification.cifar"
+    )
     for split, (planes, labels) in data.items():
-        examples = sorted(builder.as_data_source(split), key=lambda example: example["id"])
-        assert [example["id"].decode() for example in examples] == [f"{split}_{i:05d}" for i in range(len(planes))]
+        examples = sorted(
+            builder.as_data_source(split), key=lambda example: example["id"]
+        )
+        assert [example["id"].decode() for example in examples] == [
+            f"{split}_{i:05d}" for i in range(len(planes))
+        ]
         images = [example["image"].transpose(2, 0, 1).ravel() for example in examples]
         np.testing.assert_array_equal(images, planes)
         for label, values in labels.items():
             assert builder.info.features[label].names == class_names(name, label)
-            np.testing.assert_array_equal([example[label] for example in examples], values)
+            np.testing.assert_array_equal(
+                [example[label] for example in examples], values
+            )
 
 
 @pytest.mark.parametrize("form", ["folder", "archive"])
@@ -66,11 +80,17 @@ def test_fashion_mnist(form, tmp_path):
     if form == "folder":
         source = write_folder(tmp_path / "files", files)
     else:
-        source = write_tar(tmp_path / "a.tar.gz", {f"./{name}": content for name, content in files.items()})
+        source = write_tar(
+            tmp_path / "a.tar.gz",
+            {f"./{name}": content for name, content in files.items()},
+        )
     recipes.prepare(recipe, tmp_path / "tfds", source)
     builder = tfds.builder("fashion_mnist", data_dir=tmp_path / "tfds")
     for split, (images, labels) in data.items():
-        pairs = [(example["image"].tolist(), example["label"]) for example in builder.as_data_source(split)]
+        pairs = [
+            (example["image"].tolist(), example["label"])
+            for example in builder.as_data_source(split)
+        ]
         assert len(pairs) == len(labels)
         for image, label in zip(images[..., None].tolist(), labels):
             assert (image, label) in pairs
@@ -92,14 +112,22 @@ def test_cifar_changed(archive, change, tmp_path):
     source.write_bytes(data)
     with pytest.raises(archives.ArchiveError) as error:
         archives.read_cifar(source, layout)
-    for part in ("a.tar.gz", "official", layout.binary_sha256, layout.pickle_sha256, sha256(data)):
+    for part in (
+        "a.tar.gz",
+        "official",
+        layout.binary_sha256,
+        layout.pickle_sha256,
+        sha256(data),
+    ):
         assert part in str(error.value)
 
 
 def test_cifar_pickle_of_another_archive_is_not_loaded(tmp_path):
     names = ("train", "test", "meta")
     evil = pickle.dumps(Evil(str(tmp_path / "mark")))
-    source = write_tar(tmp_path / "a.tar.gz", {f"cifar-100-python/{name}": evil for name in names})
+    source = write_tar(
+        tmp_path / "a.tar.gz", {f"cifar-100-python/{name}": evil for name in names}
+    )
     with pytest.raises(archives.ArchiveError, match="found"):
         archives.read_cifar(source, archives.CIFAR100)
     assert not (tmp_path / "mark").exists()
@@ -107,14 +135,21 @@ def test_cifar_pickle_of_another_archive_is_not_loaded(tmp_path):
 
 @pytest.mark.parametrize(
     "data, message",
-    [(b"no gzip", "damaged"), (None, "has no file"), ("train-images-idx3-ubyte.gz", "expected")],
+    [
+        (b"no gzip", "damaged"),
+        (None, "has no file"),
+        ("train-images-idx3-ubyte.gz", "expected"),
+    ],
     ids=["damaged", "missing", "another"],
 )
 def test_idx_changed(data, message, tmp_path):
     recipe, _, files = fashion_mnist()
     name = "train-labels-idx1-ubyte.gz"
     files[name] = files.get(data, data)
-    source = write_folder(tmp_path, {name: content for name, content in files.items() if content is not None})
+    source = write_folder(
+        tmp_path,
+        {name: content for name, content in files.items() if content is not None},
+    )
     with pytest.raises(archives.ArchiveError, match=message) as error:
         recipe.read(source)
     assert name in str(error.value)
@@ -129,9 +164,19 @@ def test_idx_archive_cut(tmp_path):
 
 
 def test_failure_while_writing_leaves_nothing(tmp_path):
-    content = archives.Content({"train": (np.zeros((3, 32, 32, 3), np.uint8), {"label": np.array([0, 1, 10])})}, {})
+    content = archives.Content(
+        {
+            "train": (
+                np.zeros((3, 32, 32, 3), np.uint8),
+                {"label": np.array([0, 1, 10])},
+            )
+        },
+        {},
+    )
     with pytest.raises(Exception, match="10"):
-        recipes.prepare(recipes.Recipe("cifar10", (), lambda _: content), tmp_path, "any")
+        recipes.prepare(
+            recipes.Recipe("cifar10", (), lambda _: content), tmp_path, "any"
+        )
     assert files_in(tmp_path) == []
 
 
@@ -140,7 +185,11 @@ def test_directory_in_the_way_is_kept(cifar10, tmp_path):
     write_folder(tmp_path, {"tfds/cifar10/3.0.2/mine.txt": b"precious"})
     with pytest.raises(recipes.PrepareError, match="in the way"):
         recipes.prepare(recipe, tmp_path / "tfds", source)
-    assert files_in(tmp_path / "tfds") == ["cifar10", "cifar10/3.0.2", "cifar10/3.0.2/mine.txt"]
+    assert files_in(tmp_path / "tfds") == [
+        "cifar10",
+        "cifar10/3.0.2",
+        "cifar10/3.0.2/mine.txt",
+    ]
 
 
 # The command line, which knows the official checksums only.
@@ -150,7 +199,12 @@ def test_directory_in_the_way_is_kept(cifar10, tmp_path):
 def test_command_refuses_another_archive(name, tmp_path, capsys):
     source = tmp_path / "a.tar.gz"
     binary_archive(source, name, fabricate(name))
-    assert command.main([name, "--data_dir", str(tmp_path / "tfds"), "--source", str(source)]) == 2
+    assert (
+        command.main(
+            [name, "--data_dir", str(tmp_path / "tfds"), "--source", str(source)]
+        )
+        == 2
+    )
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and len(err.splitlines()) == 1
     assert "expected" in err and "official" in err
@@ -159,7 +213,18 @@ def test_command_refuses_another_archive(name, tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["cifar100", "fashion_mnist"])
 def test_command_without_the_source(name, tmp_path, capsys):
-    assert command.main([name, "--data_dir", str(tmp_path / "tfds"), "--source", str(tmp_path / "none")]) == 2
+    assert (
+        command.main(
+            [
+                name,
+                "--data_dir",
+                str(tmp_path / "tfds"),
+                "--source",
+                str(tmp_path / "none"),
+            ]
+        )
+        == 2
+    )
     assert "No such file" in capsys.readouterr().err
     assert files_in(tmp_path) == []
 
@@ -172,11 +237,15 @@ def test_command_again(cifar10, tmp_path, capsys):
 
 
 def test_official_recipes():
-    assert [file.name for file in recipes.recipe("cifar100").files] == ["cifar-100-binary.tar.gz"]
+    assert [file.name for file in recipes.recipe("cifar100").files] == [
+        "cifar-100-binary.tar.gz"
+    ]
     for name, layout in LAYOUTS.items():
         assert recipes.recipe(name).files[0].sha256 == layout.binary_sha256
         assert recipes.recipe(name).read.keywords["cifar"] == layout
-    assert {file.name for file in recipes.recipe("fashion_mnist").files} == set(archives.FASHION_MNIST_SHA256)
+    assert {file.name for file in recipes.recipe("fashion_mnist").files} == set(
+        archives.FASHION_MNIST_SHA256
+    )
 
 
 # Downloads, from a server on this machine.
@@ -193,7 +262,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         data = server.files.get(self.path.lstrip("/"))
         if data is None:
             return self.send_error(404)
-        start = int(self.headers["Range"][6:-1]) if "Range" in self.headers and server.ranges else 0
+        start = (
+            int(self.headers["Range"][6:-1])
+            if "Range" in self.headers and server.ranges
+            else 0
+        )
         self.send_response(206 if start else 200)
         self.send_header("Content-Length", str(len(data) - start))
         self.end_headers()
@@ -209,7 +282,9 @@ def server():
     """The handler class and the address of a server of this test's own."""
     handler = type("Own", (Handler,), {"files": {}, "requests": []})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
-        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
+        thread = threading.Thread(
+            target=running.serve_forever, kwargs={"poll_interval": 0.01}
+        )
         thread.start()
         yield handler, f"http://127.0.0.1:{running.server_port}"
         running.shutdown()
@@ -233,7 +308,9 @@ def test_fetch(server, tmp_path):
     assert handler.requests == [None]  # the second call downloaded nothing
 
 
-@pytest.mark.parametrize("ranges", [True, False], ids=["resumed", "server ignores ranges"])
+@pytest.mark.parametrize(
+    "ranges", [True, False], ids=["resumed", "server ignores ranges"]
+)
 def test_fetch_interrupted(ranges, server, tmp_path):
     handler, address = server
     handler.files["a.bin"], handler.cut_after, handler.ranges = DATA, 400_000, ranges
@@ -242,14 +319,21 @@ def test_fetch_interrupted(ranges, server, tmp_path):
     received = (tmp_path / "a.bin.part").stat().st_size
     assert 0 < received <= 400_000
     assert download.fetch(remote(address), tmp_path).read_bytes() == DATA
-    assert files_in(tmp_path) == ["a.bin"] and handler.requests == [None, f"bytes={received}-"]
+    assert files_in(tmp_path) == ["a.bin"] and handler.requests == [
+        None,
+        f"bytes={received}-",
+    ]
 
 
-@pytest.mark.parametrize("data", [DATA[:-1] + b"?", DATA + DATA], ids=["changed", "longer"])
+@pytest.mark.parametrize(
+    "data", [DATA[:-1] + b"?", DATA + DATA], ids=["changed", "longer"]
+)
 def test_fetch_wrong_checksum(data, server, tmp_path):
     handler, address = server
     handler.files["a.bin"] = data
-    with pytest.raises(download.DownloadError, match=f"sha256 expected {sha256(DATA)}, found"):
+    with pytest.raises(
+        download.DownloadError, match=f"sha256 expected {sha256(DATA)}, found"
+    ):
         download.fetch(remote(address), tmp_path)
     assert files_in(tmp_path) == []
 
@@ -278,7 +362,12 @@ def test_prepare_from_the_network(server, cifar10, tmp_path):
     handler, address = server
     data = cifar10[0].read_bytes()
     handler.files["a.tar.gz"] = data
-    recipe = dataclasses.replace(cifar10[1], files=(remote(address, name="a.tar.gz", data=data),))
+    recipe = dataclasses.replace(
+        cifar10[1], files=(remote(address, name="a.tar.gz", data=data),)
+    )
     written = recipes.prepare(recipe, tmp_path / "tfds")
-    assert pathlib.Path(records.find_builder("cifar10", tmp_path / "tfds").data_path) == written
+    assert (
+        pathlib.Path(records.find_builder("cifar10", tmp_path / "tfds").data_path)
+        == written
+    )
     assert (tmp_path / "tfds" / "downloads" / "cifar10" / "a.tar.gz").is_file()

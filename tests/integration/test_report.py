@@ -5,7 +5,17 @@ import re
 import xml.etree.ElementTree as ElementTree
 
 import pytest
-from helpers.fabricated import NAMES, STRENGTH, Page, fabricate, learned, metrics_of, runs_of, save, sweep
+from helpers.fabricated import (
+    NAMES,
+    STRENGTH,
+    Page,
+    fabricate,
+    learned,
+    metrics_of,
+    runs_of,
+    save,
+    sweep,
+)
 
 from experiments import report
 from experiments.reporting import (
@@ -44,7 +54,11 @@ def hover_texts(folder, pattern):
 def test_load_work_directory_and_file(tmp_path):
     run = fabricate("ltkd")
     loaded = load.load(save(tmp_path / "run", run))
-    assert loaded["finished"] and loaded["source"] == "run" and len(loaded["metrics"]) == 24
+    assert (
+        loaded["finished"]
+        and loaded["source"] == "run"
+        and len(loaded["metrics"]) == 24
+    )
     (tmp_path / "bare.json").write_text(json.dumps(run))
     (tmp_path / "unrelated.json").write_text('{"speed": 1}')
     assert load.load(tmp_path / "bare.json")["test"] == run["test"]
@@ -86,8 +100,14 @@ def without(*path):
         (json.dumps(fabricate(class_names=5)), "'class_names'"),
         (json.dumps(fabricate() | {"teacher": "x"}), "'teacher'"),
         (json.dumps(fabricate(seeds={"student": "a"})), "'seeds'"),
-        (json.dumps(fabricate(config={"seed_split": 0})), "config.seed_split is now called config.split_seed"),
-        (json.dumps(fabricate(config={"weighting": {"every": 1}})), "config.loss_weighting.update_every"),
+        (
+            json.dumps(fabricate(config={"seed_split": 0})),
+            "config.seed_split is now called config.split_seed",
+        ),
+        (
+            json.dumps(fabricate(config={"weighting": {"every": 1}})),
+            "config.loss_weighting.update_every",
+        ),
     ],
 )
 def test_load_bad_result_file(text, message, tmp_path):
@@ -106,12 +126,22 @@ def test_load_damaged_metrics_line(tmp_path):
 # The command.
 
 
-@pytest.mark.parametrize("form, start", [("text", "Accuracy on"), ("markdown", "## Acc"), ("latex", r"% needs \use")])
+@pytest.mark.parametrize(
+    "form, start",
+    [("text", "Accuracy on"), ("markdown", "## Acc"), ("latex", r"% needs \use")],
+)
 def test_command_prints_only_tables(form, start, tmp_path, capsys):
     for i, run in enumerate(sweep(methods=("ce",), seeds=1)):
         save(tmp_path / f"runs/{i}", run)
     path = tmp_path / "page.html"
-    report.main([str(tmp_path / "runs"), f"--table={form}", f"--output={path}", "--title=A title"])
+    report.main(
+        [
+            str(tmp_path / "runs"),
+            f"--table={form}",
+            f"--output={path}",
+            "--title=A title",
+        ]
+    )
     out, err = capsys.readouterr()
     assert out.startswith(start) and "page.html" not in out and "page.html" in err
     assert "A title" in Page(path.read_text(encoding="utf-8")).text
@@ -141,7 +171,8 @@ def test_command_error(words, message, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "classes, seeds, teacher, shots", [(10, 1, True, False), (100, 3, True, True), (10, 3, False, True)]
+    "classes, seeds, teacher, shots",
+    [(10, 1, True, False), (100, 3, True, True), (10, 3, False, True)],
 )
 def test_page_holds_every_number_and_figure(classes, seeds, teacher, shots, tmp_path):
     runs = []
@@ -156,30 +187,60 @@ def test_page_holds_every_number_and_figure(classes, seeds, teacher, shots, tmp_
         for column in tables.columns(setting).values():
             cell = tables.number(method.values(column).values())
             assert f"{cell.text} {cell.note}".strip() in parsed.text
-            assert (cell.text == "–") == (not shots and column in ("shots.medium", "shots.few"))
-    for title in ("Accuracy by class frequency", "Confusion between groups", "Training", "How it was run"):
+            assert (cell.text == "–") == (
+                not shots and column in ("shots.medium", "shots.few")
+            )
+    for title in (
+        "Accuracy by class frequency",
+        "Confusion between groups",
+        "Training",
+        "How it was run",
+    ):
         assert title in parsed.text
     assert ("The teacher’s bias" in parsed.text) == teacher
-    counts = {"scatter": 1, "curves": 2, "dots": (2 + teacher) * (classes == 100), "bias": 2 * teacher, "training": 6}
+    counts = {
+        "scatter": 1,
+        "curves": 2,
+        "dots": (2 + teacher) * (classes == 100),
+        "bias": 2 * teacher,
+        "training": 6,
+    }
     assert len(parsed.labels) == sum(counts.values()) and all(parsed.labels)
-    assert ("±" in parsed.text.split("How it was run")[0].replace(tables.RULE, "")) == (seeds > 1)
-    assert "LTKD is reconstructed" in parsed.text and "abc1234" in parsed.text and "1 h 12 min" in parsed.text
+    assert ("±" in parsed.text.split("How it was run")[0].replace(tables.RULE, "")) == (
+        seeds > 1
+    )
+    assert (
+        "LTKD is reconstructed" in parsed.text
+        and "abc1234" in parsed.text
+        and "1 h 12 min" in parsed.text
+    )
     assert re.search(r'title="ce: [\d.]+ % of head taken for medium"', html)
     assert len(parsed.ids) == len(set(parsed.ids))
 
 
 def test_page_is_small_reproducible_and_self_contained(tmp_path):
     names = [f"some species {c}" for c in range(100)]
-    runs = [fabricate(method, seed, classes=100, class_names=names) for method in STRENGTH for seed in range(2)]
+    runs = [
+        fabricate(method, seed, classes=100, class_names=names)
+        for method in STRENGTH
+        for seed in range(2)
+    ]
     runs = [run | {"metrics": metrics_of(run)} for run in runs]
     (tmp_path / "again").mkdir()
     text = write(runs, tmp_path)
     assert text == write(runs, tmp_path / "again") and len(text.encode()) < 500_000
     for path in (tmp_path / "report_files").iterdir():
-        assert path.read_bytes() == (tmp_path / "again" / "report_files" / path.name).read_bytes()
-    assert "http" not in text.replace("http://www.w3.org/", "") and "url(" not in text.replace("url(#", "")
+        assert (
+            path.read_bytes()
+            == (tmp_path / "again" / "report_files" / path.name).read_bytes()
+        )
+    assert "http" not in text.replace(
+        "http://www.w3.org/", ""
+    ) and "url(" not in text.replace("url(#", "")
     assert {"script", "link", "img"}.isdisjoint(Page(text).tags)
-    assert "#0100" not in text and "#0203" not in text  # every stand-in colour became a variable
+    assert (
+        "#0100" not in text and "#0203" not in text
+    )  # every stand-in colour became a variable
 
 
 def test_hostile_strings_are_escaped(tmp_path):
@@ -190,7 +251,9 @@ def test_hostile_strings_are_escaped(tmp_path):
     run["test"]["groups"] = {HOSTILE: 50.0, "medium": 40.0, "tail": 20.0}
     run |= {
         "class_names": [HOSTILE] * 100,
-        "metrics": [record | {"terms": {HOSTILE: 1.0}} for record in metrics_of(run, 3)],
+        "metrics": [
+            record | {"terms": {HOSTILE: 1.0}} for record in metrics_of(run, 3)
+        ],
     }
     unfinished = {"source": HOSTILE, "finished": False, "metrics": []}
     report_page.write_report([run, unfinished], tmp_path / "report.html", title=HOSTILE)
@@ -200,14 +263,22 @@ def test_hostile_strings_are_escaped(tmp_path):
     assert parsed.text.count('<script>alert("x")</script>') > 10
     for path in (tmp_path / "report_files").glob("*.svg"):
         ElementTree.parse(path)
-    assert "<script" not in results_page.render_results([run], published()).split("```")[0]
+    assert (
+        "<script" not in results_page.render_results([run], published()).split("```")[0]
+    )
     assert "\x1b" not in tables.console([unfinished])
 
 
 def test_page_names_the_source_of_logits(tmp_path):
-    runs = [fabricate("kd", teacher_logits="table"), fabricate("ltkd", teacher_logits="network")]
+    runs = [
+        fabricate("kd", teacher_logits="table"),
+        fabricate("ltkd", teacher_logits="network"),
+    ]
     text = write(runs, tmp_path)
-    assert "Teacher’s logits: kd from the table of all views; ltkd from the network in the step." in text
+    assert (
+        "Teacher’s logits: kd from the table of all views; ltkd from the network in the step."
+        in text
+    )
     assert "network in the step" in results_page.render_results(runs, published())
 
 
@@ -224,10 +295,16 @@ def test_learned_weights_are_drawn(tmp_path):
     text = write([learned(0), learned(1)], tmp_path)
     assert "weight of ce over the epochs: head, medium, tail" in text
     assert "weight of kd over student_ce and teacher_ce: 0.10 to 0.90" in text
-    assert text.count("Learned weights") == 1 and ">bikd<" in text and "1,000 balanced ones beside them" in text
+    assert (
+        text.count("Learned weights") == 1
+        and ">bikd<" in text
+        and "1,000 balanced ones beside them" in text
+    )
 
 
-@pytest.mark.parametrize("weight_map", [{}, {"ce": [[0.5] * 3] * 3}], ids=["no map", "constant map"])
+@pytest.mark.parametrize(
+    "weight_map", [{}, {"ce": [[0.5] * 3] * 3}], ids=["no map", "constant map"]
+)
 def test_learned_weights_without_metrics(weight_map, tmp_path):
     run = learned(metrics=[])
     run["loss_weighting"]["map"] = weight_map
@@ -240,7 +317,9 @@ def test_learned_weights_without_metrics(weight_map, tmp_path):
 def test_marks_show_their_numbers(tmp_path):
     text = write(sweep(), tmp_path)
     models = "cifar10-resnet32x4-resnet8x4"
-    assert sorted(path.name for path in (tmp_path / "report_files").glob("settings_*.svg")) == [
+    assert sorted(
+        path.name for path in (tmp_path / "report_files").glob("settings_*.svg")
+    ) == [
         f"settings_accuracy-on-all-classes-against-imbalance-{models}.svg",
         f"settings_accuracy-on-the-tail-against-imbalance-{models}.svg",
         "settings_tail-against-head-imbalance-10.svg",
@@ -250,9 +329,14 @@ def test_marks_show_their_numbers(tmp_path):
     expected = "ltkd, imbalance 100\nall classes 62.12 ± 0.18 %"
     assert expected in all_classes and expected in text
     assert len(all_classes) == 8  # of 3 methods and the teacher
-    assert "kd, imbalance 10\nthe tail 25.25 ± 0.35 %" in hover_texts(tmp_path, "settings_accuracy-on-the-tail-*")
+    assert "kd, imbalance 10\nthe tail 25.25 ± 0.35 %" in hover_texts(
+        tmp_path, "settings_accuracy-on-the-tail-*"
+    )
     scatter = hover_texts(tmp_path, "settings_tail-against-head-imbalance-10.svg")
-    assert "ltkd, 2 runs\nhead 78.00 ± 0.00 %\ntail 30.25 ± 0.35 %" in scatter and len(scatter) == 4
+    assert (
+        "ltkd, 2 runs\nhead 78.00 ± 0.00 %\ntail 30.25 ± 0.35 %" in scatter
+        and len(scatter) == 4
+    )
 
 
 def test_hovers_are_where_the_marks_are():
@@ -262,15 +346,23 @@ def test_hovers_are_where_the_marks_are():
     series = {"kd": {10.0: [50.0], 100.0: [30.0], 200.0: [20.0]}}
     curve = comparison.over_imbalance("all classes", series, {"kd": (1, figures.SOLID)})
     for figure, number in ((scatter, 4), (curve, 3)):
-        marks = {(float(use.get("x")), float(use.get("y"))) for use in figure.element.iter("use")}
-        discs = {(float(disc.get("cx")), float(disc.get("cy"))) for disc in figure.element.iter("circle")}
+        marks = {
+            (float(use.get("x")), float(use.get("y")))
+            for use in figure.element.iter("use")
+        }
+        discs = {
+            (float(disc.get("cx")), float(disc.get("cy")))
+            for disc in figure.element.iter("circle")
+        }
         assert len(discs) == number and discs <= marks
 
 
 def test_imbalances_of_different_data_are_not_joined():
     def curves(runs):
         parts = comparison.section(aggregate.gather(runs)).parts
-        drawn = [figure.name for part in parts for figure in getattr(part, "figures", ())]
+        drawn = [
+            figure.name for part in parts for figure in getattr(part, "figures", ())
+        ]
         return [name for name in drawn if "against imbalance" in name]
 
     names = curves([*sweep((10, 100), seeds=1), *sweep((50,), seeds=1, classes=100)])
@@ -279,48 +371,87 @@ def test_imbalances_of_different_data_are_not_joined():
 
 
 def test_classes_show_names_and_numbers(tmp_path):
-    runs = sweep((100,), ("ce", "ltkd"), class_names=[f"<species & {c}>" for c in range(10)])
+    runs = sweep(
+        (100,), ("ce", "ltkd"), class_names=[f"<species & {c}>" for c in range(10)]
+    )
     for run in runs:  # the most frequent class is the last
-        run["class_counts"], run["group_assignment"] = run["class_counts"][::-1], run["group_assignment"][::-1]
+        run["class_counts"], run["group_assignment"] = (
+            run["class_counts"][::-1],
+            run["group_assignment"][::-1],
+        )
     write(runs, tmp_path)
     texts = hover_texts(tmp_path, "*_test-accuracy-by-class.svg")
     (setting,) = aggregate.gather(runs)
-    ce, ltkd = (setting_figures.mean_of(method, "per_class")[9] for method in setting.methods)
+    ce, ltkd = (
+        setting_figures.mean_of(method, "per_class")[9] for method in setting.methods
+    )
     assert len(texts) == 10
-    assert texts[0].startswith(f"<species & 9>, 5,000 training images\nce  {ce:.1f} %\nltkd  {ltkd:.1f} %")
-    assert texts[9].startswith("<species & 0>, 50 training images\n") and "\nteacher  " in texts[9]
-    assert "head: mass 0.650, true share 0.300" in hover_texts(tmp_path, "*_mass-by-group-balanced-input.svg")[0]
+    assert texts[0].startswith(
+        f"<species & 9>, 5,000 training images\nce  {ce:.1f} %\nltkd  {ltkd:.1f} %"
+    )
+    assert (
+        texts[9].startswith("<species & 0>, 50 training images\n")
+        and "\nteacher  " in texts[9]
+    )
+    assert (
+        "head: mass 0.650, true share 0.300"
+        in hover_texts(tmp_path, "*_mass-by-group-balanced-input.svg")[0]
+    )
 
 
-@pytest.mark.parametrize("names, first", [(None, "class 0"), (["7", "8"] * 50, "class 7"), (["ant"], "class 0")])
+@pytest.mark.parametrize(
+    "names, first",
+    [(None, "class 0"), (["7", "8"] * 50, "class 7"), (["ant"], "class 0")],
+)
 def test_classes_without_names_are_numbered(names, first, tmp_path):
     write(sweep((100,), ("ce",), seeds=1, classes=100, class_names=names), tmp_path)
     texts = hover_texts(tmp_path, "*_test-accuracy-by-class-ce.svg")
-    assert len(texts) == 100 and re.fullmatch(rf"ce  \d+\.\d %\n{first}, 500 training images", texts[0])
+    assert len(texts) == 100 and re.fullmatch(
+        rf"ce  \d+\.\d %\n{first}, 500 training images", texts[0]
+    )
 
 
 # Files.
 
 
 def test_figure_files_stand_alone(tmp_path):
-    runs = [run | {"metrics": metrics_of(run, 12)} for run in sweep(methods=("ce", "ltkd"), seeds=1, classes=100)]
+    runs = [
+        run | {"metrics": metrics_of(run, 12)}
+        for run in sweep(methods=("ce", "ltkd"), seeds=1, classes=100)
+    ]
     text = write(runs, tmp_path)
     paths = list((tmp_path / "report_files").glob("*.svg"))
     assert len(paths) == len(Page(text).labels) > 20
     for path in paths:
         content = path.read_text(encoding="utf-8")
         root = ElementTree.fromstring(content)
-        assert root.tag == f"{SVG}svg" and float(root.get("width")) >= 300 and float(root.get("height")) >= 150
+        assert (
+            root.tag == f"{SVG}svg"
+            and float(root.get("width")) >= 300
+            and float(root.get("height")) >= 150
+        )
         assert root.get("viewBox") == f"0 0 {root.get('width')} {root.get('height')}"
         assert "Helvetica" in root.get("font-family")
-        assert "var(" not in content and "#0100" not in content and re.fullmatch(r"[\w.-]+\.svg", path.name)
+        assert (
+            "var(" not in content
+            and "#0100" not in content
+            and re.fullmatch(r"[\w.-]+\.svg", path.name)
+        )
         # Each link goes to something in the file.
         ids = {element.get("id") for element in root.iter()}
-        assert {link[1:] for link in re.findall(r'(?:href="|url\()(#\w+)', content)} <= ids
-    (by_class,) = (tmp_path / "report_files").glob("*imbalance-10-*_test-accuracy-by-class.svg")
+        assert {
+            link[1:] for link in re.findall(r'(?:href="|url\()(#\w+)', content)
+        } <= ids
+    (by_class,) = (tmp_path / "report_files").glob(
+        "*imbalance-10-*_test-accuracy-by-class.svg"
+    )
     root = ElementTree.parse(by_class).getroot()
     (legend,) = (group for group in root.iter(f"{SVG}g") if group.get("class") == "key")
-    assert [label.text for label in legend.iter(f"{SVG}text")] == ["ce", "ltkd", "teacher"]
+    assert [label.text for label in legend.iter(f"{SVG}text")] == [
+        "ce",
+        "ltkd",
+        "teacher",
+    ]
     lowest = max(float(label.get("y")) for label in legend.iter(f"{SVG}text"))
     assert 350 < lowest < float(root.get("height"))
     assert '<g class="key"' not in text  # the page has its legends as HTML
@@ -335,14 +466,19 @@ def test_old_figures_are_removed(tmp_path):
     write(sweep((100,), ("ce", "kd"), seeds=1), tmp_path)
     after = {path.name for path in folder.iterdir()}
     assert {"own.svg", "notes.txt", "tables.md", "tables.tex"} <= after
-    assert after - before == {"cifar10-imbalance-100-resnet32x4-resnet8x4_tail-against-head.svg"}
+    assert after - before == {
+        "cifar10-imbalance-100-resnet32x4-resnet8x4_tail-against-head.svg"
+    }
     assert any("settings_" in name for name in before)
     assert not any("settings_" in name or "imbalance-10-" in name for name in after)
 
 
 def test_page_without_figures_has_no_folder(tmp_path):
     page.write(tmp_path / "plain.html", "Plain", [page.Heading("Plain", 1)])
-    assert not (tmp_path / "plain_files").exists() and "Written beside" not in (tmp_path / "plain.html").read_text()
+    assert (
+        not (tmp_path / "plain_files").exists()
+        and "Written beside" not in (tmp_path / "plain.html").read_text()
+    )
 
 
 # The results page.
@@ -364,37 +500,69 @@ def planned(tmp_path, runs):
 
 def test_published_numbers_are_marked():
     content = published()
-    pair = next(entry for entry in content["settings"] if entry["teacher"] == "resnet32x4")
+    pair = next(
+        entry for entry in content["settings"] if entry["teacher"] == "resnet32x4"
+    )
     assert pair["methods"]["ltkd"] == {"all": [51.08, "S"], "tail": [27.21, "S"]}
     for entry in content["settings"]:
         for method in entry["methods"].values():
-            assert all(value is None or value[1] in content["marks"] for value in method.values())
+            assert all(
+                value is None or value[1] in content["marks"]
+                for value in method.values()
+            )
 
 
 def test_results_page_has_published_and_own_numbers(tmp_path):
     for seed in range(3):
-        (tmp_path / f"b{seed}.json").write_text(json.dumps(fabricate("ltkd", seed, classes=100, group="table")))
+        (tmp_path / f"b{seed}.json").write_text(
+            json.dumps(fabricate("ltkd", seed, classes=100, group="table"))
+        )
     queue = tmp_path / "queue.txt"
-    runs = [{"config": "configs/cifar100lt.py:ltkd_bs,imbalance=100", "seeds": [0], "group": "table"}]
+    runs = [
+        {
+            "config": "configs/cifar100lt.py:ltkd_bs,imbalance=100",
+            "seeds": [0],
+            "group": "table",
+        }
+    ]
     queue.write_text(json.dumps({"about": "x", "runs": runs}))
     report.main([f"--results={tmp_path}", "--queue", str(queue)])
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
     (setting,) = aggregate.gather(load.find([tmp_path]))
     cell = tables.number(setting.methods[0].values("all").values())
-    assert row_of(text, "| ltkd |").startswith(f"| ltkd | 51.08 [S] | 27.21 [S] | {cell.text} {cell.note} |")
+    assert row_of(text, "| ltkd |").startswith(
+        f"| ltkd | 51.08 [S] | 27.21 [S] | {cell.text} {cell.note} |"
+    )
     assert row_of(text, "| teacher |").startswith("| teacher | ? | 15.28 [S] |")
-    all_classes, tail = (setting.methods[0].mean(column) for column in ("all", "groups.tail"))
-    distances = f"ltkd: all {all_classes - 51.08:+.2f}, tail {tail - 27.21:+.2f}.".replace("-", "−")
-    assert row_of(text, "Ours less the published") == f"Ours less the published, in points: {distances}"
-    assert row_of(text, "| ltkd_bs |").startswith("| ltkd_bs | ? | ? | not run yet | not run yet |")
+    all_classes, tail = (
+        setting.methods[0].mean(column) for column in ("all", "groups.tail")
+    )
+    distances = (
+        f"ltkd: all {all_classes - 51.08:+.2f}, tail {tail - 27.21:+.2f}.".replace(
+            "-", "−"
+        )
+    )
+    assert (
+        row_of(text, "Ours less the published")
+        == f"Ours less the published, in points: {distances}"
+    )
+    assert row_of(text, "| ltkd_bs |").startswith(
+        "| ltkd_bs | ? | ? | not run yet | not run yet |"
+    )
     assert "not run yet" in row_of(text, "| dkd |")
     assert "reconstructed from descriptions" in text and "**[S]** second-hand" in text
-    assert "python -m experiments.main --config=configs/cifar100lt.py:ltkd,seed=0" in text
+    assert (
+        "python -m experiments.main --config=configs/cifar100lt.py:ltkd,seed=0" in text
+    )
 
 
 def test_results_page_does_not_depend_on_the_order_of_files():
-    runs = runs_of({"ce": [30.0, 31.0], "kd": [32.0, 33.0]}) + runs_of({"ce": [20.0], "kd": [21.0]}, classes=100)
-    assert results_page.render_results(runs, published()) == results_page.render_results(runs[::-1], published())
+    runs = runs_of({"ce": [30.0, 31.0], "kd": [32.0, 33.0]}) + runs_of(
+        {"ce": [20.0], "kd": [21.0]}, classes=100
+    )
+    assert results_page.render_results(
+        runs, published()
+    ) == results_page.render_results(runs[::-1], published())
 
 
 def test_results_page_without_any_run():
@@ -405,28 +573,52 @@ def test_results_page_without_any_run():
 def test_search_names_the_best_on_validation(tmp_path):
     runs, queue = [], []
     for alpha, accuracy in ((1.0, 40.0), (4.0, 44.0), (8.0, None)):
-        queue.append({"config": "configs/cifar100lt.py:ltkd", "set": {"method.alpha": alpha}, "group": "search"})
+        queue.append(
+            {
+                "config": "configs/cifar100lt.py:ltkd",
+                "set": {"method.alpha": alpha},
+                "group": "search",
+            }
+        )
         if accuracy is not None:
             validation = {"all": accuracy, "groups": dict.fromkeys(NAMES, accuracy)}
-            run = fabricate("ltkd", classes=100, group="search") | {"validation": validation}
+            run = fabricate("ltkd", classes=100, group="search") | {
+                "validation": validation
+            }
             run["config"]["method"]["alpha"] = alpha
             runs.append(run)
     entries = planned(tmp_path, queue)
     text = results_page.render_results(runs, published(), entries)
-    rows = [line for line in text.split("## The search")[1].splitlines() if line.startswith("|") and "ltkd (" in line]
-    assert ["alpha=4" in row for row in rows] == ["chosen" in row for row in rows] == [False, True, False]
+    rows = [
+        line
+        for line in text.split("## The search")[1].splitlines()
+        if line.startswith("|") and "ltkd (" in line
+    ]
+    assert (
+        ["alpha=4" in row for row in rows]
+        == ["chosen" in row for row in rows]
+        == [False, True, False]
+    )
     assert ["not run yet" in row for row in rows] == [False, False, True]
-    assert "44.00" in rows[1] and "not run yet" in row_of(text, "| ltkd |")  # a search is no row of the tables
+    assert "44.00" in rows[1] and "not run yet" in row_of(
+        text, "| ltkd |"
+    )  # a search is no row of the tables
     assert "to be widened" in text and "alpha = 4 of 1, 4" in text
     runs[1]["validation"]["all"] = 30.0
-    assert "alpha = 1 of 1, 4" in results_page.render_results(runs, published(), entries)
+    assert "alpha = 1 of 1, 4" in results_page.render_results(
+        runs, published(), entries
+    )
 
 
 def test_planned_runs_have_a_table_for_each_length(tmp_path):
     names = ("ltkd", "kd,recipe=bikd", "bikd", "bikd,terms=ltkd")
-    entries = planned(tmp_path, [{"config": f"configs/cifar100lt.py:{name}"} for name in names])
+    entries = planned(
+        tmp_path, [{"config": f"configs/cifar100lt.py:{name}"} for name in names]
+    )
     text = results_page.render_results([], published(), entries)
-    section = text[text.index("## cifar100, imbalance 100, resnet32x4") :].split("\n## ")[0]
+    section = text[text.index("## cifar100, imbalance 100, resnet32x4") :].split(
+        "\n## "
+    )[0]
     long, short = section.split("120 epochs:")
     assert "| ltkd |" in long and "bikd" not in long.split("240 epochs:")[1]
     assert all(f"| {name} |" in short for name in ("kd", "bikd", "bikd over ltkd"))

@@ -44,12 +44,17 @@ def copied(done, tmp_path):
 @pytest.fixture
 def copied_teacher(done, tmp_path):
     """A copy of the finished run's teacher."""
-    return shutil.copytree(done[0] / "teachers" / resolve(tiny(tmp_path)).teacher_hash, tmp_path / "teacher")
+    return shutil.copytree(
+        done[0] / "teachers" / resolve(tiny(tmp_path)).teacher_hash,
+        tmp_path / "teacher",
+    )
 
 
 def with_teacher(folder, checkpoint, **values):
     """Returns the specification of a run with a teacher's folder."""
-    return resolve(tiny(folder, "kd", **{"teacher.checkpoint": str(checkpoint), **values}))
+    return resolve(
+        tiny(folder, "kd", **{"teacher.checkpoint": str(checkpoint), **values})
+    )
 
 
 # What a run leaves.
@@ -63,17 +68,29 @@ def test_results(done):
     assert resolve({**as_json["config"]}).hash == results["config_hash"] == spec.hash
     assert results["content"] == {"teacher": None, "subset": None, "data": None}
     assert results["seeds"] == {"split": 0, "teacher": 0, "student": 0}
-    assert results["train_images"] == sum(results["class_counts"]) and results["class_counts"][0] == 12
+    assert (
+        results["train_images"] == sum(results["class_counts"])
+        and results["class_counts"][0] == 12
+    )
     assert results["epochs"] == 3.0
     for part in (results["test"], results["validation"], results["teacher"]["test"]):
         assert set(part) == {"all", "per_class", "groups", "shots", "ece", "confusion"}
-        assert len(part["per_class"]) == 10 and set(part["groups"]) == {"head", "medium", "tail"}
+        assert len(part["per_class"]) == 10 and set(part["groups"]) == {
+            "head",
+            "medium",
+            "tail",
+        }
         # The sets are balanced: each image was counted once, on eight devices with a padded batch.
         assert part["all"] == pytest.approx(np.mean(part["per_class"]))
     mass = results["teacher"]["group_mass"]
-    assert all(sum(mass[kind].values()) == pytest.approx(1) for kind in ("long_tailed", "balanced"))
+    assert all(
+        sum(mass[kind].values()) == pytest.approx(1)
+        for kind in ("long_tailed", "balanced")
+    )
     assert results["teacher"]["hash"] == spec.teacher_hash
-    assert {"device", "precision", "versions", "commit", "timing", "command"} <= set(results)
+    assert {"device", "precision", "versions", "commit", "timing", "command"} <= set(
+        results
+    )
 
 
 def test_records(done, heard):
@@ -87,7 +104,9 @@ def test_records(done, heard):
 
 def test_records_that_are_damaged(tmp_path, caplog):
     path = tmp_path / "metrics.jsonl"
-    path.write_bytes(b'{"step": 1}\nwhat\n[3]\n\xff\xfe\n{"step": "a"}\n{"step": 2}\n{"step": 3}\n{"ste')
+    path.write_bytes(
+        b'{"step": 1}\nwhat\n[3]\n\xff\xfe\n{"step": "a"}\n{"step": 2}\n{"step": 3}\n{"ste'
+    )
     MetricsLog(path).truncate(2, epochs=2)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n' and not caplog.text
     MetricsLog(path).truncate(2, epochs=3)
@@ -106,30 +125,49 @@ def test_finished_run_is_not_repeated(done):
 
 def test_workdir_of_another_config(done):
     folder, _ = done
-    with pytest.raises(ConfigError, match="another config .*method.*'ltkd' there, 'kd' here.*--workdir"):
+    with pytest.raises(
+        ConfigError, match="another config .*method.*'ltkd' there, 'kd' here.*--workdir"
+    ):
         run(tiny(folder, "kd"), folder / "run")
 
 
 def test_workdir_in_use(done):
     folder, _ = done
-    with files.lock(folder / "run" / ".lock"), pytest.raises(runs.InUse, match="in use.*--workdir"):
+    with (
+        files.lock(folder / "run" / ".lock"),
+        pytest.raises(runs.InUseError, match="in use.*--workdir"),
+    ):
         run(tiny(folder), folder / "run")
 
 
 def write_old_config(folder):
     """Writes `config.json` as version 0.1 did."""
-    (folder / "config.json").write_text(json.dumps({"config_hash": "x", "config": {"seed_split": 0, "method": {}}}))
+    (folder / "config.json").write_text(
+        json.dumps({"config_hash": "x", "config": {"seed_split": 0, "method": {}}})
+    )
 
 
 @pytest.mark.parametrize(
     "damage, message",
     [
-        (lambda d: (d / "config.json").write_text("{"), "config.json is damaged.*--workdir, or remove "),
+        (
+            lambda d: (d / "config.json").write_text("{"),
+            "config.json is damaged.*--workdir, or remove ",
+        ),
         (lambda d: (d / "config.json").unlink(), "no config.json.*--workdir"),
         (write_old_config, "config.json is of another version.*--workdir"),
-        (lambda d: (d / "results.json").write_text('{"config_ha'), "results.json is damaged.*remove it"),
-        (lambda d: (d / "results.json").write_bytes(b"\xff\xfe"), "results.json is damaged.*remove it"),
-        (lambda d: (d / "results.json").write_text("{}"), "results.json is damaged.*remove it"),
+        (
+            lambda d: (d / "results.json").write_text('{"config_ha'),
+            "results.json is damaged.*remove it",
+        ),
+        (
+            lambda d: (d / "results.json").write_bytes(b"\xff\xfe"),
+            "results.json is damaged.*remove it",
+        ),
+        (
+            lambda d: (d / "results.json").write_text("{}"),
+            "results.json is damaged.*remove it",
+        ),
         (lambda d: (shutil.rmtree(d), d.write_text("")), "is a file: give --workdir"),
     ],
 )
@@ -156,7 +194,9 @@ def test_run_that_cannot_start_claims_nothing(tmp_path):
 def test_resume_is_bit_for_bit(done, tmp_path):
     """Stopped after every step."""
     folder, results = done
-    resumed, stops = small_runs.run_with_stops(tiny(folder, checkpoint_every=100), tmp_path / "run")
+    resumed, stops = small_runs.run_with_stops(
+        tiny(folder, checkpoint_every=100), tmp_path / "run"
+    )
     assert stops >= 11 and resumed["test"] == results["test"]
     assert_same_bits(tiny(folder), tmp_path / "run", folder / "run")
 
@@ -169,13 +209,19 @@ def test_resume_from_a_damaged_checkpoint(done, copied, caplog):
     flip_a_byte(copied / "checkpoints" / f"step_{newest}")
     with caplog.at_level("WARNING"):
         resumed = run(tiny(folder), copied)
-    assert f"step_{newest} is damaged" in caplog.text and resumed["test"] == results["test"]
+    assert (
+        f"step_{newest} is damaged" in caplog.text
+        and resumed["test"] == results["test"]
+    )
     assert_same_bits(tiny(folder), copied, folder / "run")
 
 
 def flip_a_byte(folder):
     """Damages the largest file."""
-    path = max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    path = max(
+        (path for path in folder.rglob("*") if path.is_file()),
+        key=lambda path: path.stat().st_size,
+    )
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
@@ -201,7 +247,9 @@ def test_numbers_that_are_not_finite(tmp_path, part, at_step, message, monkeypat
         return state._replace(**{part: small_runs.with_infinity(getattr(state, part))})
 
     small_runs.spoil(monkeypatch, student, change, at_step=at_step)
-    small_runs.assert_diverges(workdir, f"ce s0: .*{message}.* step 1$", lambda: run(config, workdir))
+    small_runs.assert_diverges(
+        workdir, f"ce s0: .*{message}.* step 1$", lambda: run(config, workdir)
+    )
 
 
 # Teachers.
@@ -213,8 +261,13 @@ def test_teacher_is_shared(done):
     (path,) = (folder / "teachers").glob("*/results.json")
     stamp = path.stat().st_mtime_ns
     teacher = teachers.obtain(resolve(tiny(folder, "kd", seed=2)), StopRequest())
-    assert teacher.results == json.loads(json.dumps(results["teacher"])) and path.stat().st_mtime_ns == stamp
-    assert sorted(path.name for path in (folder / "teachers").iterdir() if path.is_dir()) == [path.parent.name]
+    assert (
+        teacher.results == json.loads(json.dumps(results["teacher"]))
+        and path.stat().st_mtime_ns == stamp
+    )
+    assert sorted(
+        path.name for path in (folder / "teachers").iterdir() if path.is_dir()
+    ) == [path.parent.name]
 
 
 @pytest.mark.parametrize(
@@ -272,13 +325,19 @@ def test_table_and_network_agree(done):
     config = tiny(folder, **{"teacher.table": "always"})
     assert resolve(config).hash == results["config_hash"]
     assert run(config, folder / "by_table")["teacher_logits"] == "table"
-    by_table, by_network = (small_runs.records(folder / name)[0] for name in ("by_table", "run"))
+    by_table, by_network = (
+        small_runs.records(folder / name)[0] for name in ("by_table", "run")
+    )
     assert by_table["loss"] == pytest.approx(by_network["loss"], rel=1e-3)
 
 
-def test_table_that_is_damaged_stopped_or_without_room(copied_teacher, tmp_path, monkeypatch):
+def test_table_that_is_damaged_stopped_or_without_room(
+    copied_teacher, tmp_path, monkeypatch
+):
     """It is built again, continued, or an error; a memory map of a full disk would kill the process."""
-    spec = with_teacher(tmp_path, copied_teacher, **{"data.n_max": 30, "data.imbalance": 1.0})  # 2,700 views
+    spec = with_teacher(
+        tmp_path, copied_teacher, **{"data.n_max": 30, "data.imbalance": 1.0}
+    )  # 2,700 views
     teacher = teachers.obtain(spec, StopRequest())
     images = dataset.load(spec.data).train
 

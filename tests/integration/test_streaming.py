@@ -24,7 +24,9 @@ BATCH, SIZE = 4, 16
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stream")
-    files = pictures.by_class(COUNTS, folder="train/") | pictures.by_class({n: 2 for n in COUNTS}, folder="test/")
+    files = pictures.by_class(COUNTS, folder="train/") | pictures.by_class(
+        {n: 2 for n in COUNTS}, folder="test/"
+    )
     pictures.write_folder(folder / "images", files)
     recipes.prepare(recipes.own_recipe("insects"), folder / "tfds", folder / "images")
     return folder / "tfds"
@@ -36,8 +38,12 @@ def train(data_dir):
 
 
 def read(train, first, number, **options):
-    with streaming.batches(train, seed=5, batch_size=BATCH, first_step=first, num_steps=number, **options) as batches:
-        return [streaming.StreamedBatch(*(np.array(x) for x in batch)) for batch in batches]
+    with streaming.batches(
+        train, seed=5, batch_size=BATCH, first_step=first, num_steps=number, **options
+    ) as batches:
+        return [
+            streaming.StreamedBatch(*(np.array(x) for x in batch)) for batch in batches
+        ]
 
 
 @pytest.fixture(scope="module")
@@ -56,28 +62,45 @@ def assert_same(batches, expected):
 def test_batches_are_full_and_every_image_is_seen(train):
     per_epoch = -(-len(train) // BATCH)
     order = streaming.Order(seed=5, num_examples=len(train), batch_size=BATCH)
-    epochs = [[order.index(e * per_epoch * BATCH + i) for i in range(per_epoch * BATCH)] for e in range(3)]
+    epochs = [
+        [order.index(e * per_epoch * BATCH + i) for i in range(per_epoch * BATCH)]
+        for e in range(3)
+    ]
     for epoch, following in zip(epochs, epochs[1:]):
         assert sorted(epoch[: len(train)]) == list(range(len(train)))
         assert epoch[len(train) :] == following[: len(epoch) - len(train)]
     assert epochs[0] != epochs[1]
     labels = [batch.labels for batch in read(train, 0, 3 * per_epoch)]
-    np.testing.assert_array_equal(np.concatenate(labels), train.labels[np.concatenate(epochs)])
+    np.testing.assert_array_equal(
+        np.concatenate(labels), train.labels[np.concatenate(epochs)]
+    )
 
 
 def test_views_are_random_crops_of_the_records(train, data_dir):
     """By the crop's own function and the position's own generator."""
     order = streaming.Order(seed=5, num_examples=len(train), batch_size=BATCH)
     for step, batch in enumerate(read(train, 0, 8)):
-        assert batch.images.shape == (BATCH, SIZE, SIZE, 3) and batch.images.dtype == np.uint8
+        assert (
+            batch.images.shape == (BATCH, SIZE, SIZE, 3)
+            and batch.images.dtype == np.uint8
+        )
         for i in range(BATCH):
             position = step * BATCH + i
             rng, index = order.rng(position), order.index(position)
-            name, number = train.keys[index].split("/")[0], train.keys[index].split("/")[1][3:-4]
+            name, number = (
+                train.keys[index].split("/")[0],
+                train.keys[index].split("/")[1][3:-4],
+            )
             label = sorted(COUNTS).index(name)
-            original = Image.open(io.BytesIO(pictures.picture(label, int(number), size=(40, 30))))
-            np.testing.assert_array_equal(batch.images[i], resize.random_crop(original, SIZE, rng))
-            assert batch.labels[i] == label and batch.random_bits[i] == rng.integers(2**32, dtype=np.uint32)
+            original = Image.open(
+                io.BytesIO(pictures.picture(label, int(number), size=(40, 30)))
+            )
+            np.testing.assert_array_equal(
+                batch.images[i], resize.random_crop(original, SIZE, rng)
+            )
+            assert batch.labels[i] == label and batch.random_bits[i] == rng.integers(
+                2**32, dtype=np.uint32
+            )
     bits = np.concatenate([batch.random_bits for batch in read(train, 0, 20)])
     assert len(set(bits.tolist())) == bits.size
 
@@ -89,13 +112,18 @@ def test_any_start_gives_the_same_bytes(train, whole):
 
 def test_workers_give_the_same_bytes(train, whole):
     """Two processes read from the middle of an epoch on; a signal does not end them, and none is left behind."""
-    with streaming.batches(train, seed=5, batch_size=BATCH, first_step=3, num_steps=1000, num_workers=2) as batches:
+    with streaming.batches(
+        train, seed=5, batch_size=BATCH, first_step=3, num_steps=1000, num_workers=2
+    ) as batches:
         first = next(batches)
         workers = multiprocessing.active_children()
         for worker in workers:
             os.kill(worker.pid, signal.SIGTERM)
             os.kill(worker.pid, signal.SIGINT)
-        copied = [jax.tree.map(np.array, batch) for batch in (first, *itertools.islice(batches, 10))]
+        copied = [
+            jax.tree.map(np.array, batch)
+            for batch in (first, *itertools.islice(batches, 10))
+        ]
     assert len(workers) >= 2
     assert_same(copied, whole[3:])
     deadline = time.monotonic() + 60
@@ -112,7 +140,9 @@ def test_each_process_reads_its_positions(train, whole):
 
 
 def test_another_seed_is_another_stream(train, whole):
-    with streaming.batches(train, seed=6, batch_size=BATCH, first_step=0, num_steps=6) as batches:
+    with streaming.batches(
+        train, seed=6, batch_size=BATCH, first_step=0, num_steps=6
+    ) as batches:
         others = [np.array(batch.images) for batch in batches]
     assert any((other != batch.images).any() for other, batch in zip(others, whole))
 
@@ -121,13 +151,17 @@ def test_evaluation_in_order(train):
     images, labels = zip(*streaming.in_order(train, np.arange(23).reshape(23, 1)))
     assert [len(part) for part in labels] == [1] * 23
     np.testing.assert_array_equal(np.concatenate(labels), train.labels)
-    np.testing.assert_array_equal(np.concatenate(images), train.take(np.arange(len(train))).images)
+    np.testing.assert_array_equal(
+        np.concatenate(images), train.take(np.arange(len(train))).images
+    )
     assert train.fit == "margin"
 
 
 def test_damaged_record(train, monkeypatch):
     monkeypatch.setattr("PIL.Image.open", lambda file: open("no image"))
-    with pytest.raises(ValueError, match="image '.*jpg' in .* does not decode .*prepare it again"):
+    with pytest.raises(
+        ValueError, match="image '.*jpg' in .* does not decode .*prepare it again"
+    ):
         read(train, 0, 1)
     with pytest.raises(ValueError, match="does not decode"):
         train.image(0)
@@ -151,7 +185,9 @@ def test_the_middle_of_an_image():
     whole, margin = (resize.center(image, 40, margin=flag) for flag in (False, True))
     np.testing.assert_array_equal(whole, ramp[:, 20:60])
     # 35 of 40 pixels, from 22.5 on.
-    np.testing.assert_allclose(margin[0, :, 0], 22.5 + (np.arange(40) + 0.5) * 35 / 40 - 0.5, atol=1.0)
+    np.testing.assert_allclose(
+        margin[0, :, 0], 22.5 + (np.arange(40) + 0.5) * 35 / 40 - 0.5, atol=1.0
+    )
     assert resize.center(image.convert("L"), 8, margin=False).shape == (8, 8, 1)
 
 
@@ -159,8 +195,12 @@ def test_random_crops_have_the_drawn_areas_and_directions():
     """An image whose colours are its coordinates shows where each crop was taken."""
     y, x = np.mgrid[:30, :40]
     image = Image.fromarray(np.stack([6 * x, 8 * y, 0 * x], axis=-1).astype(np.uint8))
-    crops = np.stack([resize.random_crop(image, 8, np.random.default_rng(i)) for i in range(2000)]).astype(float)
-    width = (crops[:, 4, 6, 0] - crops[:, 4, 1, 0]) / 6 * 8 / 5  # negative where it is mirrored
+    crops = np.stack(
+        [resize.random_crop(image, 8, np.random.default_rng(i)) for i in range(2000)]
+    ).astype(float)
+    width = (
+        (crops[:, 4, 6, 0] - crops[:, 4, 1, 0]) / 6 * 8 / 5
+    )  # negative where it is mirrored
     height = (crops[:, 6, 4, 1] - crops[:, 1, 4, 1]) / 8 * 8 / 5
     area, ratio = abs(width) * height / (30 * 40), abs(width) / height
     assert 0.06 < area.min() < 0.1 and 0.95 < area.max() < 1.05

@@ -7,14 +7,21 @@ import pytest
 from experiments import tensorboard
 
 RECORDS = [
-    {"step": step, "epoch": step / 5, "loss": 1 / step, "test": {"all": 40.0, "groups": {"tail": 3.0}}}
+    {
+        "step": step,
+        "epoch": step / 5,
+        "loss": 1 / step,
+        "test": {"all": 40.0, "groups": {"tail": 3.0}},
+    }
     for step in (5, 10)
 ]
 
 
 def work_directory(folder):
     folder.mkdir(parents=True)
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
+    (folder / "metrics.jsonl").write_text(
+        "".join(json.dumps(record) + "\n" for record in RECORDS)
+    )
     return str(folder)
 
 
@@ -34,8 +41,12 @@ def test_every_number_is_written_once(tmp_path, capsys):
         size = int.from_bytes(content[:8], "little")
         event = event_pb2.Event.FromString(content[12 : 12 + size])
         content = content[16 + size :]
-        values |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
-    assert values["test/groups/tail", 10] == 3.0 and values["loss", 5] == pytest.approx(0.2)
+        values |= {
+            (value.tag, event.step): value.simple_value for value in event.summary.value
+        }
+    assert values["test/groups/tail", 10] == 3.0 and values["loss", 5] == pytest.approx(
+        0.2
+    )
     assert len(values) == 8
 
 

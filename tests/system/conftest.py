@@ -6,20 +6,32 @@ import json
 import pathlib
 import statistics
 
-DURATIONS = pathlib.Path(__file__).with_name("durations.json")  # seconds that each file takes
+DURATIONS = pathlib.Path(__file__).with_name(
+    "durations.json"
+)  # seconds that each file takes
 _seconds = collections.Counter()
 
 
 def _parse_shard(text):
     part, _, num_parts = text.partition("/")
-    if not (part.isdigit() and num_parts.isdigit() and 1 <= int(part) <= int(num_parts)):
+    if not (
+        part.isdigit() and num_parts.isdigit() and 1 <= int(part) <= int(num_parts)
+    ):
         raise argparse.ArgumentTypeError(f"{text!r} is not k/n with k from 1 to n")
     return int(part), int(num_parts)
 
 
 def pytest_addoption(parser):
-    parser.addoption("--shard", type=_parse_shard, help="k/n: run the k-th of n parts of the system tests")
-    parser.addoption("--store-durations", action="store_true", help=f"write how long each file took to {DURATIONS}")
+    parser.addoption(
+        "--shard",
+        type=_parse_shard,
+        help="k/n: run the k-th of n parts of the system tests",
+    )
+    parser.addoption(
+        "--store-durations",
+        action="store_true",
+        help=f"write how long each file took to {DURATIONS}",
+    )
 
 
 def pytest_collection_modifyitems(config, items):
@@ -43,7 +55,9 @@ def pytest_collection_modifyitems(config, items):
         totals[shortest] += seconds[path]
         if shortest == part - 1:
             kept += files.pop(path)
-    config.hook.pytest_deselected(items=[item for tests in files.values() for item in tests])
+    config.hook.pytest_deselected(
+        items=[item for tests in files.values() for item in tests]
+    )
     items[:] = kept
 
 
@@ -52,7 +66,9 @@ def pytest_runtest_logreport(report):
 
 
 def pytest_sessionfinish(session):
-    is_worker = hasattr(session.config, "workerinput")  # of xdist, whose main process hears of all tests
+    is_worker = hasattr(
+        session.config, "workerinput"
+    )  # of xdist, whose main process hears of all tests
     if session.config.option.store_durations and not is_worker:
         measured = {name: round(seconds) for name, seconds in _seconds.items()}
         stored = json.loads(DURATIONS.read_text()) | measured

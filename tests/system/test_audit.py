@@ -14,7 +14,10 @@ from experiments.audit import run as audit
 def trained(tmp_path_factory):
     """A run's results, its work directory, and its teacher's folder."""
     folder = tmp_path_factory.mktemp("trained")
-    results = run(tiny(folder, **{"train.epochs": 2.0, "teacher.train.epochs": 1.0}), folder / "run")
+    results = run(
+        tiny(folder, **{"train.epochs": 2.0, "teacher.train.epochs": 1.0}),
+        folder / "run",
+    )
     (teacher,) = (path for path in (folder / "teachers").iterdir() if path.is_dir())
     return results, folder / "run", teacher
 
@@ -22,15 +25,28 @@ def trained(tmp_path_factory):
 def test_run_and_teacher_as_they_were_evaluated(trained, tmp_path):
     results, workdir, teacher = trained
     saved = tmp_path / "teacher.npz"
-    record = audit.run(teacher, compare=str(workdir), save=str(saved), output=tmp_path / "a.html")
-    assert record["name"] == "teacher resnet8 → ltkd resnet8" and record["class_counts"] == results["class_counts"]
+    record = audit.run(
+        teacher, compare=str(workdir), save=str(saved), output=tmp_path / "a.html"
+    )
+    assert (
+        record["name"] == "teacher resnet8 → ltkd resnet8"
+        and record["class_counts"] == results["class_counts"]
+    )
     balanced, training = record["inputs"]
     assert training["share"] == pytest.approx(record["training"])
     for model, evaluated in zip(balanced["models"], (results["teacher"], results)):
-        assert model["groups"]["all"]["accuracy"] == pytest.approx(evaluated["test"]["all"])
-        assert model["groups"]["all"]["ece"] == pytest.approx(evaluated["test"]["ece"], rel=1e-3)
-        assert model["classes"]["recall"] == pytest.approx(evaluated["test"]["per_class"])
-        np.testing.assert_allclose(model["between"], evaluated["test"]["confusion"], rtol=1e-6)
+        assert model["groups"]["all"]["accuracy"] == pytest.approx(
+            evaluated["test"]["all"]
+        )
+        assert model["groups"]["all"]["ece"] == pytest.approx(
+            evaluated["test"]["ece"], rel=1e-3
+        )
+        assert model["classes"]["recall"] == pytest.approx(
+            evaluated["test"]["per_class"]
+        )
+        np.testing.assert_allclose(
+            model["between"], evaluated["test"]["confusion"], rtol=1e-6
+        )
     mass = results["teacher"]["group_mass"]["balanced"]
     assert balanced["models"][0]["mass"]["1"] == pytest.approx(mass, rel=1e-4)
     # The saved logits have the same audit, without the network.
@@ -38,7 +54,10 @@ def test_run_and_teacher_as_they_were_evaluated(trained, tmp_path):
     for key in ("class_counts", "class_names", "groups", "training"):
         assert again[key] == record[key]
     for input_set, saved_set in zip(record["inputs"], again["inputs"]):
-        assert {**input_set["models"][0], "name": ""} == {**saved_set["models"][0], "name": ""}
+        assert {**input_set["models"][0], "name": ""} == {
+            **saved_set["models"][0],
+            "name": "",
+        }
 
 
 def remove_steps(folder):
@@ -49,7 +68,10 @@ def remove_steps(folder):
 @pytest.mark.parametrize(
     "spoil, message",
     [
-        (lambda folder: (folder / "config.json").write_text("{"), "config.json is damaged"),
+        (
+            lambda folder: (folder / "config.json").write_text("{"),
+            "config.json is damaged",
+        ),
         (lambda folder: (folder / "results.json").unlink(), "has no results.json"),
         (remove_steps, "training ends at step"),
     ],
@@ -72,12 +94,16 @@ def test_networks_of_other_methods(argument, tmp_path):
     if argument == "bikd":
         values["data.outer_per_class"] = 8
     results = run(tiny(tmp_path, argument, **values), tmp_path / "run")
-    assert accuracy(inputs.read(tmp_path / "run").test) == pytest.approx(results["test"]["all"])
+    assert accuracy(inputs.read(tmp_path / "run").test) == pytest.approx(
+        results["test"]["all"]
+    )
 
 
 def test_network_of_a_stream(tmp_path):
     data_dir = prepare_insects(tmp_path)
-    results = run(streamed(data_dir, tmp_path, "kd", **{"train.epochs": 1.0}), tmp_path / "run")
+    results = run(
+        streamed(data_dir, tmp_path, "kd", **{"train.epochs": 1.0}), tmp_path / "run"
+    )
     model = inputs.read(tmp_path / "run", data_dir=str(data_dir))
     assert accuracy(model.test) == pytest.approx(results["test"]["all"])
     assert list(model.class_names) == ["ant", "bee", "cat", "dog"]

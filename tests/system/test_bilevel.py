@@ -13,8 +13,14 @@ def test_resnet8_in_float64():
     with jax.enable_x64(True):
         problem, *arguments = setting("resnet8", "ltkd")
         arguments = double(arguments)
-        _, actual = jax.jit(functools.partial(fast, problem, learning_rate=0.3))(*arguments)
-        naive = jax.jit(functools.partial(bilevel.hypergradient, problem, learning_rate=0.3, unroll=True))
+        _, actual = jax.jit(functools.partial(fast, problem, learning_rate=0.3))(
+            *arguments
+        )
+        naive = jax.jit(
+            functools.partial(
+                bilevel.hypergradient, problem, learning_rate=0.3, unroll=True
+            )
+        )
         _, expected = naive(*arguments)
         assert difference(actual, expected) < 1e-10
         # A ReLU net has kinks: the step is small, so that none is stepped over.
@@ -22,8 +28,14 @@ def test_resnet8_in_float64():
 
 
 def test_resnet8x4_in_float32():
-    problem, *arguments = setting("resnet8x4", "kd", shape=(8, 8, 3), classes=20, outer="hard")
+    problem, *arguments = setting(
+        "resnet8x4", "kd", shape=(8, 8, 3), classes=20, outer="hard"
+    )
     _, actual = jax.jit(functools.partial(fast, problem, learning_rate=0.1))(*arguments)
-    naive = jax.jit(functools.partial(bilevel.hypergradient, problem, learning_rate=0.1, unroll=True))
+    naive = jax.jit(
+        functools.partial(
+            bilevel.hypergradient, problem, learning_rate=0.1, unroll=True
+        )
+    )
     _, expected = naive(*arguments)
     assert difference(actual, expected) < 1e-5

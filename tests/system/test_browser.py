@@ -10,16 +10,26 @@ from PIL import Image
 
 from experiments.reporting import load, report_page
 
-playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
+playwright = pytest.importorskip(
+    "playwright.sync_api", reason="Playwright is not installed"
+)
 
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+NAMES = (
+    "chromium",
+    "chromium-browser",
+    "google-chrome",
+    "google-chrome-stable",
+    "chrome",
+)
 CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
 FLAGS = (
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
 )  # fmt: skip
 DESK, PHONE = 1280, 375
-pytestmark = pytest.mark.skipif(not CHROMIUM, reason=f"no Chromium: none of {', '.join(NAMES)}")
+pytestmark = pytest.mark.skipif(
+    not CHROMIUM, reason=f"no Chromium: none of {', '.join(NAMES)}"
+)
 
 # Every check is a function of the page that returns what is wrong with it; it is empty for a good page.
 SCRIPT = """
@@ -106,7 +116,11 @@ def visit(browser):
     def visit(address, width=DESK, *, height=900, dark=False):
         scheme = "dark" if dark else "light"
         size = {"width": width, "height": height}
-        contexts.append(browser.new_context(viewport=size, color_scheme=scheme, is_mobile=width == PHONE))
+        contexts.append(
+            browser.new_context(
+                viewport=size, color_scheme=scheme, is_mobile=width == PHONE
+            )
+        )
         page = contexts[-1].new_page()
         page.complaints, page.requests = [], []
         page.on("console", lambda message: page.complaints.append(message.text))
@@ -128,21 +142,31 @@ def report(tmp_path_factory):
     for name in ("ce", "dkd", "ltkd", "reviewkd"):
         for imbalance in (20, 100):
             for seed in (0, 1):
-                run = fabricate(name, seed, classes=100, imbalance=imbalance, class_names=names)
+                run = fabricate(
+                    name, seed, classes=100, imbalance=imbalance, class_names=names
+                )
                 save(folder / f"{name}-{imbalance}-{seed}", run)
     long = fabricate("ltkd", 0, classes=100)
-    long["config"]["method"] |= {"alpha": 0.5, "num_groups": 5, "a_very_long_name": "and_a_long_value_without_a_space"}
+    long["config"]["method"] |= {
+        "alpha": 0.5,
+        "num_groups": 5,
+        "a_very_long_name": "and_a_long_value_without_a_space",
+    }
     save(folder / "long", long)
     for seed in (0, 1):
         save(folder / f"bikd-{seed}", learned(seed))
     report_page.write_report(load.find([folder]), folder / "report.html")
-    (folder / "report_files").rename(folder / "elsewhere")  # the page alone, as if by e-mail
+    (folder / "report_files").rename(
+        folder / "elsewhere"
+    )  # the page alone, as if by e-mail
     return folder / "report.html"
 
 
 def pixels(page):
     """Returns what the window shows of a page."""
-    return np.asarray(Image.open(io.BytesIO(page.screenshot())).convert("RGB")).astype(int)
+    return np.asarray(Image.open(io.BytesIO(page.screenshot())).convert("RGB")).astype(
+        int
+    )
 
 
 def count_colours(image):
@@ -180,9 +204,13 @@ def test_checks_can_fail(visit, report):
 
 
 def test_console_and_network_are_watched(visit, tmp_path):
-    (tmp_path / "bad.html").write_text('<script>console.warn("oh"); nowhere()</script><img src="gone.png">')
+    (tmp_path / "bad.html").write_text(
+        '<script>console.warn("oh"); nowhere()</script><img src="gone.png">'
+    )
     page = visit((tmp_path / "bad.html").as_uri())
-    assert "oh" in page.complaints and any("nowhere is not defined" in text for text in page.complaints)
+    assert "oh" in page.complaints and any(
+        "nowhere is not defined" in text for text in page.complaints
+    )
     assert [url.rsplit("/", 1)[1] for url in page.requests] == ["bad.html", "gone.png"]
 
 
@@ -199,7 +227,9 @@ def test_pointer_is_over_the_right_class(visit, report):
     assert len({first, middle, last}) == 3 and last.startswith("some species 99, ")
 
 
-@pytest.mark.parametrize("name", ["*_test-accuracy-by-class.svg", "settings_tail-against-head-*.svg"])
+@pytest.mark.parametrize(
+    "name", ["*_test-accuracy-by-class.svg", "settings_tail-against-head-*.svg"]
+)
 def test_figure_file(visit, report, name):
     """A file shows the methods in their colours, on white."""
     path = next((report.parent / "elsewhere").glob(name))

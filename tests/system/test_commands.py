@@ -18,9 +18,17 @@ EPOCHS = {"train.epochs": 12.0}
 
 
 def start(*words, **options):
-    environment = {**os.environ, "LTKD_CACHE": os.environ.get("LTKD_CACHE", str(ROOT / ".jax_cache"))}
+    environment = {
+        **os.environ,
+        "LTKD_CACHE": os.environ.get("LTKD_CACHE", str(ROOT / ".jax_cache")),
+    }
     command = [sys.executable, "-m", "experiments.main", *words]
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, **options}
+    options = {
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.STDOUT,
+        "text": True,
+        **options,
+    }
     return subprocess.Popen(command, cwd=ROOT, env=environment, **options)
 
 
@@ -84,7 +92,11 @@ def written_before(path, seconds):
 def unfinished(workdir):
     """Returns checkpoints that have begun and are not whole."""
     steps = (workdir / "checkpoints").glob("step_*")
-    return [path for path in steps if path.is_dir() and not path.with_suffix(".sha256").exists()]
+    return [
+        path
+        for path in steps
+        if path.is_dir() and not path.with_suffix(".sha256").exists()
+    ]
 
 
 def test_killed_and_stopped(undisturbed, tmp_path):
@@ -93,7 +105,9 @@ def test_killed_and_stopped(undisturbed, tmp_path):
     While it lives, no other run enters its work directory.
     """
     workdir = tmp_path / "run"
-    code, _ = interrupt(undisturbed, workdir, signal.SIGKILL, lambda: unfinished(workdir))
+    code, _ = interrupt(
+        undisturbed, workdir, signal.SIGKILL, lambda: unfinished(workdir)
+    )
     assert code == -signal.SIGKILL
     (half,) = unfinished(workdir)
 
@@ -112,8 +126,12 @@ def test_killed_and_stopped(undisturbed, tmp_path):
         assert process.returncode == 1 and "in use" in output and "--workdir" in output
 
     moment = written_before(workdir / "metrics.jsonl", 0)
-    code, output = interrupt(undisturbed, workdir, signal.SIGTERM, moment, start_another)
-    assert code == runtime.STOPPED == 75 and "stopped by SIGTERM at step" in output, output
+    code, output = interrupt(
+        undisturbed, workdir, signal.SIGTERM, moment, start_another
+    )
+    assert code == runtime.STOPPED == 75 and "stopped by SIGTERM at step" in output, (
+        output
+    )
     outputs += [output, assert_finishes_the_same(undisturbed, workdir)]
     assert sum(f"{half} is damaged or incomplete" in output for output in outputs) == 1
 
@@ -121,16 +139,29 @@ def test_killed_and_stopped(undisturbed, tmp_path):
 def test_full_disk(undisturbed, tmp_path):
     """No file may grow beyond 100 kB, in which the parameters have no place; with room the run continues."""
     workdir = tmp_path / "run"
-    code, _ = interrupt(undisturbed, workdir, signal.SIGTERM, written_before(workdir / "metrics.jsonl", 0))
+    code, _ = interrupt(
+        undisturbed,
+        workdir,
+        signal.SIGTERM,
+        written_before(workdir / "metrics.jsonl", 0),
+    )
     assert code == 75
     good, *_ = Checkpoints(workdir / "checkpoints").steps()
     process = start_run(undisturbed, workdir)
-    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+    resource.prlimit(
+        process.pid, resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY)
+    )
     output, _ = process.communicate(timeout=300)
     last = output.strip().splitlines()[-1]
-    assert process.returncode == 1 and last.startswith("error: checkpoint ") and "File too large" in last, output
+    assert (
+        process.returncode == 1
+        and last.startswith("error: checkpoint ")
+        and "File too large" in last
+    ), output
     assert f"step {good}" in last and "Traceback" not in output
-    assert Checkpoints(workdir / "checkpoints").steps()[0] == good and not unfinished(workdir)
+    assert Checkpoints(workdir / "checkpoints").steps()[0] == good and not unfinished(
+        workdir
+    )
     assert_finishes_the_same(undisturbed, workdir)
 
 
@@ -162,7 +193,10 @@ def test_signal_to_the_process_group(tmp_path, number):
         (["--config=configs/digitslt.py:ltkx"], "'ltkx'; did you mean 'ltkd'"),
         (["--config=configs/none.py"], "no config file 'configs/none.py'"),
         (["--config.train.lrr=3"], "--config.train.lrr=3; did you mean 'lr'?"),
-        (["--config.data.workers=3"], "'data.workers' is now called 'data.num_workers'"),
+        (
+            ["--config.data.workers=3"],
+            "'data.workers' is now called 'data.num_workers'",
+        ),
         (["--config.data.imbalance=0.5"], "config.data.imbalance=0.5"),
         (["stray"], "'stray'"),
         (["--distributed=auto"], "distributed='auto'"),
@@ -171,7 +205,9 @@ def test_signal_to_the_process_group(tmp_path, number):
 def test_error_is_one_line(words, message):
     process = start(*words, stderr=subprocess.PIPE)
     _, errors = process.communicate(timeout=300)
-    lines = [line for line in errors.strip().splitlines() if not line.startswith("waiting")]
+    lines = [
+        line for line in errors.strip().splitlines() if not line.startswith("waiting")
+    ]
     assert process.returncode == 1 and len(lines) == 1, errors
     assert lines[0].startswith("error: ") and message in lines[0]
 

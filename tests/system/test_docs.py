@@ -30,15 +30,27 @@ def test_added_method(tmp_path):
         path = copy / name.removesuffix(", at the end")
         text = path.read_text() if path.exists() else ""
         assert text.count(f"{anchor}\n") == 1 or not anchor, f"{name}: {anchor}"
-        path.write_text(text.replace(f"{anchor}\n", f"{anchor}\n{code}") if anchor else f"{text}\n\n{code}")
+        path.write_text(
+            text.replace(f"{anchor}\n", f"{anchor}\n{code}")
+            if anchor
+            else f"{text}\n\n{code}"
+        )
     python = functools.partial(environments.run, sys.executable, "-m", cwd=copy)
     python("pytest", "-q", "-p", "no:cacheprovider", "tests/unit/test_methods.py")
     listed = python("experiments.reproduce", "experiments/queues/mine.json", "--list")
     assert listed.count("kd_adjusted") == 6 and listed.count('{"method.tau": 0.5}') == 3
     for argument in ("kd_adjusted", "bikd,terms=kd_adjusted"):
-        python("experiments.main", f"--config=configs/digitslt.py:{argument},smoke", "--workdir", copy / argument)
+        python(
+            "experiments.main",
+            f"--config=configs/digitslt.py:{argument},smoke",
+            "--workdir",
+            copy / argument,
+        )
         results = json.loads((copy / argument / "results.json").read_text())
-        assert results["config"]["method"]["name"] == "kd_adjusted" and results["test"]["all"] > 0
+        assert (
+            results["config"]["method"]["name"] == "kd_adjusted"
+            and results["test"]["all"] > 0
+        )
 
 
 TRACKER = """
@@ -52,10 +64,20 @@ def test_hook_gets_every_record(tmp_path):
     """docs/logging.md's script as it stands, in a smoke run, with a tracker that prints."""
     (tmp_path / "wandb.py").write_text(TRACKER)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    script = next(code for code in blocks(DOCS / "logging.md", "python") if "import wandb" in code)
-    (tmp_path / "my_script.py").write_text(script.replace("digitslt.py:ltkd", "digitslt.py:ltkd,smoke"))
-    printed = environments.run(sys.executable, "my_script.py", cwd=tmp_path, PYTHONPATH=str(ROOT))
-    logged = [json.loads(line[7:]) for line in printed.splitlines() if line.startswith("LOGGED ")]
+    script = next(
+        code for code in blocks(DOCS / "logging.md", "python") if "import wandb" in code
+    )
+    (tmp_path / "my_script.py").write_text(
+        script.replace("digitslt.py:ltkd", "digitslt.py:ltkd,smoke")
+    )
+    printed = environments.run(
+        sys.executable, "my_script.py", cwd=tmp_path, PYTHONPATH=str(ROOT)
+    )
+    logged = [
+        json.loads(line[7:])
+        for line in printed.splitlines()
+        if line.startswith("LOGGED ")
+    ]
     written = (tmp_path / "runs" / "tracked" / "metrics.jsonl").read_text().splitlines()
     assert [record for _, record in logged] == [json.loads(line) for line in written]
     assert logged[-1][0] == 20
@@ -91,7 +113,9 @@ class Page(html.parser.HTMLParser):
         attributes = dict(attrs)
         self.anchors.add(attributes.get("id"))
         self.classes += (attributes.get("class") or "").split()
-        addresses = [attributes[key] for key in ("href", "src", "srcset") if attributes.get(key)]
+        addresses = [
+            attributes[key] for key in ("href", "src", "srcset") if attributes.get(key)
+        ]
         (self.links if tag == "a" else self.loads).extend(addresses)
 
 
@@ -99,17 +123,28 @@ def test_every_cell_ran(site, pages):
     for source in PAGES:
         cells = [*blocks(source, "code-cell")]
         if cells:
-            page = pages[(site / source.relative_to(DOCS).with_suffix(".html")).resolve()]
-            assert "cell_output" in page.classes and not {"traceback", "stderr"} & {*page.classes}, source
+            page = pages[
+                (site / source.relative_to(DOCS).with_suffix(".html")).resolve()
+            ]
+            assert "cell_output" in page.classes and not {"traceback", "stderr"} & {
+                *page.classes
+            }, source
             figures = sum("plt.subplots(" in cell for cell in cells)
             assert len(re.findall(r'<img [^>]*\.svg"', page.text)) == figures, source
 
 
 def test_site_needs_no_network(site, pages):
-    remote = [(path, load) for path, page in pages.items() for load in page.loads if re.match(r"(https?:)?//", load)]
+    remote = [
+        (path, load)
+        for path, page in pages.items()
+        for load in page.loads
+        if re.match(r"(https?:)?//", load)
+    ]
     assert not remote
     for sheet in site.rglob("*.css"):
-        assert not re.search(r"(@import|url\()\s*['\"]?(https?:)?//", sheet.read_text()), sheet
+        assert not re.search(
+            r"(@import|url\()\s*['\"]?(https?:)?//", sheet.read_text()
+        ), sheet
 
 
 def test_every_internal_link_has_a_target(pages):
@@ -120,19 +155,35 @@ def test_every_internal_link_has_a_target(pages):
                 relative, _, anchor = link.partition("#")
                 target = (path.parent / relative).resolve() if relative else path
                 assert target.exists(), f"{path}: {link}"
-                assert not anchor or target not in pages or anchor in pages[target].anchors, f"{path}: {link}"
+                assert (
+                    not anchor or target not in pages or anchor in pages[target].anchors
+                ), f"{path}: {link}"
 
 
 def public(module):
     """Returns the names in `__all__`, or those that the module itself defines."""
     imported = (types.ModuleType, typing.TypeVar)
-    own = {name: x for name, x in vars(module).items() if name[0] != "_" and not isinstance(x, imported)}
-    defined = [name for name, x in own.items() if getattr(x, "__module__", module.__name__) == module.__name__]
+    own = {
+        name: x
+        for name, x in vars(module).items()
+        if name[0] != "_" and not isinstance(x, imported)
+    }
+    defined = [
+        name
+        for name, x in own.items()
+        if getattr(x, "__module__", module.__name__) == module.__name__
+    ]
     return getattr(module, "__all__", defined)
 
 
 def test_reference_lists_every_public_name(site):
-    names = {f"ltkd_jax.{module}.{name}" for module in REFERENCE for name in public(getattr(ltkd_jax, module))}
-    text = "".join((site / "api" / f"{module}.html").read_text() for module in REFERENCE)
+    names = {
+        f"ltkd_jax.{module}.{name}"
+        for module in REFERENCE
+        for name in public(getattr(ltkd_jax, module))
+    }
+    text = "".join(
+        (site / "api" / f"{module}.html").read_text() for module in REFERENCE
+    )
     assert "ltkd_jax.methods.create" in names
     assert not [name for name in names if f'id="{name}"' not in text]

@@ -23,15 +23,23 @@ def original(tmp_path_factory):
     spec = resolve(config)
     source = dataset.load(spec.data).source
     teacher = teachers.obtain(spec, StopRequest())
-    (folder / "own.msgpack").write_bytes(serialization.msgpack_serialize(teacher.variables))
+    (folder / "own.msgpack").write_bytes(
+        serialization.msgpack_serialize(teacher.variables)
+    )
     everything = source.train.take(np.arange(len(source.train)))
-    arrays = {"train_logits": teacher.table(everything, StopRequest()), "train_labels": source.train.labels}
+    arrays = {
+        "train_logits": teacher.table(everything, StopRequest()),
+        "train_labels": source.train.labels,
+    }
     np.savez(folder / "own.npz", **arrays)
     return folder, results, arrays
 
 
 def curves(workdir):
-    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    records = [
+        json.loads(line)
+        for line in (workdir / "metrics.jsonl").read_text().splitlines()
+    ]
     return [(record["loss"], record["test"]["all"]) for record in records]
 
 
@@ -43,8 +51,14 @@ def test_file_teaches_as_its_teacher(original, tmp_path, kind):
     config.teacher.checkpoint = str(folder / f"own.{kind}")
     config.teacher_seed = 5  # has no effect
     by_file = run(config, tmp_path / "run")
-    assert curves(tmp_path / "run") == curves(folder / "run") and by_file["test"] == results["test"]
-    assert by_file["config_hash"] != results["config_hash"] and by_file["seeds"]["teacher"] is None
+    assert (
+        curves(tmp_path / "run") == curves(folder / "run")
+        and by_file["test"] == results["test"]
+    )
+    assert (
+        by_file["config_hash"] != results["config_hash"]
+        and by_file["seeds"]["teacher"] is None
+    )
     if kind == "msgpack":
         assert by_file["teacher"]["group_mass"] == results["teacher"]["group_mass"]
     else:
@@ -59,10 +73,15 @@ def test_logits_without_views_are_those_of_every_view(original, tmp_path):
     views = dataset.load(resolve(config).data).source.views
     one = arrays["train_logits"][:, views.identity]
     config.teacher.checkpoint = str(tmp_path / "one.npz")
-    np.savez(tmp_path / "one.npz", train_logits=one, train_labels=arrays["train_labels"])
+    np.savez(
+        tmp_path / "one.npz", train_logits=one, train_labels=arrays["train_labels"]
+    )
     results = run(config, tmp_path / "one")
     assert results["teacher_logits"] == "table"
     config.teacher.checkpoint = str(tmp_path / "all.npz")
-    np.savez(tmp_path / "all.npz", **arrays | {"train_logits": np.repeat(one[:, None], views.num, 1)})
+    np.savez(
+        tmp_path / "all.npz",
+        **arrays | {"train_logits": np.repeat(one[:, None], views.num, 1)},
+    )
     run(config, tmp_path / "all")
     assert curves(tmp_path / "one") == curves(tmp_path / "all")

@@ -27,11 +27,25 @@ BATCH = small_runs.STREAMED["train.batch_size"]
 def start(words, devices):
     """Starts a process with so many virtual devices."""
     cache = os.environ.get("LTKD_CACHE", str(ROOT / ".jax_cache"))
-    environment = {**os.environ, "LTKD_CACHE": cache, "JAX_COMPILATION_CACHE_DIR": cache}
-    environment |= {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), environment.get("PYTHONPATH", "")])
+    environment = {
+        **os.environ,
+        "LTKD_CACHE": cache,
+        "JAX_COMPILATION_CACHE_DIR": cache,
+    }
+    environment |= {
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+    }
+    environment["PYTHONPATH"] = os.pathsep.join(
+        [str(ROOT), str(ROOT / "tests"), environment.get("PYTHONPATH", "")]
+    )
     return subprocess.Popen(
-        [sys.executable, *words], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        [sys.executable, *words],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
 
 
@@ -70,7 +84,9 @@ def trained_alone(case, num_steps):
 def pair(tmp_path_factory):
     """What two processes leave in a folder."""
     folder = tmp_path_factory.mktemp("pair")
-    Checkpoints(folder / "of_one").save(STEPS // 2, trained_alone("ltkd", STEPS // 2), {})
+    Checkpoints(folder / "of_one").save(
+        STEPS // 2, trained_alone("ltkd", STEPS // 2), {}
+    )
     small_runs.prepare_insects(folder)
     finish(start_pair(lambda where: ["-m", "helpers.process_pair", where, str(folder)]))
     return folder
@@ -83,19 +99,31 @@ def test_trainings_of_two_processes(case, pair):
     names = [name for name, (of_case, _) in TRAININGS.items() if of_case == case]
     for name in names + ["resumed"] * (case == "ltkd"):
         with jax.enable_x64(True):
-            step, state, _ = Checkpoints(pair / name).restore(jax.eval_shape(lambda: expected))
+            step, state, _ = Checkpoints(pair / name).restore(
+                jax.eval_shape(lambda: expected)
+            )
         assert step == state.step == STEPS
         assert_close(parameters(state), parameters(expected), rtol=1e-9, atol=1e-9)
 
 
 def test_each_process_reads_its_part(pair):
-    notes = [json.loads((pair / f"read_{index}.json").read_text()) for index in range(2)]
+    notes = [
+        json.loads((pair / f"read_{index}.json").read_text()) for index in range(2)
+    ]
     order = streaming.Order(seed=3, num_examples=notes[0]["train"], batch_size=BATCH)
     for index, read in enumerate(notes):
-        positions = [BATCH * step + i for step in range(2) for i in range(8 * index, 8 * index + 8)]
+        positions = [
+            BATCH * step + i
+            for step in range(2)
+            for i in range(8 * index, 8 * index + 8)
+        ]
         assert sorted(read["crop"]) == sorted(map(order.index, positions))
-        assert read["counted"] == [5] * len(small_runs.INSECTS)  # each test image once, the last batch filled up
-    assert len(set(notes[0]["image"]) & set(notes[1]["image"])) <= 1  # which fills the last batch up
+        assert read["counted"] == [5] * len(
+            small_runs.INSECTS
+        )  # each test image once, the last batch filled up
+    assert (
+        len(set(notes[0]["image"]) & set(notes[1]["image"])) <= 1
+    )  # which fills the last batch up
 
 
 def test_one_process_alone():
@@ -105,7 +133,9 @@ def test_one_process_alone():
         hosts.run_on_all(lambda: 1 // 0)
 
 
-@pytest.mark.parametrize("where", ["", "10.0.0.1:99", "here,0,2", "10.0.0.1:99,2,2", "10.0.0.1:99,a,2"])
+@pytest.mark.parametrize(
+    "where", ["", "10.0.0.1:99", "here,0,2", "10.0.0.1:99,2,2", "10.0.0.1:99,a,2"]
+)
 def test_bad_address(where):
     with pytest.raises(ValueError, match="HOST:PORT,INDEX,COUNT"):
         hosts.start(where)
@@ -118,18 +148,30 @@ def program(argument, folder, distributed=None, **values):
     """Returns the words of a run's command."""
     index = distributed.split(",")[1] if distributed else "0"
     values["teacher.dir"] = folder / f"teachers{index}"
-    words = ["-m", "experiments.main", f"--config=configs/{argument}", f"--workdir={folder / f'run{index}'}"]
+    words = [
+        "-m",
+        "experiments.main",
+        f"--config=configs/{argument}",
+        f"--workdir={folder / f'run{index}'}",
+    ]
     words += [f"--config.{key}={value}" for key, value in values.items()]
     return words + ([f"--distributed={distributed}"] if distributed else [])
 
 
 def digits(method, folder, distributed=None, **values):
-    return program(f"digitslt.py:{method}", folder, distributed, **{**small_runs.TINY, **values})
+    return program(
+        f"digitslt.py:{method}", folder, distributed, **{**small_runs.TINY, **values}
+    )
 
 
 def records(folder):
-    lines = [json.loads(line) for line in (folder / "run0" / "metrics.jsonl").read_text().splitlines()]
-    return [line["step"] for line in lines], [[line["loss"], *line["terms"].values()] for line in lines]
+    lines = [
+        json.loads(line)
+        for line in (folder / "run0" / "metrics.jsonl").read_text().splitlines()
+    ]
+    return [line["step"] for line in lines], [
+        [line["loss"], *line["terms"].values()] for line in lines
+    ]
 
 
 def assert_same_run(folder, expected_folder):
@@ -142,15 +184,26 @@ def assert_same_run(folder, expected_folder):
 
 @pytest.mark.parametrize(
     "method, values",
-    [("bikd,terms=ltkd,outer_loss=mix", {"teacher.table": "always", "data.outer_per_class": 8}), ("reviewkd", {})],
+    [
+        (
+            "bikd,terms=ltkd,outer_loss=mix",
+            {"teacher.table": "always", "data.outer_per_class": 8},
+        ),
+        ("reviewkd", {}),
+    ],
 )
 def test_program(method, values, tmp_path):
     """Teacher and its tables included; only the first process writes."""
     values |= {"train.epochs": 1.0, "teacher.train.epochs": 1.0}
     finish([start(digits(method, tmp_path / "one", **values), 8)])
-    outputs = finish(start_pair(lambda where: digits(method, tmp_path / "two", where, **values)))
+    outputs = finish(
+        start_pair(lambda where: digits(method, tmp_path / "two", where, **values))
+    )
     assert_same_run(tmp_path / "two", tmp_path / "one")
-    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["run0", "teachers0"]
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == [
+        "run0",
+        "teachers0",
+    ]
     assert "classifies" in outputs[0] and "classifies" not in outputs[1]
 
 
@@ -159,7 +212,9 @@ def test_stream_with_mixup(tmp_path):
     values = {**small_runs.STREAMED, "data.dir": small_runs.prepare_insects(tmp_path)}
     argument = "folderlt.py:ce,name=insects,mixup=0.2"
     finish([start(program(argument, tmp_path / "one", **values), 8)])
-    finish(start_pair(lambda where: program(argument, tmp_path / "two", where, **values)))
+    finish(
+        start_pair(lambda where: program(argument, tmp_path / "two", where, **values))
+    )
     assert_same_run(tmp_path / "two", tmp_path / "one")
 
 
@@ -202,6 +257,8 @@ def test_interrupted_pair(tmp_path):
     wait_for_record(two, processes, after=killed_at)
     processes[1].send_signal(signal.SIGTERM)
     outputs = finish(processes, codes=[75, 75])
-    assert all("stopped by SIGTERM at step" in output for output in outputs), "\n".join(outputs)
+    assert all("stopped by SIGTERM at step" in output for output in outputs), "\n".join(
+        outputs
+    )
     finish([start(digits("ltkd", two, **values), 8)])
     assert_same_run(two, one)

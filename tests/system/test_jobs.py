@@ -18,11 +18,22 @@ def stamps(folder):
 
 
 def test_two_workers_share_stop_and_finish_a_queue(tmp_path):
-    shared = {**TINY, "teacher.dir": str(tmp_path / "teachers"), "train.epochs": 8.0, "teacher.train.epochs": 1.0}
+    shared = {
+        **TINY,
+        "teacher.dir": str(tmp_path / "teachers"),
+        "train.epochs": 8.0,
+        "teacher.train.epochs": 1.0,
+    }
     runs = [{"config": "configs/digitslt.py:ltkd", "seeds": [0, 1, 2, 3]}]
     (tmp_path / "queue.json").write_text(json.dumps({"set": shared, "runs": runs}))
     results = tmp_path / "results"
-    command = [sys.executable, "-m", "experiments.reproduce", str(tmp_path / "queue.json"), "--num_workers=2"]
+    command = [
+        sys.executable,
+        "-m",
+        "experiments.reproduce",
+        str(tmp_path / "queue.json"),
+        "--num_workers=2",
+    ]
     command += [f"--results={results}", f"--runs={tmp_path / 'runs'}"]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     options = dict(env={**os.environ, "JAX_NUM_CPU_DEVICES": "2"}, **pipes)
@@ -52,12 +63,22 @@ def test_sweep_is_done_extended_and_not_repeated(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     shared = {**TINY, "train.epochs": 1.0, "teacher.train.epochs": 1.0}
     shared.pop("data.imbalance")
-    config = f"{ROOT}/configs/digitslt.py:" + ",".join(f"{key}={value}" for key, value in shared.items())
+    config = f"{ROOT}/configs/digitslt.py:" + ",".join(
+        f"{key}={value}" for key, value in shared.items()
+    )
     folder = tmp_path / "runs" / "mine"
 
     def run_sweep(*words):
         with pytest.raises(SystemExit) as caught:
-            sweep.main([f"--config={config}", "--imbalance=2", "--name=mine", "--seeds=1", *words])
+            sweep.main(
+                [
+                    f"--config={config}",
+                    "--imbalance=2",
+                    "--name=mine",
+                    "--seeds=1",
+                    *words,
+                ]
+            )
         assert caught.value.code == 0
         return capsys.readouterr().out, stamps(folder / "results")
 

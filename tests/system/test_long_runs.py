@@ -48,8 +48,16 @@ def test_memory_does_not_grow(tmp_path):
         "checkpoint_every": 8,
     }
     config = json.dumps(resolve(tiny(tmp_path, **values)).config)
-    environment = {**os.environ, "LTKD_CACHE": os.environ.get("LTKD_CACHE", str(ROOT / ".jax_cache"))}
-    subprocess.run([sys.executable, "-c", SCRIPT, config, str(tmp_path)], cwd=ROOT, env=environment, check=True)
+    environment = {
+        **os.environ,
+        "LTKD_CACHE": os.environ.get("LTKD_CACHE", str(ROOT / ".jax_cache")),
+    }
+    subprocess.run(
+        [sys.executable, "-c", SCRIPT, config, str(tmp_path)],
+        cwd=ROOT,
+        env=environment,
+        check=True,
+    )
     memory = np.array(json.loads((tmp_path / "samples.json").read_text())[5:]) / 2**20
     assert len(memory) == STEPS
     # What is allocated once is, and the allocator's fragments have settled, by the end of the first third.

@@ -21,7 +21,9 @@ def initial_variables(model, images):
             return rng.normal(0, (2 / fan_out) ** 0.5, leaf.shape).astype(np.float32)
         return np.full(leaf.shape, path[-1].key in ("scale", "var"), np.float32)
 
-    shapes = jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), images)
+    shapes = jax.eval_shape(
+        functools.partial(model.init, train=False), jax.random.key(0), images
+    )
     return jax.tree_util.tree_map_with_path(fill, shapes)
 
 
@@ -33,10 +35,14 @@ def test_on_numbers(name):
     variables = initial_variables(model, images)
 
     def loss(params):
-        logits, updates = model.apply(variables | {"params": params}, images, train=True, mutable=["batch_stats"])
+        logits, updates = model.apply(
+            variables | {"params": params}, images, train=True, mutable=["batch_stats"]
+        )
         return -(labels * jax.nn.log_softmax(logits)).sum(), (logits, updates)
 
-    (_, (logits, updates)), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
+    (_, (logits, updates)), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(
+        variables["params"]
+    )
     assert jnp.isfinite(logits).all()
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
         assert jnp.isfinite(leaf).all(), path
@@ -49,9 +55,13 @@ def test_on_numbers(name):
     running = variables | updates
     assert jnp.isfinite(evaluate(running, images)).all()
     assert not np.allclose(evaluate(running, images), logits, atol=1e-2)
-    assert jnp.isfinite(evaluate(running, jax.image.resize(images, (8, 64, 64, 3), "linear"))).all()
+    assert jnp.isfinite(
+        evaluate(running, jax.image.resize(images, (8, 64, 64, 3), "linear"))
+    ).all()
 
     half = models.create(name, 10, precision="bfloat16")
-    rounded, _ = jax.jit(functools.partial(half.apply, train=True, mutable=["batch_stats"]))(variables, images)
+    rounded, _ = jax.jit(
+        functools.partial(half.apply, train=True, mutable=["batch_stats"])
+    )(variables, images)
     # At the start, on few images, batch norm enlarges the rounding of each layer.
     assert 0.8 < np.corrcoef(rounded.ravel(), logits.ravel())[0, 1] < 1

@@ -26,7 +26,11 @@ def tracked():
     """The files that git tracks."""
     if not (ROOT / ".git").exists():
         pytest.skip("not a checkout of git")
-    return {name for name in run("git", "ls-files", "-z").split("\0") if name and (ROOT / name).exists()}
+    return {
+        name
+        for name in run("git", "ls-files", "-z").split("\0")
+        if name and (ROOT / name).exists()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +41,15 @@ def built(tracked, tmp_path_factory):
         copy = folder / "checkout" / name
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, copy)
-    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder / "dist", folder / "checkout")
+    run(
+        sys.executable,
+        "-m",
+        "build",
+        "--no-isolation",
+        "--outdir",
+        folder / "dist",
+        folder / "checkout",
+    )
     (sdist,) = (folder / "dist").glob("*.tar.gz")
     (wheel,) = (folder / "dist").glob("*.whl")
     return sdist, wheel
@@ -53,7 +65,10 @@ def installed(built, tmp_path_factory):
 
 def test_wheel_holds_the_library(built, tracked):
     info = f"ltkd_jax-{ltkd_jax.__version__}.dist-info"
-    metadata = {f"{info}/{name}" for name in ("METADATA", "RECORD", "WHEEL", "top_level.txt", "licenses/LICENSE")}
+    metadata = {
+        f"{info}/{name}"
+        for name in ("METADATA", "RECORD", "WHEEL", "top_level.txt", "licenses/LICENSE")
+    }
     package = {name for name in tracked if name.startswith("ltkd_jax/")}
     assert "ltkd_jax/py.typed" in package
     assert set(zipfile.ZipFile(built[1]).namelist()) == package | metadata
@@ -63,10 +78,14 @@ def test_source_distribution_is_the_checkout_and_tests_itself(built, tracked, tm
     with tarfile.open(built[0]) as tar:
         tar.extractall(tmp_path, filter="data")
     (folder,) = tmp_path.iterdir()
-    names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    names = {
+        str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()
+    }
     assert tracked - names <= {".gitignore", ".ci/run"}
     flags = ("-q", "-p", "no:cacheprovider")
-    printed = run(sys.executable, "-m", "pytest", *flags, "tests/unit/test_groups.py", cwd=folder)
+    printed = run(
+        sys.executable, "-m", "pytest", *flags, "tests/unit/test_groups.py", cwd=folder
+    )
     assert " passed" in printed and "skipped" not in printed
 
 
@@ -78,8 +97,20 @@ def test_metadata(built):
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Description-Content-Type"] == "text/markdown"
     assert metadata.get_payload().strip() == README.strip()
-    required = {re.match(r"[\w-]+", line).group() for line in metadata.get_all("Requires-Dist") if ";" not in line}
-    assert required >= {"jax", "flax", "optax", "chex", "orbax-checkpoint", "tensorflow-datasets", "ml-collections"}
+    required = {
+        re.match(r"[\w-]+", line).group()
+        for line in metadata.get_all("Requires-Dist")
+        if ";" not in line
+    }
+    assert required >= {
+        "jax",
+        "flax",
+        "optax",
+        "chex",
+        "orbax-checkpoint",
+        "tensorflow-datasets",
+        "ml-collections",
+    }
     assert not required & {"pytest", "mypy", "matplotlib", "torch"}
 
 
@@ -100,7 +131,13 @@ assert typed_usage.learned_weights({{"x": jnp.eye(3), "y": jnp.arange(3.0)}}).sh
 assert typed_usage.own_objective(jnp.zeros((2, 3)), jnp.eye(2, 3), jnp.arange(2)).shape == (2,)
 assert abs(sum(typed_usage.evaluate(jnp.zeros((2, 8, 8, 1)), jnp.arange(2)).values()) - 1) < 1e-6
 """
-    run(installed, "-c", script, cwd=tmp_path, XLA_FLAGS="--xla_backend_optimization_level=0")
+    run(
+        installed,
+        "-c",
+        script,
+        cwd=tmp_path,
+        XLA_FLAGS="--xla_backend_optimization_level=0",
+    )
 
 
 def test_types_of_the_wheel(installed, tmp_path):
@@ -109,4 +146,12 @@ def test_types_of_the_wheel(installed, tmp_path):
     for number, example in enumerate(EXAMPLES):
         (tmp_path / f"readme{number}.py").write_text(UNTYPED + example)
     (tmp_path / "mypy.ini").write_text(MYPY)
-    run(sys.executable, "-m", "mypy", "--python-executable", installed, *tmp_path.glob("*.py"), cwd=tmp_path)
+    run(
+        sys.executable,
+        "-m",
+        "mypy",
+        "--python-executable",
+        installed,
+        *tmp_path.glob("*.py"),
+        cwd=tmp_path,
+    )

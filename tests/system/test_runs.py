@@ -32,15 +32,35 @@ def first_records(*workdirs):
 @pytest.mark.parametrize(
     "argument, values, source",
     [
-        ("ltkd", {**AUGMENTED, "augment.policy": "autoaugment", "data.stream": False}, "network"),
-        ("bikd,terms=ltkd", {**AUGMENTED, "data.stream": True, "loss_weighting.lookahead": 2}, "network"),
+        (
+            "ltkd",
+            {**AUGMENTED, "augment.policy": "autoaugment", "data.stream": False},
+            "network",
+        ),
+        (
+            "bikd,terms=ltkd",
+            {**AUGMENTED, "data.stream": True, "loss_weighting.lookahead": 2},
+            "network",
+        ),
         ("bikd,terms=reviewkd", {"data.stream": False}, "features"),
     ],
 )
 def test_one_device_and_pmap_agree(data_dir, tmp_path, argument, values, source):
-    learned = {"data.outer_per_class": 4, "loss_weighting.update_every": 1} if "bikd" in argument else {}
+    learned = (
+        {"data.outer_per_class": 4, "loss_weighting.update_every": 1}
+        if "bikd" in argument
+        else {}
+    )
     for name, execution in (("one", {"devices": 1}), ("pmap", {"parallel": "pmap"})):
-        config = streamed(data_dir, tmp_path, argument, **values, **learned, **execution, **{"train.epochs": 1.0})
+        config = streamed(
+            data_dir,
+            tmp_path,
+            argument,
+            **values,
+            **learned,
+            **execution,
+            **{"train.epochs": 1.0},
+        )
         assert run(config, tmp_path / name)["teacher_logits"] == source
     one, pmap = first_records(tmp_path / "one", tmp_path / "pmap")
     assert one["loss"] == pytest.approx(pmap["loss"], rel=1e-3)
@@ -55,12 +75,16 @@ def test_one_device_and_pmap_agree(data_dir, tmp_path, argument, values, source)
 def test_learned_weights_agree(learned, tmp_path, values, tolerance):
     """With tables of the training and the outer images, and in bfloat16."""
     results = run(tiny(learned, "bikd", devices=1, **values), tmp_path / "run")
-    assert results["teacher_logits"] == ("table" if "teacher.table" in values else "network")
+    assert results["teacher_logits"] == (
+        "table" if "teacher.table" in values else "network"
+    )
     reference, record = first_records(learned / "run", tmp_path / "run")
     for key in ("loss", "outer_loss"):
         assert record[key] == pytest.approx(reference[key], rel=tolerance)
     for term in ("ce", "kd"):
-        assert record["weights"][term] == pytest.approx(reference["weights"][term], rel=tolerance)
+        assert record["weights"][term] == pytest.approx(
+            reference["weights"][term], rel=tolerance
+        )
     if "teacher.table" in values:
         assert len(list((learned / "teachers").glob("*/table-*.npy"))) == 2
 

@@ -19,11 +19,15 @@ with streaming.batches(train, seed=0, batch_size=64, first_step=0, num_steps=30)
 
 
 def test_memory_over_three_epochs(tmp_path):
-    files = pictures.by_class({f"class{i:02d}": 32 for i in range(20)}, folder="train/", size=(320, 240))
+    files = pictures.by_class(
+        {f"class{i:02d}": 32 for i in range(20)}, folder="train/", size=(320, 240)
+    )
     files |= pictures.by_class({f"class{i:02d}": 1 for i in range(20)}, folder="test/")
     pictures.write_folder(tmp_path / "images", files)
     recipes.prepare(recipes.own_recipe("many"), tmp_path / "tfds", tmp_path / "images")
-    process = subprocess.run([sys.executable, "-c", CODE, tmp_path / "tfds"], capture_output=True, text=True)
+    process = subprocess.run(
+        [sys.executable, "-c", CODE, tmp_path / "tfds"], capture_output=True, text=True
+    )
     assert process.returncode == 0, process.stderr
     first, _, third = map(float, process.stdout.split())
     assert third < 1.05 * first + 20, process.stdout

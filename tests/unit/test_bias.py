@@ -21,11 +21,19 @@ def draw(seed, number=97):
 
 def audit(z, labels, student=None, block_size=32, **options):
     student = None if student is None else logits.from_arrays(student, labels)
-    return bias.audit(logits.from_arrays(z, labels), GROUPS, student=student, block_size=block_size, **options)
+    return bias.audit(
+        logits.from_arrays(z, labels),
+        GROUPS,
+        student=student,
+        block_size=block_size,
+        **options,
+    )
 
 
 def mean_or_none(values, members):
-    return values[members].mean(axis=0).astype(float).tolist() if members.any() else None
+    return (
+        values[members].mean(axis=0).astype(float).tolist() if members.any() else None
+    )
 
 
 def expected(z, labels, student):
@@ -48,17 +56,37 @@ def expected(z, labels, student):
 
     def calibration(members):
         # In float32: where classes are tied the confidence 1/n may lie on the edge of a bin.
-        index = np.minimum((confidence.astype(np.float32) * metrics.NUM_BINS).astype(int), metrics.NUM_BINS - 1)
+        index = np.minimum(
+            (confidence.astype(np.float32) * metrics.NUM_BINS).astype(int),
+            metrics.NUM_BINS - 1,
+        )
         in_bin = (index[:, None] == np.arange(metrics.NUM_BINS)) & members[:, None]
-        bins = np.stack([in_bin.sum(0), (in_bin * confidence[:, None]).sum(0), (in_bin * hit[:, None]).sum(0) / 100])
+        bins = np.stack(
+            [
+                in_bin.sum(0),
+                (in_bin * confidence[:, None]).sum(0),
+                (in_bin * hit[:, None]).sum(0) / 100,
+            ]
+        )
         return bins, 100 * np.abs(bins[1] - bins[2]).sum() / members.sum()
 
     groups = {}
     for name, members in everything.items():
         bins, ece = calibration(members)
-        groups[name] = {"examples": int(members.sum()), "bins": bins.astype(float).tolist(), "ece": float(ece)}
-        numbers = {"accuracy": hit, "confidence": 100 * confidence, "inter": inter, "intra": intra}
-        groups[name] |= {key: mean_or_none(values, members) for key, values in numbers.items()}
+        groups[name] = {
+            "examples": int(members.sum()),
+            "bins": bins.astype(float).tolist(),
+            "ece": float(ece),
+        }
+        numbers = {
+            "accuracy": hit,
+            "confidence": 100 * confidence,
+            "inter": inter,
+            "intra": intra,
+        }
+        groups[name] |= {
+            key: mean_or_none(values, members) for key, values in numbers.items()
+        }
         groups[name]["loss"] = groups[name]["inter"] + groups[name]["intra"]
         groups[name]["ece_by_chance"] = float(metrics.calibration_error_by_chance(bins))
 
@@ -67,16 +95,27 @@ def expected(z, labels, student):
         split = truth.group_kl(student, z, GROUPS, temperature=temperature)
         group_mass = np.exp(split.teacher_log_mass)
         mass[name] = by_name(group_mass.mean(axis=0))
-        mass_by_group[name] = [mean_or_none(group_mass, members) for members in of_group.values()]
+        mass_by_group[name] = [
+            mean_or_none(group_mass, members) for members in of_group.values()
+        ]
         divergence[name] = {}
         for group, members in everything.items():
             mean_intra = (group_mass * split.intra)[members].mean(axis=0)
             mean_inter = float(split.inter[members].mean())
             kl = mean_inter + float(mean_intra.sum())
-            divergence[name][group] = {"kl": kl, "inter": mean_inter, "intra": by_name(mean_intra)}
+            divergence[name][group] = {
+                "kl": kl,
+                "inter": mean_inter,
+                "intra": by_name(mean_intra),
+            }
 
     own_classes = [labels == c for c in range(C)]
-    by_class = np.array([p[members].mean(axis=0) if members.any() else np.zeros(C) for members in own_classes])
+    by_class = np.array(
+        [
+            p[members].mean(axis=0) if members.any() else np.zeros(C)
+            for members in own_classes
+        ]
+    )
     others = np.where(np.eye(C, dtype=bool), -1, by_class)
     empty = [not members.any() for members in own_classes]
 
@@ -89,7 +128,10 @@ def expected(z, labels, student):
         "mass": mass,
         "mass_by_group": mass_by_group,
         "groups": groups,
-        "between": [mean_or_none(100 * MEMBERSHIP[prediction], members) for members in of_group.values()],
+        "between": [
+            mean_or_none(100 * MEMBERSHIP[prediction], members)
+            for members in of_group.values()
+        ],
         "classes": {
             "examples": [int(members.sum()) for members in own_classes],
             "share": [float(members.mean()) for members in own_classes],
@@ -150,8 +192,16 @@ def test_audit_equals_definitions(kind):
 def test_audit_of_a_group_without_examples():
     z, labels = draw(seed=3)
     result = audit(z, np.where(ASSIGNMENT[labels] == 2, 0, labels), z)
-    assert result["groups"]["tail"] == {"examples": 0} and result["groups"]["all"]["examples"] == 97
-    assert result["between"][2] is result["mass_by_group"]["4"][2] is result["divergence"]["4"]["tail"] is None
+    assert (
+        result["groups"]["tail"] == {"examples": 0}
+        and result["groups"]["all"]["examples"] == 97
+    )
+    assert (
+        result["between"][2]
+        is result["mass_by_group"]["4"][2]
+        is result["divergence"]["4"]["tail"]
+        is None
+    )
     assert result["divergence"]["4"]["all"]["kl"] == pytest.approx(0, abs=1e-6)
 
 
@@ -164,7 +214,9 @@ def test_audit_invariances():
     assert_close(audit(z[order], labels[order]), desired)
     for block_size in (1, 97, None):
         numbers = []
-        assert_close(audit(z, labels, block_size=block_size, on_block=numbers.append), desired)
+        assert_close(
+            audit(z, labels, block_size=block_size, on_block=numbers.append), desired
+        )
         assert sum(numbers) == 97
 
 

@@ -23,7 +23,9 @@ CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*lt.py"))
 
 def argument_for(name, argument):
     """Returns the argument, with a data set's name for the config that has none of its own."""
-    return f"{argument},name=birds,subset=exponential" if name == "folderlt" else argument
+    return (
+        f"{argument},name=birds,subset=exponential" if name == "folderlt" else argument
+    )
 
 
 def is_json(tree):
@@ -37,37 +39,76 @@ def test_config_takes_every_method(name):
         values = f"{method},imbalance=20,seed=3,teacher=resnet14,train.lr=0.1"
         spec = resolve(config_of(name, argument_for(name, values)))
         assert (spec.method.name, spec.data.imbalance, spec.seed) == (method, 20.0, 3)
-        assert (spec.teacher.model, spec.train.lr, spec.loss_weighting) == ("resnet14", 0.1, None)
-        assert spec.label == method and spec.name.endswith("-s3") and is_json(spec.identity)
+        assert (spec.teacher.model, spec.train.lr, spec.loss_weighting) == (
+            "resnet14",
+            0.1,
+            None,
+        )
+        assert (
+            spec.label == method
+            and spec.name.endswith("-s3")
+            and is_json(spec.identity)
+        )
         smoke = resolve(config_of(name, argument_for(name, f"{method},smoke")))
-        assert smoke.train.max_steps == smoke.teacher.train.max_steps == 20 and smoke.name.endswith("-smoke")
+        assert (
+            smoke.train.max_steps == smoke.teacher.train.max_steps == 20
+            and smoke.name.endswith("-smoke")
+        )
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_config_takes_learned_weights(name):
     for terms in ("kd", "ltkd", "dkd"):
-        config = config_of(name, argument_for(name, f"bikd,terms={terms},seed=3,lookahead=2,update_every=4"))
+        config = config_of(
+            name,
+            argument_for(name, f"bikd,terms={terms},seed=3,lookahead=2,update_every=4"),
+        )
         # Nothing is there that the run would not use.
-        assert set(config.method) == {"name", "temperature", *(["num_groups"] if terms == "ltkd" else [])}
+        assert set(config.method) == {
+            "name",
+            "temperature",
+            *(["num_groups"] if terms == "ltkd" else []),
+        }
         spec = resolve(config)
         assert (spec.method.name, spec.seed) == (terms, 3)
-        assert (spec.loss_weighting.lookahead, spec.loss_weighting.update_every) == (2, 4)
+        assert (spec.loss_weighting.lookahead, spec.loss_weighting.update_every) == (
+            2,
+            4,
+        )
         assert spec.label == ("bikd" if terms == "kd" else f"bikd over {terms}")
 
 
 @pytest.mark.parametrize(
     "name, n_max, outer_per_class, update_every, outer_loss, hidden",
-    [("cifar100lt", 490, 10, 5, "hard", (64, 64)), ("cifar10lt", 4900, 100, 1, "mix", (64,))],
+    [
+        ("cifar100lt", 490, 10, 5, "hard", (64, 64)),
+        ("cifar10lt", 4900, 100, 1, "mix", (64,)),
+    ],
 )
 def test_bikd_recipe(name, n_max, outer_per_class, update_every, outer_loss, hidden):
     spec = resolve(config_of(name, "bikd"))
     assert (spec.data.n_max, spec.data.outer_per_class) == (n_max, outer_per_class)
     weighting = spec.loss_weighting
-    assert (weighting.update_every, weighting.outer_loss, weighting.hidden) == (update_every, outer_loss, hidden)
-    assert weighting.features == ("student_ce", "teacher_ce") and weighting.lookahead == 1
-    assert (weighting.lr, weighting.weight_decay, weighting.lr_decay) == (1e-3, 1e-4, 0.8)
+    assert (weighting.update_every, weighting.outer_loss, weighting.hidden) == (
+        update_every,
+        outer_loss,
+        hidden,
+    )
+    assert (
+        weighting.features == ("student_ce", "teacher_ce") and weighting.lookahead == 1
+    )
+    assert (weighting.lr, weighting.weight_decay, weighting.lr_decay) == (
+        1e-3,
+        1e-4,
+        0.8,
+    )
     for recipe in (spec.train, spec.teacher.train):
-        assert (recipe.epochs, recipe.batch_size, recipe.lr, recipe.lr_decay) == (120.0, 100, 0.1, 0.1)
+        assert (recipe.epochs, recipe.batch_size, recipe.lr, recipe.lr_decay) == (
+            120.0,
+            100,
+            0.1,
+            0.1,
+        )
         assert (recipe.momentum, recipe.weight_decay) == (0.9, 5e-4)
         assert [round(120 * milestone) for milestone in recipe.milestones] == [80, 100]
     assert spec.method.hyperparameters["temperature"] == 4.0
@@ -77,11 +118,20 @@ def test_recipe_of_a_baseline():
     """By BiKD's recipe it has the same data and the same teacher; without, it has LTKD's recipe."""
     kd = resolve(config_of("cifar100lt", "kd,recipe=bikd"))
     bikd = resolve(config_of("cifar100lt", "bikd"))
-    assert kd.data == bikd.data and kd.train == bikd.train and kd.teacher_hash == bikd.teacher_hash
-    assert longtail.counts(490, bikd.data.imbalance, 100).sum() == 10_626  # the paper's number
+    assert (
+        kd.data == bikd.data
+        and kd.train == bikd.train
+        and kd.teacher_hash == bikd.teacher_hash
+    )
+    assert (
+        longtail.counts(490, bikd.data.imbalance, 100).sum() == 10_626
+    )  # the paper's number
     assert config_of("cifar100lt", "kd").train.epochs == 240.0
     assert config_of("cifar10lt", "kd").data == config_of("cifar10lt", "bikd").data
-    assert config_of("cifar10lt", "kd,recipe=base").train == config_of("cifar100lt", "kd").train
+    assert (
+        config_of("cifar10lt", "kd,recipe=base").train
+        == config_of("cifar100lt", "kd").train
+    )
 
 
 @pytest.mark.parametrize(
@@ -153,7 +203,9 @@ def test_bad_value(key, value):
 )  # fmt: skip
 def test_bad_learned_weights(key, value, message):
     with pytest.raises(ConfigError, match=message) as caught:
-        resolve(changed(config_of("digitslt", "bikd"), **{f"loss_weighting.{key}": value}))
+        resolve(
+            changed(config_of("digitslt", "bikd"), **{f"loss_weighting.{key}": value})
+        )
     assert "loss_weighting" in str(caught.value)
 
 
@@ -165,9 +217,17 @@ def test_bad_learned_weights(key, value, message):
         ("ltkd", {"augment.cutout": 3, "teacher.table": "always"}, "'always'.*views"),
         ("reviewkd", {"teacher.table": "always"}, "'always'.*features"),
         ("ltkd", {"augment.policy": "autoaugment"}, "policy='autoaugment'"),
-        ("ltkd", {"data.stream": True, "data.image_size": 8}, "data.stream=True .*digits"),
+        (
+            "ltkd",
+            {"data.stream": True, "data.image_size": 8},
+            "data.stream=True .*digits",
+        ),
         ("ltkd", {"data.stream": True, "data.name": "birds"}, "data.image_size=0"),
-        ("kd", {"teacher.checkpoint": "x.npz", "teacher.table": "never"}, "x.npz.*'never'"),
+        (
+            "kd",
+            {"teacher.checkpoint": "x.npz", "teacher.table": "never"},
+            "x.npz.*'never'",
+        ),
     ],
 )
 def test_values_that_exclude_each_other(argument, values, message):
@@ -180,7 +240,10 @@ def test_values_that_exclude_each_other(argument, values, message):
     [
         ({"platform": "gpu"}, "platform='gpu' .*8 × cpu"),
         ({"devices": 9}, "devices=9 .* 8 "),
-        ({"train.batch_size": 20}, "train.batch_size=20 .* 8 devices.*config.devices=5"),
+        (
+            {"train.batch_size": 20},
+            "train.batch_size=20 .* 8 devices.*config.devices=5",
+        ),
         ({"teacher.train.batch_size": 20}, "teacher.train.batch_size=20 .* 8 devices"),
         ({"train.batch_size": 20, "devices": 6}, " 6 devices.*config.devices=5"),
     ],
@@ -197,7 +260,11 @@ def test_bad_devices(tmp_path, values, message):
     [
         ("split_seed", {"seed_split": 0}, "'seed_split' .*'split_seed'"),
         ("train", {"train.decay": 0.1}, "'train.decay' .*'train.lr_decay'"),
-        ("loss_weighting", {"weighting.name": "static"}, "'weighting.name' .*'loss_weighting.name'"),
+        (
+            "loss_weighting",
+            {"weighting.name": "static"},
+            "'weighting.name' .*'loss_weighting.name'",
+        ),
         ("train.lr", {"train.ls": 0.1}, "'train.ls'.*'train.lr'"),
         ("data.n_max", {}, "lacks .*'data.n_max'"),
         ("method.name", {}, "lacks .*'method.name'"),
@@ -212,7 +279,9 @@ def test_config_of_another_shape(removed, added, message):
     tree = without(config_of("digitslt").to_dict(), [removed])
     for path, value in added.items():
         *sections, leaf = path.split(".")
-        functools.reduce(lambda node, section: node.setdefault(section, {}), sections, tree)[leaf] = value
+        functools.reduce(
+            lambda node, section: node.setdefault(section, {}), sections, tree
+        )[leaf] = value
     with pytest.raises(ConfigError, match=message):
         resolve(tree)
 
@@ -220,7 +289,11 @@ def test_config_of_another_shape(removed, added, message):
 def test_renamed_keys_exist():
     """Each present name of a key of version 0.1 is one of a config, or short for one."""
     configs = (config_of("digitslt", method) for method in ("bikd", "logit_adjusted"))
-    keys = {key for config in configs for key in flatten(config.to_dict())} | {"tau", "loss_weighting", *common.SHORT}
+    keys = {key for config in configs for key in flatten(config.to_dict())} | {
+        "tau",
+        "loss_weighting",
+        *common.SHORT,
+    }
     for old, new in common.RENAMED.items():
         assert new in keys and names.new_name(new) is None
         with pytest.raises(ConfigError, match=f"'{old}' .*'{new}'"):
@@ -241,10 +314,20 @@ def test_identity_holds_what_is_computed():
         spec = resolve(changed(config_of("digitslt"), **{key: value}))
         assert (spec.hash == base.hash) is same, key
         assert (spec.teacher_hash == base.teacher_hash) is same_teacher, key
-    assert len({resolve(config_of("digitslt", method)).teacher_hash for method in methods.METHODS}) == 1
+    assert (
+        len(
+            {
+                resolve(config_of("digitslt", method)).teacher_hash
+                for method in methods.METHODS
+            }
+        )
+        == 1
+    )
 
 
-@pytest.mark.parametrize("argument", ["ltkd", "bikd,terms=dkd,loss_weighting.scales=(1.0,2.0,3.0)"])
+@pytest.mark.parametrize(
+    "argument", ["ltkd", "bikd,terms=dkd,loss_weighting.scales=(1.0,2.0,3.0)"]
+)
 def test_results_hold_the_whole_config(argument, tmp_path):
     """What `results.json` keeps resolves to the same run."""
     spec = resolve(tiny(tmp_path, argument, **{"data.dir": str(tmp_path)}))
@@ -275,8 +358,13 @@ def test_identity_of_a_teacher_and_held_out_images():
     assert teacher_hash() == teacher_hash(**{"data.outer_per_class": 8})
     assert teacher_hash() == teacher_hash(**{"data.validation_per_class": 3})
     for other in ({"data.n_max": 0}, {"data.subset": "all"}):
-        assert teacher_hash(**other) != teacher_hash(**other, **{"data.outer_per_class": 8})
-    plain, with_outer_set = (dataset.load(resolve(config_of("digitslt", name)).data) for name in ("kd", "bikd"))
+        assert teacher_hash(**other) != teacher_hash(
+            **other, **{"data.outer_per_class": 8}
+        )
+    plain, with_outer_set = (
+        dataset.load(resolve(config_of("digitslt", name)).data)
+        for name in ("kd", "bikd")
+    )
     np.testing.assert_array_equal(with_outer_set.train.keys, plain.train.keys)
 
 

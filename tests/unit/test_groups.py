@@ -11,7 +11,12 @@ from ltkd_jax.groups import ClassGroups
 
 
 def long_tailed_counts(num_classes=100, largest=500, imbalance=100):
-    return np.array([int(largest * imbalance ** (-c / (num_classes - 1))) for c in range(num_classes)])
+    return np.array(
+        [
+            int(largest * imbalance ** (-c / (num_classes - 1)))
+            for c in range(num_classes)
+        ]
+    )
 
 
 def sizes(g):
@@ -20,7 +25,13 @@ def sizes(g):
 
 @pytest.mark.parametrize(
     "num_classes, expected",
-    [(100, [33, 34, 33]), (10, [3, 4, 3]), (200, [66, 68, 66]), (1000, [330, 340, 330]), (3, [1, 1, 1])],
+    [
+        (100, [33, 34, 33]),
+        (10, [3, 4, 3]),
+        (200, [66, 68, 66]),
+        (1000, [330, 340, 330]),
+        (3, [1, 1, 1]),
+    ],
 )
 def test_default_groups_have_the_papers_sizes(num_classes, expected):
     g = ClassGroups.from_counts(np.arange(num_classes, 0, -1))
@@ -36,11 +47,17 @@ def test_groups_follow_the_counts_not_the_labels(seed):
     assignment = np.asarray(ClassGroups.from_counts(counts).assignment)
     head, medium, tail = (counts[assignment == k] for k in range(3))
     # The paper's ranks on CIFAR-100-LT with imbalance 100.
-    assert head.min() == 112 and (medium.max(), medium.min()) == (107, 23) and tail.max() == 22
+    assert (
+        head.min() == 112
+        and (medium.max(), medium.min()) == (107, 23)
+        and tail.max() == 22
+    )
 
 
 def test_ties_go_by_class_index():
-    np.testing.assert_array_equal(ClassGroups.from_counts([5] * 10).assignment, [0] * 3 + [1] * 4 + [2] * 3)
+    np.testing.assert_array_equal(
+        ClassGroups.from_counts([5] * 10).assignment, [0] * 3 + [1] * 4 + [2] * 3
+    )
     g = ClassGroups.from_counts([7, 9, 7, 7], fractions=(0.5, 0.5))
     np.testing.assert_array_equal(g.assignment, [0, 0, 1, 1])
 
@@ -141,11 +158,16 @@ def test_is_a_pytree_of_one_leaf():
     g = ClassGroups.from_counts([1, 2, 3, 4, 5])
     assert [leaf.shape for leaf in jax.tree.leaves(g)] == [(5,)]
     again = jax.tree.map(lambda a: a, g)
-    assert type(again) is ClassGroups and (again.names, again.num_groups) == (g.names, g.num_groups)
+    assert type(again) is ClassGroups and (again.names, again.num_groups) == (
+        g.names,
+        g.num_groups,
+    )
 
 
 def test_goes_through_jit_and_pmap():
-    g = ClassGroups.from_counts(np.arange(8, 0, -1))  # as many classes as devices: a split would go unnoticed
+    g = ClassGroups.from_counts(
+        np.arange(8, 0, -1)
+    )  # as many classes as devices: a split would go unnoticed
 
     def lookup(g, labels):
         assert g.num_groups == 3  # static, also where the assignment is traced
@@ -162,8 +184,15 @@ def test_goes_through_jit_and_pmap():
 
 def test_shots_of_cifar100_lt():
     shots = groups.shots(long_tailed_counts())
-    assert {name: int(mask.sum()) for name, mask in shots.items()} == {"many": 35, "medium": 35, "few": 30}
-    assert all(isinstance(m, np.ndarray) and m.dtype == bool and m.shape == (100,) for m in shots.values())
+    assert {name: int(mask.sum()) for name, mask in shots.items()} == {
+        "many": 35,
+        "medium": 35,
+        "few": 30,
+    }
+    assert all(
+        isinstance(m, np.ndarray) and m.dtype == bool and m.shape == (100,)
+        for m in shots.values()
+    )
 
 
 @pytest.mark.parametrize(
@@ -177,4 +206,6 @@ def test_shots_of_cifar100_lt():
 def test_shots_at_the_bounds(counts, more, expected):
     shots = groups.shots(np.array(counts), **more)
     assert list(shots) == ["many", "medium", "few"]
-    np.testing.assert_array_equal(np.stack(list(shots.values())), np.arange(3)[:, None] == np.array(expected))
+    np.testing.assert_array_equal(
+        np.stack(list(shots.values())), np.arange(3)[:, None] == np.array(expected)
+    )

@@ -23,7 +23,9 @@ def make(per_class=60, num_classes=10, *, order_seed=0):
     return labels[order], keys[order]
 
 
-@pytest.mark.parametrize("size, totals", TOTALS.items(), ids=["cifar100", "cifar10", "tiny_imagenet"])
+@pytest.mark.parametrize(
+    "size, totals", TOTALS.items(), ids=["cifar100", "cifar10", "tiny_imagenet"]
+)
 def test_counts_published_totals(size, totals):
     n_max, num_classes = size
     for imbalance, total in zip(IMBALANCES, totals, strict=True):
@@ -69,9 +71,18 @@ def test_counts_refuses(arguments, message):
 def test_split_sizes_and_types():
     labels, keys = make()
     split = longtail.split(
-        labels, keys, num_classes=10, imbalance=10, outer_per_class=4, validation_per_class=6, seed=1
+        labels,
+        keys,
+        num_classes=10,
+        imbalance=10,
+        outer_per_class=4,
+        validation_per_class=6,
+        seed=1,
     )
-    assert np.bincount(labels[split.train]).tolist() == longtail.counts(50, 10, 10).tolist()
+    assert (
+        np.bincount(labels[split.train]).tolist()
+        == longtail.counts(50, 10, 10).tolist()
+    )
     assert np.bincount(labels[split.outer]).tolist() == [4] * 10
     assert np.bincount(labels[split.validation]).tolist() == [6] * 10
     together = np.concatenate(split)
@@ -84,14 +95,24 @@ def test_split_does_not_depend_on_the_order():
     draws = []
     for order_seed in (0, 1):
         labels, keys = make(order_seed=order_seed)
-        split = longtail.split(labels, keys, num_classes=10, imbalance=20, outer_per_class=3, validation_per_class=3)
+        split = longtail.split(
+            labels,
+            keys,
+            num_classes=10,
+            imbalance=20,
+            outer_per_class=3,
+            validation_per_class=3,
+        )
         draws.append([sorted(keys[indices]) for indices in split])
     assert draws[0] == draws[1]
 
 
 def test_split_seed():
     labels, keys = make()
-    a, b = (longtail.split(labels, keys, num_classes=10, imbalance=20, seed=seed).train for seed in (0, 1))
+    a, b = (
+        longtail.split(labels, keys, num_classes=10, imbalance=20, seed=seed).train
+        for seed in (0, 1)
+    )
     assert len(a) == len(b) and set(a) != set(b)
     again = longtail.split(labels, keys, num_classes=10, imbalance=20, seed=0).train
     np.testing.assert_array_equal(a, again)
@@ -100,7 +121,14 @@ def test_split_seed():
 def test_split_is_frozen():
     """A change of the hash would silently change every reported split."""
     labels, keys = make(4, 2)
-    split = longtail.split(labels, keys, num_classes=2, imbalance=2, outer_per_class=1, validation_per_class=1)
+    split = longtail.split(
+        labels,
+        keys,
+        num_classes=2,
+        imbalance=2,
+        outer_per_class=1,
+        validation_per_class=1,
+    )
     assert sorted(keys[split.train]) == ["train_00000", "train_00001", "train_00004"]
     assert sorted(keys[split.outer]) == ["train_00002", "train_00005"]
     assert sorted(keys[split.validation]) == ["train_00003", "train_00007"]
@@ -108,7 +136,10 @@ def test_split_is_frozen():
 
 def test_split_nested_by_imbalance():
     labels, keys = make()
-    draw = [set(longtail.split(labels, keys, num_classes=10, imbalance=i).train) for i in (1, 10, 20, 50)]
+    draw = [
+        set(longtail.split(labels, keys, num_classes=10, imbalance=i).train)
+        for i in (1, 10, 20, 50)
+    ]
     assert draw[3] < draw[2] < draw[1] < draw[0]
 
 
@@ -116,7 +147,9 @@ def test_split_train_does_not_depend_on_held_out():
     labels, keys = make()
     options = dict(num_classes=10, imbalance=10, n_max=40)
     alone = longtail.split(labels, keys, **options)
-    with_held_out = longtail.split(labels, keys, **options, outer_per_class=10, validation_per_class=10)
+    with_held_out = longtail.split(
+        labels, keys, **options, outer_per_class=10, validation_per_class=10
+    )
     np.testing.assert_array_equal(alone.train, with_held_out.train)
 
 
@@ -124,7 +157,11 @@ def test_split_is_uniform():
     labels, keys = make(20, 1)
     times = np.zeros(20)
     for seed in range(400):
-        times[longtail.split(labels, keys, num_classes=1, imbalance=1, n_max=5, seed=seed).train] += 1
+        times[
+            longtail.split(
+                labels, keys, num_classes=1, imbalance=1, n_max=5, seed=seed
+            ).train
+        ] += 1
     assert times.sum() == 2000
     assert np.abs(times - 100).max() < 5 * np.sqrt(400 * 0.25 * 0.75)
 
@@ -132,7 +169,9 @@ def test_split_is_uniform():
 def test_split_default_n_max():
     labels = np.array([0] * 30 + [1] * 20)
     keys = np.array([str(i) for i in range(50)])
-    split = longtail.split(labels, keys, num_classes=2, imbalance=2, validation_per_class=4)
+    split = longtail.split(
+        labels, keys, num_classes=2, imbalance=2, validation_per_class=4
+    )
     assert np.bincount(labels[split.train]).tolist() == [16, 8]
 
 
@@ -160,7 +199,12 @@ def test_split_small_tail_class():
     ],
 )
 def test_split_refuses(change, message):
-    arguments = dict(labels=np.array([0, 1, 0, 1]), keys=np.array(["a", "b", "c", "d"]), num_classes=2, imbalance=1)
+    arguments = dict(
+        labels=np.array([0, 1, 0, 1]),
+        keys=np.array(["a", "b", "c", "d"]),
+        num_classes=2,
+        imbalance=1,
+    )
     with pytest.raises(ValueError, match=message):
         longtail.split(**arguments | change)
 
@@ -175,9 +219,17 @@ def test_split_listed(tmp_path):
     keys = np.array(["n01_a.JPEG", "n01_b.JPEG", "n02 c.JPEG", "n02_d.JPEG", "e", "f"])
     labels = np.array([0, 0, 1, 1, 0, 1])
     split = longtail.split_listed(listed, labels, keys, num_classes=2)
-    assert split.train.tolist() == [1, 2] and not len(split.outer) and not len(split.validation)
-    split = longtail.split_listed(listed, labels, keys, num_classes=2, outer_per_class=1)
-    assert split.train.tolist() == [1, 2] and np.bincount(labels[split.outer]).tolist() == [1, 1]
+    assert (
+        split.train.tolist() == [1, 2]
+        and not len(split.outer)
+        and not len(split.validation)
+    )
+    split = longtail.split_listed(
+        listed, labels, keys, num_classes=2, outer_per_class=1
+    )
+    assert split.train.tolist() == [1, 2] and np.bincount(
+        labels[split.outer]
+    ).tolist() == [1, 1]
     assert not set(split.outer) & set(split.train)
 
 
@@ -187,7 +239,10 @@ def test_split_listed(tmp_path):
         ("a.JPEG", "list.txt:1: 'a.JPEG'"),
         ("a.JPEG 0\nb.JPEG one", "list.txt:2"),
         ("", "is empty"),
-        ("a.JPEG 0\nx/gone.JPEG 1\nx/gone2.JPEG 1", "'x/gone.JPEG' and 1 more of its 3 images"),
+        (
+            "a.JPEG 0\nx/gone.JPEG 1\nx/gone2.JPEG 1",
+            "'x/gone.JPEG' and 1 more of its 3 images",
+        ),
         ("a.JPEG 1", "'a.JPEG' has label 1, but 0"),
         ("a.JPEG 0\nx/a.JPEG 0", "'x/a.JPEG' is the image 'a.JPEG' again"),
     ],
@@ -201,7 +256,14 @@ def test_list_refused(tmp_path, text, message):
 
 def test_split_without_imbalance():
     labels, keys = np.repeat([0, 1, 2], (9, 5, 3)), np.arange(17).astype(str)
-    split = longtail.split(labels, keys, num_classes=3, imbalance=None, outer_per_class=1, validation_per_class=1)
+    split = longtail.split(
+        labels,
+        keys,
+        num_classes=3,
+        imbalance=None,
+        outer_per_class=1,
+        validation_per_class=1,
+    )
     assert np.bincount(labels[split.train]).tolist() == [7, 3, 1]
     assert len(set(np.concatenate(split))) == 17
     with pytest.raises(ValueError, match="class 2 has only 3 images"):

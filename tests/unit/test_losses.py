@@ -10,7 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import truth
-from helpers.loss_family import assert_close, by_student, close, evaluate, evaluated, select, values
+from helpers.loss_family import (
+    assert_close,
+    by_student,
+    close,
+    evaluate,
+    evaluated,
+    select,
+    values,
+)
 from helpers.truth import BATCHED, FAMILY, B, C, draw
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -25,7 +33,9 @@ TEACHER_LOSSES = select(lambda loss: loss.teacher)
 
 def map_batched(function, *inputs):
     """Applies `function` to the fields that have a batch axis; the first input's others stay."""
-    return truth.Inputs(*(f[0] if axis is None else function(*f) for axis, *f in zip(BATCHED, *inputs)))
+    return truth.Inputs(
+        *(f[0] if axis is None else function(*f) for axis, *f in zip(BATCHED, *inputs))
+    )
 
 
 # --- One body for the whole family --------------------------------------------------------------
@@ -43,16 +53,23 @@ def test_contract():
 def test_bfloat16():
     """The loss of the same values in float32."""
     x = draw("random", masking="examples")
-    low = x._replace(student=jnp.asarray(x.student, jnp.bfloat16), teacher=jnp.asarray(x.teacher, jnp.bfloat16))
+    low = x._replace(
+        student=jnp.asarray(x.student, jnp.bfloat16),
+        teacher=jnp.asarray(x.teacher, jnp.bfloat16),
+    )
     out = jax.jit(values)(low)
     assert all(value.dtype == jnp.float32 for value in out.values())
-    same = x._replace(student=low.student.astype(jnp.float32), teacher=low.teacher.astype(jnp.float32))
+    same = x._replace(
+        student=low.student.astype(jnp.float32), teacher=low.teacher.astype(jnp.float32)
+    )
     assert_close(out, evaluated(same), rtol=1e-6)
 
 
 def test_vmap():
     inputs = [draw("random", masking="examples", seed=seed) for seed in (1, 2)]
-    mapped = jax.jit(jax.vmap(values, in_axes=(BATCHED,)))(map_batched(lambda *a: np.stack(a), *inputs))
+    mapped = jax.jit(jax.vmap(values, in_axes=(BATCHED,)))(
+        map_batched(lambda *a: np.stack(a), *inputs)
+    )
     for number, x in enumerate(inputs):
         assert_close({name: out[number] for name, out in mapped.items()}, evaluated(x))
 
@@ -63,9 +80,15 @@ def test_forward_mode():
 
     @jax.jit
     def tangents(z, v):
-        return {name: jax.jvp(by_student(loss, x), (z,), (v,))[1] for name, loss in FAMILY.items()}
+        return {
+            name: jax.jvp(by_student(loss, x), (z,), (v,))[1]
+            for name, loss in FAMILY.items()
+        }
 
-    expected = {name: np.vdot(gradient, direction) for name, (_, gradient) in evaluate(x).items()}
+    expected = {
+        name: np.vdot(gradient, direction)
+        for name, (_, gradient) in evaluate(x).items()
+    }
     assert_close(tangents(x.student, direction), expected, rtol=1e-4)
 
 
@@ -76,7 +99,9 @@ def test_second_derivative():
     @jax.jit
     def second(x):
         def one(loss):
-            return jax.grad(lambda z: jnp.sum(jax.grad(by_student(loss, x))(z) * direction))(x.student)
+            return jax.grad(
+                lambda z: jnp.sum(jax.grad(by_student(loss, x))(z) * direction)
+            )(x.student)
 
         return {name: one(loss) for name, loss in FAMILY.items()}
 
@@ -84,13 +109,22 @@ def test_second_derivative():
         for case in ("random", "tied", "one_hot", "wide", "uniform_1e4"):
             x = draw(case, masking="examples", dtype=np.float64)
             actual = second(x)
-            up, down = (evaluate(x._replace(student=x.student + s * direction)) for s in (step, -step))
+            up, down = (
+                evaluate(x._replace(student=x.student + s * direction))
+                for s in (step, -step)
+            )
             for name, loss in FAMILY.items():
                 assert np.isfinite(actual[name]).all(), (name, case)
                 # A held factor moves in the differences.
                 if case in ("random", "tied", "one_hot") and not loss.held:
                     expected = (up[name][1] - down[name][1]) / (2 * step)
-                    close(actual[name], expected, rtol=1e-6, atol=1e-7, err_msg=f"{name} {case}")
+                    close(
+                        actual[name],
+                        expected,
+                        rtol=1e-6,
+                        atol=1e-7,
+                        err_msg=f"{name} {case}",
+                    )
 
 
 @pytest.mark.parametrize("grouping", ["thirds", "each"])
@@ -101,9 +135,15 @@ def test_groups_of_all_or_of_each_example(grouping):
 
     @jax.jit
     def all_of_it(x):
-        value, tangent = jax.jvp(by_student(loss, x), (x.student,), (v.astype(x.student.dtype),))
-        gradient, second = jax.jvp(jax.grad(by_student(loss, x)), (x.student,), (v.astype(x.student.dtype),))
-        by_temperature = jax.grad(lambda t: loss.call(losses, x._replace(temperature=t)).sum())(x.temperature)
+        value, tangent = jax.jvp(
+            by_student(loss, x), (x.student,), (v.astype(x.student.dtype),)
+        )
+        gradient, second = jax.jvp(
+            jax.grad(by_student(loss, x)), (x.student,), (v.astype(x.student.dtype),)
+        )
+        by_temperature = jax.grad(
+            lambda t: loss.call(losses, x._replace(temperature=t)).sum()
+        )(x.temperature)
         return value, tangent, gradient, second, by_temperature
 
     for dtype, tolerance in ((np.float64, 1e-12), (np.float32, 2e-5)):
@@ -114,7 +154,13 @@ def test_groups_of_all_or_of_each_example(grouping):
                 for actual, expected in pairs:
                     scale = max(1.0, np.abs(expected).max())
                     assert np.isfinite(actual).all(), case
-                    np.testing.assert_allclose(actual / scale, expected / scale, atol=tolerance, rtol=0, err_msg=case)
+                    np.testing.assert_allclose(
+                        actual / scale,
+                        expected / scale,
+                        atol=tolerance,
+                        rtol=0,
+                        err_msg=case,
+                    )
 
 
 def test_no_gradient_into_the_teacher():
@@ -123,7 +169,7 @@ def test_no_gradient_into_the_teacher():
     @jax.jit
     def derivatives(teacher):
         def one(loss):
-            total = lambda z: loss.call(losses, x._replace(teacher=z)).sum()  # noqa: E731
+            total = lambda z: loss.call(losses, x._replace(teacher=z)).sum()
             return jax.grad(total)(teacher), jax.jvp(total, (teacher,), (teacher,))[1]
 
         return {name: one(loss) for name, loss in TEACHER_LOSSES.items()}
@@ -148,14 +194,21 @@ def test_other_examples_matter():
     """Through the batch's statistics, unless they are masked."""
     x = draw("random", masking="examples")
     keep = x.example_mask
-    masked, unmasked = evaluated(x), evaluated(x._replace(example_mask=np.ones(B, bool)))
+    masked, unmasked = (
+        evaluated(x),
+        evaluated(x._replace(example_mask=np.ones(B, bool))),
+    )
     for name in BATCH_LOSSES:
-        assert masked[name][keep].any() and not np.allclose(masked[name][keep], unmasked[name][keep]), name
+        assert masked[name][keep].any() and not np.allclose(
+            masked[name][keep], unmasked[name][keep]
+        ), name
 
 
 def test_masks_none_and_broadcast():
     x = draw("random")
-    assert_close(jax.jit(values)(x._replace(where=None, example_mask=None)), evaluated(x))
+    assert_close(
+        jax.jit(values)(x._replace(where=None, example_mask=None)), evaluated(x)
+    )
     x = draw("random", masking="classes")
     assert_close(jax.jit(values)(x._replace(where=x.where[0])), evaluated(x))
 
@@ -163,14 +216,21 @@ def test_masks_none_and_broadcast():
 @pytest.mark.parametrize("grouping", ["thirds", "lone"])
 def test_masked_logits_do_not_matter(grouping):
     x = draw("random", masking="classes", grouping=grouping)
-    noise = np.where(x.where, 0, np.array([1e4, -1e4])[np.arange(C) % 2]).astype(np.float32)
-    assert_close(evaluated(x._replace(student=x.student + noise, teacher=x.teacher - noise)), evaluated(x))
+    noise = np.where(x.where, 0, np.array([1e4, -1e4])[np.arange(C) % 2]).astype(
+        np.float32
+    )
+    assert_close(
+        evaluated(x._replace(student=x.student + noise, teacher=x.teacher - noise)),
+        evaluated(x),
+    )
 
 
 def test_shift_invariance():
     """Numbers that float32 holds exactly with and without the offset, so that the losses must agree."""
     x = draw("random", masking="examples")
-    x = x._replace(student=np.round(x.student * 64) / 64, teacher=np.round(x.teacher * 64) / 64)
+    x = x._replace(
+        student=np.round(x.student * 64) / 64, teacher=np.round(x.teacher * 64) / 64
+    )
     offset = np.array([-4096, -64, 0, 1, 64, 4096], np.float32)[:, None]
     shifted = x._replace(student=x.student + offset, teacher=x.teacher - 2 * offset)
     assert_close(evaluated(shifted), evaluated(x), rtol=2e-6, atol=2e-6)
@@ -182,8 +242,14 @@ def test_nonnegative_and_zero_at_equality(case):
         x = draw(case, masking=masking)
         at_equality = evaluated(x._replace(student=x.teacher))
         for name, out in evaluated(x).items():
-            assert (np.asarray(out) >= -2e-5 * FAMILY[name].terms).all(), (name, masking)
-            assert not FAMILY[name].is_kl or (at_equality[name] == 0).all(), (name, masking)
+            assert (np.asarray(out) >= -2e-5 * FAMILY[name].terms).all(), (
+                name,
+                masking,
+            )
+            assert not FAMILY[name].is_kl or (at_equality[name] == 0).all(), (
+                name,
+                masking,
+            )
 
 
 def test_traced_options():
@@ -192,18 +258,30 @@ def test_traced_options():
 
     @jax.jit
     def traced(options):
-        return values(x, {name: dataclasses.replace(FAMILY[name], options=options[name]) for name in options})
+        return values(
+            x,
+            {
+                name: dataclasses.replace(FAMILY[name], options=options[name])
+                for name in options
+            },
+        )
 
     assert_close(traced(options), evaluated(x))
 
 
-@pytest.mark.parametrize("name", sorted({loss.function or loss.name for loss in FAMILY.values()} | {"rebalance"}))
+@pytest.mark.parametrize(
+    "name",
+    sorted({loss.function or loss.name for loss in FAMILY.values()} | {"rebalance"}),
+)
 def test_signature(name):
     """The names, order, kinds and defaults of the contract, which the truth has too; the rest is optional."""
     expected = dict(inspect.signature(getattr(truth, name)).parameters)
     expected.pop("held_logits", None)
     actual = inspect.signature(getattr(losses, name)).parameters
-    actual = {key: parameter.replace(annotation=parameter.empty) for key, parameter in actual.items()}
+    actual = {
+        key: parameter.replace(annotation=parameter.empty)
+        for key, parameter in actual.items()
+    }
     if name in ("rebalance", "rebalanced_inter_group", "ltkd"):
         assert actual.pop("axis_name").default is None
     assert actual == expected
@@ -214,16 +292,23 @@ def test_signature(name):
 
 @jax.jit
 def split(x):
-    return losses.group_kl(x.student, x.teacher, x.groups, temperature=x.temperature, where=x.where)
+    return losses.group_kl(
+        x.student, x.teacher, x.groups, temperature=x.temperature, where=x.where
+    )
 
 
 @pytest.mark.parametrize("grouping", truth.GROUPINGS)
 def test_split_is_the_whole(grouping):
-    for masking, case in itertools.product(truth.MASKINGS, ("random", "underflow", "wide")):
+    for masking, case in itertools.product(
+        truth.MASKINGS, ("random", "underflow", "wide")
+    ):
         x = draw(case, grouping=grouping, masking=masking, temperature=2.0)
         inter, intra, log_mass = split(x)
         assert intra.shape == log_mass.shape == (B, x.groups.num_groups)
-        members = [np.asarray(x.groups.assignment) == group for group in range(x.groups.num_groups)]
+        members = [
+            np.asarray(x.groups.assignment) == group
+            for group in range(x.groups.num_groups)
+        ]
         exists = np.stack([x.where[:, member].any(-1) for member in members], 1)
         np.testing.assert_array_equal(np.isneginf(log_mass), ~exists)
         assert (intra[~exists] == 0).all()
@@ -248,7 +333,9 @@ def identities(x):
     hard_teacher = losses.cross_entropy(t / 2, y, where=x.where)
     tckd, nckd = (losses.dkd(z, t, y, alpha=a, beta=1 - a, **soft) for a in (1, 0))
     inter = losses.rebalanced_inter_group(z, t, x.groups, **batch)
-    intra = jnp.where(x.example_mask, losses.uniform_intra_group(z, t, x.groups, **soft), 0)
+    intra = jnp.where(
+        x.example_mask, losses.uniform_intra_group(z, t, x.groups, **soft), 0
+    )
     return {
         "ltkd is the sum of its parts": (
             losses.ltkd(z, t, x.groups, alpha=0.25, beta=3.0, **batch),
@@ -256,14 +343,23 @@ def identities(x):
         ),
         "TCKD + (1 - p_y) NCKD is KD": (tckd + (1 - jnp.exp(-hard_teacher)) * nckd, kd),
         "the teacher's own power": (losses.dive(z, t, power=1.0, **soft), kd),
-        "power 0: a uniform teacher": (losses.dive(z, t, power=0.0, **soft), losses.kd(z, 0 * t, **soft)),
+        "power 0: a uniform teacher": (
+            losses.dive(z, t, power=0.0, **soft),
+            losses.kd(z, 0 * t, **soft),
+        ),
         "equal weights": (losses.bkd(z, t, jnp.full(C, 3.0), **soft), kd),
         "tau 1": (
             losses.logit_adjusted(z, y, n, tau=1.0, where=x.where),
             losses.balanced_softmax(z, y, n, where=x.where),
         ),
-        "tau 0": (losses.logit_adjusted(z, y, n, tau=0.0, where=x.where), cross_entropy),
-        "equal counts": (losses.balanced_softmax(z, y, jnp.full(C, 7), where=x.where), cross_entropy),
+        "tau 0": (
+            losses.logit_adjusted(z, y, n, tau=0.0, where=x.where),
+            cross_entropy,
+        ),
+        "equal counts": (
+            losses.balanced_softmax(z, y, jnp.full(C, 7), where=x.where),
+            cross_entropy,
+        ),
     }
 
 
@@ -307,7 +403,11 @@ def test_rebalance_of_the_published_batch():
 
 def test_rebalance_in_closed_form():
     mass = batch_with_sums([1.0, 4.0, 3.0], 8)
-    close(np.exp(rebalance(np.log(mass[:1]))), np.full((1, 3), 1 / 3), err_msg="one example")
+    close(
+        np.exp(rebalance(np.log(mass[:1]))),
+        np.full((1, 3), 1 / 3),
+        err_msg="one example",
+    )
     even = batch_with_sums([2.0, 2.0, 2.0], 6)
     close(np.exp(rebalance(np.log(even))), even, rtol=1e-4, err_msg="nothing to do")
     # An underflowing group: its two examples share it as e : 1, whatever its size.
@@ -331,7 +431,10 @@ def test_rebalance_takes_the_split_of_masked_classes():
 @functools.cache
 def sixteen():
     """A batch of 16 over 8 devices, the fourth of which holds padding only."""
-    parts = [draw("random", masking="examples", grouping="lone", seed=seed) for seed in range(3)]
+    parts = [
+        draw("random", masking="examples", grouping="lone", seed=seed)
+        for seed in range(3)
+    ]
     x = map_batched(lambda *a: np.concatenate(a)[:16].copy(), *parts)
     x.example_mask[6:8] = False
     return x
@@ -358,20 +461,34 @@ def test_eight_devices_are_one(how):
     expected = jax.jit(batch_losses_and_gradients)(x)
     on_devices = functools.partial(batch_losses_and_gradients, axis_name="devices")
     mesh = jax.make_mesh((8,), ("devices",), axis_types=(jax.sharding.AxisType.Auto,))
-    specs = truth.Inputs(*(PartitionSpec() if axis is None else PartitionSpec("devices") for axis in BATCHED))
+    specs = truth.Inputs(
+        *(
+            PartitionSpec() if axis is None else PartitionSpec("devices")
+            for axis in BATCHED
+        )
+    )
     if how == "pmap":
         split = map_batched(lambda a: a.reshape((8, 2) + a.shape[1:]), x)
         actual = jax.pmap(on_devices, "devices", in_axes=(BATCHED,))(split)
     elif how == "shard_map":
-        sharding = dict(mesh=mesh, in_specs=(specs,), out_specs=PartitionSpec("devices"), check_vma=False)
+        sharding = dict(
+            mesh=mesh,
+            in_specs=(specs,),
+            out_specs=PartitionSpec("devices"),
+            check_vma=False,
+        )
         actual = jax.jit(jax.shard_map(on_devices, **sharding))(x)
     else:  # one global array: no axis name
         shardings = jax.tree.map(functools.partial(NamedSharding, mesh), specs)
         actual = jax.jit(batch_losses_and_gradients, in_shardings=(shardings,))(x)
-    alone = jax.jit(functools.partial(values, family=BATCH_LOSSES))(map_batched(lambda a: a[:2], x))
+    alone = jax.jit(functools.partial(values, family=BATCH_LOSSES))(
+        map_batched(lambda a: a[:2], x)
+    )
     for name, one_device in expected.items():
         close(actual[name].reshape(one_device.shape), one_device)
-        assert not np.allclose(alone[name], one_device[:2, 0]), "the other devices' examples must matter"
+        assert not np.allclose(alone[name], one_device[:2, 0]), (
+            "the other devices' examples must matter"
+        )
 
 
 # --- Errors -------------------------------------------------------------------------------------
@@ -421,11 +538,16 @@ def test_labels_out_of_range(label):
 def test_labels_as_constants_of_a_jitted_function():
     x = draw("random")
     constants = x._replace(labels=jnp.asarray(x.labels))
-    out = jax.jit(lambda z: values(constants._replace(student=z), LABEL_LOSSES))(x.student)
+    out = jax.jit(lambda z: values(constants._replace(student=z), LABEL_LOSSES))(
+        x.student
+    )
     assert_close(out, evaluated(x))
 
 
-@pytest.mark.parametrize("temperature", [-1, 0.0, np.float32(-1), np.float32(0), jnp.float32(-2), float("nan")])
+@pytest.mark.parametrize(
+    "temperature",
+    [-1, 0.0, np.float32(-1), np.float32(0), jnp.float32(-2), float("nan")],
+)
 def test_temperature_not_positive(temperature):
     with pytest.raises(ValueError, match="must be positive"):
         losses.kd(jnp.zeros((2, 3)), jnp.zeros((2, 3)), temperature=temperature)
@@ -447,5 +569,7 @@ def test_wrong_types_and_counts():
 @pytest.mark.parametrize("size", [1e15, 1e30])
 def test_finite_for_large_logits(size):
     student, teacher = jnp.array([[size, -size, 0.0]]), jnp.array([[-size, size, 0.0]])
-    value, gradient = jax.jit(jax.value_and_grad(lambda z: losses.kd(z, teacher).sum()))(student)
+    value, gradient = jax.jit(
+        jax.value_and_grad(lambda z: losses.kd(z, teacher).sum())
+    )(student)
     assert jnp.isfinite(value) and jnp.isfinite(gradient).all()

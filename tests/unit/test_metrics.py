@@ -36,7 +36,9 @@ def test_summary_is_that_of_numpy():
         assert summary["per_class"][c] == pytest.approx(100 * hit[labels == c].mean())
     assignment = np.asarray(GROUPS.assignment)
     for g, name in enumerate(GROUPS.names):
-        assert summary["groups"][name] == pytest.approx(100 * hit[assignment[labels] == g].mean())
+        assert summary["groups"][name] == pytest.approx(
+            100 * hit[assignment[labels] == g].mean()
+        )
         for h in range(GROUPS.num_groups):
             inside = assignment[logits.argmax(-1)][assignment[labels] == g] == h
             assert summary["confusion"][g][h] == pytest.approx(100 * inside.mean())
@@ -44,29 +46,47 @@ def test_summary_is_that_of_numpy():
     assert summary["shots"]["few"] is None
     mass = softmax(logits).mean(0)
     got = metrics.group_mass(sums, GROUPS)
-    assert got == pytest.approx({n: mass[assignment == g].sum() for g, n in enumerate(GROUPS.names)}, rel=1e-5)
+    assert got == pytest.approx(
+        {n: mass[assignment == g].sum() for g, n in enumerate(GROUPS.names)}, rel=1e-5
+    )
 
 
 def test_calibration_error():
     logits, labels = examples(500, seed=3)
     confidence, hit = softmax(logits).max(-1), logits.argmax(-1) == labels
-    which = np.minimum((confidence * metrics.NUM_BINS).astype(int), metrics.NUM_BINS - 1)
+    which = np.minimum(
+        (confidence * metrics.NUM_BINS).astype(int), metrics.NUM_BINS - 1
+    )
     expected = sum(
-        (which == b).mean() * abs(confidence[which == b].mean() - hit[which == b].mean()) for b in np.unique(which)
+        (which == b).mean()
+        * abs(confidence[which == b].mean() - hit[which == b].mean())
+        for b in np.unique(which)
     )
     sums = eval_sums(logits, labels, np.ones(500, bool))
-    assert metrics.summarize(sums, GROUPS, SHOTS)["ece"] == pytest.approx(100 * expected, rel=1e-4)
+    assert metrics.summarize(sums, GROUPS, SHOTS)["ece"] == pytest.approx(
+        100 * expected, rel=1e-4
+    )
 
 
 def test_padding_and_batches():
     logits, labels = examples()
     whole = eval_sums(logits, labels, np.ones(len(labels), bool))
-    padded, mask = np.pad(logits, ((0, 31), (0, 0)), constant_values=7), np.arange(128) < len(labels)
-    batched = jax.tree.map(lambda x: x.reshape(4, 32, *x.shape[1:]), (padded, np.pad(labels, (0, 31)), mask))
+    padded, mask = (
+        np.pad(logits, ((0, 31), (0, 0)), constant_values=7),
+        np.arange(128) < len(labels),
+    )
+    batched = jax.tree.map(
+        lambda x: x.reshape(4, 32, *x.shape[1:]),
+        (padded, np.pad(labels, (0, 31)), mask),
+    )
     parts = jax.jit(jax.vmap(metrics.eval_sums))(*batched)
     for got, want in zip(parts, whole):
         np.testing.assert_allclose(got.sum(0), want, rtol=1e-5)
-    mapped = jax.pmap(lambda *b: jax.lax.psum(metrics.eval_sums(*b), "d"), axis_name="d", devices=jax.devices()[:4])
+    mapped = jax.pmap(
+        lambda *b: jax.lax.psum(metrics.eval_sums(*b), "d"),
+        axis_name="d",
+        devices=jax.devices()[:4],
+    )
     for got, want in zip(mapped(*batched), whole):
         np.testing.assert_allclose(got[0], want, rtol=1e-5)
 
@@ -80,7 +100,12 @@ def test_class_without_examples():
 
 def bins_of(confidence, hit):
     which = metrics.bin_of(confidence)
-    return np.stack([np.bincount(which, w, metrics.NUM_BINS) for w in (np.ones(len(hit)), confidence, hit)])
+    return np.stack(
+        [
+            np.bincount(which, w, metrics.NUM_BINS)
+            for w in (np.ones(len(hit)), confidence, hit)
+        ]
+    )
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 40, 1000])
@@ -98,7 +123,10 @@ def test_calibration_error_by_chance_of_many_draws():
     rng = np.random.default_rng(0)
     confidence = rng.uniform(0.1, 1, size=300)
     by_chance = metrics.calibration_error_by_chance(bins_of(confidence, confidence))
-    drawn = [metrics.calibration_error(bins_of(confidence, rng.random(300) < confidence)) for _ in range(400)]
+    drawn = [
+        metrics.calibration_error(bins_of(confidence, rng.random(300) < confidence))
+        for _ in range(400)
+    ]
     assert by_chance == pytest.approx(np.mean(drawn), rel=0.05)
 
 

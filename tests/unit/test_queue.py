@@ -28,19 +28,31 @@ def queue_file(tmp_path, *runs, **shared):
 
 
 def queue_of(tmp_path, *runs):
-    return queue_runner.Queue(read_queue(queue_file(tmp_path, *runs)), queue_runner.Results(tmp_path / "r"), tmp_path)
+    return queue_runner.Queue(
+        read_queue(queue_file(tmp_path, *runs)),
+        queue_runner.Results(tmp_path / "r"),
+        tmp_path,
+    )
 
 
 def exit_status(tmp_path, *arguments):
     with pytest.raises(SystemExit) as caught:
-        reproduce.main([*arguments, f"--results={tmp_path / 'results'}", f"--runs={tmp_path / 'runs'}"])
+        reproduce.main(
+            [
+                *arguments,
+                f"--results={tmp_path / 'results'}",
+                f"--runs={tmp_path / 'runs'}",
+            ]
+        )
     return caught.value.code
 
 
 @pytest.fixture
 def fake_run(monkeypatch):
     """Returns a function that replaces training by a function of the specification."""
-    return lambda result: monkeypatch.setattr(run, "run", lambda spec, workdir, **_: result(spec))
+    return lambda result: monkeypatch.setattr(
+        run, "run", lambda spec, workdir, **_: result(spec)
+    )
 
 
 def fail_with(error):
@@ -65,17 +77,35 @@ def test_project_queues_are_readable():
     "content, message",
     [
         ("{", "cannot read the queue"),
-        ('{"runs": [{"config": "configs/digitslt.py", "sets": {}}]}', "unknown key 'sets'"),
-        ('{"runs": [{"config": "configs/digitslt.py", "set": 3}]}', "cannot read the queue"),
+        (
+            '{"runs": [{"config": "configs/digitslt.py", "sets": {}}]}',
+            "unknown key 'sets'",
+        ),
+        (
+            '{"runs": [{"config": "configs/digitslt.py", "set": 3}]}',
+            "cannot read the queue",
+        ),
         ('{"runs": [{"seeds": [0]}]}', "lacks the key 'config'"),
-        ('{"runs": [{"config": "configs/digitslt.py", "best_of": "x"}]}', "no run's group"),
-        ('{"runs": [{"config": "configs/digitslt.py", "group": "x", "best_of": "x"}]}', "group 'x'"),
+        (
+            '{"runs": [{"config": "configs/digitslt.py", "best_of": "x"}]}',
+            "no run's group",
+        ),
+        (
+            '{"runs": [{"config": "configs/digitslt.py", "group": "x", "best_of": "x"}]}',
+            "group 'x'",
+        ),
         ('{"runs": [{"config": 3}]}', "must be configs/"),
         ('{"runs": [{"config": "README.md"}]}', "must be configs/"),
         ('{"runs": [{"config": "configs/none.py"}]}', "no config file"),
         ('{"runs": [{"config": "configs/digits_lt.py"}]}', "configs/digitslt.py"),
-        ('{"runs": [{"config": "configs/digitslt.py", "set": {"train.lrr": 1}}]}', "train.lrr"),
-        ('{"runs": [{"config": "configs/digitslt.py"}], "set": {"seed_split": 1}}', "split_seed"),
+        (
+            '{"runs": [{"config": "configs/digitslt.py", "set": {"train.lrr": 1}}]}',
+            "train.lrr",
+        ),
+        (
+            '{"runs": [{"config": "configs/digitslt.py"}], "set": {"seed_split": 1}}',
+            "split_seed",
+        ),
     ],
 )
 def test_bad_queue_is_refused(tmp_path, content, message):
@@ -87,39 +117,70 @@ def test_bad_queue_is_refused(tmp_path, content, message):
 @pytest.mark.parametrize("number", ["0", "auto", "-1"])
 def test_num_workers_is_a_number(tmp_path, capsys, number):
     assert exit_status(tmp_path, queue_file(tmp_path), f"--num_workers={number}") == 2
-    assert "--num_workers" in capsys.readouterr().err and not (tmp_path / "runs").exists()
+    assert (
+        "--num_workers" in capsys.readouterr().err and not (tmp_path / "runs").exists()
+    )
 
 
 def test_entry_overrides_the_chosen_hyperparameters():
     entry = QueueEntry(f"{DIGITS}:ltkd", {"method.beta": 0.0}, 7, None, "search")
-    spec = entry.resolve({"config": {"method": {"name": "ltkd", "alpha": 4.0, "beta": 2.0}}})
-    assert (spec.config["method"]["alpha"], spec.config["method"]["beta"], spec.seed) == (4.0, 0.0, 7)
+    spec = entry.resolve(
+        {"config": {"method": {"name": "ltkd", "alpha": 4.0, "beta": 2.0}}}
+    )
+    assert (
+        spec.config["method"]["alpha"],
+        spec.config["method"]["beta"],
+        spec.seed,
+    ) == (4.0, 0.0, 7)
     words = entry.command(spec).split()
-    assert {"--config.method.alpha=4.0", "--config.method.beta=0.0", "--config.seed=7"} <= set(words)
+    assert {
+        "--config.method.alpha=4.0",
+        "--config.method.beta=0.0",
+        "--config.seed=7",
+    } <= set(words)
 
 
 def test_best_of_gives_the_hyperparameters_of_learned_weights():
-    best = {"config": {"method": {"name": "kd", "temperature": 2.0}, "loss_weighting": {"name": "bilevel", "lr": 0.01}}}
+    best = {
+        "config": {
+            "method": {"name": "kd", "temperature": 2.0},
+            "loss_weighting": {"name": "bilevel", "lr": 0.01},
+        }
+    }
     entry = QueueEntry(f"{DIGITS}:bikd,terms=ltkd", {}, seed=1, best_of="search")
     spec = entry.resolve(best)
     assert (spec.config["method"]["temperature"], spec.loss_weighting.lr) == (2.0, 0.01)
     assert "--config.loss_weighting.lr=0.01" in entry.command(spec).split()
     static = QueueEntry(f"{DIGITS}:kd", {}, seed=1, best_of="search").resolve(best)
-    assert static.loss_weighting is None and static.config["method"]["temperature"] == 2.0
+    assert (
+        static.loss_weighting is None and static.config["method"]["temperature"] == 2.0
+    )
 
 
 def test_group_without_validation_cannot_be_chosen_from(tmp_path):
-    queue = queue_of(tmp_path, {"config": DIGITS, "group": "g"}, {"config": DIGITS, "best_of": "g", "seeds": [1]})
+    queue = queue_of(
+        tmp_path,
+        {"config": DIGITS, "group": "g"},
+        {"config": DIGITS, "best_of": "g", "seeds": [1]},
+    )
     entry, waiting = queue.missing()
     assert not queue.run(waiting, StopRequest())
-    queue_runner.Results(tmp_path / "r").add(queue.spec(entry), {"validation": None}, "g")
+    queue_runner.Results(tmp_path / "r").add(
+        queue.spec(entry), {"validation": None}, "g"
+    )
     with pytest.raises(ConfigError, match="data.validation_per_class"):
         queue.spec(waiting)
 
 
 def test_teacher_is_shared_by_the_runs_that_read_its_table(tmp_path):
-    queue = queue_of(tmp_path, {"config": f"{DIGITS}:kd", "seeds": [0, 1]}, {"config": f"{DIGITS}:ce"})
-    assert {queue.spec(entry).config["teacher"]["table_runs"] for entry in queue.missing()} == {2}
+    queue = queue_of(
+        tmp_path,
+        {"config": f"{DIGITS}:kd", "seeds": [0, 1]},
+        {"config": f"{DIGITS}:ce"},
+    )
+    assert {
+        queue.spec(entry).config["teacher"]["table_runs"] for entry in queue.missing()
+    } == {2}
 
 
 def test_changed_default_is_a_run_to_do(tmp_path, capsys):
@@ -129,7 +190,12 @@ def test_changed_default_is_a_run_to_do(tmp_path, capsys):
         queue_runner.Results(tmp_path / "r").add(queue.spec(entry), {}, None)
         assert not queue.missing()
     assert len(list((tmp_path / "r").glob("*.json"))) == 2
-    assert exit_status(tmp_path, queue_file(tmp_path, {"config": f"{DIGITS}:ce"}), "--list") == 0
+    assert (
+        exit_status(
+            tmp_path, queue_file(tmp_path, {"config": f"{DIGITS}:ce"}), "--list"
+        )
+        == 0
+    )
     assert capsys.readouterr().out.startswith(f"{DIGITS}:ce seed=0")
 
 
@@ -144,7 +210,7 @@ def test_runs_of_another_process_are_left_to_it_and_taken_over(tmp_path, fake_ru
         if len(attempts) == 3:
             results.add(queue.spec(queue.missing()[0]), {"by": "another"}, None)
         if attempts.count(spec.seed) == 1:
-            raise run.InUse("in use")
+            raise run.InUseError("in use")
         return {"by": "this"}
 
     fake_run(result)
@@ -160,7 +226,12 @@ def test_exit_status_of_a_stopped_queue(tmp_path, fake_run, options, status):
         raise Stopped("stopped by SIGTERM")
 
     fake_run(stopped)
-    assert exit_status(tmp_path, queue_file(tmp_path, {"config": f"{DIGITS}:ce"}), *options) == status
+    assert (
+        exit_status(
+            tmp_path, queue_file(tmp_path, {"config": f"{DIGITS}:ce"}), *options
+        )
+        == status
+    )
 
 
 def test_signal_in_the_last_step_of_a_run_stops_the_queue(tmp_path, fake_run):
@@ -173,12 +244,17 @@ def test_signal_in_the_last_step_of_a_run_stops_the_queue(tmp_path, fake_run):
     stop = StopRequest()
     with stop.listening():
         assert queue_runner.run_missing(queue, stop) == 0
-    assert stop.signal == signal.SIGTERM and [result["seed"] for result in queue.results()] == [0]
+    assert stop.signal == signal.SIGTERM and [
+        result["seed"] for result in queue.results()
+    ] == [0]
 
 
 def test_entry_that_waits_for_a_failed_group_is_reported(tmp_path, capsys, fake_run):
     fake_run(fail_with(ConfigError("no such thing")))
-    runs = {"config": DIGITS, "group": "search"}, {"config": DIGITS, "best_of": "search"}
+    runs = (
+        {"config": DIGITS, "group": "search"},
+        {"config": DIGITS, "best_of": "search"},
+    )
     assert exit_status(tmp_path, queue_file(tmp_path, *runs)) == 1
     errors = capsys.readouterr().err
     assert "no such thing" in errors and "'search'" in errors
@@ -187,13 +263,24 @@ def test_entry_that_waits_for_a_failed_group_is_reported(tmp_path, capsys, fake_
 def test_worker_sees_one_device():
     gpus = workers.Machine("gpu", 2)
     assert gpus.environment(1, {"A": "b"}) == {"A": "b", "CUDA_VISIBLE_DEVICES": "1"}
-    assert gpus.environment(1, {"CUDA_VISIBLE_DEVICES": "4,6"})["CUDA_VISIBLE_DEVICES"] == "6"
-    environments = [workers.Machine("tpu", 4).environment(slot, {}) for slot in range(4)]
-    for name in ("TPU_VISIBLE_DEVICES", "TPU_MESH_CONTROLLER_PORT", "TPU_MESH_CONTROLLER_ADDRESS"):
+    assert (
+        gpus.environment(1, {"CUDA_VISIBLE_DEVICES": "4,6"})["CUDA_VISIBLE_DEVICES"]
+        == "6"
+    )
+    environments = [
+        workers.Machine("tpu", 4).environment(slot, {}) for slot in range(4)
+    ]
+    for name in (
+        "TPU_VISIBLE_DEVICES",
+        "TPU_MESH_CONTROLLER_PORT",
+        "TPU_MESH_CONTROLLER_ADDRESS",
+    ):
         assert len({environment[name] for environment in environments}) == 4
 
 
-@pytest.mark.parametrize("action, failed", [("time.sleep(60)", 0), ("sys.exit(75)", 0), ("sys.exit(3)", 2)])
+@pytest.mark.parametrize(
+    "action, failed", [("time.sleep(60)", 0), ("sys.exit(75)", 0), ("sys.exit(3)", 2)]
+)
 def test_workers_end(tmp_path, action, failed):
     """A signal to the parent is passed on, and a worker that it ends has not failed."""
     code = f"import sys, time; print('up', flush=True); {action}"
@@ -208,7 +295,12 @@ def test_workers_end(tmp_path, action, failed):
     if "sleep" in action:
         threading.Thread(target=stop_when_up, daemon=True).start()
     command = [sys.executable, "-c", code]
-    assert workers.run(command, workers.Machine("cpu", 2), 2, tmp_path, lambda: 1, StopRequest()) == failed
+    assert (
+        workers.run(
+            command, workers.Machine("cpu", 2), 2, tmp_path, lambda: 1, StopRequest()
+        )
+        == failed
+    )
     assert signal.getsignal(signal.SIGTERM) is handler
 
 

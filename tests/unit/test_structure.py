@@ -12,7 +12,11 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 LIBRARY = sorted((ROOT / "ltkd_jax").rglob("*.py"))
-PROJECT = LIBRARY + sorted((ROOT / "experiments").rglob("*.py")) + sorted((ROOT / "configs").glob("*.py"))
+PROJECT = (
+    LIBRARY
+    + sorted((ROOT / "experiments").rglob("*.py"))
+    + sorted((ROOT / "configs").glob("*.py"))
+)
 
 # What each part may import of its own package, beside itself.
 GROUND = {"files", "names", "signals"}
@@ -28,7 +32,16 @@ LIBRARY_RULES = {
     "models": GROUND,
     "data": {"groups", *GROUND},
     "bias": {"data", "groups", "losses", "metrics"},
-    "training": {"bilevel", "data", "groups", "losses", "methods", "metrics", "models", *GROUND},
+    "training": {
+        "bilevel",
+        "data",
+        "groups",
+        "losses",
+        "methods",
+        "metrics",
+        "models",
+        *GROUND,
+    },
 }
 EXPERIMENTS_RULES = {
     "provenance": set(),
@@ -40,7 +53,13 @@ EXPERIMENTS_RULES = {
     "audit": {"config", "trainer", "reporting", "runtime"},
     "benchmark": {"config", "trainer", "reporting", "provenance", "runtime"},
 }
-COMMANDS = {"main", "sweep", "reproduce", "report", "tensorboard"}  # may import all, and nothing imports them
+COMMANDS = {
+    "main",
+    "sweep",
+    "reproduce",
+    "report",
+    "tensorboard",
+}  # may import all, and nothing imports them
 
 
 def name_of(path):
@@ -66,41 +85,65 @@ def imports(path):
     return modules
 
 
-@pytest.mark.parametrize("package, rules", [("ltkd_jax", LIBRARY_RULES), ("experiments", EXPERIMENTS_RULES)])
+@pytest.mark.parametrize(
+    "package, rules", [("ltkd_jax", LIBRARY_RULES), ("experiments", EXPERIMENTS_RULES)]
+)
 def test_imports_of_each_part(package, rules):
     for name, path in MODULES.items():
         part = name.split(".")[1] if name.startswith(f"{package}.") else None
         if part is None or package == "experiments" and part in COMMANDS:
             continue
         assert part in rules, f"{part} is new: say above what it may import"
-        imported = {other.split(".")[1] for other in imports(path) if other.startswith(f"{package}.")}
+        imported = {
+            other.split(".")[1]
+            for other in imports(path)
+            if other.startswith(f"{package}.")
+        }
         forbidden = imported - rules[part] - {part}
         assert not forbidden, f"{path.relative_to(ROOT)} imports {sorted(forbidden)}"
 
 
 @pytest.mark.parametrize(
     "package, foreign",
-    [("ltkd_jax", {"configs", "experiments", "matplotlib", "ml_collections"}), ("configs", {"experiments"})],
+    [
+        ("ltkd_jax", {"configs", "experiments", "matplotlib", "ml_collections"}),
+        ("configs", {"experiments"}),
+    ],
 )
 def test_imports_of_other_packages(package, foreign):
     for name, path in MODULES.items():
         packages = {other.split(".")[0] for other in imports(path)}
-        assert not (name.split(".")[0] == package and packages & foreign), f"{name} imports {packages & foreign}"
+        assert not (name.split(".")[0] == package and packages & foreign), (
+            f"{name} imports {packages & foreign}"
+        )
 
 
 def test_no_import_circle():
     """Imports inside functions included."""
-    graph = {name: {other for other in imports(path) if other != name} for name, path in MODULES.items()}
+    graph = {
+        name: {other for other in imports(path) if other != name}
+        for name, path in MODULES.items()
+    }
     graphlib.TopologicalSorter(graph).prepare()  # a CycleError names the circle
 
 
 def test_only_a_main_prints():
     for path in LIBRARY:
         tree = ast.parse(path.read_text())
-        mains = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "main"]
+        mains = [
+            node
+            for node in tree.body
+            if isinstance(node, ast.FunctionDef) and node.name == "main"
+        ]
         allowed = {id(node) for main in mains for node in ast.walk(main)}
-        calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and id(node) not in allowed]
-        lines = [call.lineno for call in calls if getattr(call.func, "id", "") == "print"]
+        calls = [
+            node
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Call) and id(node) not in allowed
+        ]
+        lines = [
+            call.lineno for call in calls if getattr(call.func, "id", "") == "print"
+        ]
         assert not lines or path.stem == "__main__", f"{path} prints in lines {lines}"
 
 
@@ -125,7 +168,9 @@ try:
 except ModuleNotFoundError:
     print("fine")
 """
-    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT
+    )
     assert process.stdout.strip() == "fine", process.stderr
 
 

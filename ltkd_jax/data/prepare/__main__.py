@@ -36,15 +36,27 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("dataset", choices=recipes.DATASETS)
-    parser.add_argument("--data_dir", help="TFDS's directory (default: $TFDS_DATA_DIR, or ~/tensorflow_datasets)")
-    parser.add_argument("--source", metavar="PATH", help="a local archive or folder; without it, one is downloaded")
-    parser.add_argument("--name", help="of your own data set, for `folder`: what config.data.name is then set to")
+    parser.add_argument(
+        "--data_dir",
+        help="TFDS's directory (default: $TFDS_DATA_DIR, or ~/tensorflow_datasets)",
+    )
+    parser.add_argument(
+        "--source",
+        metavar="PATH",
+        help="a local archive or folder; without it, one is downloaded",
+    )
+    parser.add_argument(
+        "--name",
+        help="of your own data set, for `folder`: what config.data.name is then set to",
+    )
     parser.add_argument(
         "--test_per_class", type=int, default=0, metavar="N",
         help="images of each class to hold out for the test; a `folder` without train and test needs it",
     )  # fmt: skip
     parser.add_argument(
-        "--skip_damaged", action="store_true", help="leave out images that do not decode, and name them"
+        "--skip_damaged",
+        action="store_true",
+        help="leave out images that do not decode, and name them",
     )
     args = parser.parse_args(argv)
     if args.dataset == "folder" and not (args.name and args.source):
@@ -67,7 +79,13 @@ def _prepare(args: argparse.Namespace) -> None:
         if args.source:
             print("nothing was read; to prepare it again, remove that folder first")
         return
-    path = recipes.prepare(recipe, data_dir, args.source, skip_damaged=args.skip_damaged, show_progress=True)
+    path = recipes.prepare(
+        recipe,
+        data_dir,
+        args.source,
+        skip_damaged=args.skip_damaged,
+        show_progress=True,
+    )
     print(f"{name} is prepared: {path}")
     for split, info in records.open_builder(name, data_dir).info.splits.items():
         print(f"  {split}: {info.num_examples:,} images")
@@ -86,7 +104,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with signals.handled(_interrupt):
             _prepare(args)
-    except (archives.ArchiveError, download.DownloadError, PrepareError, records.DatasetNotPrepared, OSError) as error:
+    except (
+        archives.ArchiveError,
+        download.DownloadError,
+        PrepareError,
+        records.DatasetNotPreparedError,
+        OSError,
+    ) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -13,7 +13,9 @@ import numpy as np
 
 from ltkd_jax import files
 
-MAX_FILE = 1 << 28  # bytes; no official file has more, so that what is cut off here fails its checksum
+MAX_FILE = (
+    1 << 28
+)  # bytes; no official file has more, so that what is cut off here fails its checksum
 _REMEDY = "get the official file again, by running without --source or from the data set's home page"
 
 
@@ -57,14 +59,20 @@ class Cifar:
 
 CIFAR100 = Cifar(
     splits={"train": ("train",), "test": ("test",)},
-    binary_names={"coarse_label": "coarse_label_names.txt", "label": "fine_label_names.txt"},
+    binary_names={
+        "coarse_label": "coarse_label_names.txt",
+        "label": "fine_label_names.txt",
+    },
     binary_sha256="58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec",
     pickle_names={"coarse_label": "coarse_label", "label": "fine_label"},
     pickle_meta="meta",
     pickle_sha256="85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7",
 )
 CIFAR10 = Cifar(
-    splits={"train": tuple(f"data_batch_{i}" for i in range(1, 6)), "test": ("test_batch",)},
+    splits={
+        "train": tuple(f"data_batch_{i}" for i in range(1, 6)),
+        "test": ("test_batch",),
+    },
     binary_names={"label": "batches.meta.txt"},
     binary_sha256="c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
     pickle_names={"label": "label"},
@@ -89,7 +97,9 @@ def read_cifar(source: pathlib.Path, cifar: Cifar) -> Content:
     try:
         digest = files.sha256(source)
     except OSError as error:
-        raise ArchiveError(f"{source} cannot be read ({error.strerror}); give the path of the archive") from error
+        raise ArchiveError(
+            f"{source} cannot be read ({error.strerror}); give the path of the archive"
+        ) from error
     if digest not in (cifar.binary_sha256, cifar.pickle_sha256):
         raise ArchiveError(
             f"{source} is not the official archive: sha256 expected {cifar.binary_sha256} (binary) or "
@@ -115,7 +125,9 @@ def read_cifar(source: pathlib.Path, cifar: Cifar) -> Content:
     else:
         meta = pickle.loads(contents[cifar.pickle_meta], encoding="bytes")
         for label, name in cifar.pickle_names.items():
-            class_names[label] = tuple(class_name.decode() for class_name in meta[f"{name}_names".encode()])
+            class_names[label] = tuple(
+                class_name.decode() for class_name in meta[f"{name}_names".encode()]
+            )
     return Content(splits, class_names)
 
 
@@ -130,7 +142,10 @@ def _parse_records(data: bytes, cifar: Cifar) -> dict[str, np.ndarray]:
 def _parse_pickle(data: bytes, cifar: Cifar) -> dict[str, np.ndarray]:
     """Returns labels and planes of a pickled dictionary, whose keys are byte strings of Python 2."""
     batch = pickle.loads(data, encoding="bytes")
-    arrays = {label: np.asarray(batch[f"{name}s".encode()]) for label, name in cifar.pickle_names.items()}
+    arrays = {
+        label: np.asarray(batch[f"{name}s".encode()])
+        for label, name in cifar.pickle_names.items()
+    }
     return {**arrays, "image": batch[b"data"]}
 
 
@@ -144,7 +159,9 @@ def read_idx(source: pathlib.Path, sha256: dict[str, str]) -> Content:
     Raises:
       ArchiveError: a file is missing or is not the expected one.
     """
-    contents = _read_folder(source, sha256) if source.is_dir() else _read_tar(source, sha256)
+    contents = (
+        _read_folder(source, sha256) if source.is_dir() else _read_tar(source, sha256)
+    )
     missing = sorted(set(sha256) - set(contents))
     if missing:
         raise ArchiveError(f"{source} has no file {', '.join(missing)}; {_REMEDY}")
@@ -153,11 +170,17 @@ def read_idx(source: pathlib.Path, sha256: dict[str, str]) -> Content:
         try:
             with gzip.open(io.BytesIO(contents[name])) as file:
                 content = file.read(MAX_FILE)
-        except Exception as error:  # whatever the decompressor raises for a damaged file
-            raise ArchiveError(f"{source}: {name} is truncated or damaged ({error}); {_REMEDY}") from error
+        except (
+            Exception
+        ) as error:  # whatever the decompressor raises for a damaged file
+            raise ArchiveError(
+                f"{source}: {name} is truncated or damaged ({error}); {_REMEDY}"
+            ) from error
         digest = hashlib.sha256(content).hexdigest()
         if digest != sha256[name]:
-            raise ArchiveError(f"{source}: sha256 of {name} expected {sha256[name]}, found {digest}; {_REMEDY}")
+            raise ArchiveError(
+                f"{source}: sha256 of {name} expected {sha256[name]}, found {digest}; {_REMEDY}"
+            )
         arrays[name] = _parse_idx(content)
     splits = {}
     for split, prefix in (("train", "train"), ("test", "t10k")):
@@ -176,7 +199,9 @@ def _read_folder(folder: pathlib.Path, names: Collection[str]) -> dict[str, byte
     return contents
 
 
-def _read_tar(path: pathlib.Path, names: Collection[str] | None = None) -> dict[str, bytes]:
+def _read_tar(
+    path: pathlib.Path, names: Collection[str] | None = None
+) -> dict[str, bytes]:
     """Returns the contents of the named files in a tar archive, or of all, by their names without a folder."""
     try:
         contents = {}
@@ -190,7 +215,9 @@ def _read_tar(path: pathlib.Path, names: Collection[str] | None = None) -> dict[
                     contents[name] = file.read(MAX_FILE)
         return contents
     except Exception as error:  # whatever the parser of a damaged archive raises
-        raise ArchiveError(f"{path} is truncated or cannot be read ({error}); {_REMEDY}") from error
+        raise ArchiveError(
+            f"{path} is truncated or cannot be read ({error}); {_REMEDY}"
+        ) from error
 
 
 def _parse_idx(data: bytes) -> np.ndarray:

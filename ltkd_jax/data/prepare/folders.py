@@ -15,9 +15,15 @@ from ltkd_jax.data.prepare.archives import ArchiveError
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
 _TEST_NAMES = ("test", "val", "valid", "validation")
-_HIDDEN = (".", "__MACOSX")  # how names begin that are passed over; the second is what macOS adds to its archives
+_HIDDEN = (
+    ".",
+    "__MACOSX",
+)  # how names begin that are passed over; the second is what macOS adds to its archives
 _MAX_FILE = 256 << 20  # bytes
-_COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # others expand without a bound
+_COMPRESSIONS = (
+    zipfile.ZIP_STORED,
+    zipfile.ZIP_DEFLATED,
+)  # others expand without a bound
 _TEST_SEED = 20_240_601  # a constant: what is held out for the test is the same at every preparation
 
 
@@ -33,7 +39,9 @@ class Entry:
         try:
             self.id.encode()
         except UnicodeEncodeError:
-            raise ArchiveError(f"the name of image {self.id!r} is not UTF-8: rename it") from None
+            raise ArchiveError(
+                f"the name of image {self.id!r} is not UTF-8: rename it"
+            ) from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +59,15 @@ def _walk(root: pathlib.Path) -> Iterator[str]:
         raise ArchiveError(f"{error.filename} cannot be read ({error.strerror})")
 
     for folder, names, files in os.walk(root, followlinks=True, onerror=refuse):
-        above = {os.path.realpath(parent) for parent in (folder, *map(str, pathlib.Path(folder).parents))}
-        names[:] = [name for name in names if os.path.realpath(os.path.join(folder, name)) not in above]
+        above = {
+            os.path.realpath(parent)
+            for parent in (folder, *map(str, pathlib.Path(folder).parents))
+        }
+        names[:] = [
+            name
+            for name in names
+            if os.path.realpath(os.path.join(folder, name)) not in above
+        ]
         parent = pathlib.Path(folder).relative_to(root)
         yield from ((parent / name).as_posix() for name in files)
         yield from (f"{(parent / name).as_posix()}/" for name in names)
@@ -100,17 +115,23 @@ class Tree:
             else:
                 info = self._zip.getinfo(name)
                 if info.compress_type not in _COMPRESSIONS:
-                    raise ArchiveError(f"{self}: {name} is compressed in an unusual way: unpack it and give the folder")
+                    raise ArchiveError(
+                        f"{self}: {name} is compressed in an unusual way: unpack it and give the folder"
+                    )
                 size = info.file_size
             if size > _MAX_FILE:
-                raise ArchiveError(f"{self}: {name} has {size} bytes, and at most {_MAX_FILE} are read")
+                raise ArchiveError(
+                    f"{self}: {name} has {size} bytes, and at most {_MAX_FILE} are read"
+                )
             # So many bytes and no more: a zip may hold more than it declares, and a device has no end.
             with path.open("rb") if self._zip is None else self._zip.open(name) as file:
                 return file.read(size)
         except ArchiveError:
             raise
         except Exception as error:  # whatever the decompressor of a damaged file raises
-            raise ArchiveError(f"{self}: {name} cannot be read ({error}); get it again") from error
+            raise ArchiveError(
+                f"{self}: {name} cannot be read ({error}); get it again"
+            ) from error
 
     def by_class(self, folder: str, below: str = "") -> dict[str, list[str]]:
         """Returns the image files at any depth below `folder/CLASS/below`, by CLASS."""
@@ -119,13 +140,20 @@ class Tree:
             rest = name.removeprefix(folder)
             class_name, _, file = rest.partition("/")
             hidden = any(part.startswith(_HIDDEN) for part in rest.split("/"))
-            if name.startswith(folder) and not hidden and file.startswith(below) and _is_image(file):
+            if (
+                name.startswith(folder)
+                and not hidden
+                and file.startswith(below)
+                and _is_image(file)
+            ):
                 files.setdefault(class_name, []).append(name)
         return files
 
     def folders(self, folder: str = "") -> set[str]:
         """Returns the names of the folders in a folder, empty ones too."""
-        paths = [name.removeprefix(folder) for name in self.names if name.startswith(folder)]
+        paths = [
+            name.removeprefix(folder) for name in self.names if name.startswith(folder)
+        ]
         names = {path.partition("/")[0] for path in paths if "/" in path}
         return {name for name in names if not name.startswith(_HIDDEN)}
 
@@ -144,16 +172,22 @@ def own(source: str | os.PathLike[str], *, test_per_class: int = 0) -> Files:
       ArchiveError: no class, one without images, classes that differ between training and test, or no test.
     """
     tree, base = Tree(source), ""
-    while len(top := tree.folders(base)) == 1:  # an archive often holds one folder with everything in it
+    while (
+        len(top := tree.folders(base)) == 1
+    ):  # an archive often holds one folder with everything in it
         base += f"{top.pop()}/"
-    split = {name.lower(): name for name in top if name.lower() in ("train", *_TEST_NAMES)}
+    split = {
+        name.lower(): name for name in top if name.lower() in ("train", *_TEST_NAMES)
+    }
     test = next((split[name] for name in _TEST_NAMES if name in split), None)
     if "train" in split and test:
         names, train = _list_classes(tree, f"{base}{split['train']}/")
         test_names, test_entries = _list_classes(tree, f"{base}{test}/")
         if names != test_names:
             odd = sorted(set(names) ^ set(test_names))
-            raise ArchiveError(f"{source}: class {odd[0]!r} is in one of train and test only ({len(odd)} such classes)")
+            raise ArchiveError(
+                f"{source}: class {odd[0]!r} is in one of train and test only ({len(odd)} such classes)"
+            )
         return Files({"train": train, "test": test_entries}, names)
     if split:
         raise ArchiveError(
@@ -175,11 +209,20 @@ def own(source: str | os.PathLike[str], *, test_per_class: int = 0) -> Files:
             f"{test_per_class} leaves none to train on: hold out fewer, or add images"
         )
     try:
-        held_out = longtail.balanced(labels, keys, num_classes=len(names), per_class=test_per_class, seed=_TEST_SEED)
+        held_out = longtail.balanced(
+            labels,
+            keys,
+            num_classes=len(names),
+            per_class=test_per_class,
+            seed=_TEST_SEED,
+        )
     except ValueError as error:
         raise ArchiveError(f"{source}: {error}") from error
     kept = np.setdiff1d(np.arange(len(entries)), held_out)
-    return Files({"train": [entries[i] for i in kept], "test": [entries[i] for i in held_out]}, names)
+    return Files(
+        {"train": [entries[i] for i in kept], "test": [entries[i] for i in held_out]},
+        names,
+    )
 
 
 def _list_classes(tree: Tree, folder: str) -> tuple[tuple[str, ...], list[Entry]]:
@@ -188,8 +231,14 @@ def _list_classes(tree: Tree, folder: str) -> tuple[tuple[str, ...], list[Entry]
     names = tuple(sorted(tree.folders(folder)))
     where = f"{tree}/{folder}"
     if len(names) < 2:
-        raise ArchiveError(f"{where} has {len(names)} class folders, and at least 2 are needed")
-    odd = [name for name in names if not name or name != " ".join(name.split()) or not name.isprintable()]
+        raise ArchiveError(
+            f"{where} has {len(names)} class folders, and at least 2 are needed"
+        )
+    odd = [
+        name
+        for name in names
+        if not name or name != " ".join(name.split()) or not name.isprintable()
+    ]
     if odd:
         raise ArchiveError(
             f"{where}: class folder {odd[0]!r}: no name, or white space at an end, twice or of another kind; rename it"
@@ -202,7 +251,10 @@ def _list_classes(tree: Tree, folder: str) -> tuple[tuple[str, ...], list[Entry]
         )
     entries = []
     for label, class_name in enumerate(names):
-        entries += [_entry(tree, path, path.removeprefix(folder), label) for path in files[class_name]]
+        entries += [
+            _entry(tree, path, path.removeprefix(folder), label)
+            for path in files[class_name]
+        ]
     return names, entries
 
 
@@ -219,7 +271,11 @@ def _file_name(path: str) -> str:
 
 
 def tiny_imagenet(
-    source: str | os.PathLike[str], *, classes: int = 200, per_class: int = 500, test_images: int = 10_000
+    source: str | os.PathLike[str],
+    *,
+    classes: int = 200,
+    per_class: int = 500,
+    test_images: int = 10_000,
 ) -> Files:
     """Lists the official tiny-imagenet-200.zip, or the folder that it unpacks to. Its validation images are the test.
 
@@ -234,31 +290,55 @@ def tiny_imagenet(
     """
     tree = Tree(source)
     root = "" if "wnids.txt" in tree.names else "tiny-imagenet-200/"
-    names = tuple(sorted(tree.read(f"{root}wnids.txt").decode(errors="replace").split()))
+    names = tuple(
+        sorted(tree.read(f"{root}wnids.txt").decode(errors="replace").split())
+    )
     if len(set(names)) != classes:
-        raise ArchiveError(f"{source}: wnids.txt names {len(set(names))} classes, expected {classes}")
+        raise ArchiveError(
+            f"{source}: wnids.txt names {len(set(names))} classes, expected {classes}"
+        )
     label_of = {name: label for label, name in enumerate(names)}
     by_class = tree.by_class(f"{root}train/", "images/")
     train = []
     for name in names:
         paths = by_class.get(name, [])
         if len(paths) != per_class:
-            raise ArchiveError(f"{source}: class {name!r} has {len(paths)} training images, expected {per_class}")
-        train += [_entry(tree, path, pathlib.PurePosixPath(path).stem, label_of[name]) for path in paths]
+            raise ArchiveError(
+                f"{source}: class {name!r} has {len(paths)} training images, expected {per_class}"
+            )
+        train += [
+            _entry(tree, path, pathlib.PurePosixPath(path).stem, label_of[name])
+            for path in paths
+        ]
     present = set(tree.names)
     test = []
-    for line in tree.read(f"{root}val/val_annotations.txt").decode(errors="replace").splitlines():
+    for line in (
+        tree.read(f"{root}val/val_annotations.txt")
+        .decode(errors="replace")
+        .splitlines()
+    ):
         file, name, *_ = [*line.split("\t"), ""]
         path = f"{root}val/images/{file}"
         if name not in label_of or path not in present:
-            raise ArchiveError(f"{source}: val_annotations.txt names {file!r} of class {name!r}, which is not there")
-        test.append(_entry(tree, path, pathlib.PurePosixPath(path).stem, label_of[name]))
+            raise ArchiveError(
+                f"{source}: val_annotations.txt names {file!r} of class {name!r}, which is not there"
+            )
+        test.append(
+            _entry(tree, path, pathlib.PurePosixPath(path).stem, label_of[name])
+        )
     if len({entry.id for entry in test}) != test_images:
-        raise ArchiveError(f"{source}: val_annotations.txt names {len(test)} images, expected {test_images}")
+        raise ArchiveError(
+            f"{source}: val_annotations.txt names {len(test)} images, expected {test_images}"
+        )
     return Files({"train": train, "test": test}, names)
 
 
-def imagenet(source: str | os.PathLike[str], *, class_names: tuple[str, ...], validation_labels: list[str]) -> Files:
+def imagenet(
+    source: str | os.PathLike[str],
+    *,
+    class_names: tuple[str, ...],
+    validation_labels: list[str],
+) -> Files:
     """Lists ImageNet as it is usually unpacked: train/WNID/*.JPEG, and val/WNID/*.JPEG or all images in val itself.
 
     Args:
@@ -274,17 +354,32 @@ def imagenet(source: str | os.PathLike[str], *, class_names: tuple[str, ...], va
     for split, folder in (("train", "train/"), ("validation", "val/")):
         subfolders = tree.folders(folder)
         if split == "validation" and not subfolders:
-            paths = [path for path in tree.names if path.startswith(folder) and _is_image(path)]
+            paths = [
+                path
+                for path in tree.names
+                if path.startswith(folder) and _is_image(path)
+            ]
             if len(paths) != len(validation_labels):
-                raise ArchiveError(f"{source}/{folder} has {len(paths)} images, expected {len(validation_labels)}")
+                raise ArchiveError(
+                    f"{source}/{folder} has {len(paths)} images, expected {len(validation_labels)}"
+                )
             label_of = {name: label for label, name in enumerate(class_names)}
             pairs = zip(paths, validation_labels)
-            splits[split] = [_entry(tree, path, _file_name(path), label_of[name]) for path, name in pairs]
+            splits[split] = [
+                _entry(tree, path, _file_name(path), label_of[name])
+                for path, name in pairs
+            ]
             continue
         odd = sorted(subfolders ^ set(class_names))
         if odd:
-            problem = "is missing" if odd[0] in class_names else "is no class of ImageNet"
-            raise ArchiveError(f"{source}/{folder}: folder {odd[0]!r} {problem} ({len(odd)} such folders)")
+            problem = (
+                "is missing" if odd[0] in class_names else "is no class of ImageNet"
+            )
+            raise ArchiveError(
+                f"{source}/{folder}: folder {odd[0]!r} {problem} ({len(odd)} such folders)"
+            )
         entries = _list_classes(tree, folder)[1]
-        splits[split] = [dataclasses.replace(entry, id=_file_name(entry.id)) for entry in entries]
+        splits[split] = [
+            dataclasses.replace(entry, id=_file_name(entry.id)) for entry in entries
+        ]
     return Files(splits, class_names)

@@ -59,10 +59,17 @@ def recipe(name: str) -> Recipe:
         )
         return Recipe(name, (), read)
     if name == "fashion_mnist":
-        read = functools.partial(archives.read_idx, sha256=archives.FASHION_MNIST_SHA256)
+        read = functools.partial(
+            archives.read_idx, sha256=archives.FASHION_MNIST_SHA256
+        )
     else:
-        read = functools.partial(archives.read_cifar, cifar=getattr(archives, name.upper()))
-    files = tuple(download.File(url, info.filename, info.size, info.checksum) for url, info in stock.url_infos.items())
+        read = functools.partial(
+            archives.read_cifar, cifar=getattr(archives, name.upper())
+        )
+    files = tuple(
+        download.File(url, info.filename, info.size, info.checksum)
+        for url, info in stock.url_infos.items()
+    )
     return Recipe(name, files, read)
 
 
@@ -75,10 +82,20 @@ def own_recipe(name: str, *, test_per_class: int = 0) -> Recipe:
     import tensorflow_datasets as tfds
 
     if not re.fullmatch("[a-z][a-z0-9_]*", name or ""):
-        raise PrepareError(f"--name={name!r}: give a name of small letters, digits and _, which starts with a letter")
-    if name in DATASETS or name == "digits" or name in tfds.list_builders(with_community_datasets=False):
-        raise PrepareError(f"--name={name!r} is the name of a well-known data set: give another")
-    return Recipe(name, (), functools.partial(folders.own, test_per_class=test_per_class))
+        raise PrepareError(
+            f"--name={name!r}: give a name of small letters, digits and _, which starts with a letter"
+        )
+    if (
+        name in DATASETS
+        or name == "digits"
+        or name in tfds.list_builders(with_community_datasets=False)
+    ):
+        raise PrepareError(
+            f"--name={name!r} is the name of a well-known data set: give another"
+        )
+    return Recipe(
+        name, (), functools.partial(folders.own, test_per_class=test_per_class)
+    )
 
 
 def prepare(
@@ -108,9 +125,14 @@ def prepare(
     if source is None:
         if not recipe.files:
             wanted = _WITHOUT_URL.get(recipe.name, _WITHOUT_URL["folder"])
-            raise PrepareError(f"{recipe.name} cannot be downloaded: give --source, {wanted}")
+            raise PrepareError(
+                f"{recipe.name} cannot be downloaded: give --source, {wanted}"
+            )
         folder = data_dir / "downloads" / recipe.name
-        downloaded = [download.fetch(file, folder, show_progress=show_progress) for file in recipe.files]
+        downloaded = [
+            download.fetch(file, folder, show_progress=show_progress)
+            for file in recipe.files
+        ]
         source = downloaded[0] if len(downloaded) == 1 else folder
     content = recipe.read(pathlib.Path(source))
 
@@ -118,13 +140,21 @@ def prepare(
     (tfds.enable_progress_bar if show_progress else tfds.disable_progress_bar)()
     data_dir.mkdir(parents=True, exist_ok=True)
     # On the same file system, so that a rename completes it.
-    temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{recipe.name}.incomplete.", dir=data_dir))
+    temporary = pathlib.Path(
+        tempfile.mkdtemp(prefix=f".{recipe.name}.incomplete.", dir=data_dir)
+    )
     try:
-        builder = _builder_class(recipe.name, content)(data_dir=temporary, file_format="array_record")
+        builder = _builder_class(recipe.name, content)(
+            data_dir=temporary, file_format="array_record"
+        )
         if isinstance(content, folders.Files):
-            tfds_writer.write(builder, content, skip_damaged=skip_damaged, show_progress=show_progress)
+            tfds_writer.write(
+                builder, content, skip_damaged=skip_damaged, show_progress=show_progress
+            )
         else:
-            with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces the temporary path
+            with contextlib.redirect_stdout(
+                io.StringIO()
+            ):  # TFDS announces the temporary path
                 builder.download_and_prepare()
         written = pathlib.Path(builder.data_path)
         final = data_dir / written.relative_to(temporary)
@@ -132,7 +162,9 @@ def prepare(
         try:
             os.rename(written, final)
         except OSError as error:
-            raise PrepareError(f"{final} is in the way ({error.strerror}): move it away, and run again") from error
+            raise PrepareError(
+                f"{final} is in the way ({error.strerror}): move it away, and run again"
+            ) from error
         return final
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -153,22 +185,32 @@ def _builder_class(name: str, content: Content) -> Any:
             "image": tfds.features.Image(shape=shape),
             "label": tfds.features.ClassLabel(names=content.class_names),
         }
-        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+        return tfds.core.DatasetInfo(
+            builder=self, features=tfds.features.FeaturesDict(features)
+        )
 
     def split_generators(self: Any, dl_manager: Any) -> dict[str, Any]:
-        assert isinstance(content, archives.Content)  # others are written by `tfds_writer`
+        assert isinstance(
+            content, archives.Content
+        )  # others are written by `tfds_writer`
         for label, names in content.class_names.items():
             self.info.features[label].names = names
         return {split: self._generate_examples(split) for split in content.splits}
 
-    def generate_examples(self: Any, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    def generate_examples(
+        self: Any, split: str
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
         assert isinstance(content, archives.Content)
         images, labels = content.splits[split]
         for index, image in enumerate(images):
-            example: dict[str, Any] = {label: int(values[index]) for label, values in labels.items()}
+            example: dict[str, Any] = {
+                label: int(values[index]) for label, values in labels.items()
+            }
             if "id" in self.info.features:
                 example["id"] = f"{split}_{index:05d}"
-            example["image"] = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
+            example["image"] = Image.fromarray(
+                image.squeeze(-1) if image.shape[-1] == 1 else image
+            )
             yield index, example
 
     body: dict[str, Any] = {
@@ -180,6 +222,10 @@ def _builder_class(name: str, content: Content) -> Any:
         # The directory names the module of its builder: TFDS's own.
         body |= {"VERSION": stock.VERSION, "__module__": stock.__module__}
     else:
-        body |= {"VERSION": tfds.core.Version("1.0.0"), "__module__": __name__, "_info": info}
+        body |= {
+            "VERSION": tfds.core.Version("1.0.0"),
+            "__module__": __name__,
+            "_info": info,
+        }
     with tfds.core.registered.skip_registration():
         return type(stock.__name__ if in_tfds else "Builder", (stock,), body)

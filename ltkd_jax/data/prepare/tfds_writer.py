@@ -23,7 +23,9 @@ from ltkd_jax.data.prepare import folders
 
 _BLOCK = 256  # images that are checked side by side
 SHARD_SIZE = 256 << 20  # bytes
-_Shape = tuple[int | None, int | None, int]  # height, width and channels; None where images differ
+_Shape = tuple[
+    int | None, int | None, int
+]  # height, width and channels; None where images differ
 _log = logging.getLogger(__name__)
 
 
@@ -32,7 +34,11 @@ class PrepareError(ValueError):
 
 
 def write(
-    builder: records.Builder, files: folders.Files, *, skip_damaged: bool = False, show_progress: bool = False
+    builder: records.Builder,
+    files: folders.Files,
+    *,
+    skip_damaged: bool = False,
+    show_progress: bool = False,
 ) -> None:
     """Writes all splits and the metadata into `builder.data_path`, and a fingerprint of all records beside them.
 
@@ -50,25 +56,40 @@ def write(
     folder = pathlib.Path(builder.data_path)
     folder.mkdir(parents=True)
     features = builder.info.features
-    serialize = example_serializer.ExampleSerializer(features.get_serialized_info()).serialize_example
+    serialize = example_serializer.ExampleSerializer(
+        features.get_serialized_info()
+    ).serialize_example
     id_name = "id" if "id" in features else "file_name"
     fingerprint = hashlib.sha256()
     split_infos = []
     for split in files.splits:
         shards, labels, keys = _Shards(folder, split), [], []
-        for entry, data in _checked(files, split, features["image"].shape, skip_damaged, show_progress):
-            example = {id_name: entry.id, "image": io.BytesIO(data), "label": entry.label}
+        for entry, data in _checked(
+            files, split, features["image"].shape, skip_damaged, show_progress
+        ):
+            example = {
+                id_name: entry.id,
+                "image": io.BytesIO(data),
+                "label": entry.label,
+            }
             record = serialize(features.encode_example(example))
             fingerprint.update(record)
             shards.write(record)
             labels.append(entry.label)
             keys.append(entry.id)
         template = naming.ShardedFileTemplate(
-            folder, dataset_name=builder.name, split=split, filetype_suffix="array_record"
+            folder,
+            dataset_name=builder.name,
+            split=split,
+            filetype_suffix="array_record",
         )
         paths = shards.close(template)
-        records.keep_index(builder, split, paths, np.array(labels, np.int32), np.array(keys))
-        split_infos.append(splits.SplitInfo(split, shards.lengths, shards.num_bytes, template))
+        records.keep_index(
+            builder, split, paths, np.array(labels, np.int32), np.array(keys)
+        )
+        split_infos.append(
+            splits.SplitInfo(split, shards.lengths, shards.num_bytes, template)
+        )
     builder.info.set_splits(splits.SplitDict(split_infos))
     builder.info.write_to_directory(folder)
     (folder / records.FINGERPRINT).write_text(fingerprint.hexdigest())
@@ -91,7 +112,9 @@ class _Shards:
             if self._writer is not None:
                 self._writer.close()
             # One record a group: any of them is read without its neighbours.
-            self._writer = array_record_module.ArrayRecordWriter(str(self._path(len(self.lengths))), "group_size:1")
+            self._writer = array_record_module.ArrayRecordWriter(
+                str(self._path(len(self.lengths))), "group_size:1"
+            )
             self.lengths.append(0)
             self._room = SHARD_SIZE
         self._writer.write(record)
@@ -103,7 +126,13 @@ class _Shards:
         self._writer.close()
         paths = []
         for index in range(len(self.lengths)):
-            paths.append(str(template.sharded_filepath(shard_index=index, num_shards=len(self.lengths))))
+            paths.append(
+                str(
+                    template.sharded_filepath(
+                        shard_index=index, num_shards=len(self.lengths)
+                    )
+                )
+            )
             os.rename(self._path(index), paths[-1])
         return tuple(paths)
 
@@ -112,18 +141,35 @@ class _Shards:
 
 
 def _checked(
-    files: folders.Files, split: str, shape: _Shape, skip_damaged: bool, show_progress: bool
+    files: folders.Files,
+    split: str,
+    shape: _Shape,
+    skip_damaged: bool,
+    show_progress: bool,
 ) -> Iterator[tuple[folders.Entry, bytes]]:
     """Yields each entry of a split that decodes, with its bytes, in the order of a hash of the ids."""
-    entries = sorted(files.splits[split], key=lambda entry: hashlib.blake2b(entry.id.encode()).digest())
+    entries = sorted(
+        files.splits[split],
+        key=lambda entry: hashlib.blake2b(entry.id.encode()).digest(),
+    )
     for entry, following in itertools.pairwise(entries):
         if entry.id == following.id:
-            raise PrepareError(f"{split} image {entry.id!r} is there twice: keep one of them")
+            raise PrepareError(
+                f"{split} image {entry.id!r} is there twice: keep one of them"
+            )
     sizes = np.zeros(len(files.class_names), int)
-    bar = tqdm(total=len(entries), desc=split, unit="image", disable=not show_progress, dynamic_ncols=True)
+    bar = tqdm(
+        total=len(entries),
+        desc=split,
+        unit="image",
+        disable=not show_progress,
+        dynamic_ncols=True,
+    )
     with concurrent.futures.ThreadPoolExecutor() as pool, bar:
         for block in (entries[i : i + _BLOCK] for i in range(0, len(entries), _BLOCK)):
-            for entry, data in zip(block, pool.map(functools.partial(_encode, shape=shape), block)):
+            for entry, data in zip(
+                block, pool.map(functools.partial(_encode, shape=shape), block)
+            ):
                 bar.update()
                 if isinstance(data, bytes):
                     sizes[entry.label] += 1
@@ -131,12 +177,21 @@ def _checked(
                     continue
                 message = f"{split} image {entry.id!r} of class {files.class_names[entry.label]!r}: {data}"
                 if not skip_damaged:
-                    raise PrepareError(f"{message}; repair or remove it, or leave such images out by --skip_damaged")
+                    raise PrepareError(
+                        f"{message}; repair or remove it, or leave such images out by --skip_damaged"
+                    )
                 _log.warning("left out: %s", message)
     if not sizes.all():
-        raise PrepareError(f"{split} images of class {files.class_names[sizes.argmin()]!r}: none of them decodes")
+        raise PrepareError(
+            f"{split} images of class {files.class_names[sizes.argmin()]!r}: none of them decodes"
+        )
     if sizes.sum() < len(entries):
-        _log.warning("%d of %d %s images were left out", len(entries) - sizes.sum(), len(entries), split)
+        _log.warning(
+            "%d of %d %s images were left out",
+            len(entries) - sizes.sum(),
+            len(entries),
+            split,
+        )
 
 
 def _encode(entry: folders.Entry, shape: _Shape) -> bytes | str:
