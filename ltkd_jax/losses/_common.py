@@ -169,7 +169,10 @@ def subtract_max(logits: jax.Array, where: ArrayLike | None = None) -> jax.Array
 
 
 def log_softmax(logits: jax.Array, where: ArrayLike | None = None) -> jax.Array:
-    """Returns log softmax over the classes that exist; 0, without gradient, elsewhere."""
+    """Returns log softmax over the classes that exist.
+
+    It is 0, without gradient, for the others.
+    """
     exists = class_mask(where, logits)
     shifted = subtract_max(logits, where)
     sum_exp = jnp.sum(jnp.exp(shifted), axis=-1, keepdims=True, where=exists)

@@ -149,8 +149,8 @@ def rebalance(
     if example_mask is not None:
         counted &= _check_example_mask(example_mask, log_mass)[:, None]
 
-    # log s_G is a log-sum-exp over the batch. The maximum that is subtracted must be that
-    # of all devices, for their sums to add up.
+    # log s_G is a log-sum-exp over the batch. All devices subtract the same maximum, so
+    # that their sums add up.
     max_log_mass = jnp.max(log_mass, axis=0, where=counted, initial=-jnp.inf)
     if axis_name is not None:
         max_log_mass = jax.lax.pmax(max_log_mass, axis_name)
