@@ -280,7 +280,7 @@ class _Sums:
     @property
     def total(self) -> float:
         """Returns the number of examples."""
-        return self.count.sum()
+        return float(self.count.sum())
 
     @property
     def group_count(self) -> Floats:
