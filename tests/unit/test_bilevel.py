@@ -173,9 +173,9 @@ def freeze_features(problem, params, meta_params, batches, outer_batch, rate):
         terms, _ = problem.terms_fn(params, batch)
         return terms, bilevel.Aux(features)
 
-    batches = (batches, jnp.stack(features_of_steps))
-    problem = dataclasses.replace(problem, terms_fn=terms_fn)
-    return problem, (params, meta_params, batches, outer_batch)
+    frozen = dataclasses.replace(problem, terms_fn=terms_fn)
+    batches_and_features = (batches, jnp.stack(features_of_steps))
+    return frozen, (params, meta_params, batches_and_features, outer_batch)
 
 
 # --- Accumulation, against a loop in NumPy ---
