@@ -1,6 +1,7 @@
 """ltkd_jax: distil a balanced student from a biased, long-tailed teacher.
 
-Submodules load on first use, so `import ltkd_jax.losses` needs jax, chex and optax only.
+Submodules are loaded on first use: `import ltkd_jax.losses` needs jax, chex and optax
+only.
 """
 
 import importlib
@@ -37,7 +38,8 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-if not TYPE_CHECKING:  # to a type checker every name would be there
+# Hidden from type checkers: with a `__getattr__` they accept any attribute.
+if not TYPE_CHECKING:
 
     def __getattr__(name):
         if name in __all__:

@@ -1,4 +1,4 @@
-"""Files that are either complete or absent, their checksums, and locks between processes."""
+"""Atomic writes, JSON, checksums, and locks between processes."""
 
 import contextlib
 import fcntl
@@ -14,22 +14,24 @@ PathLike = str | os.PathLike[str]
 
 @contextlib.contextmanager
 def atomic_write(path: PathLike) -> Iterator[pathlib.Path]:
-    """Yields a temporary path that replaces `path` when the block ends; an exception leaves `path` as it was.
+    """Yields a temporary path that replaces `path` when the block ends.
 
-    The temporary file lies in the same folder, so that the replacement is one rename on one file system.
+    After an exception `path` is as it was before.
 
     >>> import tempfile
     >>> target = pathlib.Path(tempfile.mkdtemp()) / "a.txt"
     >>> with atomic_write(target) as temporary:
-    ...     _ = temporary.write_text("whole")
+    ...     _ = temporary.write_text("complete")
     >>> target.read_text()
-    'whole'
+    'complete'
     """
     path = pathlib.Path(path)
+    # In the same folder, since a rename is atomic within one file system only. The
+    # process id keeps processes that write the same file apart.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        # Without this a power cut could leave the new name on an empty file.
+        # Otherwise a power failure could leave the new name on an empty file.
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -53,10 +55,10 @@ def read_json(path: PathLike, remedy: str = "remove it") -> dict[str, Any]:
 
     Args:
       path: the file.
-      remedy: what to do about a damaged file, for the error.
+      remedy: what to do about a damaged file, for the error message.
 
     Raises:
-      ValueError: the file cannot be read or holds no JSON object.
+      ValueError: the file cannot be read, or does not contain a JSON object.
     """
     try:
         value = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
@@ -68,34 +70,43 @@ def read_json(path: PathLike, remedy: str = "remove it") -> dict[str, Any]:
 
 
 def sha256(path: PathLike) -> str:
-    """Returns the SHA-256 of a file's content, 64 hexadecimal digits."""
+    """Returns the SHA-256 of a file's content as 64 hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def reserve(path: PathLike, size: int) -> None:
-    """Reserves room on the disk for a file, new or old, where the system can do that.
+    """Reserves disk space for a new or existing file, where the system supports it.
+
+    Args:
+      path: the file; created if it does not exist.
+      size: bytes.
 
     Raises:
-      OSError: there is no room.
+      OSError: the disk is full.
     """
     with open(path, "ab") as file:
         if hasattr(os, "posix_fallocate"):  # macOS has none
+            # A length of 0 is an error.
             os.posix_fallocate(file.fileno(), 0, max(size, 1))
 
 
 @contextlib.contextmanager
 def lock(path: PathLike) -> Iterator[None]:
-    """Holds an exclusive lock on a file, which the system frees however the process ends.
+    """Holds an exclusive lock on a file until the block ends.
+
+    The system releases it even if the process is killed.
 
     Args:
-      path: the lock file; its folder is made.
+      path: the lock file; its folder is created.
 
     Raises:
-      BlockingIOError: another process, or another call in this one, holds it.
+      BlockingIOError: another process, or another call in this one, holds the lock.
     """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Closing the file releases the lock. The file stays: if it were removed, a process
+    # that has opened the old file and one that creates it anew could both hold a lock.
     with open(path, "a") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield

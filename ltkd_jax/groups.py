@@ -1,10 +1,9 @@
-"""Class counts -> groups of classes: head / medium / tail by rank, and many / medium / few by count."""
+"""Class groups from class counts: head / medium / tail, and many / medium / few."""
 
-# So that help() shows ArrayLike, not all that it stands for
+# So that help() shows ArrayLike, not all that it stands for.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 
 import jax
 import numpy as np
@@ -18,7 +17,8 @@ DEFAULT_FRACTIONS = (0.33, 0.34, 0.33)
 class ClassGroups:
     """A partition of C classes into G groups: an immutable pytree with one leaf.
 
-    Close over it, or pass it as an argument; under `jax.pmap` pass it with `in_axes=None`.
+    Close over it, or pass it as an argument; under `jax.pmap` pass it with
+    `in_axes=None`.
 
     Attributes:
       assignment: int32 `[C]`, the group of each class.
@@ -34,7 +34,7 @@ class ClassGroups:
 
     @property
     def num_groups(self) -> int:
-        """G."""
+        """Returns G."""
         return len(self.names)
 
     @classmethod
@@ -45,43 +45,49 @@ class ClassGroups:
         fractions: npt.ArrayLike = DEFAULT_FRACTIONS,
         names: list[str] | tuple[str, ...] | None = None,
     ) -> ClassGroups:
-        """Groups of classes by rank: sorted by training count, descending, ties by class index.
+        """Groups classes by rank: by training count, descending, ties by class index.
 
-        Group g ends at rank `round(C · (fractions[0] + … + fractions[g]))`. Source: LTKD (arXiv 2506.18496),
-        the head / medium / tail split; the fractions 33 / 34 / 33 % are known second-hand.
+        Group g ends at rank `round(C · (fractions[0] + … + fractions[g]))`.
+
+        Source: LTKD (arXiv 2506.18496), the head / medium / tail split; the fractions
+        33 / 34 / 33 % are known second-hand.
 
         Args:
-          class_counts: `[C]` training images of each class, all positive.
-          fractions: G shares of the classes, from the most frequent on; they sum to 1.
-          names: G names; by default head, medium, tail for three groups, else `group 0` ….
+          class_counts: `[C]`, training images of each class, all positive.
+          fractions: G shares of the classes, beginning with the most frequent; they sum
+            to 1.
+          names: G names; by default head, medium, tail for three groups, else
+            `group 0` ….
 
         Raises:
-          ValueError: a count that is not positive, fractions that do not sum to 1, an empty group.
+          ValueError: a count that is not positive, fractions that do not sum to 1, or
+            an empty group.
         """
         counts = check_counts(class_counts)
-        fractions = _numbers(fractions, "fractions")
-        if (
-            fractions.ndim != 1
-            or not (fractions > 0).all()
-            or not abs(fractions.sum() - 1) <= 1e-6
-        ):
+        fractions = _as_numbers(fractions, "fractions")
+        are_positive = fractions.ndim == 1 and (fractions > 0).all()
+        # With `not <=`, NaN is refused, too.
+        if not are_positive or not abs(fractions.sum() - 1) <= 1e-6:
             raise ValueError(
                 f"fractions={fractions.tolist()} must be positive and sum to 1"
             )
-        if len(fractions) > len(counts):
+        num_groups = len(fractions)
+        num_classes = len(counts)
+        if num_groups > num_classes:
             raise ValueError(
-                f"{len(fractions)} groups for {len(counts)} classes: give at most a group per class"
+                f"{num_groups} groups for {num_classes} classes: give at most a group "
+                "per class"
             )
-        # The last boundary is C exactly: a cumulative sum of 0.9999999 must not drop a class.
-        ends = [
-            round(len(counts) * share) for share in np.cumsum(fractions).round(9)[:-1]
-        ] + [len(counts)]
-        sizes = [end - start for start, end in itertools.pairwise([0, *ends])]
-        assignment = np.empty(len(counts), np.int32)
-        assignment[np.argsort(-counts, kind="stable")] = np.repeat(
-            np.arange(len(sizes)), sizes
-        )
-        return cls._checked(assignment, len(sizes), names)
+        # Rounded, so that the sum's rounding errors do not move a boundary.
+        shares = np.cumsum(fractions).round(9)
+        # The last boundary is C exactly: a sum of 0.9999999 must not drop a class.
+        inner_boundaries = [round(num_classes * share) for share in shares[:-1]]
+        sizes = np.diff([0, *inner_boundaries, num_classes])
+        group_of_rank = np.repeat(np.arange(num_groups), sizes)
+        assignment = np.empty(num_classes, np.int32)
+        # A stable sort keeps tied classes in the order of their indices.
+        assignment[np.argsort(-counts, kind="stable")] = group_of_rank
+        return cls._create(assignment, num_groups, names)
 
     @classmethod
     def from_assignment(
@@ -90,10 +96,15 @@ class ClassGroups:
         *,
         names: list[str] | tuple[str, ...] | None = None,
     ) -> ClassGroups:
-        """Groups as given: `assignment[c]`, an integer in `[0, G)`, is the group of class c.
+        """Returns groups in which class c is in group `assignment[c]`.
+
+        Args:
+          assignment: integers `[C]`, in `[0, G)`.
+          names: G names, see `from_counts`.
 
         Raises:
-          ValueError: an assignment that is not a vector of integers from 0 on, or an empty group.
+          ValueError: an assignment that is not a vector of integers >= 0, or an empty
+            group.
         """
         try:
             assignment = np.asarray(assignment)
@@ -101,77 +112,79 @@ class ClassGroups:
             raise ValueError(
                 f"assignment must be a vector of integers ({error})"
             ) from None
-        if (
-            assignment.ndim != 1
-            or not assignment.size
-            or not np.issubdtype(assignment.dtype, np.integer)
-        ):
+        is_integer = np.issubdtype(assignment.dtype, np.integer)
+        if assignment.ndim != 1 or not assignment.size or not is_integer:
             raise ValueError(
-                f"assignment must be a vector of integers, got {assignment.dtype}{list(assignment.shape)}"
+                "assignment must be a vector of integers, got "
+                f"{assignment.dtype}{list(assignment.shape)}"
             )
         if assignment.min() < 0:
             raise ValueError(
-                f"assignment holds the negative group {assignment.min()}; groups count from 0"
+                f"assignment has the negative group {assignment.min()}; groups are "
+                "numbered from 0"
             )
+        # Before anything of the size of the largest group is allocated.
         if assignment.max() >= len(assignment):
             raise ValueError(
-                f"group {assignment.max()} of {len(assignment)} classes: some group would be empty"
+                f"group {assignment.max()} of {len(assignment)} classes: some group "
+                "would be empty"
             )
-        return cls._checked(
-            assignment.astype(np.int32), int(assignment.max()) + 1, names
-        )
+        num_groups = int(assignment.max()) + 1
+        return cls._create(assignment.astype(np.int32), num_groups, names)
 
     @classmethod
-    def _checked(
+    def _create(
         cls,
         assignment: np.ndarray,
         num_groups: int,
         names: list[str] | tuple[str, ...] | None,
     ) -> ClassGroups:
-        if names is None:
-            names = (
-                ("head", "medium", "tail")
-                if num_groups == 3
-                else [f"group {g}" for g in range(num_groups)]
-            )
-        listed = isinstance(names, (list, tuple)) and all(
-            isinstance(name, str) for name in names
-        )
-        if not listed or len(names) != num_groups or len(set(names)) != num_groups:
+        """Returns the groups, with default names, after a check for empty groups."""
+        if names is None and num_groups == 3:
+            names = ("head", "medium", "tail")
+        elif names is None:
+            names = [f"group {g}" for g in range(num_groups)]
+        is_sequence = isinstance(names, (list, tuple))
+        are_strings = is_sequence and all(isinstance(name, str) for name in names)
+        if not are_strings or not len(names) == len(set(names)) == num_groups:
             raise ValueError(
-                f"names={names!r} must be a tuple of {num_groups} different strings, one for each group"
+                f"names={names!r} must be a tuple of {num_groups} different strings, "
+                "one for each group"
             )
-        names = tuple(names)
         sizes = np.bincount(assignment, minlength=num_groups)
         if (sizes == 0).any():
             empty = [names[g] for g in np.flatnonzero(sizes == 0)]
             raise ValueError(
-                f"groups {empty} would be empty: {len(assignment)} classes in groups of {sizes.tolist()}"
+                f"groups {empty} would be empty: {len(assignment)} classes in groups "
+                f"of {sizes.tolist()}"
             )
         assignment.setflags(write=False)
-        return cls(assignment, names)
+        return cls(assignment, tuple(names))
 
 
 def shots(
     class_counts: npt.ArrayLike, *, many: float = 100, few: float = 20
 ) -> dict[str, np.ndarray]:
-    """Classes by their number of training images, the other convention of the long-tail literature.
+    """Groups classes by their count, the other convention of the long-tail literature.
 
     Args:
-      class_counts: `[C]` training images of each class.
-      many: more images than this is "many".
-      few: fewer images than this is "few"; the rest, `few..many`, is "medium".
+      class_counts: `[C]`, training images of each class.
+      many: classes with more images are "many".
+      few: classes with fewer images are "few"; those with `few` to `many` are "medium".
 
     Returns:
       Bool masks `[C]` under "many", "medium" and "few"; any of them may be empty.
 
     Raises:
-      ValueError: a count that is not positive, or few > many, which would put a class in both.
+      ValueError: a count that is not positive, or few > many, which would put a class
+        into both.
 
-    >>> {name: int(mask.sum()) for name, mask in shots([500, 100, 20, 19, 5]).items()}
+    >>> masks = shots([500, 100, 20, 19, 5])
+    >>> {name: int(mask.sum()) for name, mask in masks.items()}
     {'many': 1, 'medium': 2, 'few': 2}
     """
     counts = check_counts(class_counts)
+    # With `not <=`, NaN is refused, too.
     if not few <= many:
         raise ValueError(f"few={few} must be at most many={many}")
     return {
@@ -182,21 +195,28 @@ def shots(
 
 
 def check_counts(class_counts: npt.ArrayLike) -> np.ndarray:
-    """`class_counts` as a float64 vector; a ValueError if it is not one or a class has no image."""
-    counts = _numbers(class_counts, "class_counts")
+    """Returns `class_counts` as a float64 vector `[C]`.
+
+    Raises:
+      ValueError: not a vector, or a count that is not positive and finite.
+    """
+    counts = _as_numbers(class_counts, "class_counts")
     if counts.ndim != 1 or not counts.size:
         raise ValueError(
-            f"class_counts must be a vector, one count a class; got shape {counts.shape}"
+            "class_counts must be a vector, one count a class; got shape "
+            f"{counts.shape}"
         )
-    if not ((counts > 0) & np.isfinite(counts)).all():
-        bad = np.flatnonzero(~((counts > 0) & np.isfinite(counts)))[:5].tolist()
+    valid = (counts > 0) & np.isfinite(counts)
+    if not valid.all():
+        invalid_classes = np.flatnonzero(~valid)[:5].tolist()
         raise ValueError(
-            f"class_counts must be positive and finite; classes {bad} have {counts[bad].tolist()}: leave them out"
+            f"class_counts must be positive and finite; classes {invalid_classes} have "
+            f"{counts[invalid_classes].tolist()}: leave them out"
         )
     return counts
 
 
-def _numbers(values: npt.ArrayLike, name: str) -> np.ndarray:
+def _as_numbers(values: npt.ArrayLike, name: str) -> np.ndarray:
     try:
         return np.asarray(values, np.float64)
     except (TypeError, ValueError, OverflowError) as error:

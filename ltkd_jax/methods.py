@@ -1,10 +1,11 @@
-"""The table of methods. A method is a sum of per-example loss terms, each with a weight.
+"""The table of methods. A method is a weighted sum of per-example loss terms.
 
-To add one: write a function that returns its terms, and decorate it with `@_method`. Its name is then
-`config.method.name`, and its keyword arguments are the hyperparameters that a config may set.
+To add one, write a function that returns its terms, and decorate it with `@_register`.
+Its name is then `config.method.name`, and its keyword arguments are the hyperparameters
+that a config may set.
 """
 
-# So that help() shows ArrayLike, not all that it stands for
+# So that help() shows ArrayLike, not all that it stands for.
 from __future__ import annotations
 
 import dataclasses
@@ -24,29 +25,45 @@ from ltkd_jax.groups import ClassGroups, check_counts
 
 
 class Mixup(NamedTuple):
-    """What the images of a batch are mixed with."""
+    """Describes the images with which those of a batch are mixed.
 
-    labels: jax.Array  # int [B], of the other image
-    lam: jax.Array  # float [B], λ: the weight of the image itself
+    Attributes:
+      labels: int `[B]`, of the other image.
+      lam: float `[B]`, λ, the weight of the image itself; the other has 1 − λ.
+    """
+
+    labels: jax.Array
+    lam: jax.Array
 
 
 class Predictions(NamedTuple):
-    """What a term may look at. `teacher_logits` is None for a method without a teacher."""
+    """Holds what the loss terms of a batch are computed from.
 
-    student_logits: jax.Array  # [B, C]
-    teacher_logits: jax.Array | None  # [B, C]
-    labels: jax.Array  # int [B]
-    axis_name: str | None = (
-        None  # the device axis over which the batch is spread, if any
-    )
-    # Of a method that distils features: float [B, H, W, channels] each, the teacher's of the same shapes.
+    Attributes:
+      student_logits: `[B, C]`.
+      teacher_logits: `[B, C]`, or None without a teacher.
+      labels: int `[B]`.
+      axis_name: name of the device axis over which the batch is split, if any.
+      student_features: float `[B, H, W, channels]` each, or None where the method does
+        not distil features.
+      teacher_features: of the same shapes, or None.
+      mixup: describes the other images, or None without Mixup.
+    """
+
+    student_logits: jax.Array
+    teacher_logits: jax.Array | None
+    labels: jax.Array
+    axis_name: str | None = None
     student_features: tuple[jax.Array, ...] | None = None
     teacher_features: tuple[jax.Array, ...] | None = None
     mixup: Mixup | None = None
 
-    @property
-    def teacher(self) -> jax.Array:
-        """`teacher_logits`, for a term that distils: a ValueError where there are none."""
+    def require_teacher(self) -> jax.Array:
+        """Returns `teacher_logits`, for a term that needs them.
+
+        Raises:
+          ValueError: there are none.
+        """
         if self.teacher_logits is None:
             raise ValueError(
                 "a term that distils needs predictions with teacher_logits"
@@ -54,37 +71,37 @@ class Predictions(NamedTuple):
         return self.teacher_logits
 
 
-PerExample = Callable[
-    [Predictions], jax.Array
-]  # its value is [B], or [B, F] of several
-
-
-def _mixed(fn: PerExample) -> PerExample:
-    """Returns a per-example loss of mixed images: its mean over both labels, each weighted as its image."""
-
-    def loss(p: Predictions) -> jax.Array:
-        if p.mixup is None:
-            return fn(p)
-        lam = p.mixup.lam
-        return lam * fn(p) + (1.0 - lam) * fn(p._replace(labels=p.mixup.labels))
-
-    return loss
+# Returns [B], one loss per example, or [B, F], several.
+PerExampleFn = Callable[[Predictions], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
 class Term:
-    """One per-example loss: `fn(predictions) -> [B]`, its static weight, whether it needs the teacher, and features."""
+    """Describes one loss term.
+
+    Attributes:
+      name: unique within a method.
+      fn: `predictions -> [B]`, the unweighted loss per example.
+      weight: its static weight.
+      needs_teacher: whether it is a distillation term, which reads the teacher's
+        predictions and is warmed up.
+      needs_features: whether it reads the features of student and teacher.
+    """
 
     name: str
-    fn: PerExample
+    fn: PerExampleFn
     weight: float
-    distils: bool
-    features: bool = False
+    needs_teacher: bool
+    needs_features: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """Named per-example terms with static weights; those that distil are warmed up linearly.
+    """Holds loss terms with static weights.
+
+    Attributes:
+      terms: T terms.
+      warmup_steps: steps over which the weights of distillation terms grow linearly.
 
     >>> import jax.numpy as jnp
     >>> objective = create("kd", [500, 50, 5], warmup_steps=10)
@@ -97,53 +114,71 @@ class Objective:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the terms, in their order."""
+        """Returns the names of the terms, in order."""
         return tuple(term.name for term in self.terms)
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether a term distils."""
-        return any(term.distils for term in self.terms)
+        """Returns whether a term needs the teacher."""
+        return any(term.needs_teacher for term in self.terms)
 
     @property
     def needs_features(self) -> bool:
-        """Whether a term distils features."""
-        return any(term.features for term in self.terms)
+        """Returns whether a term needs features."""
+        return any(term.needs_features for term in self.terms)
 
     def __call__(self, predictions: Predictions) -> jax.Array:
-        """All terms of each example, `[B, T]`."""
-        return jnp.stack([_mixed(term.fn)(predictions) for term in self.terms], axis=-1)
+        """Returns the unweighted terms of each example, `[B, T]`."""
+        values = [_average_over_mixup(term.fn)(predictions) for term in self.terms]
+        return jnp.stack(values, axis=-1)
 
     def weights(self, step: jax.Array | float) -> jax.Array:
-        """Static weights `[T]` at a step: those that distil grow from 0 over `warmup_steps`."""
-        warm = jnp.minimum(1.0, step / self.warmup_steps) if self.warmup_steps else 1.0
-        return jnp.stack(
-            [
-                jnp.asarray(term.weight * (warm if term.distils else 1.0))
-                for term in self.terms
-            ]
-        )
+        """Returns the static weights `[T]` at a step.
+
+        Those of distillation terms grow linearly from 0 over `warmup_steps`.
+        """
+        warmup: jax.Array | float = 1.0
+        if self.warmup_steps:
+            warmup = jnp.minimum(1.0, step / self.warmup_steps)
+        weights = []
+        for term in self.terms:
+            factor = warmup if term.needs_teacher else 1.0
+            weights.append(jnp.asarray(term.weight * factor))
+        return jnp.stack(weights)
 
 
-def _equal_groups(counts: npt.ArrayLike, num_groups: int) -> ClassGroups:
-    """Groups by rank, of equally many classes as far as that goes."""
-    if num_groups != int(num_groups) or num_groups < 0:
-        raise ValueError(
-            f"num_groups={num_groups} must be a whole number; 0 takes the groups as they are given"
-        )
-    return ClassGroups.from_counts(
-        counts, fractions=(1 / num_groups,) * int(num_groups)
-    )
+def _average_over_mixup(fn: PerExampleFn) -> PerExampleFn:
+    """Returns `fn` averaged over both labels of a mixed image, with weights λ, 1 − λ.
+
+    Without Mixup it is `fn`.
+    """
+
+    def averaged(p: Predictions) -> jax.Array:
+        if p.mixup is None:
+            return fn(p)
+        lam = p.mixup.lam
+        other = p._replace(labels=p.mixup.labels)
+        return lam * fn(p) + (1.0 - lam) * fn(other)
+
+    return averaged
+
+
+# --- The table ---
 
 
 class ClassInfo(NamedTuple):
-    """What a method may know of the training set."""
+    """Describes the training set to a method.
 
-    counts: np.ndarray  # float [C], images of each class
-    groups: ClassGroups | None  # where the method uses them
+    Attributes:
+      counts: float `[C]`, training images of each class.
+      groups: the groups of LTKD; None for a method that needs none.
+    """
+
+    counts: np.ndarray
+    groups: ClassGroups | None
 
 
-_TermsFn = Callable[..., tuple[Term, ...]]  # (info, **hyperparameters)
+TermsFn = Callable[..., tuple[Term, ...]]  # (info, **hyperparameters) -> terms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,100 +189,90 @@ class Method:
       terms_fn: `(ClassInfo, **hyperparameters) -> terms`.
     """
 
-    terms_fn: _TermsFn
+    terms_fn: TermsFn
 
     @functools.cached_property
-    def example(self) -> Objective:
-        """Its objective for three classes: neither the names of its terms nor what they need depend on the classes."""
+    def example_objective(self) -> Objective:
+        """Returns the objective for some three classes.
+
+        Neither the names of its terms nor what they need depend on the classes.
+        """
         counts = np.array([3.0, 2.0, 1.0])
-        return Objective(
-            self.terms_fn(ClassInfo(counts, ClassGroups.from_counts(counts)))
-        )
+        info = ClassInfo(counts, ClassGroups.from_counts(counts))
+        return Objective(self.terms_fn(info))
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether a term distils."""
-        return self.example.needs_teacher
+        """Returns whether a term needs the teacher."""
+        return self.example_objective.needs_teacher
 
     @property
     def needs_features(self) -> bool:
-        """Whether a term distils features."""
-        return self.example.needs_features
+        """Returns whether a term needs features."""
+        return self.example_objective.needs_features
 
 
 METHODS: dict[str, Method] = {}
 
 
-def _method(fn: _TermsFn) -> _TermsFn:
+def _register(fn: TermsFn) -> TermsFn:
+    """Adds a function to the table, under its own name."""
     METHODS[fn.__name__] = Method(fn)
     return fn
 
 
-def _hard(
+def _hard_term(
     name: str, loss: Callable[[jax.Array, jax.Array], jax.Array], weight: float = 1.0
 ) -> Term:
-    return Term(name, lambda p: loss(p.student_logits, p.labels), weight, distils=False)
+    """Returns a term of `loss(student logits, labels)`."""
+
+    def fn(p: Predictions) -> jax.Array:
+        return loss(p.student_logits, p.labels)
+
+    return Term(name, fn, weight, needs_teacher=False)
 
 
-def _soft(
+def _soft_term(
     name: str, loss: Callable[[jax.Array, jax.Array], jax.Array], weight: float
 ) -> Term:
-    return Term(name, lambda p: loss(p.student_logits, p.teacher), weight, distils=True)
+    """Returns a term of `loss(student logits, teacher logits)`."""
+
+    def fn(p: Predictions) -> jax.Array:
+        return loss(p.student_logits, p.require_teacher())
+
+    return Term(name, fn, weight, needs_teacher=True)
 
 
-def _balanced_softmax(info: ClassInfo, weight: float = 1.0) -> Term:
-    return _hard(
-        "balanced_softmax",
-        lambda z, y: losses.balanced_softmax(z, y, info.counts),
-        weight,
-    )
-
-
-def _ltkd_terms(
-    info: ClassInfo, alpha: float, beta: float, temperature: float, num_groups: int
-) -> tuple[Term, Term]:
-    groups = _equal_groups(info.counts, num_groups) if num_groups else info.groups
-    assert groups is not None  # `create` has them made
-
-    def inter(p: Predictions) -> jax.Array:
-        return losses.rebalanced_inter_group(
-            p.student_logits,
-            p.teacher,
-            groups,
-            temperature=temperature,
-            axis_name=p.axis_name,
-        )
-
-    def intra(z: jax.Array, teacher: jax.Array) -> jax.Array:
-        return losses.uniform_intra_group(z, teacher, groups, temperature=temperature)
-
-    return (Term("inter", inter, alpha, distils=True), _soft("intra", intra, beta))
-
-
-@_method
+@_register
 def ce(info: ClassInfo) -> tuple[Term, ...]:
-    """Cross-entropy."""
-    return (_hard("ce", losses.cross_entropy),)
+    """Returns the term of cross-entropy."""
+    return (_hard_term("ce", losses.cross_entropy),)
 
 
-@_method
+@_register
 def balanced_softmax(info: ClassInfo) -> tuple[Term, ...]:
-    """Balanced softmax."""
-    return (_balanced_softmax(info),)
+    """Returns the term of balanced softmax."""
+    return (_balanced_softmax_term(info),)
 
 
-@_method
+def _balanced_softmax_term(info: ClassInfo, weight: float = 1.0) -> Term:
+    def loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
+        return losses.balanced_softmax(logits, labels, info.counts)
+
+    return _hard_term("balanced_softmax", loss, weight)
+
+
+@_register
 def logit_adjusted(info: ClassInfo, *, tau: float = 1.0) -> tuple[Term, ...]:
-    """Cross-entropy with logit adjustment."""
-    return (
-        _hard(
-            "logit_adjusted",
-            lambda z, y: losses.logit_adjusted(z, y, info.counts, tau=tau),
-        ),
-    )
+    """Returns the term of cross-entropy with logit adjustment."""
+
+    def loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
+        return losses.logit_adjusted(logits, labels, info.counts, tau=tau)
+
+    return (_hard_term("logit_adjusted", loss),)
 
 
-@_method
+@_register
 def kd(
     info: ClassInfo,
     *,
@@ -255,33 +280,48 @@ def kd(
     soft_weight: float = 0.9,
     temperature: float = 4.0,
 ) -> tuple[Term, ...]:
-    """Knowledge distillation with mdistiller's weights."""
-    soft = _soft(
-        "kd", lambda z, t: losses.kd(z, t, temperature=temperature), soft_weight
+    """Returns the terms of knowledge distillation, with mdistiller's weights."""
+    hard = _hard_term("ce", losses.cross_entropy, hard_weight)
+    soft = _soft_term(
+        "kd", functools.partial(losses.kd, temperature=temperature), soft_weight
     )
-    return (_hard("ce", losses.cross_entropy, hard_weight), soft)
+    return (hard, soft)
 
 
-@_method
+@_register
 def dkd(
     info: ClassInfo, *, alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0
 ) -> tuple[Term, ...]:
-    """Decoupled distillation: CE + α TCKD + β NCKD."""
+    """Returns the terms of decoupled distillation: CE + α TCKD + β NCKD."""
 
-    def part(name: str, weight: float, **only: float) -> Term:
-        fn = lambda p: losses.dkd(
-            p.student_logits, p.teacher, p.labels, temperature=temperature, **only
+    def tckd(p: Predictions) -> jax.Array:
+        return losses.dkd(
+            p.student_logits,
+            p.require_teacher(),
+            p.labels,
+            alpha=1.0,
+            beta=0.0,
+            temperature=temperature,
         )
-        return Term(name, fn, weight, distils=True)
 
-    target, rest = (
-        part("tckd", alpha, alpha=1.0, beta=0.0),
-        part("nckd", beta, alpha=0.0, beta=1.0),
+    def nckd(p: Predictions) -> jax.Array:
+        return losses.dkd(
+            p.student_logits,
+            p.require_teacher(),
+            p.labels,
+            alpha=0.0,
+            beta=1.0,
+            temperature=temperature,
+        )
+
+    return (
+        _hard_term("ce", losses.cross_entropy),
+        Term("tckd", tckd, alpha, needs_teacher=True),
+        Term("nckd", nckd, beta, needs_teacher=True),
     )
-    return (_hard("ce", losses.cross_entropy), target, rest)
 
 
-@_method
+@_register
 def dive(
     info: ClassInfo,
     *,
@@ -289,16 +329,16 @@ def dive(
     power: float = 0.5,
     temperature: float = 4.0,
 ) -> tuple[Term, ...]:
-    """DiVE: (1−a) balanced softmax + a distillation of the flattened teacher. The default a is our choice."""
-    soft = _soft(
-        "dive",
-        lambda z, t: losses.dive(z, t, power=power, temperature=temperature),
-        soft_weight,
-    )
-    return (_balanced_softmax(info, 1.0 - soft_weight), soft)
+    """Returns the terms of DiVE: (1 − a) balanced softmax + a flattened distillation.
+
+    The default of a, `soft_weight`, is this library's choice.
+    """
+    loss = functools.partial(losses.dive, power=power, temperature=temperature)
+    hard = _balanced_softmax_term(info, 1.0 - soft_weight)
+    return (hard, _soft_term("dive", loss, soft_weight))
 
 
-@_method
+@_register
 def bkd(
     info: ClassInfo,
     *,
@@ -306,38 +346,46 @@ def bkd(
     class_beta: float = 0.9999,
     temperature: float = 4.0,
 ) -> tuple[Term, ...]:
-    """Balanced distillation: CE + a distillation of the class-weighted teacher. The default a is our choice."""
-    weights = losses.effective_number_weights(info.counts, beta=class_beta)
-    soft = _soft(
-        "bkd",
-        lambda z, t: losses.bkd(z, t, weights, temperature=temperature),
-        soft_weight,
-    )
-    return (_hard("ce", losses.cross_entropy), soft)
+    """Returns the terms of balanced distillation: CE + a class-weighted distillation.
+
+    The default of a, `soft_weight`, is this library's choice.
+    """
+    class_weights = losses.effective_number_weights(info.counts, beta=class_beta)
+
+    def loss(student: jax.Array, teacher: jax.Array) -> jax.Array:
+        return losses.bkd(student, teacher, class_weights, temperature=temperature)
+
+    hard = _hard_term("ce", losses.cross_entropy)
+    return (hard, _soft_term("bkd", loss, soft_weight))
 
 
-@_method
+@_register
 def wsl(
     info: ClassInfo, *, soft_weight: float = 2.5, temperature: float = 4.0
 ) -> tuple[Term, ...]:
-    """Weighted soft labels."""
+    """Returns the terms of weighted soft labels."""
 
+    # It reads the labels, too.
     def soft(p: Predictions) -> jax.Array:
         return losses.wsl(
-            p.student_logits, p.teacher, p.labels, temperature=temperature
+            p.student_logits, p.require_teacher(), p.labels, temperature=temperature
         )
 
     return (
-        _hard("ce", losses.cross_entropy),
-        Term("wsl", soft, soft_weight, distils=True),
+        _hard_term("ce", losses.cross_entropy),
+        Term("wsl", soft, soft_weight, needs_teacher=True),
     )
 
 
-@_method
+@_register
 def reviewkd(info: ClassInfo, *, feature_weight: float = 5.0) -> tuple[Term, ...]:
-    """ReviewKD: CE + a distillation of features, which the student's pass through fusion modules of their own."""
+    """Returns the terms of ReviewKD: CE + a distillation of features.
 
-    def feature(p: Predictions) -> jax.Array:
+    The student's features have passed through fusion modules, which are trained with it
+    (see `models.review`).
+    """
+
+    def review(p: Predictions) -> jax.Array:
         if p.student_features is None or p.teacher_features is None:
             raise ValueError(
                 "reviewkd needs predictions with student_features and teacher_features"
@@ -345,12 +393,12 @@ def reviewkd(info: ClassInfo, *, feature_weight: float = 5.0) -> tuple[Term, ...
         return losses.hierarchical_context(p.student_features, p.teacher_features)
 
     return (
-        _hard("ce", losses.cross_entropy),
-        Term("review", feature, feature_weight, distils=True, features=True),
+        _hard_term("ce", losses.cross_entropy),
+        Term("review", review, feature_weight, needs_teacher=True, needs_features=True),
     )
 
 
-@_method
+@_register
 def ltkd(
     info: ClassInfo,
     *,
@@ -359,14 +407,16 @@ def ltkd(
     temperature: float = 4.0,
     num_groups: int = 0,
 ) -> tuple[Term, ...]:
-    """LTKD: CE + α rebalanced inter-group + β uniform intra-group. Other than three groups are this library's."""
-    return (
-        _hard("ce", losses.cross_entropy),
-        *_ltkd_terms(info, alpha, beta, temperature, num_groups),
-    )
+    """Returns the terms of LTKD: CE + α rebalanced inter-group + β uniform intra-group.
+
+    With `num_groups` > 0, classes are split by rank into that many groups of about
+    equal size, which is this library's extension; 0 means `info.groups`.
+    """
+    hard = _hard_term("ce", losses.cross_entropy)
+    return (hard, *_ltkd_terms(info, alpha, beta, temperature, num_groups))
 
 
-@_method
+@_register
 def ltkd_bs(
     info: ClassInfo,
     *,
@@ -375,32 +425,81 @@ def ltkd_bs(
     temperature: float = 4.0,
     num_groups: int = 0,
 ) -> tuple[Term, ...]:
-    """LTKD's two terms beside balanced softmax in place of cross-entropy; neither paper has it."""
-    return (
-        _balanced_softmax(info),
-        *_ltkd_terms(info, alpha, beta, temperature, num_groups),
+    """Returns the terms of LTKD with balanced softmax in place of cross-entropy.
+
+    Neither paper has this method.
+    """
+    hard = _balanced_softmax_term(info)
+    return (hard, *_ltkd_terms(info, alpha, beta, temperature, num_groups))
+
+
+def _ltkd_terms(
+    info: ClassInfo, alpha: float, beta: float, temperature: float, num_groups: int
+) -> tuple[Term, Term]:
+    """Returns LTKD's two distillation terms."""
+    groups = _equal_groups(info.counts, num_groups) if num_groups else info.groups
+    assert groups is not None  # `create` provides them
+
+    def inter(p: Predictions) -> jax.Array:
+        return losses.rebalanced_inter_group(
+            p.student_logits,
+            p.require_teacher(),
+            groups,
+            temperature=temperature,
+            axis_name=p.axis_name,
+        )
+
+    def intra(student: jax.Array, teacher: jax.Array) -> jax.Array:
+        return losses.uniform_intra_group(
+            student, teacher, groups, temperature=temperature
+        )
+
+    inter_term = Term("inter", inter, alpha, needs_teacher=True)
+    return (inter_term, _soft_term("intra", intra, beta))
+
+
+def _equal_groups(class_counts: npt.ArrayLike, num_groups: int) -> ClassGroups:
+    """Returns groups by rank, whose numbers of classes are as equal as possible."""
+    if num_groups != int(num_groups) or num_groups < 0:
+        raise ValueError(
+            f"num_groups={num_groups} must be a whole number >= 0; 0 means the groups "
+            "of the data set"
+        )
+    num_groups = int(num_groups)
+    return ClassGroups.from_counts(
+        class_counts, fractions=(1 / num_groups,) * num_groups
     )
 
 
-# Hyperparameters that are a term's static weight and nothing else: weights that are learned replace them.
+# Hyperparameters that are only the static weight of a term. Learned weights replace
+# them.
 STATIC_WEIGHTS = ("hard_weight", "soft_weight", "feature_weight", "alpha", "beta")
 
 
 def hyperparameters(method: str, *, learned_weights: bool = False) -> dict[str, float]:
-    """The hyperparameters of a method and their defaults; those of its terms alone where the weights are learned.
+    """Returns the hyperparameters of a method with their defaults.
+
+    Args:
+      method: a row of `METHODS`.
+      learned_weights: leave out the static weights of terms, `STATIC_WEIGHTS`.
+
+    Raises:
+      ValueError: an unknown method.
 
     >>> hyperparameters("wsl"), hyperparameters("wsl", learned_weights=True)
     ({'soft_weight': 2.5, 'temperature': 4.0}, {'temperature': 4.0})
     """
-    parameters = inspect.signature(_lookup(method).terms_fn).parameters
-    found = {
-        name: p.default for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY
-    }
-    return {
-        name: value
-        for name, value in found.items()
-        if not (learned_weights and name in STATIC_WEIGHTS)
-    }
+    if method not in METHODS:
+        raise ValueError(names.unknown("method", method, METHODS))
+    parameters = inspect.signature(METHODS[method].terms_fn).parameters
+    defaults = {}
+    for name, parameter in parameters.items():
+        if parameter.kind is not parameter.KEYWORD_ONLY:
+            continue
+        if learned_weights and name in STATIC_WEIGHTS:
+            continue
+        defaults[name] = parameter.default
+    return defaults
 
 
 def create(
@@ -411,26 +510,28 @@ def create(
     warmup_steps: int = 0,
     **values: float,
 ) -> Objective:
-    """The objective of a method, for a training set with these class counts.
+    """Returns the objective of a method for a training set.
 
     Args:
       method: a row of `METHODS`.
-      class_counts: `[C]` training images of each class, positive.
-      groups: the groups of LTKD; head / medium / tail by rank if not given.
-      warmup_steps: steps over which the distillation terms grow linearly to their weight.
-      **values: hyperparameters of the method, see `hyperparameters(method)`.
+      class_counts: `[C]`, training images of each class, positive.
+      groups: the groups of LTKD; by default head, medium and tail by rank.
+      warmup_steps: steps over which the weights of distillation terms grow linearly.
+      **values: hyperparameters of the method, see `hyperparameters`.
 
     Raises:
-      ValueError: an unknown method or hyperparameter; groups of another number of classes.
+      ValueError: an unknown method or hyperparameter, or groups of another number of
+        classes.
 
     >>> create("ltkd", [500, 50, 5], alpha=2.0).names
     ('ce', 'inter', 'intra')
     """
-    known = hyperparameters(method)
-    unknown = sorted(set(values) - set(known))
+    allowed = hyperparameters(method)
+    unknown = sorted(set(values) - set(allowed))
     if unknown:
         raise ValueError(
-            f"method {method!r} has no hyperparameter {unknown[0]!r}; it has {sorted(known)}"
+            f"method {method!r} has no hyperparameter {unknown[0]!r}; it has "
+            f"{sorted(allowed)}"
         )
     if warmup_steps < 0:
         raise ValueError(f"warmup_steps={warmup_steps} must not be negative")
@@ -439,83 +540,96 @@ def create(
         groups = ClassGroups.from_counts(counts)
     if groups is not None and len(groups.assignment) != len(counts):
         raise ValueError(
-            f"the groups are of {len(groups.assignment)} classes, class_counts of {len(counts)}"
+            f"the groups are of {len(groups.assignment)} classes, class_counts of "
+            f"{len(counts)}"
         )
-    return Objective(
-        METHODS[method].terms_fn(ClassInfo(counts, groups), **values), warmup_steps
-    )
+    terms = METHODS[method].terms_fn(ClassInfo(counts, groups), **values)
+    return Objective(terms, warmup_steps)
 
 
-def features(objective: Objective, names: Sequence[str]) -> PerExample:
-    """Per-example losses as the input of a weight net: `predictions -> [B, F]`.
+# --- Functions of predictions for learned weights ---
+
+
+def features(objective: Objective, names: Sequence[str]) -> PerExampleFn:
+    """Returns the input of a weight net as a function: `predictions -> [B, F]`.
+
+    Each feature is a per-example loss.
 
     Args:
       objective: whose terms may be named.
-      names: each a term of the objective, "student_ce", or, where there is a teacher, "teacher_ce". The
-        paper's (arXiv 2605.17839) are ("student_ce", "teacher_ce").
+      names: each a term of the objective, "student_ce", or, if a term needs the
+        teacher, "teacher_ce". The paper's (arXiv 2605.17839) are ("student_ce",
+        "teacher_ce").
 
     Raises:
-      ValueError: no name, one twice, or one that the objective does not have.
+      ValueError: no name, a repeated name, or an unknown one.
 
-    >>> features(create("ce", [5, 3, 1]), ("student_ce", "teacher_ce"))
+    >>> features(create("ce", [5, 3, 1]), ("student_ce", "kd"))
     Traceback (most recent call last):
     ...
-    ValueError: feature 'teacher_ce': these terms have student_ce, ce (there is no teacher)
+    ValueError: feature 'kd': these terms have student_ce, ce (there is no teacher)
     """
-    known: dict[str, PerExample] = {
-        "student_ce": lambda p: losses.cross_entropy(p.student_logits, p.labels)
-    }
+    fns: dict[str, PerExampleFn] = {"student_ce": _student_cross_entropy}
     if objective.needs_teacher:
-        known["teacher_ce"] = lambda p: losses.cross_entropy(p.teacher, p.labels)
-    known |= {term.name: term.fn for term in objective.terms}
-    without = "" if objective.needs_teacher else " (there is no teacher)"
+        fns["teacher_ce"] = _teacher_cross_entropy
+    for term in objective.terms:
+        fns[term.name] = term.fn
     if isinstance(names, str) or not names or len(set(names)) < len(names):
         raise ValueError(
-            f"features {names!r}: give a tuple of at least one of {', '.join(known)}, each once"
+            f"features {names!r}: give a tuple of at least one of {', '.join(fns)}, "
+            "each once"
         )
     for name in names:
-        if name not in known:
+        if name not in fns:
+            reason = "" if objective.needs_teacher else " (there is no teacher)"
             raise ValueError(
-                f"feature {name!r}: these terms have {', '.join(known)}{without}"
+                f"feature {name!r}: these terms have {', '.join(fns)}{reason}"
             )
-    return lambda predictions: jnp.stack(
-        [_mixed(known[name])(predictions) for name in names], axis=-1
-    )
+    selected = [_average_over_mixup(fns[name]) for name in names]
+
+    def stacked(predictions: Predictions) -> jax.Array:
+        return jnp.stack([fn(predictions) for fn in selected], axis=-1)
+
+    return stacked
 
 
 OUTER = ("hard", "soft", "mix")
 
 
-def outer_loss(objective: Objective, kind: str) -> PerExample:
-    """The loss on balanced images that learned weights are to lower: `predictions -> [B]`.
+def outer_loss(objective: Objective, kind: str) -> PerExampleFn:
+    """Returns the loss that learned weights lower on outer data: `predictions -> [B]`.
 
-    Source: arXiv 2605.17839 for KD's terms; the sum over any method's terms is this library's.
+    Source: arXiv 2605.17839 for the terms of KD; the sum over the terms of any other
+    method is this library's.
 
     Args:
-      objective: whose terms make the soft loss.
-      kind: "hard", cross-entropy whatever the objective's own hard term; "soft", the sum of the terms that distil;
-        or "mix", the sum of both.
+      objective: its distillation terms are the soft loss.
+      kind: "hard" for cross-entropy, whatever the objective's own hard term is; "soft"
+        for the unweighted sum of the distillation terms; "mix" for the sum of both.
 
     Raises:
-      ValueError: an unknown kind; "soft" or "mix" where no term distils.
+      ValueError: an unknown kind; "soft" or "mix" without distillation terms.
     """
-    soft = [term.fn for term in objective.terms if term.distils]
     if kind not in OUTER:
         raise ValueError(f"outer loss {kind!r} must be one of {', '.join(OUTER)}")
+    soft = [term.fn for term in objective.terms if term.needs_teacher]
     if kind != "hard" and not soft:
         raise ValueError(
-            f"outer loss {kind!r}: none of the terms {', '.join(objective.names)} distils; give 'hard'"
+            f"outer loss {kind!r}: none of the terms {', '.join(objective.names)} "
+            "distils; give 'hard'"
         )
-    hard: list[PerExample] = [
-        lambda p: losses.cross_entropy(p.student_logits, p.labels)
-    ]
-    parts = {"hard": hard, "soft": soft, "mix": hard + soft}[kind]
-    return lambda predictions: functools.reduce(
-        operator.add, (part(predictions) for part in parts)
-    )
+    hard: list[PerExampleFn] = [_student_cross_entropy]
+    fns = {"hard": hard, "soft": soft, "mix": hard + soft}[kind]
+
+    def summed(predictions: Predictions) -> jax.Array:
+        return functools.reduce(operator.add, [fn(predictions) for fn in fns])
+
+    return summed
 
 
-def _lookup(method: str) -> Method:
-    if method not in METHODS:
-        raise ValueError(names.unknown("method", method, METHODS))
-    return METHODS[method]
+def _student_cross_entropy(p: Predictions) -> jax.Array:
+    return losses.cross_entropy(p.student_logits, p.labels)
+
+
+def _teacher_cross_entropy(p: Predictions) -> jax.Array:
+    return losses.cross_entropy(p.require_teacher(), p.labels)

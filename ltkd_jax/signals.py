@@ -1,4 +1,4 @@
-"""Signal handlers for the time of a block."""
+"""A signal handler that is installed for the duration of a block."""
 
 import contextlib
 import signal
@@ -8,10 +8,11 @@ from typing import Any
 
 
 @contextlib.contextmanager
-def handled(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """Handles SIGTERM and SIGINT by `handler` until the block ends, then restores the handlers of before.
+def use_handler(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Handles SIGTERM and SIGINT by `handler` until the block ends.
 
-    Outside the main thread, where Python allows no handler to be set, it does nothing.
+    The previous handlers are then restored. Outside the main thread, where Python does
+    not allow handlers to be set, this does nothing.
 
     Args:
       handler: a function of (signal number, frame).
@@ -19,10 +20,11 @@ def handled(handler: Callable[[int, Any], None]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    previous = {number: signal.signal(number, handler) for number in numbers}
+    previous = {}
+    for number in (signal.SIGTERM, signal.SIGINT):
+        previous[number] = signal.signal(number, handler)
     try:
         yield
     finally:
-        for number, old in previous.items():
-            signal.signal(number, old)
+        for number, previous_handler in previous.items():
+            signal.signal(number, previous_handler)

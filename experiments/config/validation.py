@@ -235,7 +235,7 @@ def _validate_learned_weights(config):
         "must be sizes of layers, positive whole numbers",
     )
 
-    objective = methods.METHODS[config["method"]["name"]].example
+    objective = methods.METHODS[config["method"]["name"]].example_objective
     scales = weighting["scales"]
     positive = all(
         type(scale) in (int, float) and 0 < scale < np.inf for scale in scales

@@ -109,7 +109,7 @@ def run(
             if worker.poll() is None:
                 worker.send_signal(number)
 
-    with signals.handled(pass_on), contextlib.ExitStack() as logs:
+    with signals.use_handler(pass_on), contextlib.ExitStack() as logs:
         for slot in range(num_workers):
             log = logs.enter_context(open(folder / f"device-{slot}.log", "a"))
             environment = machine.environment(slot, os.environ)

@@ -47,5 +47,5 @@ class StopRequest:
             self.signal = number
             signal.signal(number, signal.SIG_DFL)
 
-        with signals.handled(handle):
+        with signals.use_handler(handle):
             yield self

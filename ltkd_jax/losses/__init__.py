@@ -1,12 +1,18 @@
-"""Per-example losses for distillation under long tails: pure functions `[B, C] -> [B]`.
+"""Per-example losses for distillation on long-tailed data: pure `[B, C] -> [B]`.
 
-Shapes: B examples, C classes, G groups. Every loss is computed in log space, in float32 (float64 for float64
-input), is finite with finite gradients for logits up to 1e30 (float32 ends at 3e38), sends no gradient into the
-teacher, contains its τ² factor, and is not reduced. `where` (bool, broadcastable to `[..., C]`) marks the classes
-that exist; `example_mask` (bool `[B]`) the examples that are not padding. Temperature and weights may be traced.
+Shapes: B examples, C classes, G groups. Every loss
 
-Labels out of range raise a ValueError where they are concrete and give NaN where they are traced; so does a label
-that `where` excludes, always.
+- is computed in log space, in float32 (float64 for float64 input);
+- is finite, with finite gradients, for logits up to 1e30 (float32 ends at 3e38);
+- sends no gradient into the teacher;
+- contains its factor τ² (`group_kl` does not), and is not averaged over the batch.
+
+`where` (bool, broadcastable to `[..., C]`) marks the classes that exist; `example_mask`
+(bool `[B]`) marks the examples that are not padding. Temperatures and weights may be
+traced.
+
+Labels outside `[0, C)` raise a ValueError if they are concrete; traced ones make the
+loss NaN, and so does any label that `where` excludes.
 
 >>> import jax.numpy as jnp
 >>> from ltkd_jax import groups, losses

@@ -1,6 +1,6 @@
-"""Losses from labels alone: cross-entropy, and its two adjustments for long-tailed class counts."""
+"""Losses of labels: cross-entropy, and two adjustments of it for long-tailed data."""
 
-# So that help() shows ArrayLike, not all that it stands for
+# So that help() shows ArrayLike, not all that it stands for.
 from __future__ import annotations
 
 import jax
@@ -15,7 +15,7 @@ from ltkd_jax.losses._common import Scalar
 def cross_entropy(
     student_logits: ArrayLike, labels: ArrayLike, *, where: ArrayLike | None = None
 ) -> jax.Array:
-    """Cross-entropy with integer labels: −log softmax(z)_y.
+    """Computes the cross-entropy with integer labels: −log softmax(z)_y.
 
     Args:
       student_logits: `[..., C]`.
@@ -42,15 +42,17 @@ def logit_adjusted(
     tau: Scalar = 1.0,
     where: ArrayLike | None = None,
 ) -> jax.Array:
-    """Cross-entropy of logits shifted by the log class prior: CE(y, z + τ·log π).
+    """Computes the cross-entropy of logits shifted by the log class prior.
 
-    π_c = n_c / Σ n. Source: Menon et al., "Long-tail learning via logit adjustment", ICLR 2021.
+        −log softmax(z + τ log π)_y,  with π_c = n_c / Σ n
+
+    Source: Menon et al., "Long-tail learning via logit adjustment", ICLR 2021.
 
     Args:
       student_logits: `[..., C]`.
       labels: int `[...]`, in `[0, C)`.
-      class_counts: `[C]` training images of each class, positive.
-      tau: τ; 0 is cross-entropy.
+      class_counts: `[C]`, training images of each class, positive.
+      tau: τ; for 0 this is `cross_entropy`.
       where: bool, broadcastable to `[..., C]`: the classes that exist.
 
     Returns:
@@ -64,8 +66,10 @@ def logit_adjusted(
     logits = _common.as_float(student_logits)
     _common.check_logits(logits)
     counts = _common.class_vector(class_counts, logits, "class_counts")
-    prior = tau * jnp.log(counts / counts.sum())
-    return _common.cross_entropy(_common.from_top(logits, where) + prior, labels, where)
+    shift = tau * jnp.log(counts / counts.sum())
+    # The maximum goes first: next to a large offset the shift would be rounded away.
+    adjusted = _common.subtract_max(logits, where) + shift
+    return _common.cross_entropy(adjusted, labels, where)
 
 
 def balanced_softmax(
@@ -75,15 +79,19 @@ def balanced_softmax(
     *,
     where: ArrayLike | None = None,
 ) -> jax.Array:
-    """Balanced softmax: CE(y, z + log n), the softmax of a student trained as if classes were balanced.
+    """Computes balanced softmax, the cross-entropy of logits shifted by log counts.
 
-    Source: Ren et al., "Balanced Meta-Softmax for Long-Tailed Visual Recognition", NeurIPS 2020. It is
-    `logit_adjusted` with τ = 1: the softmax does not see the counts' common factor.
+        −log softmax(z + log n)_y
+
+    This is `logit_adjusted` with τ = 1: the softmax ignores the factor 1 / Σ n.
+
+    Source: Ren et al., "Balanced Meta-Softmax for Long-Tailed Visual Recognition",
+    NeurIPS 2020.
 
     Args:
       student_logits: `[..., C]`.
       labels: int `[...]`, in `[0, C)`.
-      class_counts: `[C]` training images of each class, positive.
+      class_counts: `[C]`, training images of each class, positive.
       where: bool, broadcastable to `[..., C]`: the classes that exist.
 
     Returns:

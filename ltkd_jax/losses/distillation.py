@@ -1,6 +1,9 @@
-"""Distillation losses that both papers compare with. Each is the soft part alone; add the hard loss yourself."""
+"""Distillation losses of the methods that both papers compare with.
 
-# So that help() shows ArrayLike, not all that it stands for
+Each is the soft loss alone, to which a caller adds the hard loss.
+"""
+
+# So that help() shows ArrayLike, not all that it stands for.
 from __future__ import annotations
 
 import math
@@ -14,9 +17,8 @@ from ltkd_jax.groups import check_counts
 from ltkd_jax.losses import _common, ltkd
 from ltkd_jax.losses._common import Scalar
 
-_MIN_TEACHER_LOSS = (
-    1e-7  # the divisor of WSL's ratio, for a teacher that is certain and right
-)
+# Keeps WSL's ratio finite for a teacher that is certain and right.
+_MIN_TEACHER_LOSS = 1e-7
 
 
 def kd(
@@ -26,7 +28,9 @@ def kd(
     temperature: Scalar = 4.0,
     where: ArrayLike | None = None,
 ) -> jax.Array:
-    """Knowledge distillation: τ² KL(softmax(z^T/τ) ‖ softmax(z^S/τ)).
+    """Computes the knowledge distillation loss of Hinton et al.
+
+        τ² KL(softmax(z^T/τ) ‖ softmax(z^S/τ))
 
     Source: Hinton et al., "Distilling the Knowledge in a Neural Network", 2015.
 
@@ -36,20 +40,18 @@ def kd(
       where: bool, broadcastable to `[..., C]`: the classes that exist.
 
     Returns:
-      `[...]`, with the τ² factor.
+      `[...]`, with the factor τ².
 
     >>> import jax.numpy as jnp
-    >>> kd(jnp.ones((2, 3)), jnp.zeros((2, 3))).tolist()  # the softmax ignores a common offset
+    >>> kd(jnp.ones((2, 3)), jnp.zeros((2, 3))).tolist()  # softmax ignores an offset
     [0.0, 0.0]
     """
-    student, teacher = _common.logit_pair(
+    student, teacher = _common.scale_pair(
         student_logits, teacher_logits, temperature, where
     )
-    log_p, log_q = (
-        _common.log_softmax(teacher, where),
-        _common.log_softmax(student, where),
-    )
-    return temperature**2 * _common.kl(log_p, log_q, where)
+    log_p_teacher = _common.log_softmax(teacher, where)
+    log_p_student = _common.log_softmax(student, where)
+    return temperature**2 * _common.kl(log_p_teacher, log_p_student, where)
 
 
 def dkd(
@@ -62,11 +64,12 @@ def dkd(
     temperature: Scalar = 4.0,
     where: ArrayLike | None = None,
 ) -> jax.Array:
-    """Decoupled distillation: τ² (α TCKD + β NCKD).
+    """Computes the loss of decoupled knowledge distillation: τ² (α TCKD + β NCKD).
 
-    TCKD is the KL of the binary (target, rest) distributions, NCKD the KL over the classes that are not the
-    target, renormalised. It is the group split with the two groups {target} and {rest} of each example: TCKD is
-    its `inter`, NCKD the `intra` of the rest.
+    TCKD is the KL between the binary distributions (target, all other classes), NCKD
+    the KL over the other classes, renormalised. This is the group split, see
+    `group_kl`, with two groups for each example: its target, and all other classes.
+    TCKD is its `inter`, NCKD the `intra` of the second group.
 
     Source: Zhao et al., "Decoupled Knowledge Distillation", CVPR 2022.
 
@@ -78,21 +81,25 @@ def dkd(
       where: bool, broadcastable to `[..., C]`: the classes that exist.
 
     Returns:
-      `[...]`, with the τ² factor.
+      `[...]`, with the factor τ².
 
     >>> import jax.numpy as jnp
     >>> dkd(jnp.zeros((2, 3)), jnp.eye(2, 3), jnp.array([0, 1])).shape
     (2,)
     """
-    student, teacher = _common.pair(student_logits, teacher_logits, temperature, where)
-    target, exists = (
-        _common.is_label(labels, student),
-        _common.class_mask(where, student),
+    student, teacher = _common.check_pair(
+        student_logits, teacher_logits, temperature, where
     )
-    member = jnp.stack([target & exists, ~target & exists], axis=-2)
-    split = ltkd.membership_kl(student, teacher, member, temperature)
-    loss = temperature**2 * (alpha * split.inter + beta * split.intra[..., 1])
-    return jnp.where((target & exists).any(axis=-1), loss, jnp.nan)
+    is_label = _common.label_mask(labels, student)
+    exists = _common.class_mask(where, student)
+    target = is_label & exists
+    non_target = ~is_label & exists
+    membership = jnp.stack([target, non_target], axis=-2)
+    split = ltkd.membership_kl(student, teacher, membership, temperature)
+    tckd = split.inter
+    nckd = split.intra[..., 1]
+    loss = temperature**2 * (alpha * tckd + beta * nckd)
+    return jnp.where(target.any(axis=-1), loss, jnp.nan)
 
 
 def dive(
@@ -103,10 +110,13 @@ def dive(
     temperature: Scalar = 4.0,
     where: ArrayLike | None = None,
 ) -> jax.Array:
-    """The soft part of DiVE: τ² KL(q ‖ p^S), with q the teacher's p^T raised to a power and renormalised.
+    """Computes the soft loss of DiVE: τ² KL(q ‖ p^S), with q_c ∝ (p^T_c)^power.
 
-    Source: He et al., "Distilling Virtual Examples for Long-tailed Recognition", ICCV 2021. DiVE is
-    (1−a) · balanced softmax + a · this; power 1 is `kd`, a smaller one flattens the teacher.
+    DiVE is (1 − a) · `balanced_softmax` + a · this. Power 1 is `kd`; a smaller power
+    flattens the teacher's distribution.
+
+    Source: He et al., "Distilling Virtual Examples for Long-tailed Recognition",
+    ICCV 2021.
 
     Args:
       student_logits, teacher_logits: `[..., C]`; the teacher gets no gradient.
@@ -115,19 +125,18 @@ def dive(
       where: bool, broadcastable to `[..., C]`: the classes that exist.
 
     Returns:
-      `[...]`, with the τ² factor.
+      `[...]`, with the factor τ².
 
     >>> import jax.numpy as jnp
     >>> dive(jnp.zeros((2, 3)), jnp.eye(2, 3), power=1.0).shape
     (2,)
     """
-    student, teacher = _common.logit_pair(
+    student, teacher = _common.scale_pair(
         student_logits, teacher_logits, temperature, where
     )
     log_q = _common.log_softmax(power * teacher, where)
-    return temperature**2 * _common.kl(
-        log_q, _common.log_softmax(student, where), where
-    )
+    log_p_student = _common.log_softmax(student, where)
+    return temperature**2 * _common.kl(log_q, log_p_student, where)
 
 
 def bkd(
@@ -138,48 +147,54 @@ def bkd(
     temperature: Scalar = 4.0,
     where: ArrayLike | None = None,
 ) -> jax.Array:
-    """The soft part of balanced knowledge distillation: τ² KL(q ‖ p^S), with q_c ∝ w_c p^T_c.
+    """Computes the soft loss of balanced distillation: τ² KL(q ‖ p^S), q_c ∝ w_c p^T_c.
 
-    Source: Zhang et al., "Balanced Knowledge Distillation for Long-tailed Learning", 2021. BKD is CE + a · this.
+    BKD is `cross_entropy` + a · this.
+
+    Source: Zhang et al., "Balanced Knowledge Distillation for Long-tailed Learning",
+    2021.
 
     Args:
       student_logits, teacher_logits: `[..., C]`; the teacher gets no gradient.
-      class_weights: `[C]`, positive, such as `effective_number_weights(class_counts)`.
+      class_weights: `[C]`, w, positive, such as
+        `effective_number_weights(class_counts)`.
       temperature: τ.
       where: bool, broadcastable to `[..., C]`: the classes that exist.
 
     Returns:
-      `[...]`, with the τ² factor.
+      `[...]`, with the factor τ².
 
     >>> import jax.numpy as jnp
-    >>> bkd(jnp.zeros((2, 3)), jnp.eye(2, 3), effective_number_weights([100, 10, 1])).shape
+    >>> weights = effective_number_weights([100, 10, 1])
+    >>> bkd(jnp.zeros((2, 3)), jnp.eye(2, 3), weights).shape
     (2,)
     """
-    student, teacher = _common.logit_pair(
+    student, teacher = _common.scale_pair(
         student_logits, teacher_logits, temperature, where
     )
-    log_weights = jax.lax.stop_gradient(
-        jnp.log(_common.class_vector(class_weights, student, "class_weights"))
-    )
+    weights = _common.class_vector(class_weights, student, "class_weights")
+    log_weights = jax.lax.stop_gradient(jnp.log(weights))
     log_q = _common.log_softmax(teacher + log_weights, where)
-    return temperature**2 * _common.kl(
-        log_q, _common.log_softmax(student, where), where
-    )
+    log_p_student = _common.log_softmax(student, where)
+    return temperature**2 * _common.kl(log_q, log_p_student, where)
 
 
 def effective_number_weights(
     class_counts: npt.ArrayLike, *, beta: float = 0.9999
 ) -> jax.Array:
-    """Class weights by effective number of samples: w_c ∝ (1−b) / (1−b^{n_c}), scaled to sum to C.
+    """Computes class weights from the effective number of samples.
 
-    Source: Cui et al., "Class-Balanced Loss Based on Effective Number of Samples", CVPR 2019, as BKD uses it.
+        w_c ∝ (1 − b) / (1 − b^n_c),  scaled to sum to C
+
+    Source: Cui et al., "Class-Balanced Loss Based on Effective Number of Samples",
+    CVPR 2019, as BKD uses it.
 
     Args:
-      class_counts: `[C]` training images of each class, positive, known on the host.
+      class_counts: `[C]`, training images of each class, positive, not traced.
       beta: b, in (0, 1).
 
     Returns:
-      `[C]`, summing to C.
+      `[C]`, with sum C.
 
     >>> effective_number_weights([10, 10]).tolist()
     [1.0, 1.0]
@@ -187,23 +202,10 @@ def effective_number_weights(
     if not 0 < beta < 1:
         raise ValueError(f"beta={beta} must lie strictly between 0 and 1")
     counts = check_counts(class_counts)
-    # −expm1(n log b) is 1 − bⁿ without the cancellation that loses the tail's digits. The factor 1−b cancels.
+    # −expm1(n log b) is 1 − bⁿ without the cancellation that loses the digits of small
+    # n. The factor 1 − b cancels in the scaling.
     weights = jnp.asarray([-1.0 / math.expm1(n * math.log(beta)) for n in counts])
     return weights * (len(counts) / weights.sum())
-
-
-def _sure_cross_entropy(
-    logits: ArrayLike, labels: ArrayLike, where: ArrayLike | None
-) -> jax.Array:
-    """Cross-entropy as log(1 + Σ_{j≠y} exp(z_j − z_y)): right to rounding also where it is 1e-6, as a ratio needs.
-
-    −log softmax(z)_y is then a difference of numbers rounded at 1e-7. For values; it carries no gradient.
-    """
-    logits = jax.lax.stop_gradient(_common.from_top(_common.as_float(logits), where))
-    target, exists = _common.is_label(labels, logits), _common.class_mask(where, logits)
-    rest = jax.nn.logsumexp(logits, axis=-1, where=exists & ~target)
-    loss = jnp.logaddexp(0.0, rest - jnp.sum(logits, axis=-1, where=target))
-    return jnp.where((target & exists).any(axis=-1), loss, jnp.nan)
 
 
 def wsl(
@@ -214,10 +216,13 @@ def wsl(
     temperature: Scalar = 4.0,
     where: ArrayLike | None = None,
 ) -> jax.Array:
-    """The soft part of weighted soft labels: τ² (1 − exp(−h^S/h^T)) · (−Σ p^T log p^S).
+    """Computes the soft loss of weighted soft labels.
 
-    h^S and h^T are the cross-entropies of student and teacher at temperature 1; the factor carries no gradient,
-    and the divisor is at least 1e-7. WSL is CE + a · this.
+        τ² (1 − exp(−h^S / h^T)) · (−Σ_c p^T_c log p^S_c)
+
+    h^S and h^T are the cross-entropies of student and teacher at temperature 1. The
+    factor in front of the sum carries no gradient, and the divisor h^T is at least
+    1e-7. WSL is `cross_entropy` + a · this.
 
     Source: Zhou et al., "Rethinking Soft Labels for Knowledge Distillation", ICLR 2021.
 
@@ -228,26 +233,42 @@ def wsl(
       where: bool, broadcastable to `[..., C]`: the classes that exist.
 
     Returns:
-      `[...]`, with the τ² factor. It is a cross-entropy, not a KL: not 0 at equality.
+      `[...]`, with the factor τ². It is a cross-entropy, not a KL, so it is not 0 where
+      student and teacher are equal.
 
     >>> import jax.numpy as jnp
     >>> wsl(jnp.zeros((2, 3)), jnp.eye(2, 3), jnp.array([0, 1])).shape
     (2,)
     """
-    student, teacher = _common.logit_pair(
+    student, teacher = _common.scale_pair(
         student_logits, teacher_logits, temperature, where
     )
-    ratio = _sure_cross_entropy(student_logits, labels, where) / jnp.maximum(
-        _sure_cross_entropy(teacher_logits, labels, where), _MIN_TEACHER_LOSS
-    )
+    student_loss = _accurate_cross_entropy(student_logits, labels, where)
+    teacher_loss = _accurate_cross_entropy(teacher_logits, labels, where)
+    ratio = student_loss / jnp.maximum(teacher_loss, _MIN_TEACHER_LOSS)
     factor = jax.lax.stop_gradient(-jnp.expm1(-ratio))
     exists = _common.class_mask(where, student)
-    log_p, log_q = (
-        _common.log_softmax(teacher, where),
-        _common.log_softmax(student, where),
+    log_p_teacher = _common.log_softmax(teacher, where)
+    log_p_student = _common.log_softmax(student, where)
+    soft_loss = -jnp.sum(jnp.exp(log_p_teacher) * log_p_student, axis=-1, where=exists)
+    return temperature**2 * factor * soft_loss
+
+
+def _accurate_cross_entropy(
+    logits: ArrayLike, labels: ArrayLike, where: ArrayLike | None
+) -> jax.Array:
+    """Computes the cross-entropy as log(1 + Σ_{j≠y} exp(z_j − z_y)), without gradient.
+
+    It keeps its relative precision where it is as small as 1e-6, which a ratio of two
+    of them needs: −log softmax(z)_y is a difference of numbers that are rounded at
+    1e-7.
+    """
+    logits = jax.lax.stop_gradient(
+        _common.subtract_max(_common.as_float(logits), where)
     )
-    return (
-        temperature**2
-        * factor
-        * -jnp.sum(jnp.exp(log_p) * log_q, axis=-1, where=exists)
-    )
+    is_label = _common.label_mask(labels, logits)
+    exists = _common.class_mask(where, logits)
+    label_logit = jnp.sum(logits, axis=-1, where=is_label)
+    others = jax.nn.logsumexp(logits, axis=-1, where=exists & ~is_label)
+    loss = jnp.logaddexp(0.0, others - label_logit)
+    return jnp.where((is_label & exists).any(axis=-1), loss, jnp.nan)

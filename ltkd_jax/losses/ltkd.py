@@ -1,16 +1,20 @@
 """The group split of the distillation loss, and LTKD's two corrections of it.
 
-With p = softmax(z/τ), group masses p_G = Σ_{i∈G} p_i and within-group distributions p̃_{i|G} = p_i / p_G,
+With p = softmax(z/τ), group masses p_G = Σ_{i∈G} p_i and distributions within groups
+p̃_{i|G} = p_i / p_G, the KL from teacher (T) to student (S) is
 
-    KL(p^T ‖ p^S) = Σ_G p_G^T log(p_G^T / p_G^S)  +  Σ_G p_G^T · KL(p̃^T_{·|G} ‖ p̃^S_{·|G}).
-                    `inter`                                      `intra_G`
+    KL(p^T ‖ p^S) = Σ_G p_G^T log(p_G^T / p_G^S)             (`inter`)
+                  + Σ_G p_G^T KL(p̃^T_{·|G} ‖ p̃^S_{·|G}).     (p_G^T · `intra_G`)
 
-LTKD rebalances the teacher's group masses over the batch, and gives every group's intra term the same weight.
-Source: "Biased Teacher, Balanced Student" (arXiv 2506.18496). The split is an identity; the idea of both
-corrections is known second-hand, and the formula of the rebalancing is inferred: no official code is public.
+LTKD rebalances the teacher's group masses over the batch, and gives the intra term of
+every group the same weight.
+
+Source: "Biased Teacher, Balanced Student" (arXiv 2506.18496). The split is an identity.
+The idea of both corrections is known second-hand, and the formula of the rebalancing is
+inferred: no official code is public.
 """
 
-# So that help() shows ArrayLike, not all that it stands for
+# So that help() shows ArrayLike, not all that it stands for.
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -28,174 +32,20 @@ from ltkd_jax.losses._common import AxisName, Scalar
 
 
 class GroupKL(NamedTuple):
-    """`inter + Σ_G exp(teacher_log_mass) · intra == KL(p^T ‖ p^S)`, without the τ² factor.
+    """The KL from teacher to student, split by groups; without the factor τ².
+
+    `inter + Σ_G exp(teacher_log_mass) · intra == KL(p^T ‖ p^S)`.
 
     Attributes:
       inter: `[...]`, KL between the group masses.
       intra: `[..., G]`, KL within each group; 0 for a group without existing classes.
-      teacher_log_mass: `[..., G]`, log p_G^T, no gradient; −inf for a group without existing classes.
+      teacher_log_mass: `[..., G]`, log p_G^T, without gradient; −inf for a group
+        without existing classes.
     """
 
     inter: jax.Array
     intra: jax.Array
     teacher_log_mass: jax.Array
-
-
-class _Split(NamedTuple):
-    """Two distributions seen by groups, all `[..., G]`, finite, and 0 for a group without existing classes."""
-
-    student_log_mass: jax.Array  # logs, because a group's mass underflows
-    teacher_log_mass: jax.Array
-    intra: jax.Array
-
-    def inter(self, teacher_log_mass: jax.Array, exists: jax.Array) -> jax.Array:
-        """KL of the student's group masses from the given ones."""
-        return _common.kl(teacher_log_mass, self.student_log_mass, exists)
-
-
-def _split(
-    student: jax.Array, teacher: jax.Array, member: jax.Array, temperature: Scalar
-) -> _Split:
-    """The split of logits for `member`: see `_sum_by_group`.
-
-    Within a group, with u = (z^S − max z^S) / τ and v likewise of the teacher, so that no group underflows,
-
-        KL(p̃^T ‖ p̃^S) = Σ e^v (v − u) / Σ e^v − log Σ e^v + log Σ e^u,
-
-    which writes no normalised distribution: its derivative needs e^u and e^v, and numbers of a group.
-    """
-    exists = member.any(axis=-1)
-    (u, student_top), (v, teacher_top) = (
-        _below_top(x, member, temperature) for x in (student, teacher)
-    )
-    exp_v = jnp.exp(v)
-    student_total, teacher_total = (
-        jnp.where(exists, _sum_by_group(x, member), 1) for x in (jnp.exp(u), exp_v)
-    )
-    gap = _sum_by_group(exp_v * (v - u), member) / teacher_total
-    student_log, teacher_log = jnp.log(student_total), jnp.log(teacher_total)
-    return _Split(
-        _common.log_softmax(student_top + student_log, exists),
-        _common.log_softmax(teacher_top + teacher_log, exists),
-        gap - (teacher_log - student_log),
-    )
-
-
-def _below_top(
-    logits: jax.Array, member: jax.Array, temperature: Scalar
-) -> tuple[jax.Array, jax.Array]:
-    """Logits less their group's largest, `[..., C]`, and that less the largest of all, `[..., G]`; both over τ.
-
-    Differences come first: they are small, so a large offset, of a group or of all, costs no precision.
-    """
-    exists = member.any(axis=-1)
-    top = jnp.where(exists, _max_by_group(jax.lax.stop_gradient(logits), member), 0)
-    below = (logits - _spread_to_classes(top, member)) / temperature
-    return below, _common.from_top(top, exists) / temperature
-
-
-# Between classes and groups, for finite numbers. `member` is bool `[..., G, C]`: true where class c exists and is in
-# group g. Masked reductions over [..., G, C] are fused with what makes their operand, so nothing of that size is
-# written; but not by XLA on CPU, where one matrix for all examples, or a loop over groups, is many times faster.
-def _sum_by_group(x: jax.Array, member: jax.Array) -> jax.Array:
-    """`[..., C]` to `[..., G]`."""
-    return _on_platform(
-        member,
-        x,
-        cpu=lambda x, matrix: jnp.matmul(x, matrix.T, precision="highest"),
-        default=lambda x: jnp.sum(jnp.where(member, x[..., None, :], 0), axis=-1),
-    )
-
-
-def _spread_to_classes(x: jax.Array, member: jax.Array) -> jax.Array:
-    """`[..., G]` to `[..., C]`; 0 for a class of no group."""
-    return _on_platform(
-        member,
-        x,
-        cpu=lambda x, matrix: jnp.matmul(x, matrix, precision="highest"),
-        default=lambda x: jnp.sum(jnp.where(member, x[..., None], 0), axis=-2),
-    )
-
-
-def _max_by_group(x: jax.Array, member: jax.Array) -> jax.Array:
-    """`[..., C]` to `[..., G]`; -inf for a group without classes."""
-
-    def one_by_one(x: jax.Array, matrix: jax.Array) -> jax.Array:
-        rows = matrix.reshape(len(matrix), *(1,) * (x.ndim - 1), -1)
-        return jnp.moveaxis(
-            jax.lax.map(
-                lambda row: jnp.max(jnp.where(row > 0, x, -jnp.inf), axis=-1), rows
-            ),
-            0,
-            -1,
-        )
-
-    return _on_platform(
-        member,
-        x,
-        cpu=one_by_one,
-        default=lambda x: jnp.max(
-            jnp.where(member, x[..., None, :], -jnp.inf), axis=-1
-        ),
-    )
-
-
-def _on_platform(
-    member: jax.Array,
-    x: jax.Array,
-    *,
-    cpu: Callable[[jax.Array, jax.Array], jax.Array],
-    default: Callable[[jax.Array], jax.Array],
-) -> jax.Array:
-    if any(
-        size != 1 for size in member.shape[:-2]
-    ):  # groups differ by example: no one matrix
-        return default(x)
-    matrix = member.reshape(member.shape[-2:]).astype(x.dtype)
-    return jax.lax.platform_dependent(x, cpu=lambda x: cpu(x, matrix), default=default)
-
-
-def membership_kl(
-    student: jax.Array, teacher: jax.Array, member: jax.Array, temperature: Scalar
-) -> GroupKL:
-    """`group_kl` for `member`, see `_sum_by_group`; logits as `_common.pair` gives them."""
-    split, exists = _split(student, teacher, member, temperature), member.any(axis=-1)
-    inter = split.inter(split.teacher_log_mass, exists)
-    return GroupKL(
-        inter, split.intra, jnp.where(exists, split.teacher_log_mass, -jnp.inf)
-    )
-
-
-def _membership(
-    groups: ClassGroups, logits: jax.Array, where: ArrayLike | None
-) -> jax.Array:
-    """Bool `[..., G, C]`: class c exists and belongs to group g. Leading axes are 1 where all classes exist."""
-    assignment = groups.assignment
-    chex.assert_shape(
-        assignment,
-        logits.shape[-1:],
-        custom_message="groups must be of the same classes as the logits, [C]",
-    )
-    # In NumPy where the groups are concrete: a constant of the compiled function.
-    of_group = assignment[None, :] == np.arange(groups.num_groups)[:, None]
-    of_group = of_group.reshape((1,) * (logits.ndim - 1) + of_group.shape)
-    return (
-        of_group
-        if where is None
-        else of_group & _common.class_mask(where, logits)[..., None, :]
-    )
-
-
-def _inputs(
-    student_logits: ArrayLike,
-    teacher_logits: ArrayLike,
-    groups: ClassGroups,
-    temperature: Scalar,
-    where: ArrayLike | None,
-) -> tuple[jax.Array, jax.Array, jax.Array, Scalar]:
-    """What `_split` and `membership_kl` take."""
-    student, teacher = _common.pair(student_logits, teacher_logits, temperature, where)
-    return student, teacher, _membership(groups, student, where), temperature
 
 
 def group_kl(
@@ -206,11 +56,12 @@ def group_kl(
     temperature: Scalar = 1.0,
     where: ArrayLike | None = None,
 ) -> GroupKL:
-    """The distillation KL split between and within groups of classes.
+    """Splits the distillation KL into terms between and within groups of classes.
 
-        inter = Σ_G p_G^T log(p_G^T / p_G^S),  intra_G = KL(p̃^T_{·|G} ‖ p̃^S_{·|G})
+        inter = Σ_G p_G^T log(p_G^T / p_G^S)
+        intra_G = KL(p̃^T_{·|G} ‖ p̃^S_{·|G})
 
-    Source: LTKD (arXiv 2506.18496), an identity. No τ² factor here.
+    Source: LTKD (arXiv 2506.18496), an identity. There is no factor τ² here.
 
     Args:
       student_logits, teacher_logits: `[..., C]`; the teacher gets no gradient.
@@ -224,14 +75,36 @@ def group_kl(
     >>> import jax.numpy as jnp
     >>> from ltkd_jax import groups, losses
     >>> g = groups.ClassGroups.from_assignment([0, 0, 1])
-    >>> split = losses.group_kl(jnp.array([[1., 2., 3.]]), jnp.array([[2., 0., 1.]]), g)
-    >>> whole = split.inter + (jnp.exp(split.teacher_log_mass) * split.intra).sum(-1)
-    >>> bool(jnp.allclose(whole, losses.kd(jnp.array([[1., 2., 3.]]), jnp.array([[2., 0., 1.]]), temperature=1.)))
+    >>> student, teacher = jnp.array([[1., 2., 3.]]), jnp.array([[2., 0., 1.]])
+    >>> split = losses.group_kl(student, teacher, g)
+    >>> teacher_mass = jnp.exp(split.teacher_log_mass)
+    >>> total = split.inter + (teacher_mass * split.intra).sum(-1)
+    >>> bool(jnp.allclose(total, losses.kd(student, teacher, temperature=1.0)))
     True
     """
-    return membership_kl(
-        *_inputs(student_logits, teacher_logits, groups, temperature, where)
+    student, teacher = _common.check_pair(
+        student_logits, teacher_logits, temperature, where
     )
+    membership = _membership(groups, student, where)
+    return membership_kl(student, teacher, membership, temperature)
+
+
+def membership_kl(
+    student: jax.Array, teacher: jax.Array, membership: jax.Array, temperature: Scalar
+) -> GroupKL:
+    """Computes `group_kl` for groups that may differ between examples.
+
+    Args:
+      student, teacher: `[..., C]`, from `_common.check_pair`.
+      membership: bool `[..., G, C]`, whether class c exists and is in group g.
+      temperature: τ.
+    """
+    split = _split(student, teacher, membership, temperature)
+    inter = _common.kl(
+        split.teacher_log_mass, split.student_log_mass, split.group_exists
+    )
+    teacher_log_mass = jnp.where(split.group_exists, split.teacher_log_mass, -jnp.inf)
+    return GroupKL(inter, split.intra, teacher_log_mass)
 
 
 def rebalance(
@@ -241,96 +114,59 @@ def rebalance(
     where: ArrayLike | None = None,
     example_mask: ArrayLike | None = None,
 ) -> jax.Array:
-    """The teacher's group masses, scaled so that every group has the same sum over the batch.
+    """Scales the teacher's group masses so that all groups have the same batch sum.
 
-        s_G = Σ_b p_G(b);  c_G = (Σ_G' s_G' / G) / s_G;  p̂_G(b) = c_G p_G(b) / Σ_G' c_G' p_G'(b)
+        s_G = Σ_b p_G(b)
+        c_G = (Σ_G' s_G' / G) / s_G
+        p̂_G(b) = c_G p_G(b) / Σ_G' c_G' p_G'(b)
 
-    Source: LTKD (arXiv 2506.18496); the idea is known second-hand, this formula is inferred. The numerator of
-    c_G is the same for all groups and cancels in p̂. In logs, because a group's mass underflows.
+    The numerator of c_G is the same for all groups, so it cancels in p̂.
+
+    Source: LTKD (arXiv 2506.18496); the idea is known second-hand, this formula is
+    inferred.
 
     Args:
-      teacher_log_mass: `[B, G]`, log p_G.
-      axis_name: the device axis (or axes) over which the batch is spread, under `pmap` or `shard_map`.
-      where: bool, broadcastable to `[B, G]`: the groups that exist; the others get −inf and take no part.
-      example_mask: bool `[B]`: examples that are not padding; the others do not count in s_G.
+      teacher_log_mass: `[B, G]`, log p_G. Logs, because a group's mass can underflow.
+      axis_name: name of the device axis (or axes) over which the batch is split, under
+        `pmap` or `shard_map`.
+      where: bool, broadcastable to `[B, G]`: the groups that exist. The others get −inf
+        and are left out of the sums.
+      example_mask: bool `[B]`: false for padding, which is left out of s_G.
 
     Returns:
-      `[B, G]`, log p̂_G, no gradient.
+      `[B, G]`, log p̂_G, without gradient.
 
     >>> import jax.numpy as jnp
-    >>> mass = jnp.array([[0.9, 0.1], [0.7, 0.3]])
-    >>> jnp.exp(rebalance(jnp.log(mass))).round(2).tolist()  # s = (1.6, 0.4), so c is 1 : 4
-    [[0.6899999976158142, 0.3100000023841858], [0.3700000047683716, 0.6299999952316284]]
+    >>> mass = jnp.array([[0.9, 0.1], [0.7, 0.3]])  # s = (1.6, 0.4), so c is 1 : 4
+    >>> rebalanced = jnp.exp(rebalance(jnp.log(mass)))
+    >>> [[round(x, 2) for x in row] for row in rebalanced.tolist()]
+    [[0.69, 0.31], [0.37, 0.63]]
     """
     log_mass = jax.lax.stop_gradient(_common.as_float(teacher_log_mass))
     chex.assert_rank(log_mass, 2, custom_message="teacher_log_mass must be [B, G]")
     exists = _common.class_mask(where, log_mass)
-    counts = exists
+    counted = exists
     if example_mask is not None:
-        counts &= _example_mask(example_mask, log_mass)[:, None]
-    # log s_G, stable for masses that underflow: the batch maximum (over all devices) is taken off first.
-    top = jnp.max(log_mass, axis=0, where=counts, initial=-jnp.inf)
+        counted &= _check_example_mask(example_mask, log_mass)[:, None]
+
+    # log s_G is a log-sum-exp over the batch. All devices subtract the same maximum, so
+    # that their sums add up.
+    max_log_mass = jnp.max(log_mass, axis=0, where=counted, initial=-jnp.inf)
     if axis_name is not None:
-        top = jax.lax.pmax(top, axis_name)
-    top = jnp.where(jnp.isfinite(top), top, 0)[None]
-    total = jnp.sum(
-        jnp.exp(jnp.where(counts, log_mass - top, 0)),
-        axis=0,
-        keepdims=True,
-        where=counts,
-    )
+        max_log_mass = jax.lax.pmax(max_log_mass, axis_name)
+    # The maximum is −∞ for a group without counted entries.
+    max_log_mass = jnp.where(jnp.isfinite(max_log_mass), max_log_mass, 0)[None]
+    # Entries that are not counted may be −∞ or large; 0 keeps exp finite.
+    scaled_mass = jnp.exp(jnp.where(counted, log_mass - max_log_mass, 0))
+    scaled_sum = jnp.sum(scaled_mass, axis=0, keepdims=True, where=counted)
     if axis_name is not None:
-        total = jax.lax.psum(total, axis_name)
-    scaled = jnp.where(exists, log_mass - top, 0) - jnp.log(
-        jnp.where(total > 0, total, 1)
-    )
-    return jnp.where(exists, _common.log_softmax(scaled, exists), -jnp.inf)
+        scaled_sum = jax.lax.psum(scaled_sum, axis_name)
 
-
-def _example_mask(example_mask: ArrayLike, batched: jax.Array) -> jax.Array:
-    mask = jnp.asarray(example_mask, bool)
-    chex.assert_shape(
-        mask, batched.shape[:1], custom_message="example_mask must be [B]"
-    )
-    return mask
-
-
-def _masked(loss: jax.Array, example_mask: ArrayLike | None) -> jax.Array:
-    return (
-        loss
-        if example_mask is None
-        else jnp.where(_example_mask(example_mask, loss), loss, 0)
-    )
-
-
-def _batch_split(
-    student_logits: ArrayLike,
-    teacher_logits: ArrayLike,
-    groups: ClassGroups,
-    temperature: Scalar,
-    where: ArrayLike | None,
-) -> tuple[_Split, jax.Array]:
-    """The split of logits `[B, C]`, and which groups exist."""
-    student, teacher, member, temperature = _inputs(
-        student_logits, teacher_logits, groups, temperature, where
-    )
-    chex.assert_rank(student, 2, custom_message="batch statistics need logits [B, C]")
-    return _split(student, teacher, member, temperature), member.any(axis=-1)
-
-
-def _rebalanced_inter(
-    split: _Split,
-    exists: jax.Array,
-    axis_name: AxisName,
-    example_mask: ArrayLike | None,
-) -> jax.Array:
-    target = rebalance(
-        split.teacher_log_mass,
-        axis_name=axis_name,
-        where=exists,
-        example_mask=example_mask,
-    )
-    return split.inter(jnp.where(exists, target, 0), exists)
+    # log p_G − log s_G, with log s_G = max + log(scaled sum): the two large numbers are
+    # subtracted first. The softmax over groups normalises c_G p_G.
+    log_scaled_sum = jnp.log(jnp.where(scaled_sum > 0, scaled_sum, 1))
+    log_ratio = jnp.where(exists, log_mass - max_log_mass, 0) - log_scaled_sum
+    return jnp.where(exists, _common.log_softmax(log_ratio, exists), -jnp.inf)
 
 
 def rebalanced_inter_group(
@@ -343,20 +179,24 @@ def rebalanced_inter_group(
     where: ArrayLike | None = None,
     example_mask: ArrayLike | None = None,
 ) -> jax.Array:
-    """KL between the teacher's rebalanced group masses and the student's: τ² Σ_G p̂_G^T log(p̂_G^T / p_G^S).
+    """Computes the KL from the teacher's rebalanced to the student's group masses.
 
-    Source: LTKD (arXiv 2506.18496), the rebalanced inter-group loss; its formula is inferred (see `rebalance`).
+        τ² Σ_G p̂_G^T log(p̂_G^T / p_G^S)
+
+    Source: LTKD (arXiv 2506.18496), the rebalanced inter-group loss. The formula of p̂
+    is inferred, see `rebalance`.
 
     Args:
       student_logits, teacher_logits: `[B, C]`; the teacher gets no gradient.
       groups: a `ClassGroups` of the same C classes.
       temperature: τ.
-      axis_name: the device axis over which the batch is spread.
+      axis_name: name of the device axis over which the batch is split.
       where: bool, broadcastable to `[B, C]`: the classes that exist.
-      example_mask: bool `[B]`: false for padding, which gets a loss of 0 and is left out of the batch sums.
+      example_mask: bool `[B]`: false for padding, which gets a loss of 0 and is left
+        out of the batch sums.
 
     Returns:
-      `[B]`, with the τ² factor.
+      `[B]`, with the factor τ².
 
     >>> import jax.numpy as jnp
     >>> from ltkd_jax import groups
@@ -365,10 +205,9 @@ def rebalanced_inter_group(
     >>> rebalanced_inter_group(jnp.zeros((2, 3)), teacher, g).shape
     (2,)
     """
-    split = _batch_split(student_logits, teacher_logits, groups, temperature, where)
-    return temperature**2 * _masked(
-        _rebalanced_inter(*split, axis_name, example_mask), example_mask
-    )
+    split = _split_batch(student_logits, teacher_logits, groups, temperature, where)
+    inter = _rebalanced_inter(split, axis_name, example_mask)
+    return temperature**2 * _mask_examples(inter, example_mask)
 
 
 def uniform_intra_group(
@@ -379,7 +218,7 @@ def uniform_intra_group(
     temperature: Scalar = 4.0,
     where: ArrayLike | None = None,
 ) -> jax.Array:
-    """KL within the groups, every group with the same weight.
+    """Computes the sum of the KLs within groups, all with the same weight.
 
         τ² Σ_G KL(p̃^T_{·|G} ‖ p̃^S_{·|G})
 
@@ -392,7 +231,7 @@ def uniform_intra_group(
       where: bool, broadcastable to `[..., C]`: the classes that exist.
 
     Returns:
-      `[...]`, with the τ² factor.
+      `[...]`, with the factor τ².
 
     >>> import jax.numpy as jnp
     >>> from ltkd_jax import groups
@@ -418,21 +257,25 @@ def ltkd(
     where: ArrayLike | None = None,
     example_mask: ArrayLike | None = None,
 ) -> jax.Array:
-    """LTKD's distillation loss: τ² (α · rebalanced inter-group + β · Σ_G intra_G). Add the hard loss yourself.
+    """Computes LTKD's distillation loss, to which a caller adds the hard loss.
 
-    Source: LTKD (arXiv 2506.18496), reconstructed from descriptions; the values of τ, α, β are not known.
+        α · `rebalanced_inter_group` + β · `uniform_intra_group`
+
+    Source: LTKD (arXiv 2506.18496), reconstructed from descriptions; the paper's values
+    of τ, α and β are not known.
 
     Args:
       student_logits, teacher_logits: `[B, C]`; the teacher gets no gradient.
       groups: a `ClassGroups` of the same C classes.
-      alpha, beta: weights of the inter-group and of the intra-group part.
+      alpha, beta: weights of the inter-group and of the intra-group loss.
       temperature: τ.
-      axis_name: the device axis over which the batch is spread.
+      axis_name: name of the device axis over which the batch is split.
       where: bool, broadcastable to `[B, C]`: the classes that exist.
-      example_mask: bool `[B]`: false for padding, which gets a loss of 0 and is left out of the batch sums.
+      example_mask: bool `[B]`: false for padding, which gets a loss of 0 and is left
+        out of the batch sums.
 
     Returns:
-      `[B]`, with the τ² factor.
+      `[B]`, with the factor τ².
 
     >>> import jax.numpy as jnp
     >>> from ltkd_jax import groups
@@ -440,10 +283,235 @@ def ltkd(
     >>> ltkd(jnp.zeros((4, 6)), jnp.eye(4, 6), g, alpha=1.0, beta=2.0).shape
     (4,)
     """
-    split, exists = _batch_split(
-        student_logits, teacher_logits, groups, temperature, where
+    split = _split_batch(student_logits, teacher_logits, groups, temperature, where)
+    inter = _rebalanced_inter(split, axis_name, example_mask)
+    loss = alpha * inter + beta * split.intra.sum(axis=-1)
+    return temperature**2 * _mask_examples(loss, example_mask)
+
+
+def _split_batch(
+    student_logits: ArrayLike,
+    teacher_logits: ArrayLike,
+    groups: ClassGroups,
+    temperature: Scalar,
+    where: ArrayLike | None,
+) -> _Split:
+    """Returns the split of a batch of logits `[B, C]`."""
+    student, teacher = _common.check_pair(
+        student_logits, teacher_logits, temperature, where
     )
-    inter = _rebalanced_inter(split, exists, axis_name, example_mask)
-    return temperature**2 * _masked(
-        alpha * inter + beta * split.intra.sum(axis=-1), example_mask
+    membership = _membership(groups, student, where)
+    chex.assert_rank(student, 2, custom_message="batch statistics need logits [B, C]")
+    return _split(student, teacher, membership, temperature)
+
+
+def _rebalanced_inter(
+    split: _Split, axis_name: AxisName, example_mask: ArrayLike | None
+) -> jax.Array:
+    """Returns the KL from the rebalanced to the student's group masses, without τ²."""
+    target = rebalance(
+        split.teacher_log_mass,
+        axis_name=axis_name,
+        where=split.group_exists,
+        example_mask=example_mask,
     )
+    # `kl` needs finite logs, also of groups that it leaves out.
+    target = jnp.where(split.group_exists, target, 0)
+    return _common.kl(target, split.student_log_mass, split.group_exists)
+
+
+def _mask_examples(loss: jax.Array, example_mask: ArrayLike | None) -> jax.Array:
+    """Returns the losses `[B]`, with 0 for padding."""
+    if example_mask is None:
+        return loss
+    return jnp.where(_check_example_mask(example_mask, loss), loss, 0)
+
+
+def _check_example_mask(example_mask: ArrayLike, batch: jax.Array) -> jax.Array:
+    mask = jnp.asarray(example_mask, bool)
+    chex.assert_shape(mask, batch.shape[:1], custom_message="example_mask must be [B]")
+    return mask
+
+
+def _membership(
+    groups: ClassGroups, logits: jax.Array, where: ArrayLike | None
+) -> jax.Array:
+    """Returns a bool `[..., G, C]`: whether class c exists and is in group g.
+
+    Without `where` all leading axes are 1, since groups are the same for all examples.
+    """
+    chex.assert_shape(
+        groups.assignment,
+        logits.shape[-1:],
+        custom_message="groups must be of the same classes as the logits, [C]",
+    )
+    # For a NumPy assignment this is NumPy, too: a constant of the compiled function.
+    group_indices = np.arange(groups.num_groups)[:, None]
+    membership = groups.assignment[None, :] == group_indices
+    membership = membership.reshape((1,) * (logits.ndim - 1) + membership.shape)
+    if where is None:
+        return membership
+    return membership & _common.class_mask(where, logits)[..., None, :]
+
+
+# --- The split in numerically stable form ---
+
+
+class _Split(NamedTuple):
+    """Group masses of student and teacher, and the KLs within groups, all `[..., G]`.
+
+    All values are finite; they are 0 for a group without existing classes.
+
+    Attributes:
+      student_log_mass: log p_G^S. Logs, because a group's mass can underflow.
+      teacher_log_mass: log p_G^T.
+      intra: KL(p̃^T_{·|G} ‖ p̃^S_{·|G}).
+      group_exists: bool, whether the group has a class that exists.
+    """
+
+    student_log_mass: jax.Array
+    teacher_log_mass: jax.Array
+    intra: jax.Array
+    group_exists: jax.Array
+
+
+def _split(
+    student: jax.Array, teacher: jax.Array, membership: jax.Array, temperature: Scalar
+) -> _Split:
+    """Splits the distributions of student and teacher by groups.
+
+    Let m_G = max_{i∈G} z_i be the largest logit of group G, and m = max_G m_G. With
+    u_i = (z_i − m_G) / τ for i ∈ G, from the student's logits, the student has
+
+        p̃_{i|G} = e^{u_i} / Σ_{j∈G} e^{u_j},
+        log p_G = log softmax_G((m_G − m) / τ + log Σ_{j∈G} e^{u_j}).
+
+    Each sum over a group contains e⁰ = 1, so no group underflows, however small its
+    mass is. With v_i likewise from the teacher's logits, and sums over i ∈ G,
+
+        KL(p̃^T_{·|G} ‖ p̃^S_{·|G}) = Σ e^v (v − u) / Σ e^v − log Σ e^v + log Σ e^u.
+
+    In this form neither p̃ is stored for the backward pass, only e^u, e^v and numbers
+    per group.
+
+    Args:
+      student, teacher: `[..., C]`, from `_common.check_pair`.
+      membership: bool `[..., G, C]`, whether class c exists and is in group g.
+      temperature: τ.
+    """
+    group_exists = membership.any(axis=-1)
+    u, student_max = _subtract_group_max(student, membership, temperature)
+    v, teacher_max = _subtract_group_max(teacher, membership, temperature)
+    exp_u = jnp.exp(u)
+    exp_v = jnp.exp(v)
+    # A group without existing classes has the sum 0; 1 keeps its log finite.
+    student_sum = jnp.where(group_exists, _sum_by_group(exp_u, membership), 1)
+    teacher_sum = jnp.where(group_exists, _sum_by_group(exp_v, membership), 1)
+    # The teacher's mean of v − u. Subtracting before summing makes it exactly 0 for
+    # equal logits, and keeps its digits for similar ones.
+    mean_difference = _sum_by_group(exp_v * (v - u), membership) / teacher_sum
+    log_student_sum = jnp.log(student_sum)
+    log_teacher_sum = jnp.log(teacher_sum)
+    return _Split(
+        student_log_mass=_common.log_softmax(
+            student_max + log_student_sum, group_exists
+        ),
+        teacher_log_mass=_common.log_softmax(
+            teacher_max + log_teacher_sum, group_exists
+        ),
+        intra=mean_difference - (log_teacher_sum - log_student_sum),
+        group_exists=group_exists,
+    )
+
+
+def _subtract_group_max(
+    logits: jax.Array, membership: jax.Array, temperature: Scalar
+) -> tuple[jax.Array, jax.Array]:
+    """Returns (z_i − m_G) / τ, `[..., C]`, and (m_G − m) / τ, `[..., G]`.
+
+    Both differences are taken before the division by τ, and before anything is added:
+    they are small, so a large offset of one group or of all classes costs no precision.
+    """
+    group_exists = membership.any(axis=-1)
+    # The maxima need no derivative: they cancel in both formulas of `_split`.
+    group_max = _max_by_group(jax.lax.stop_gradient(logits), membership)
+    group_max = jnp.where(group_exists, group_max, 0)
+    below_group_max = (logits - _spread_to_classes(group_max, membership)) / temperature
+    below_max = _common.subtract_max(group_max, group_exists) / temperature
+    return below_group_max, below_max
+
+
+# --- Sums and maxima by group ---
+#
+# A masked reduction over [..., G, C] is fast where XLA fuses it with its operand, so
+# that nothing of that size is written to memory. XLA on CPU does not do that. There a
+# matrix product, or a loop over groups, is many times faster.
+
+
+def _sum_by_group(x: jax.Array, membership: jax.Array) -> jax.Array:
+    """Returns the sums over the classes of each group: `[..., C]` to `[..., G]`."""
+
+    def multiply(x: jax.Array, matrix: jax.Array) -> jax.Array:
+        return jnp.matmul(x, matrix.T, precision="highest")
+
+    def masked_sum(x: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(membership, x[..., None, :], 0), axis=-1)
+
+    return _by_platform(x, membership, cpu=multiply, default=masked_sum)
+
+
+def _spread_to_classes(x: jax.Array, membership: jax.Array) -> jax.Array:
+    """Returns for each class the value of its group: `[..., G]` to `[..., C]`.
+
+    It is 0 for a class that does not exist.
+    """
+
+    def multiply(x: jax.Array, matrix: jax.Array) -> jax.Array:
+        return jnp.matmul(x, matrix, precision="highest")
+
+    def masked_sum(x: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(membership, x[..., None], 0), axis=-2)
+
+    return _by_platform(x, membership, cpu=multiply, default=masked_sum)
+
+
+def _max_by_group(x: jax.Array, membership: jax.Array) -> jax.Array:
+    """Returns the maximum over the classes of each group: `[..., C]` to `[..., G]`.
+
+    It is −inf for a group without existing classes.
+    """
+
+    def loop(x: jax.Array, matrix: jax.Array) -> jax.Array:
+        def max_of_group(in_group: jax.Array) -> jax.Array:
+            return jnp.max(jnp.where(in_group > 0, x, -jnp.inf), axis=-1)
+
+        num_groups = len(matrix)
+        leading_axes = (1,) * (x.ndim - 1)
+        in_groups = matrix.reshape(num_groups, *leading_axes, -1)
+        maxima = jax.lax.map(max_of_group, in_groups)  # [G, ...]
+        return jnp.moveaxis(maxima, 0, -1)
+
+    def masked_max(x: jax.Array) -> jax.Array:
+        return jnp.max(jnp.where(membership, x[..., None, :], -jnp.inf), axis=-1)
+
+    return _by_platform(x, membership, cpu=loop, default=masked_max)
+
+
+def _by_platform(
+    x: jax.Array,
+    membership: jax.Array,
+    *,
+    cpu: Callable[[jax.Array, jax.Array], jax.Array],
+    default: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
+    """Returns `cpu(x, matrix)` on CPU and `default(x)` elsewhere.
+
+    `matrix`, `[G, C]`, is the membership as numbers. Where the groups differ between
+    examples there is no such matrix, and `default` serves all platforms.
+    """
+    differs_by_example = any(size != 1 for size in membership.shape[:-2])
+    if differs_by_example:
+        return default(x)
+    matrix = membership.reshape(membership.shape[-2:]).astype(x.dtype)
+    # Decided when the function is lowered: one traced on CPU may be exported for a TPU.
+    return jax.lax.platform_dependent(x, cpu=lambda x: cpu(x, matrix), default=default)

@@ -1,6 +1,6 @@
-"""A loss of intermediate features."""
+"""ReviewKD's loss of intermediate features."""
 
-# So that help() shows ArrayLike, not all that it stands for
+# So that help() shows ArrayLike, not all that it stands for.
 from __future__ import annotations
 
 import functools
@@ -14,27 +14,32 @@ from jax.typing import ArrayLike
 
 from ltkd_jax.losses._common import as_float
 
-_GRIDS = (4, 2, 1)  # sides of the coarser levels
+_GRID_SIDES = (4, 2, 1)  # of the coarser levels
 
 
 def hierarchical_context(
     student_features: Sequence[ArrayLike], teacher_features: Sequence[ArrayLike]
 ) -> jax.Array:
-    """ReviewKD's hierarchical context loss, the sum over the features of L(s, t), `[B]`.
+    """Computes ReviewKD's hierarchical context loss, summed over features.
 
-    L is a weighted mean over levels: the squared difference, averaged over height, width and channels, with weight 1;
-    then that of both features averaged over grids of 4×4, 2×2 and 1×1 cells, as far as they are coarser than the
-    features, with weights 1/2, 1/4, 1/8 of those that there are.
+    The loss of one pair of features is a weighted mean over levels. Level 0 is their
+    squared difference, averaged over height, width and channels, with weight 1. Levels
+    1, 2 and 3 average both features over grids of 4×4, 2×2 and 1×1 cells first, and
+    have the weights 1/2, 1/4 and 1/8. Grids that are not coarser than the features are
+    left out, and the next one gets the weight instead.
 
-    Source: Chen et al., "Distilling Knowledge via Knowledge Review", CVPR 2021, section 3; grids and weights as in its
-    code. Its mean over the batch is the paper's.
+    Source: Chen et al., "Distilling Knowledge via Knowledge Review", CVPR 2021,
+    section 3; grids and weights as in its code. The paper's loss is the batch mean.
 
     Args:
       student_features: a sequence of `[B, H, W, channels]`.
-      teacher_features: of the same shapes; no gradient goes into them.
+      teacher_features: of the same shapes; they get no gradient.
+
+    Returns:
+      `[B]`.
 
     Raises:
-      ValueError: another number of features, or none.
+      ValueError: no features, or sequences of different lengths.
       AssertionError: shapes that differ.
 
     >>> same = [jnp.ones((2, 8, 8, 3)), jnp.ones((2, 1, 1, 5))]
@@ -43,36 +48,51 @@ def hierarchical_context(
     """
     if not len(student_features) == len(teacher_features) > 0:
         raise ValueError(
-            f"{len(student_features)} features of the student, {len(teacher_features)} of the teacher"
+            f"{len(student_features)} features of the student, {len(teacher_features)} "
+            "of the teacher"
         )
-    return functools.reduce(
-        operator.add, map(_context, student_features, teacher_features)
-    )
+    losses = map(_pair_loss, student_features, teacher_features)
+    return functools.reduce(operator.add, losses)
 
 
-def _context(student: ArrayLike, teacher: ArrayLike) -> jax.Array:
-    student, teacher = as_float(student), jax.lax.stop_gradient(as_float(teacher))
+def _pair_loss(student: ArrayLike, teacher: ArrayLike) -> jax.Array:
+    student = as_float(student)
+    teacher = jax.lax.stop_gradient(as_float(teacher))
     chex.assert_equal_shape((student, teacher))
     chex.assert_rank(student, 4)
-    difference = student - teacher  # averaging over cells is linear
-    loss, weight, total = jnp.mean(difference**2, axis=(1, 2, 3)), 1.0, 1.0
-    for side in _GRIDS:
+    # Averaging over cells is linear, so the difference is averaged, not both features.
+    difference = student - teacher
+    loss = jnp.mean(difference**2, axis=(1, 2, 3))
+    weight = 1.0
+    sum_weights = 1.0
+    for side in _GRID_SIDES:
         if side < difference.shape[1]:
             weight /= 2
-            total += weight
-            loss += weight * jnp.mean(_cells(difference, side) ** 2, axis=(1, 2, 3))
-    return loss / total
+            sum_weights += weight
+            cells = _average_cells(difference, side)
+            loss += weight * jnp.mean(cells**2, axis=(1, 2, 3))
+    return loss / sum_weights
 
 
-def _cells(x: jax.Array, side: int) -> jax.Array:
-    """Means over a grid of side × side cells, which overlap where the side does not divide the features'."""
-    rows, columns = (_cell_edges(size, side) for size in x.shape[1:3])
-    means = [
-        jnp.stack([x[:, a:b, c:d].mean(axis=(1, 2)) for c, d in columns], axis=1)
-        for a, b in rows
-    ]
-    return jnp.stack(means, axis=1)
+def _average_cells(x: jax.Array, side: int) -> jax.Array:
+    """Returns the means over side × side cells: adaptive average pooling.
+
+    Cells overlap where `side` does not divide the height or width.
+    """
+    cell_rows = []
+    for top, bottom in _cell_edges(x.shape[1], side):
+        cells = []
+        for left, right in _cell_edges(x.shape[2], side):
+            cells.append(x[:, top:bottom, left:right].mean(axis=(1, 2)))
+        cell_rows.append(jnp.stack(cells, axis=1))
+    return jnp.stack(cell_rows, axis=1)
 
 
 def _cell_edges(size: int, side: int) -> list[tuple[int, int]]:
-    return [(i * size // side, -(-(i + 1) * size // side)) for i in range(side)]
+    """Returns (⌊i · size / side⌋, ⌈(i + 1) · size / side⌉) for each cell i."""
+    edges = []
+    for i in range(side):
+        start = i * size // side
+        end = -(-(i + 1) * size // side)
+        edges.append((start, end))
+    return edges

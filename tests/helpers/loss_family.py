@@ -1,4 +1,7 @@
-"""All losses of `truth.FAMILY` in one function, which compiles in less time than a function for each loss."""
+"""All losses of `truth.FAMILY` in one function.
+
+It compiles in less time than a function for each loss.
+"""
 
 import functools
 
@@ -8,7 +11,7 @@ import numpy as np
 from helpers import truth
 from ltkd_jax import losses
 
-close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+assert_allclose = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
 
 
 def values(x, family=truth.FAMILY):
@@ -17,23 +20,28 @@ def values(x, family=truth.FAMILY):
 
 
 def select(condition):
-    """Returns the part of the family for which a condition on the loss holds."""
+    """Returns the losses of the family for which a condition holds."""
     return {name: loss for name, loss in truth.FAMILY.items() if condition(loss)}
 
 
-def by_student(loss, x):
+def total_of_student(loss, x):
     """Returns the sum of the losses as a function of the student's logits."""
-    return lambda student: loss.call(losses, x._replace(student=student)).sum()
+
+    def total(student):
+        return loss.call(losses, x._replace(student=student)).sum()
+
+    return total
 
 
 @jax.jit
 def evaluate(x):
     """Returns (values, gradients) by the name of the loss.
 
-    The gradients are by the student's logits and of each example: examples meet in the teacher's statistics only.
+    The gradients are with respect to the student's logits, and per example: only the
+    teacher's statistics depend on other examples.
     """
 
-    def one(loss):
+    def evaluate_one(loss):
         def total(student):
             value = loss.call(losses, x._replace(student=student))
             return value.sum(), value
@@ -41,15 +49,15 @@ def evaluate(x):
         gradient, value = jax.grad(total, has_aux=True)(x.student)
         return value, gradient
 
-    return {name: one(loss) for name, loss in truth.FAMILY.items()}
+    return {name: evaluate_one(loss) for name, loss in truth.FAMILY.items()}
 
 
-def evaluated(x):
-    """Returns the losses of each example by the name of the loss, by way of `evaluate`."""
+def evaluate_values(x):
+    """Returns the losses of each example by the name of the loss, see `evaluate`."""
     return {name: value for name, (value, _) in evaluate(x).items()}
 
 
 def assert_close(actual, expected, **options):
     """Compares the losses in `actual`, by name, with those in `expected`."""
     for name, value in actual.items():
-        close(value, expected[name], **{"err_msg": name} | options)
+        assert_allclose(value, expected[name], **{"err_msg": name} | options)

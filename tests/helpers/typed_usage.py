@@ -1,6 +1,8 @@
-"""The library as its users write it: run by test_packaging, and checked by `mypy --strict` against the installed wheel.
+"""The library as its users write it.
 
-The calls in `misuse` are wrong. There mypy must complain, since it reports an ignore that is not needed.
+test_packaging runs it, and checks it by `mypy --strict` against the installed wheel.
+Every call in `misuse` is wrong, and mypy must reject it: it reports an ignore that is
+not needed.
 """
 
 import jax
@@ -26,9 +28,8 @@ def mean_loss(
     loss += losses.ltkd(
         student_logits, teacher_logits, g, alpha=1, beta=jnp.float32(1), temperature=4.0
     )
-    loss += ltkd_jax.losses.balanced_softmax(
-        student_logits, labels, np.array([9, 8, 7, 6, 5, 4])
-    )
+    class_counts = np.array([9, 8, 7, 6, 5, 4])
+    loss += ltkd_jax.losses.balanced_softmax(student_logits, labels, class_counts)
     return loss.mean()
 
 
@@ -47,43 +48,41 @@ def weight_fn(meta_params: jax.Array, features: jax.Array) -> jax.Array:
 
 
 def learned_weights(batch: Batch) -> jax.Array:
-    """A step of `bilevel` over one's own terms."""
+    """A step of `bilevel` over custom terms."""
     problem = bilevel.Problem(terms_fn, outer_fn, weight_fn)
     optimizer = optax.adam(1e-3)
-    params, meta = {"w": jnp.zeros(3)}, bilevel.init(jnp.zeros((2, 2)), optimizer)
-    ahead = jax.tree.map(lambda x: x[None], batch)
-    taken = bilevel.step(
+    result = bilevel.step(
         problem,
-        params,
-        meta,
-        ahead,
+        {"w": jnp.zeros(3)},
+        bilevel.init(jnp.zeros((2, 2)), optimizer),
+        jax.tree.map(lambda x: x[None], batch),
         batch,
         jnp.float32(0.1),
         optimizer=optimizer,
         update_every=2,
     )
-    return taken.weights
+    return result.weights
 
 
 def confidence(predictions: methods.Predictions) -> jax.Array:
     return -jax.nn.log_softmax(predictions.student_logits).max(axis=-1)
 
 
-def own_objective(
+def custom_objective(
     student: jax.Array, teacher: jax.Array, labels: jax.Array
 ) -> jax.Array:
-    """A method of the table with a term of one's own beside it, and its static weights."""
+    """A method of the table with a custom term, and its static weights."""
     kd = methods.create("kd", [5, 3, 1], warmup_steps=10, temperature=2.0)
-    own = methods.Objective(
-        (*kd.terms, methods.Term("confidence", confidence, 0.1, distils=False))
-    )
+    term = methods.Term("confidence", confidence, 0.1, needs_teacher=False)
+    objective = methods.Objective((*kd.terms, term))
     predictions = methods.Predictions(student, teacher, labels)
-    soft = losses.kd(predictions.student_logits, predictions.teacher)
-    return (own(predictions) * own.weights(0)[None, :]).sum(axis=-1) + soft
+    weighted = objective(predictions) * objective.weights(0)[None, :]
+    soft = losses.kd(predictions.student_logits, predictions.require_teacher())
+    return weighted.sum(axis=-1) + soft
 
 
 def evaluate(images: jax.Array, labels: jax.Array) -> dict[str, float]:
-    """Sums of one batch of a model, by group."""
+    """The group masses of a model on one batch."""
     model = models.create("resnet8", num_classes=3)
     variables = model.init(jax.random.key(0), images, train=False)
     logits, features, _ = models.apply_with_features(
@@ -95,27 +94,27 @@ def evaluate(images: jax.Array, labels: jax.Array) -> dict[str, float]:
 
 
 def misuse(logits: jax.Array, g: groups.ClassGroups) -> None:
-    """Each line is wrong, and never run."""
+    """Each line is wrong; it is never run."""
     losses.ltkd(logits, logits, "head")  # type: ignore[arg-type]
     losses.ltkd(logits, logits, g, 4.0)  # type: ignore[call-arg]
     losses.ltkd(logits, logits)  # type: ignore[call-arg]
     losses.kd(logits, logits, temprature=4.0)  # type: ignore[call-arg]
     losses.kd(logits, logits, temperature="4")  # type: ignore[arg-type]
     losses.cross_entropy(logits, None)  # type: ignore[arg-type]
-    losses.group_kl(logits, logits, g).mass  # type: ignore[attr-defined]
-    ltkd_jax.loses  # type: ignore[attr-defined]
+    _ = losses.group_kl(logits, logits, g).mass  # type: ignore[attr-defined]
+    _ = ltkd_jax.loses  # type: ignore[attr-defined]
     groups.ClassGroups.from_counts([5, 3, 1], names="abc")  # type: ignore[arg-type]
     g.num_groups = 3  # type: ignore[misc]
     bilevel.Problem(terms_fn, outer_fn)  # type: ignore[call-arg]
     bilevel.Problem(outer_fn, outer_fn, weight_fn)  # type: ignore[arg-type]
-    methods.Term("own", losses.kd, 1.0, distils=True)  # type: ignore[arg-type]
+    methods.Term("kd", losses.kd, 1.0, needs_teacher=True)  # type: ignore[arg-type]
     methods.create("kd", None)  # type: ignore[arg-type]
     models.create("resnet8", "100")  # type: ignore[arg-type]
-    # No word of an array may be lost to Any.
+    # Results are typed, not Any.
     number: int = losses.kd(logits, logits)  # type: ignore[assignment]
-    problem, state = (
-        bilevel.Problem(terms_fn, outer_fn, weight_fn),
-        bilevel.init({}, optax.sgd(1.0)),
-    )
-    text: str = bilevel.step(problem, {}, state, {}, {}, 0.1, optimizer=optax.sgd(1.0))  # type: ignore[assignment]
+    optimizer = optax.sgd(1.0)
+    problem = bilevel.Problem(terms_fn, outer_fn, weight_fn)
+    meta = bilevel.init({}, optimizer)
+    result = bilevel.step(problem, {}, meta, {}, {}, 0.1, optimizer=optimizer)
+    text: str = result  # type: ignore[assignment]
     print(number, text)

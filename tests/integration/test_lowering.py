@@ -1,4 +1,7 @@
-"""What runs on a TPU is not run here, but lowered for it: every jit step, and for CUDA, with nothing that they lack."""
+"""Every jitted function of a run, lowered for TPU and CUDA.
+
+It is not run there, but must use nothing that these platforms lack.
+"""
 
 import contextlib
 import functools
@@ -21,14 +24,17 @@ WIDE = (np.float64, np.int64, np.uint64, np.complex128)
 
 
 def equations(jaxpr):
-    """Yields every equation, those inside loops, branches and calls too."""
+    """Yields every equation, with those inside loops, branches and calls."""
     yield from jaxpr.eqns
     for inner in core.subjaxprs(jaxpr):
         yield from equations(inner)
 
 
 def faults(jaxpr):
-    """Returns what an accelerator lacks, or has at a price: 64 bits, calls to the host, unknown shapes."""
+    """Returns what an accelerator lacks or is slow at.
+
+    That is 64-bit types, calls to the host, and unknown shapes.
+    """
     problems = set()
     for equation in equations(jaxpr):
         name = equation.primitive.name
@@ -37,10 +43,9 @@ def faults(jaxpr):
         for variable in (*equation.invars, *equation.outvars):
             if getattr(variable.aval, "dtype", None) in WIDE:
                 problems.add(f"{variable.aval.dtype} in {name}")
-            if not all(
-                isinstance(size, int) for size in getattr(variable.aval, "shape", ())
-            ):
-                problems.add(f"shape {variable.aval.shape} in {name}")
+            shape = getattr(variable.aval, "shape", ())
+            if not all(isinstance(size, int) for size in shape):
+                problems.add(f"shape {shape} in {name}")
     return problems
 
 
@@ -49,18 +54,24 @@ def shapes(tree):
 
 
 def assert_lowers(fn, *arguments):
-    """Checks a compiled function, for arguments of these shapes."""
-    like = shapes(arguments)
-    assert faults(jax.make_jaxpr(fn)(*like).jaxpr) == set()
-    exported = jax.export.export(fn, platforms=PLATFORMS)(*like)
-    assert (
-        exported.platforms == PLATFORMS and len(exported.mlir_module_serialized) > 1000
-    )
+    """Checks a jitted function for arguments of these shapes."""
+    argument_shapes = shapes(arguments)
+    assert faults(jax.make_jaxpr(fn)(*argument_shapes).jaxpr) == set()
+    exported = jax.export.export(fn, platforms=PLATFORMS)(*argument_shapes)
+    assert exported.platforms == PLATFORMS
+    assert len(exported.mlir_module_serialized) > 1000
 
 
 def test_faults_are_found():
+    def faults_of(fn, x):
+        return faults(jax.make_jaxpr(fn)(x).jaxpr)
+
     def looped(fn):
-        return lambda x: jax.lax.scan(lambda c, _: (fn(c), None), x, None, length=2)[0]
+        def loop(x):
+            result, _ = jax.lax.scan(lambda c, _: (fn(c), None), x, None, length=2)
+            return result
+
+        return loop
 
     def to_host(x):
         return jax.pure_callback(np.sin, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
@@ -70,22 +81,19 @@ def test_faults_are_found():
             return x.astype(jnp.float64).astype(jnp.float32)
 
     x = jnp.ones(3)
-    assert faults(jax.make_jaxpr(looped(jnp.sin))(x).jaxpr) == set()
-    assert faults(jax.make_jaxpr(looped(to_host))(x).jaxpr) == {"pure_callback"}
-    assert any(
-        "float64" in fault for fault in faults(jax.make_jaxpr(jax.jit(wide))(x).jaxpr)
-    )
-    unknown = jax.export.symbolic_shape("n")
-    shape = jax.ShapeDtypeStruct(unknown, jnp.float32)
-    assert any(
-        "shape" in fault
-        for fault in faults(jax.make_jaxpr(jax.jit(jnp.sin))(shape).jaxpr)
-    )
+    assert faults_of(looped(jnp.sin), x) == set()
+    assert faults_of(looped(to_host), x) == {"pure_callback"}
+    assert any("float64" in fault for fault in faults_of(jax.jit(wide), x))
+    unknown = jax.ShapeDtypeStruct(jax.export.symbolic_shape("n"), jnp.float32)
+    assert any("shape" in fault for fault in faults_of(jax.jit(jnp.sin), unknown))
 
 
 @pytest.fixture
 def accelerated(monkeypatch):
-    """Trainers as an accelerator gets them: several steps in one call, loops and branches on the device."""
+    """Makes trainers choose what they choose on an accelerator.
+
+    That is several steps in one call, and loops and branches on the device.
+    """
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     trainer.cache_clear()
     yield
@@ -93,7 +101,10 @@ def accelerated(monkeypatch):
 
 
 def assert_steps_lower(config, teacher_source):
-    """Checks an epoch of steps in one call; returns the trainer, its state's shapes and its data's."""
+    """Checks an epoch of steps in one call.
+
+    Returns the trainer, and the shapes of its state and its data.
+    """
     student = trainer(resolve(config).student_training(teacher_source))
     data = student.data
     variables = jax.eval_shape(
@@ -138,7 +149,7 @@ def test_steps_lower(argument, teacher_source, accelerated, tmp_path):
 
 
 def test_all_of_a_run_lowers(accelerated, tmp_path):
-    """Start, indices of an epoch, steps, evaluation, and the teacher's table."""
+    """The initial state, indices, steps, evaluation, and the teacher's logits."""
     student, state, data = assert_steps_lower(tiny(tmp_path, "ltkd"), "table")
     assert_lowers(student.init, np.int32(0))
     sizes = dict(num_examples=50, batch_size=16, num_views=9, random_bits=True)
@@ -173,21 +184,19 @@ def test_all_of_a_run_lowers(accelerated, tmp_path):
 
 
 def test_streamed_steps_lower(accelerated, tmp_path):
-    """With all of the augmentation that is drawn on the device."""
+    """With all augmentation that is computed on the device."""
     config = streamed(
         prepare_insects(tmp_path), tmp_path, "ce,policy=autoaugment,cutout=2,mixup=0.2"
     )
     assert_steps_lower(config, "none")
 
 
-@pytest.mark.parametrize(
-    "name", sorted(set(methods.METHODS) - {"reviewkd"})
-)  # whose terms need features: above
+# The terms of reviewkd need features; they are lowered with its steps.
+@pytest.mark.parametrize("name", sorted(set(methods.METHODS) - {"reviewkd"}))
 def test_terms_lower(name):
-    """With their gradient by the student's logits."""
-    objective = methods.create(
-        name, np.arange(10, 0, -1), groups.ClassGroups.from_counts(np.arange(10, 0, -1))
-    )
+    """With their gradient with respect to the student's logits."""
+    counts = np.arange(10, 0, -1)
+    objective = methods.create(name, counts, groups.ClassGroups.from_counts(counts))
 
     @jax.jit
     def gradient(student, teacher, labels, step):

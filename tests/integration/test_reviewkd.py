@@ -1,4 +1,4 @@
-"""ReviewKD: its loss and its fusion against float64 NumPy, and a student that is the same with and without it."""
+"""ReviewKD: its loss and its fusion against float64 NumPy."""
 
 import jax
 import jax.numpy as jnp
@@ -8,157 +8,181 @@ import pytest
 from ltkd_jax import losses, models
 from ltkd_jax.models import review
 
-SHAPES = [(16, 3), (8, 5), (7, 4), (4, 6), (2, 3), (1, 8)]
+# --- The loss ---
+
+SHAPES = [(16, 3), (8, 5), (7, 4), (4, 6), (2, 3), (1, 8)]  # (height, channels)
 
 
-def cells(x, side):
-    """Adaptive average pooling as its definition says: cell i covers floor(i·n/side) to ceil((i + 1)·n/side)."""
+def average_cells(x, side):
+    """Averages over cells i from floor(i·n/side) to ceil((i + 1)·n/side)."""
     b, h, w, c = x.shape
-    out = np.zeros((b, side, side, c))
+    result = np.zeros((b, side, side, c))
+
+    def cell(i, size):
+        return slice(
+            int(np.floor(i * size / side)), int(np.ceil((i + 1) * size / side))
+        )
+
     for i in range(side):
         for j in range(side):
-            rows = slice(int(np.floor(i * h / side)), int(np.ceil((i + 1) * h / side)))
-            columns = slice(
-                int(np.floor(j * w / side)), int(np.ceil((j + 1) * w / side))
-            )
-            out[:, i, j] = x[:, rows, columns].mean(axis=(1, 2))
-    return out
+            result[:, i, j] = x[:, cell(i, h), cell(j, w)].mean(axis=(1, 2))
+    return result
 
 
-def context(students, teachers):
-    """The sum over features of the loss, written from its formulas, in float64."""
+def mean_square(x):
+    return (x**2).mean(axis=(1, 2, 3))
+
+
+def expected_loss(students, teachers):
+    """Returns the sum over features, from the formulas, in float64."""
     total = 0.0
     for student, teacher in zip(students, teachers):
-        student, teacher = student.astype(np.float64), teacher.astype(np.float64)
-        loss, weight, weights = (
-            ((student - teacher) ** 2).mean(axis=(1, 2, 3)),
-            1.0,
-            1.0,
-        )
+        student = student.astype(np.float64)
+        teacher = teacher.astype(np.float64)
+        loss = mean_square(student - teacher)
+        weight = 1.0
+        sum_weights = 1.0
         for side in (4, 2, 1):
             if side < student.shape[1]:
                 weight /= 2
-                weights += weight
-                loss = loss + weight * (
-                    (cells(student, side) - cells(teacher, side)) ** 2
-                ).mean(axis=(1, 2, 3))
-        total = total + loss / weights
+                sum_weights += weight
+                cells = average_cells(student, side) - average_cells(teacher, side)
+                loss = loss + weight * mean_square(cells)
+        total = total + loss / sum_weights
     return total
 
 
-def features(scale=1.0, seed=0):
+def draw_features(scale=1.0, seed=0):
     rng = np.random.default_rng(seed)
-    return [
-        (rng.normal(size=(4, size, size, c)) * scale).astype(np.float32)
-        for size, c in SHAPES
-    ]
+    features = []
+    for size, channels in SHAPES:
+        x = rng.normal(size=(4, size, size, channels)) * scale
+        features.append(x.astype(np.float32))
+    return features
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
-def test_the_loss_is_its_formulas(scale):
-    students, teachers = features(scale, 0), features(scale, 1)
-    got = jax.jit(losses.hierarchical_context)(students, teachers)
-    assert got.shape == (4,) and got.dtype == jnp.float32
-    np.testing.assert_allclose(got, context(students, teachers), rtol=1e-5)
+def test_loss_equals_formulas(scale):
+    students = draw_features(scale, 0)
+    teachers = draw_features(scale, 1)
+    actual = jax.jit(losses.hierarchical_context)(students, teachers)
+    assert actual.shape == (4,) and actual.dtype == jnp.float32
+    np.testing.assert_allclose(actual, expected_loss(students, teachers), rtol=1e-5)
 
 
-def test_its_gradient_is_that_of_finite_differences_and_none_goes_into_the_teacher():
-    students, teachers = features(seed=2), features(seed=3)
-    loss = lambda s, t: losses.hierarchical_context(s, t).sum()
-    by_student, by_teacher = jax.jit(jax.grad(loss, argnums=(0, 1)))(students, teachers)
-    assert all(not np.asarray(leaf).any() for leaf in by_teacher)
-    direction = features(seed=4)
-    up, down = (
-        [s + sign * 1e-4 * d.astype(np.float64) for s, d in zip(students, direction)]
-        for sign in (1, -1)
+def test_loss_gradient():
+    """It equals finite differences; the teacher gets none."""
+    students = draw_features(seed=2)
+    teachers = draw_features(seed=3)
+
+    def total(students, teachers):
+        return losses.hierarchical_context(students, teachers).sum()
+
+    gradient_fn = jax.jit(jax.grad(total, argnums=(0, 1)))
+    student_gradient, teacher_gradient = gradient_fn(students, teachers)
+    assert all(not np.asarray(leaf).any() for leaf in teacher_gradient)
+    directions = draw_features(seed=4)
+    step = 1e-4
+
+    def moved_loss(sign):
+        moved = []
+        for student, direction in zip(students, directions):
+            moved.append(student + sign * step * direction.astype(np.float64))
+        return expected_loss(moved, teachers).sum()
+
+    expected = (moved_loss(1) - moved_loss(-1)) / (2 * step)
+    actual = sum((g * d).sum() for g, d in zip(student_gradient, directions))
+    np.testing.assert_allclose(actual, expected, rtol=1e-4)
+
+
+def test_loss_of_bfloat16_is_float32():
+    students = [jnp.asarray(x, jnp.bfloat16) for x in draw_features(seed=0)]
+    teachers = [jnp.asarray(x, jnp.bfloat16) for x in draw_features(seed=1)]
+    actual = jax.jit(losses.hierarchical_context)(students, teachers)
+    assert actual.dtype == jnp.float32
+    expected = expected_loss(
+        [np.asarray(x, np.float32) for x in students],
+        [np.asarray(x, np.float32) for x in teachers],
     )
-    slope = (context(up, teachers) - context(down, teachers)).sum() / 2e-4
-    np.testing.assert_allclose(
-        sum((g * d).sum() for g, d in zip(by_student, direction)), slope, rtol=1e-4
-    )
+    np.testing.assert_allclose(actual, expected, rtol=1e-5)
 
 
-def test_in_bfloat16_it_is_accumulated_in_float32():
-    students, teachers = (
-        [jnp.asarray(x, jnp.bfloat16) for x in features(seed=s)] for s in (0, 1)
-    )
-    got = jax.jit(losses.hierarchical_context)(students, teachers)
-    assert got.dtype == jnp.float32
-    exact = context(
-        *([np.asarray(x, np.float32) for x in part] for part in (students, teachers))
-    )
-    np.testing.assert_allclose(got, exact, rtol=1e-5)
-
-
-def test_another_number_or_shape_of_features_is_an_error():
+def test_loss_bad_input():
+    features = draw_features()
     with pytest.raises(ValueError, match="5 features of the student, 6 of the teacher"):
-        losses.hierarchical_context(features()[1:], features())
+        losses.hierarchical_context(features[1:], features)
     with pytest.raises(ValueError, match="0 features"):
         losses.hierarchical_context((), ())
     with pytest.raises(AssertionError):
         losses.hierarchical_context([jnp.ones((2, 4, 4, 3))], [jnp.ones((2, 4, 4, 2))])
 
 
-# The fusion.
+# --- The fusion ---
 
-IN, TARGETS = [(4, 6), (2, 5), (1, 5)], ((8, 3), (2, 4), (1, 7))
-
-
-def norm(x, part):
-    mean, var = x.mean(axis=(0, 1, 2)), x.var(axis=(0, 1, 2))
-    return (x - mean) / np.sqrt(var + 1e-5) * part["scale"] + part["bias"]
+# (height, channels) of the student's maps, and of the teacher's.
+STUDENT_MAPS = [(4, 6), (2, 5), (1, 5)]
+TARGETS = ((8, 3), (2, 4), (1, 7))
 
 
-def conv3(x, kernel):
+def batch_norm(x, params):
+    mean = x.mean(axis=(0, 1, 2))
+    var = x.var(axis=(0, 1, 2))
+    return (x - mean) / np.sqrt(var + 1e-5) * params["scale"] + params["bias"]
+
+
+def convolve_3x3(x, kernel):
     padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     h, w = x.shape[1:3]
-    return sum(
-        padded[:, i : i + h, j : j + w] @ kernel[i, j]
-        for i in range(3)
-        for j in range(3)
-    )
+    result = 0.0
+    for i in range(3):
+        for j in range(3):
+            result = result + padded[:, i : i + h, j : j + w] @ kernel[i, j]
+    return result
 
 
-def nearest(x, size):
-    """By loops: pixel i of the result is pixel floor(i · n / size)."""
-    out = np.zeros((len(x), size, size, x.shape[-1]))
+def resize_nearest(x, size):
+    """Pixel i of the result is pixel floor(i · n / size)."""
+    result = np.zeros((len(x), size, size, x.shape[-1]))
     for i in range(size):
         for j in range(size):
-            out[:, i, j] = x[:, i * x.shape[1] // size, j * x.shape[2] // size]
-    return out
+            result[:, i, j] = x[:, i * x.shape[1] // size, j * x.shape[2] // size]
+    return result
 
 
-def fused(params, maps):
-    """The fusion's forward in training mode, in float64, from the deepest feature on."""
-    results, deeper = [], None
+def expected_fusion(params, maps):
+    """Returns the fused maps in training mode, in float64, from the formulas."""
+    fused = []
+    deeper = None
     for level in (3, 2, 1):
-        p = {
-            key.removeprefix(f"level{level}_"): value
-            for key, value in params.items()
-            if f"level{level}" in key
-        }
-        x = norm(maps[level - 1] @ p["conv1"]["kernel"][0, 0], p["norm1"])
+        prefix = f"level{level}_"
+        p = {}
+        for key, value in params.items():
+            if key.startswith(prefix):
+                p[key.removeprefix(prefix)] = value
+        x = maps[level - 1] @ p["conv1"]["kernel"][0, 0]
+        x = batch_norm(x, p["norm1"])
         if deeper is not None:
-            y = nearest(deeper, x.shape[1])
-            z = (
-                np.concatenate([x, y], axis=-1) @ p["attention"]["kernel"]
-                + p["attention"]["bias"]
-            )
+            y = resize_nearest(deeper, x.shape[1])
+            both = np.concatenate([x, y], axis=-1)
+            z = both @ p["attention"]["kernel"] + p["attention"]["bias"]
             z = 1 / (1 + np.exp(-z))
             x = x * z[..., :1] + y * z[..., 1:]
-        deeper = nearest(x, TARGETS[level - 1][0])
-        results.insert(0, norm(conv3(deeper, p["conv2"]["kernel"]), p["norm2"]))
-    return results
+        target_size, _ = TARGETS[level - 1]
+        deeper = resize_nearest(x, target_size)
+        output = convolve_3x3(deeper, p["conv2"]["kernel"])
+        fused.insert(0, batch_norm(output, p["norm2"]))
+    return fused
 
 
-def test_the_fusion_is_its_formulas():
+def test_fusion_equals_formulas():
     rng = np.random.default_rng(0)
-    maps = tuple(
-        rng.normal(size=(3, size, size, c)).astype(np.float32) for size, c in IN
-    )
+    maps = []
+    for size, channels in STUDENT_MAPS:
+        maps.append(rng.normal(size=(3, size, size, channels)).astype(np.float32))
+    maps = tuple(maps)
     fusion = review.Fusion(targets=TARGETS, precision=jax.lax.Precision.HIGHEST)
     variables = jax.jit(lambda: fusion.init(jax.random.key(0), maps, train=True))()
-    # Batch norm's scale and bias are 1 and 0 at first, which would hide a wrong use of them.
+    # The scale and bias of a new batch norm are 1 and 0, which would hide a wrong use.
     params = jax.tree.map(
         lambda x: x + 0.1 * rng.normal(size=x.shape).astype(np.float32),
         variables["params"],
@@ -166,14 +190,21 @@ def test_the_fusion_is_its_formulas():
     apply = jax.jit(
         lambda v: fusion.apply(v, maps, train=True, mutable=["batch_stats"])
     )
-    got, _ = apply(variables | {"params": params})
-    expected = fused(
+    fused, _ = apply(variables | {"params": params})
+    expected = expected_fusion(
         jax.tree.map(lambda x: np.asarray(x, np.float64), params),
         [x.astype(np.float64) for x in maps],
     )
-    for ours, truth, (size, channels) in zip(got, expected, TARGETS):
-        assert ours.shape == (3, size, size, channels)
-        np.testing.assert_allclose(ours, truth, rtol=1e-3, atol=1e-3)
+    for actual, reference, (size, channels) in zip(fused, expected, TARGETS):
+        assert actual.shape == (3, size, size, channels)
+        np.testing.assert_allclose(actual, reference, rtol=1e-3, atol=1e-3)
+
+
+# --- The student with a fusion ---
+
+
+def assert_trees_equal(actual, expected):
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
 def reviewed():
@@ -181,50 +212,45 @@ def reviewed():
     return student, review.reviewed(student, teacher, (8, 8, 1))
 
 
-def test_the_student_beside_a_fusion_is_the_student_alone():
+def test_fusion_leaves_the_student_unchanged():
     student, both = reviewed()
     images = jax.random.normal(jax.random.key(1), (4, 8, 8, 1))
+
+    def init(model):
+        return jax.jit(lambda key: model.init(key, images, train=False))
+
     key = jax.random.key(0)
-    alone, variables = (
-        jax.jit(lambda k, m=m: m.init(k, images, train=False))(key)
-        for m in (student, both)
-    )
-    jax.tree.map(
-        np.testing.assert_array_equal, alone["params"], variables["params"]["student"]
-    )
-    evaluated, expected, (logits, maps, updates), (without, plain) = jax.jit(
-        lambda v, a: (
-            both.apply(v, images, train=False),
-            student.apply(a, images, train=False),
-            both.apply_with_features(v, images),
-            both.apply(v, images, train=True, mutable=["batch_stats"]),
+    student_variables = init(student)(key)
+    variables = init(both)(key)
+    assert_trees_equal(student_variables["params"], variables["params"]["student"])
+
+    @jax.jit
+    def apply(variables, student_variables):
+        return (
+            both.apply(variables, images, train=False),
+            student.apply(student_variables, images, train=False),
+            both.apply_with_features(variables, images),
+            both.apply(variables, images, train=True, mutable=["batch_stats"]),
         )
-    )(variables, alone)
+
+    evaluated, expected, with_features, trained = apply(variables, student_variables)
     np.testing.assert_allclose(evaluated, expected, rtol=1e-6)
-    np.testing.assert_allclose(logits, without, rtol=1e-6)
-    assert [x.shape[1:] for x in maps] == [
-        (8, 8, 16),
-        (4, 4, 32),
-        (2, 2, 64),
-        (1, 1, 64),
-    ]
-    structure = jax.tree.structure(variables["batch_stats"])
-    assert (
-        jax.tree.structure(updates["batch_stats"])
-        == structure
-        == jax.tree.structure(plain["batch_stats"])
-    )
-    jax.tree.map(
-        np.testing.assert_array_equal,
-        plain["batch_stats"]["fusion"],
-        variables["batch_stats"]["fusion"],
-    )
-    moved = jax.tree.map(
-        lambda a, b: bool((a != b).any()),
-        updates["batch_stats"],
-        variables["batch_stats"],
-    )
-    assert all(jax.tree.leaves(moved))
+    logits, maps, updates = with_features
+    logits_without_fusion, updates_without_fusion = trained
+    np.testing.assert_allclose(logits, logits_without_fusion, rtol=1e-6)
+    shapes = [x.shape[1:] for x in maps]
+    assert shapes == [(8, 8, 16), (4, 4, 32), (2, 2, 64), (1, 1, 64)]
+
+    batch_stats = variables["batch_stats"]
+    new_stats = updates["batch_stats"]
+    stats_without_fusion = updates_without_fusion["batch_stats"]
+    structure = jax.tree.structure(batch_stats)
+    assert jax.tree.structure(new_stats) == structure
+    assert jax.tree.structure(stats_without_fusion) == structure
+    # The fusion's statistics change only where it is applied.
+    assert_trees_equal(stats_without_fusion["fusion"], batch_stats["fusion"])
+    changed = jax.tree.map(lambda a, b: bool((a != b).any()), new_stats, batch_stats)
+    assert all(jax.tree.leaves(changed))
 
 
 @pytest.mark.parametrize(
@@ -236,7 +262,7 @@ def test_the_student_beside_a_fusion_is_the_student_alone():
         ("mobilenetv2", "resnet50"),
     ],
 )
-def test_the_papers_pairs_fit(student, teacher):
+def test_pairs_of_the_paper(student, teacher):
     pair = models.create(student, 100), models.create(teacher, 100)
     both = review.reviewed(*pair, (32, 32, 3))
     images = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
@@ -247,7 +273,7 @@ def test_the_papers_pairs_fit(student, teacher):
     assert tuple((x.shape[1], x.shape[-1]) for x in maps) == both.fusion.targets
 
 
-def test_a_pair_without_matching_stages_is_an_error():
+def test_pair_without_matching_stages():
     pair = models.create("resnet8", 5), models.create("resnet18", 5)
     with pytest.raises(
         ValueError, match="the student has 3, the teacher 4: choose another pair"

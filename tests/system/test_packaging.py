@@ -128,7 +128,7 @@ for module in ltkd_jax.__all__:
 import typed_usage
 assert typed_usage.mean_loss(jnp.zeros((4, 6)), np.eye(4, 6), np.arange(4)).shape == ()
 assert typed_usage.learned_weights({{"x": jnp.eye(3), "y": jnp.arange(3.0)}}).shape == (3, 2)
-assert typed_usage.own_objective(jnp.zeros((2, 3)), jnp.eye(2, 3), jnp.arange(2)).shape == (2,)
+assert typed_usage.custom_objective(jnp.zeros((2, 3)), jnp.eye(2, 3), jnp.arange(2)).shape == (2,)
 assert abs(sum(typed_usage.evaluate(jnp.zeros((2, 8, 8, 1)), jnp.arange(2)).values()) - 1) < 1e-6
 """
     run(

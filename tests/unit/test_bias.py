@@ -1,4 +1,4 @@
-"""The numbers of the bias audit against their definitions in extended precision."""
+"""The audit's numbers against their definitions in extended precision."""
 
 import numpy as np
 import pytest
@@ -12,6 +12,7 @@ C = 7
 GROUPS = ClassGroups.from_counts([50, 40, 30, 20, 10, 5, 2], fractions=(0.3, 0.3, 0.4))
 ASSIGNMENT = np.asarray(GROUPS.assignment)
 MEMBERSHIP = np.eye(3)[ASSIGNMENT]
+TEMPERATURES = {"1": 1.0, "4": 4.0}
 
 
 def draw(seed, number=97):
@@ -20,150 +21,173 @@ def draw(seed, number=97):
 
 
 def audit(z, labels, student=None, block_size=32, **options):
-    student = None if student is None else logits.from_arrays(student, labels)
+    if student is not None:
+        student = logits.from_arrays(student, labels)
+    examples = logits.from_arrays(z, labels)
     return bias.audit(
-        logits.from_arrays(z, labels),
-        GROUPS,
-        student=student,
-        block_size=block_size,
-        **options,
+        examples, GROUPS, student=student, block_size=block_size, **options
     )
+
+
+# --- The result of `audit`, from the definitions ---
 
 
 def mean_or_none(values, members):
-    return (
-        values[members].mean(axis=0).astype(float).tolist() if members.any() else None
-    )
+    if not members.any():
+        return None
+    return values[members].mean(axis=0).astype(float).tolist()
 
 
-def expected(z, labels, student):
-    """The result of `audit`, from the definitions."""
-    number = np.arange(len(z))
+def by_name(values):
+    return dict(zip(GROUPS.names, values.astype(float).tolist()))
+
+
+def expected_audit(z, labels, student):
     prediction = z.argmax(axis=1)
     z = z.astype(truth.REAL)
     z -= z.max(axis=1, keepdims=True)
-    p = np.exp(truth.normalize(truth.scaled(z)))
-    hit = 100.0 * (prediction == labels)
-    confidence = p.max(axis=1)
-    group_log_mass = truth.group_kl(z, z, GROUPS).teacher_log_mass
-    inter = -group_log_mass[number, ASSIGNMENT[labels]]
-    intra = truth.cross_entropy(z, labels) - inter
-    of_group = {name: ASSIGNMENT[labels] == g for g, name in enumerate(GROUPS.names)}
-    everything = {**of_group, "all": np.ones(len(z), bool)}
-
-    def by_name(values):
-        return dict(zip(GROUPS.names, values.astype(float).tolist()))
-
-    def calibration(members):
-        # In float32: where classes are tied the confidence 1/n may lie on the edge of a bin.
-        index = np.minimum(
-            (confidence.astype(np.float32) * metrics.NUM_BINS).astype(int),
-            metrics.NUM_BINS - 1,
-        )
-        in_bin = (index[:, None] == np.arange(metrics.NUM_BINS)) & members[:, None]
-        bins = np.stack(
-            [
-                in_bin.sum(0),
-                (in_bin * confidence[:, None]).sum(0),
-                (in_bin * hit[:, None]).sum(0) / 100,
-            ]
-        )
-        return bins, 100 * np.abs(bins[1] - bins[2]).sum() / members.sum()
-
-    groups = {}
-    for name, members in everything.items():
-        bins, ece = calibration(members)
-        groups[name] = {
-            "examples": int(members.sum()),
-            "bins": bins.astype(float).tolist(),
-            "ece": float(ece),
-        }
-        numbers = {
-            "accuracy": hit,
-            "confidence": 100 * confidence,
-            "inter": inter,
-            "intra": intra,
-        }
-        groups[name] |= {
-            key: mean_or_none(values, members) for key, values in numbers.items()
-        }
-        groups[name]["loss"] = groups[name]["inter"] + groups[name]["intra"]
-        groups[name]["ece_by_chance"] = float(metrics.calibration_error_by_chance(bins))
-
-    mass, mass_by_group, divergence = {}, {}, {}
-    for name, temperature in (("1", 1.0), ("4", 4.0)):
-        split = truth.group_kl(student, z, GROUPS, temperature=temperature)
-        group_mass = np.exp(split.teacher_log_mass)
-        mass[name] = by_name(group_mass.mean(axis=0))
-        mass_by_group[name] = [
-            mean_or_none(group_mass, members) for members in of_group.values()
-        ]
-        divergence[name] = {}
-        for group, members in everything.items():
-            mean_intra = (group_mass * split.intra)[members].mean(axis=0)
-            mean_inter = float(split.inter[members].mean())
-            kl = mean_inter + float(mean_intra.sum())
-            divergence[name][group] = {
-                "kl": kl,
-                "inter": mean_inter,
-                "intra": by_name(mean_intra),
-            }
-
-    own_classes = [labels == c for c in range(C)]
-    by_class = np.array(
-        [
-            p[members].mean(axis=0) if members.any() else np.zeros(C)
-            for members in own_classes
-        ]
-    )
-    others = np.where(np.eye(C, dtype=bool), -1, by_class)
-    empty = [not members.any() for members in own_classes]
-
-    def or_none(values):
-        return [None if none else value for none, value in zip(empty, values.tolist())]
-
+    in_groups = {}
+    for g, name in enumerate(GROUPS.names):
+        in_groups[name] = ASSIGNMENT[labels] == g
+    everything = {**in_groups, "all": np.ones(len(z), bool)}
+    share = np.array([members.mean() for members in in_groups.values()])
     return {
         "examples": len(z),
-        "share": by_name(np.array([members.mean() for members in of_group.values()])),
-        "mass": mass,
-        "mass_by_group": mass_by_group,
-        "groups": groups,
+        "share": by_name(share),
+        "mass": expected_mass(z),
+        "mass_by_group": expected_mass_by_group(z, in_groups),
+        "groups": expected_groups(z, labels, prediction, everything),
         "between": [
             mean_or_none(100 * MEMBERSHIP[prediction], members)
-            for members in of_group.values()
+            for members in in_groups.values()
         ],
-        "classes": {
-            "examples": [int(members.sum()) for members in own_classes],
-            "share": [float(members.mean()) for members in own_classes],
-            "predicted": (np.bincount(prediction, minlength=C) / len(z)).tolist(),
-            "mass": p.mean(axis=0).astype(float).tolist(),
-            "recall": [mean_or_none(hit, members) for members in own_classes],
-            "own": or_none(np.diag(by_class).astype(float)),
-            "to": or_none(others.argmax(axis=1)),
-            "to_mass": or_none(others.max(axis=1).astype(float)),
-            "to_groups": or_none((by_class @ MEMBERSHIP).astype(float)),
-        },
-        "divergence": divergence,
+        "classes": expected_classes(z, labels, prediction),
+        "divergence": expected_divergence(z, student, everything),
     }
 
 
-def assert_close(actual, desired, path=""):
+def group_masses(z, temperature):
+    split = truth.group_kl(z, z, GROUPS, temperature=temperature)
+    return np.exp(split.teacher_log_mass)
+
+
+def expected_mass(z):
+    return {
+        key: by_name(group_masses(z, temperature).mean(axis=0))
+        for key, temperature in TEMPERATURES.items()
+    }
+
+
+def expected_mass_by_group(z, in_groups):
+    result = {}
+    for key, temperature in TEMPERATURES.items():
+        mass = group_masses(z, temperature)
+        result[key] = [mean_or_none(mass, members) for members in in_groups.values()]
+    return result
+
+
+def expected_groups(z, labels, prediction, everything):
+    hit = 100.0 * (prediction == labels)
+    confidence = np.exp(truth.log_probabilities(z)).max(axis=1)
+    log_mass = truth.group_kl(z, z, GROUPS).teacher_log_mass
+    inter = -log_mass[np.arange(len(z)), ASSIGNMENT[labels]]
+    intra = truth.cross_entropy(z, labels) - inter
+    result = {}
+    for name, members in everything.items():
+        bins = expected_bins(confidence[members], hit[members] / 100)
+        entry = {
+            "examples": int(members.sum()),
+            "accuracy": mean_or_none(hit, members),
+            "confidence": mean_or_none(100 * confidence, members),
+            "inter": mean_or_none(inter, members),
+            "intra": mean_or_none(intra, members),
+            "ece": float(100 * np.abs(bins[1] - bins[2]).sum() / members.sum()),
+            "ece_by_chance": float(metrics.calibration_error_by_chance(bins)),
+            "bins": bins.astype(float).tolist(),
+        }
+        entry["loss"] = entry["inter"] + entry["intra"]
+        result[name] = entry
+    return result
+
+
+def expected_bins(confidence, hit):
+    # In float32: where classes are tied the confidence 1/n may be the edge of a bin.
+    index = (confidence.astype(np.float32) * metrics.NUM_BINS).astype(int)
+    index = np.minimum(index, metrics.NUM_BINS - 1)
+    in_bin = index[:, None] == np.arange(metrics.NUM_BINS)
+    return np.stack(
+        [
+            in_bin.sum(0),
+            (in_bin * confidence[:, None]).sum(0),
+            (in_bin * hit[:, None]).sum(0),
+        ]
+    )
+
+
+def expected_divergence(z, student, everything):
+    result = {}
+    for key, temperature in TEMPERATURES.items():
+        split = truth.group_kl(student, z, GROUPS, temperature=temperature)
+        weighted_intra = np.exp(split.teacher_log_mass) * split.intra
+        result[key] = {}
+        for name, members in everything.items():
+            inter = float(split.inter[members].mean())
+            intra = weighted_intra[members].mean(axis=0)
+            result[key][name] = {
+                "kl": inter + float(intra.sum()),
+                "inter": inter,
+                "intra": by_name(intra),
+            }
+    return result
+
+
+def expected_classes(z, labels, prediction):
+    p = np.exp(truth.log_probabilities(z))
+    hit = 100.0 * (prediction == labels)
+    in_classes = [labels == c for c in range(C)]
+    mass = np.zeros((C, C), truth.REAL)  # given by each class to each class
+    for c, members in enumerate(in_classes):
+        if members.any():
+            mass[c] = p[members].mean(axis=0)
+    mass_on_others = np.where(np.eye(C, dtype=bool), -1, mass)
+
+    def or_none(values):
+        entries = zip(in_classes, values.tolist())
+        return [value if members.any() else None for members, value in entries]
+
+    return {
+        "examples": [int(members.sum()) for members in in_classes],
+        "share": [float(members.mean()) for members in in_classes],
+        "predicted": (np.bincount(prediction, minlength=C) / len(z)).tolist(),
+        "mass": p.mean(axis=0).astype(float).tolist(),
+        "recall": [mean_or_none(hit, members) for members in in_classes],
+        "own": or_none(np.diag(mass).astype(float)),
+        "to": or_none(mass_on_others.argmax(axis=1)),
+        "to_mass": or_none(mass_on_others.max(axis=1).astype(float)),
+        "to_groups": or_none((mass @ MEMBERSHIP).astype(float)),
+    }
+
+
+def assert_close(actual, expected, path=""):
     """Compares nested dicts and lists of numbers."""
-    if isinstance(desired, dict):
-        assert actual.keys() == desired.keys(), path
-        for key in desired:
-            assert_close(actual[key], desired[key], f"{path}/{key}")
-    elif isinstance(desired, list):
-        assert len(actual) == len(desired), path
-        for i, pair in enumerate(zip(actual, desired)):
+    if isinstance(expected, dict):
+        assert actual.keys() == expected.keys(), path
+        for key in expected:
+            assert_close(actual[key], expected[key], f"{path}/{key}")
+    elif isinstance(expected, list):
+        assert len(actual) == len(expected), path
+        for i, pair in enumerate(zip(actual, expected)):
             assert_close(*pair, f"{path}/{i}")
-    elif isinstance(desired, float):
-        np.testing.assert_allclose(actual, desired, rtol=2e-5, atol=2e-5, err_msg=path)
+    elif isinstance(expected, float):
+        np.testing.assert_allclose(actual, expected, rtol=2e-5, atol=2e-5, err_msg=path)
     else:
-        assert actual == desired, path
+        assert actual == expected, path
 
 
-def one_class(z):
+# --- The tests ---
+
+
+def always_class_2(z):
     z = z.copy()
     z[:, 2] += 300
     return z
@@ -176,7 +200,7 @@ KINDS = {
     "constant": lambda z: z + 1e9,
     "float32_limit": lambda z: (np.sign(z) * 1e29).astype(np.float32),
     "ties": lambda z: np.round(z / 2),
-    "one_class": one_class,
+    "one_class": always_class_2,
 }
 
 
@@ -186,41 +210,36 @@ def test_audit_equals_definitions(kind):
     z = KINDS[kind](z)
     student, _ = draw(seed=2)
     labels[labels == 4] = 3  # class 4 has no example
-    assert_close(audit(z, labels, student), expected(z, labels, student))
+    assert_close(audit(z, labels, student), expected_audit(z, labels, student))
 
 
 def test_audit_of_a_group_without_examples():
     z, labels = draw(seed=3)
     result = audit(z, np.where(ASSIGNMENT[labels] == 2, 0, labels), z)
-    assert (
-        result["groups"]["tail"] == {"examples": 0}
-        and result["groups"]["all"]["examples"] == 97
-    )
-    assert (
-        result["between"][2]
-        is result["mass_by_group"]["4"][2]
-        is result["divergence"]["4"]["tail"]
-        is None
-    )
+    assert result["groups"]["tail"] == {"examples": 0}
+    assert result["groups"]["all"]["examples"] == 97
+    assert result["between"][2] is None
+    assert result["mass_by_group"]["4"][2] is None
+    assert result["divergence"]["4"]["tail"] is None
     assert result["divergence"]["4"]["all"]["kl"] == pytest.approx(0, abs=1e-6)
 
 
 def test_audit_invariances():
     z, labels = draw(seed=5)
-    desired = audit(z, labels)
+    expected = audit(z, labels)
     rng = np.random.default_rng(0)
-    assert_close(audit(z + 1e4 * rng.normal(size=(len(z), 1)), labels), desired)
+    offsets = 1e4 * rng.normal(size=(len(z), 1))
+    assert_close(audit(z + offsets, labels), expected)
     order = rng.permutation(len(z))
-    assert_close(audit(z[order], labels[order]), desired)
+    assert_close(audit(z[order], labels[order]), expected)
     for block_size in (1, 97, None):
         numbers = []
-        assert_close(
-            audit(z, labels, block_size=block_size, on_block=numbers.append), desired
-        )
+        result = audit(z, labels, block_size=block_size, on_block=numbers.append)
+        assert_close(result, expected)
         assert sum(numbers) == 97
 
 
-def test_audit_refuses_what_does_not_fit():
+def test_audit_bad_input():
     z, labels = draw(seed=6)
     examples = logits.from_arrays(z, labels)
     with pytest.raises(ValueError, match="groups are of 3 classes, the logits of 7"):

@@ -1,4 +1,4 @@
-"""The bilevel step against naive differentiation, finite differences, a hand-written loop and a known answer."""
+"""The bilevel step against slower formulas, finite differences and a known answer."""
 
 import dataclasses
 import functools
@@ -8,7 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers.bilevel_problem import difference, draw, fast, finite_differences, setting
+from helpers.bilevel_problem import (
+    create_problem,
+    draw_batch,
+    fast_hypergradient,
+    finite_difference_error,
+    relative_error,
+)
 from helpers.small_net import double
 
 from experiments.benchmark.bilevel_step import naive
@@ -16,7 +22,19 @@ from ltkd_jax import bilevel, losses, models
 from ltkd_jax.training import state as states
 
 
-def by_the_formula(
+def first_batch(batches):
+    return jax.tree.map(lambda x: x[0], batches)
+
+
+def mean_weighted(weights, terms):
+    return jnp.mean(jnp.sum(weights * terms, axis=-1))
+
+
+def descend(params, gradient, rate):
+    return jax.tree.map(lambda p, g: p - rate * g, params, gradient)
+
+
+def formula_hypergradient(
     problem,
     params,
     meta_params,
@@ -25,371 +43,436 @@ def by_the_formula(
     rate,
     *,
     outer_at_start=False,
-    share=1.0,
+    factor=1.0,
 ):
-    """−(η/B) ⟨v, ∇l_it⟩ with the whole Jacobian of the terms written out; the keywords make it wrong."""
-    batch = jax.tree.map(lambda x: x[0], batches)
+    """Computes −(η/B) ⟨v, ∇l_it⟩ from the full Jacobian of the terms.
+
+    The keywords make it wrong.
+    """
+    batch = first_batch(batches)
     terms, aux = problem.terms_fn(params, batch)
     jacobian = jax.jacrev(lambda params: problem.terms_fn(params, batch)[0])(params)
-    weights, back = jax.vjp(
-        lambda meta: problem.weight_fn(meta, aux.features), meta_params
+    weights, weight_vjp = jax.vjp(
+        lambda meta_params: problem.weight_fn(meta_params, aux.features), meta_params
     )
     gradient = jax.tree.map(
         lambda j: jnp.tensordot(weights, j, 2) / len(terms), jacobian
     )
-    virtual = jax.tree.map(lambda p, g: p - rate * g, params, gradient)
-    where = jax.tree.map(functools.partial(jnp.where, outer_at_start), params, virtual)
-    direction = jax.grad(problem.outer_fn)(where, outer_batch)
-    pairs = zip(jax.tree.leaves(jacobian), jax.tree.leaves(direction), strict=True)
-    slopes = sum(jnp.tensordot(j, v, v.ndim) for j, v in pairs)
-    return back(-rate / len(terms) * slopes * share)[0]
+    ahead = descend(params, gradient, rate)
+    outer_params = jax.tree.map(
+        functools.partial(jnp.where, outer_at_start), params, ahead
+    )
+    outer_grad = jax.grad(problem.outer_fn)(outer_params, outer_batch)
+    slopes = 0.0
+    for j, v in zip(
+        jax.tree.leaves(jacobian), jax.tree.leaves(outer_grad), strict=True
+    ):
+        slopes += jnp.tensordot(j, v, v.ndim)
+    (hypergrad,) = weight_vjp(-rate / len(terms) * slopes * factor)
+    return hypergrad
 
 
 @pytest.mark.parametrize("net, method", [("mlp", "kd"), ("batch norm", "ltkd")])
 def test_fast_path(net, method):
-    """In float64 it is the naive gradient to 1e-10 and finite differences to 1e-6; wrong variants are told apart."""
+    """It equals the naive gradient; wrong variants of its formula do not."""
     with jax.enable_x64(True):
-        problem, *arguments = setting(net, method)
+        problem, *arguments = create_problem(net, method)
         arguments = double(arguments)
         rate = 0.3
-        loss, gradient = jax.jit(functools.partial(fast, problem, learning_rate=rate))(
-            *arguments
+        fast = functools.partial(fast_hypergradient, problem, learning_rate=rate)
+        loss, gradient = jax.jit(fast)(*arguments)
+        naive_hypergradient = functools.partial(
+            bilevel.hypergradient, problem, learning_rate=rate, unroll=True
         )
-        naive_gradient = jax.jit(
-            functools.partial(
-                bilevel.hypergradient, problem, learning_rate=rate, unroll=True
-            )
-        )
-        naive_loss, expected = naive_gradient(*arguments)
+        expected_loss, expected = jax.jit(naive_hypergradient)(*arguments)
         assert gradient["weights"]["kernel"].dtype == jnp.float64
-        assert difference(gradient, expected) < 1e-10 and abs(loss - naive_loss) < 1e-12
+        assert relative_error(gradient, expected) < 1e-10
+        assert abs(loss - expected_loss) < 1e-12
         # A ReLU net has kinks: small steps, so that none is stepped over.
-        width = 1e-4 if net == "mlp" else 1e-6
-        assert finite_differences(problem, *arguments, rate, expected, width) < 1e-6
-        formula = jax.jit(functools.partial(by_the_formula, problem, rate=rate))
-        for outer_at_start, share, right in (
+        step = 1e-4 if net == "mlp" else 1e-6
+        error = finite_difference_error(problem, *arguments, rate, expected, step)
+        assert error < 1e-6
+        formula = jax.jit(functools.partial(formula_hypergradient, problem, rate=rate))
+        for outer_at_start, factor, is_right in (
             (False, 1.0, True),
             (True, 1.0, False),
             (False, 1 + 1e-9, False),
         ):
-            error = difference(
-                formula(*arguments, outer_at_start=outer_at_start, share=share),
-                expected,
-            )
-            assert bool(error < 1e-10) == right, (outer_at_start, share, error)
+            options = dict(outer_at_start=outer_at_start, factor=factor)
+            error = relative_error(formula(*arguments, **options), expected)
+            assert bool(error < 1e-10) == is_right, (options, error)
 
 
 def test_features_carry_no_gradient():
-    """Through two virtual steps the features depend on the weights; that path is cut, by definition."""
+    """Over two virtual steps the features depend on the weights; that path is cut."""
     with jax.enable_x64(True):
-        problem, *arguments = setting("mlp", "kd", lookahead=2)
+        problem, *arguments = create_problem("mlp", "kd", lookahead=2)
         arguments = double(arguments)
-        cut = jax.jit(
-            functools.partial(bilevel.hypergradient, problem, learning_rate=0.3)
-        )(*arguments)[1]
+        hypergradient = functools.partial(
+            bilevel.hypergradient, problem, learning_rate=0.3
+        )
+        _, actual = jax.jit(hypergradient)(*arguments)
 
-        def leaky(params, meta_params, batches, outer_batch):
+        def inner_loss(params, meta_params, batch):
+            terms, aux = problem.terms_fn(params, batch)
+            return mean_weighted(problem.weight_fn(meta_params, aux.features), terms)
+
+        def lookahead_without_cut(params, meta_params, batches, outer_batch):
             for j in range(2):
-
-                def loss(params):
-                    terms, aux = problem.terms_fn(
-                        params, jax.tree.map(lambda x: x[j], batches)
-                    )
-                    return jnp.mean(
-                        jnp.sum(
-                            problem.weight_fn(meta_params, aux.features) * terms,
-                            axis=-1,
-                        )
-                    )
-
-                params = jax.tree.map(
-                    lambda p, g: p - 0.3 * g, params, jax.grad(loss)(params)
-                )
+                batch = jax.tree.map(lambda x, j=j: x[j], batches)
+                gradient = jax.grad(inner_loss)(params, meta_params, batch)
+                params = descend(params, gradient, 0.3)
             return problem.outer_fn(params, outer_batch)
 
-        assert difference(jax.jit(jax.grad(leaky, argnums=1))(*arguments), cut) > 1e-3
+        uncut = jax.jit(jax.grad(lookahead_without_cut, argnums=1))(*arguments)
+        assert relative_error(uncut, actual) > 1e-3
 
 
 def test_lookahead():
-    """Scanned with rematerialisation and written out are the same, and finite differences."""
+    """Scanned with rematerialisation, unrolled, and finite differences are the same."""
     with jax.enable_x64(True):
-        problem, *arguments = setting("mlp", "kd", lookahead=3)
+        problem, *arguments = create_problem("mlp", "kd", lookahead=3)
         arguments = double(arguments)
-        written, scanned = (
-            jax.jit(
-                functools.partial(
-                    bilevel.hypergradient, problem, learning_rate=0.3, unroll=unroll
-                )
-            )(*arguments)
-            for unroll in (True, False)
+        hypergradient = functools.partial(
+            bilevel.hypergradient, problem, learning_rate=0.3
         )
-        assert difference(scanned[1], written[1]) < 1e-10
-        # Features are anew at each virtual step, and no path for a derivative: held, for the differences.
-        held_problem, held_arguments = hold_features(problem, *arguments, 0.3)
-        assert finite_differences(held_problem, *held_arguments, 0.3, written[1]) < 1e-6
+        unrolled_fn = functools.partial(hypergradient, unroll=True)
+        _, unrolled = jax.jit(unrolled_fn)(*arguments)
+        _, scanned = jax.jit(hypergradient)(*arguments)
+        assert relative_error(scanned, unrolled) < 1e-10
+        # Features are computed at each virtual step, and carry no derivative: for the
+        # differences they must stay constant.
+        problem, arguments = freeze_features(problem, *arguments, 0.3)
+        error = finite_difference_error(problem, *arguments, 0.3, unrolled)
+        assert error < 1e-6
 
 
-def hold_features(problem, params, meta_params, batches, outer_batch, rate):
-    """The problem whose batches bring the features that a lookahead at these arguments meets, and its arguments."""
+def freeze_features(problem, params, meta_params, batches, outer_batch, rate):
+    """Returns a problem, and its arguments, whose batches contain their features.
+
+    These are the features that a lookahead with the arguments computes.
+    """
+
+    def inner_loss(params, batch):
+        terms, aux = problem.terms_fn(params, batch)
+        features = jax.lax.stop_gradient(aux.features)
+        weights = problem.weight_fn(meta_params, features)
+        return mean_weighted(weights, terms), aux.features
+
+    gradient_fn = jax.jit(jax.grad(inner_loss, has_aux=True))
     features_of_steps = []
-    start = params
+    ahead = params
     for j in range(jax.tree.leaves(batches)[0].shape[0]):
         batch = jax.tree.map(lambda x, j=j: x[j], batches)
-
-        def loss(params, batch=batch):
-            terms, aux = problem.terms_fn(params, batch)
-            weights = problem.weight_fn(
-                meta_params, jax.lax.stop_gradient(aux.features)
-            )
-            return jnp.mean(jnp.sum(weights * terms, axis=-1)), aux.features
-
-        gradient, features = jax.jit(jax.grad(loss, has_aux=True))(params)
+        gradient, features = gradient_fn(ahead, batch)
         features_of_steps.append(features)
-        params = jax.tree.map(lambda p, g: p - rate * g, params, gradient)
+        ahead = descend(ahead, gradient, rate)
 
-    def terms_fn(params, pair):
-        return problem.terms_fn(params, pair[0])[0], bilevel.Aux(pair[1])
+    def terms_fn(params, batch_and_features):
+        batch, features = batch_and_features
+        terms, _ = problem.terms_fn(params, batch)
+        return terms, bilevel.Aux(features)
 
-    arguments = start, meta_params, (batches, jnp.stack(features_of_steps)), outer_batch
-    return dataclasses.replace(problem, terms_fn=terms_fn), arguments
+    frozen = dataclasses.replace(problem, terms_fn=terms_fn)
+    batches_and_features = (batches, jnp.stack(features_of_steps))
+    return frozen, (params, meta_params, batches_and_features, outer_batch)
+
+
+# --- Accumulation, against a loop in NumPy ---
+
+UPDATE_EVERY = 3
+NUM_STEPS = 25
+DECAY_STEP = 13
 
 
 def test_accumulation():
-    """25 iterations, k = 3, in float64: SGD with momentum, Adam, both with L2 and schedules, written out in NumPy."""
-    update_every, steps_, decayed = 3, 25, 13
+    """SGD with momentum and Adam, with L2 and schedules, in float64."""
+    milestones = (DECAY_STEP / NUM_STEPS,)
     rate = states.step_schedule(
-        0.2, total_steps=steps_, milestones=(decayed / steps_,), decay=0.1
+        0.2, total_steps=NUM_STEPS, milestones=milestones, decay=0.1
     )
     meta_rate = states.step_schedule(
-        0.05, total_steps=steps_, milestones=(decayed / steps_,), decay=0.8
+        0.05, total_steps=NUM_STEPS, milestones=milestones, decay=0.8
     )
     with jax.enable_x64(True):
-        problem, params, meta_params, *_ = setting("mlp", "kd")
+        problem, params, meta_params, *_ = create_problem("mlp", "kd")
         params, meta_params = double((params, meta_params))
-        stream = [double((draw(seed, 1), draw(seed + 1000))) for seed in range(steps_)]
-        student = states.sgd(rate, momentum=0.9, weight_decay=1e-2)
-        net = states.adam(
-            lambda update: meta_rate(update * update_every + update_every - 1),
+        steps = []
+        for seed in range(NUM_STEPS):
+            steps.append(double((draw_batch(seed, 1), draw_batch(seed + 1000))))
+        student_optimizer = states.sgd(rate, momentum=0.9, weight_decay=1e-2)
+        meta_optimizer = states.adam(
+            lambda update: meta_rate(update * UPDATE_EVERY + UPDATE_EVERY - 1),
             weight_decay=1e-2,
         )
 
         @jax.jit
-        def iteration(step, params, opt_state, meta, batches, outer_batch):
-            taken = bilevel.step(
+        def iterate(step, params, opt_state, meta, batches, outer_batch):
+            result = bilevel.step(
                 problem,
                 params,
                 meta,
                 batches,
                 outer_batch,
                 rate(step),
-                optimizer=net,
-                update_every=update_every,
+                optimizer=meta_optimizer,
+                update_every=UPDATE_EVERY,
             )
-            updates, opt_state = student.update(taken.gradient, opt_state, params)
-            return optax.apply_updates(params, updates), opt_state, taken.meta
+            updates, opt_state = student_optimizer.update(
+                result.gradient, opt_state, params
+            )
+            return optax.apply_updates(params, updates), opt_state, result.meta
 
-        state = params, student.init(params), bilevel.init(meta_params, net)
-        for step, batches in enumerate(stream):
-            state = iteration(step, *state, *batches)
+        student = params
+        opt_state = student_optimizer.init(params)
+        meta = bilevel.init(meta_params, meta_optimizer)
+        for step, (batches, outer_batch) in enumerate(steps):
+            student, opt_state, meta = iterate(
+                step, student, opt_state, meta, batches, outer_batch
+            )
 
-        got = by_hand(problem, params, meta_params, stream, update_every, decayed)
-    # optax keeps its schedules in float32, here and there the same
-    assert (
-        difference(state[0], got[0]) < 1e-7
-        and difference(state[2].params, got[1]) < 1e-7
-    )
-    assert int(state[2].num_grads) == steps_ % update_every
-    assert difference(meta_params, got[1]) > 0.1  # it did move
+        expected, expected_meta = train_in_numpy(problem, params, meta_params, steps)
+    # optax computes its schedules in float32, the reference in float64.
+    assert relative_error(student, expected) < 1e-7
+    assert relative_error(meta.params, expected_meta) < 1e-7
+    assert int(meta.num_grads) == NUM_STEPS % UPDATE_EVERY
+    assert relative_error(meta_params, expected_meta) > 0.1  # it has moved
 
 
-def by_hand(problem, params, meta_params, stream, update_every, decayed):
-    """The loop of the paper, step by step, with optimizers in NumPy."""
+def train_in_numpy(problem, params, meta_params, steps):
+    """Returns the parameters after the loop of the paper, with optimizers in NumPy."""
+
+    def inner_loss(params, weights, batch):
+        terms, _ = problem.terms_fn(params, batch)
+        return mean_weighted(weights, terms)
 
     @jax.jit
     def hypergradient(params, meta_params, batch, outer_batch, rate):
-        def outer(meta_params):
-            terms, aux = problem.terms_fn(params, batch)
-            weights = problem.weight_fn(
-                meta_params, jax.lax.stop_gradient(aux.features)
-            )
-            gradient = jax.grad(
-                lambda p: jnp.mean(
-                    jnp.sum(weights * problem.terms_fn(p, batch)[0], axis=-1)
-                )
-            )(params)
-            return problem.outer_fn(
-                jax.tree.map(lambda p, g: p - rate * g, params, gradient), outer_batch
-            )
+        def outer_loss(meta_params):
+            _, aux = problem.terms_fn(params, batch)
+            features = jax.lax.stop_gradient(aux.features)
+            weights = problem.weight_fn(meta_params, features)
+            gradient = jax.grad(inner_loss)(params, weights, batch)
+            return problem.outer_fn(descend(params, gradient, rate), outer_batch)
 
-        return jax.grad(outer)(meta_params)
+        return jax.grad(outer_loss)(meta_params)
 
     @jax.jit
-    def gradient_at(params, meta_params, batch):
-        weights = problem.weight_fn(
-            meta_params, problem.terms_fn(params, batch)[1].features
-        )
-        return jax.grad(
-            lambda p: jnp.mean(
-                jnp.sum(weights * problem.terms_fn(p, batch)[0], axis=-1)
-            )
-        )(params)
+    def student_gradient(params, meta_params, batch):
+        _, aux = problem.terms_fn(params, batch)
+        weights = problem.weight_fn(meta_params, aux.features)
+        return jax.grad(inner_loss)(params, weights, batch)
 
-    def leaves(tree):
-        return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
-
-    p, structure = leaves(params), jax.tree.structure(params)
-    m, meta_structure = leaves(meta_params), jax.tree.structure(meta_params)
-    momentum, first, second = [0 * x for x in p], [0 * x for x in m], [0 * x for x in m]
-    gathered, updates = [0 * x for x in m], 0
-    for step, (batches, outer_batch) in enumerate(stream):
-        batch = jax.tree.map(lambda x: x[0], batches)
-        rate, meta_rate = (0.2, 0.05) if step < decayed else (0.02, 0.04)
-        tree, meta_tree = structure.unflatten(p), meta_structure.unflatten(m)
-        gathered = [
-            a + g
-            for a, g in zip(
-                gathered,
-                leaves(hypergradient(tree, meta_tree, batch, outer_batch, rate)),
-            )
-        ]
-        if (step + 1) % update_every == 0:
-            updates += 1
-            g = [a / update_every + 1e-2 * x for a, x in zip(gathered, m)]
-            first = [0.9 * a + 0.1 * x for a, x in zip(first, g)]
-            second = [0.999 * a + 0.001 * x**2 for a, x in zip(second, g)]
-            moments = [
-                (a / (1 - 0.9**updates), b / (1 - 0.999**updates))
-                for a, b in zip(first, second)
-            ]
-            m = [
-                x - meta_rate * a / (np.sqrt(b) + 1e-8) for x, (a, b) in zip(m, moments)
-            ]
-            gathered = [0 * x for x in m]
-        g = leaves(gradient_at(tree, meta_structure.unflatten(m), batch))
-        momentum = [0.9 * a + x + 1e-2 * y for a, x, y in zip(momentum, g, p)]
-        p = [x - rate * a for x, a in zip(p, momentum)]
-    return structure.unflatten(p), meta_structure.unflatten(m)
+    student = NumpySgd(params, momentum=0.9, weight_decay=1e-2)
+    weight_net = NumpyAdam(meta_params, weight_decay=1e-2)
+    grad_sum = weight_net.zeros()
+    for step, (batches, outer_batch) in enumerate(steps):
+        batch = first_batch(batches)
+        rate, meta_rate = (0.2, 0.05) if step < DECAY_STEP else (0.02, 0.04)
+        start = student.tree()
+        gradient = hypergradient(start, weight_net.tree(), batch, outer_batch, rate)
+        grad_sum = [a + g for a, g in zip(grad_sum, to_leaves(gradient))]
+        if (step + 1) % UPDATE_EVERY == 0:
+            weight_net.update([g / UPDATE_EVERY for g in grad_sum], meta_rate)
+            grad_sum = weight_net.zeros()
+        gradient = student_gradient(start, weight_net.tree(), batch)
+        student.update(to_leaves(gradient), rate)
+    return student.tree(), weight_net.tree()
 
 
-def test_update_decided_beforehand():
-    """`changes` given or decided on the device makes no difference; nor do the savings of the step."""
+def to_leaves(tree):
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+class NumpyParams:
+    """The leaves of a pytree, which an optimizer updates."""
+
+    def __init__(self, params):
+        self._structure = jax.tree.structure(params)
+        self._leaves = to_leaves(params)
+
+    def tree(self):
+        return self._structure.unflatten(self._leaves)
+
+    def zeros(self):
+        return [0 * x for x in self._leaves]
+
+
+class NumpySgd(NumpyParams):
+    def __init__(self, params, *, momentum, weight_decay):
+        super().__init__(params)
+        self._momentum = momentum
+        self._weight_decay = weight_decay
+        self._trace = self.zeros()
+
+    def update(self, gradient, rate):
+        for i, (x, g) in enumerate(zip(self._leaves, gradient)):
+            g = g + self._weight_decay * x
+            self._trace[i] = self._momentum * self._trace[i] + g
+            self._leaves[i] = x - rate * self._trace[i]
+
+
+class NumpyAdam(NumpyParams):
+    def __init__(self, params, *, weight_decay):
+        super().__init__(params)
+        self._weight_decay = weight_decay
+        self._first = self.zeros()
+        self._second = self.zeros()
+        self._num_updates = 0
+
+    def update(self, gradient, rate):
+        self._num_updates += 1
+        for i, (x, g) in enumerate(zip(self._leaves, gradient)):
+            g = g + self._weight_decay * x
+            self._first[i] = 0.9 * self._first[i] + 0.1 * g
+            self._second[i] = 0.999 * self._second[i] + 0.001 * g**2
+            first = self._first[i] / (1 - 0.9**self._num_updates)
+            second = self._second[i] / (1 - 0.999**self._num_updates)
+            self._leaves[i] = x - rate * first / (np.sqrt(second) + 1e-8)
+
+
+def test_update_decided_by_caller():
+    """`update_weight_net` may be passed or left to the device, with the same result."""
     with jax.enable_x64(True):
-        problem, *arguments = setting("mlp", "kd")
+        problem, *arguments = create_problem("mlp", "kd")
         params, meta_params, *batches = double(arguments)
-        net = optax.adam(0.1)
+        optimizer = optax.adam(0.1)
 
-        def compiled(step_fn, changes):
+        def compile_step(step_fn, update_weight_net):
             step = functools.partial(
                 step_fn,
                 problem,
-                optimizer=net,
+                optimizer=optimizer,
                 update_every=2,
-                update_weight_net=changes,
+                update_weight_net=update_weight_net,
             )
             return jax.jit(lambda meta: step(params, meta, *batches, 0.1))
 
-        decide_on_device = compiled(bilevel.step, None)
-        meta = bilevel.init(meta_params, net)
-        for changes in (False, True):
-            result = compiled(bilevel.step, changes)(meta)
-            expected = compiled(naive, changes)(meta)
-            jax.tree.map(
-                functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-15),
-                decide_on_device(meta),
-                result,
-            )
-            jax.tree.map(
-                functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-12),
-                expected,
-                result,
-            )
-            assert int(result.meta.num_grads) == (0 if changes else 1)
+        def assert_close(actual, expected, **tolerances):
+            compare = functools.partial(np.testing.assert_allclose, **tolerances)
+            jax.tree.map(compare, actual, expected)
+
+        decide_on_device = compile_step(bilevel.step, None)
+        meta = bilevel.init(meta_params, optimizer)
+        for update_weight_net in (False, True):
+            result = compile_step(bilevel.step, update_weight_net)(meta)
+            expected = compile_step(naive, update_weight_net)(meta)
+            assert_close(decide_on_device(meta), result, rtol=1e-12, atol=1e-15)
+            assert_close(expected, result, rtol=1e-9, atol=1e-12)
+            assert int(result.meta.num_grads) == (0 if update_weight_net else 1)
             meta = result.meta
 
 
+# --- A problem with a known answer ---
+
+
 def test_flipped_labels():
-    """Half of the labels of two classes flipped, a clean outer set: over five seeds flipped examples get smaller hard
-    weights than clean ones, and the student is better than with equal weights."""
+    """Examples with flipped labels get smaller weights, and the student gains by it."""
     gains = []
     for seed in range(5):
-        data, flipped = flipped_labels(seed)
-        weighed, weights = learn(data, learned=True)
-        equal, _ = learn(data, learned=False)
+        data, flipped = draw_flipped_labels(seed)
+        accuracy, weights = train_linear(data, learned=True)
+        equal_accuracy, _ = train_linear(data, learned=False)
         assert weights[flipped].mean() < 0.2 * weights[~flipped].mean(), seed
-        gains.append(float(weighed - equal))
+        gains.append(float(accuracy - equal_accuracy))
     assert min(gains) > 0.04 and np.mean(gains) > 0.08, gains
 
 
-def flipped_labels(seed, train=600, test=2000, meta=100, classes=4, dimensions=10):
-    """Gaussian classes; half of the training examples of classes 0 and 1 carry the label of any other class."""
+def draw_flipped_labels(
+    seed, num_train=600, num_test=2000, num_outer=100, classes=4, dimensions=10
+):
+    """Returns Gaussian classes with clean outer data, and which labels are flipped.
+
+    Half of the training examples of classes 0 and 1 have the label of another class.
+    """
     rng = np.random.default_rng(seed)
     means = 3 * np.eye(classes, dimensions)
 
-    def draw(n):
-        y = rng.integers(0, classes, n)
-        return (means[y] + rng.normal(size=(n, dimensions))).astype(np.float32), y
+    def draw(number):
+        labels = rng.integers(0, classes, number)
+        noise = rng.normal(size=(number, dimensions))
+        return (means[labels] + noise).astype(np.float32), labels
 
-    (x, y), (test_x, test_y), (meta_x, meta_y) = draw(train), draw(test), draw(meta)
-    flipped = (y < 2) & (rng.random(train) < 0.5)
-    observed = np.where(flipped, (y + rng.integers(1, classes, train)) % classes, y)
-    return dict(
-        x=x, y=observed, test_x=test_x, test_y=test_y, meta_x=meta_x, meta_y=meta_y
-    ), flipped
+    x, y = draw(num_train)
+    test = draw(num_test)
+    outer = draw(num_outer)
+    flipped = (y < 2) & (rng.random(num_train) < 0.5)
+    other_labels = (y + rng.integers(1, classes, num_train)) % classes
+    train = (x, np.where(flipped, other_labels, y))
+    return dict(train=train, test=test, outer=outer), flipped
 
 
 @functools.partial(jax.jit, static_argnames="learned")
-def learn(data, *, learned, iterations=400, rate=0.5, classes=4):
-    """Returns the test accuracy of a linear student and its weights of the training examples at the end."""
+def train_linear(data, *, learned, iterations=400, rate=0.5, classes=4):
+    """Returns the test accuracy of a linear student, and the final weights."""
+    train_x, _ = data["train"]
+
+    def predict(params, x):
+        return jnp.dot(x, params["w"], precision="highest") + params["b"][None, :]
 
     def cross_entropy(params, batch):
-        logits = (
-            jnp.dot(batch[0], params["w"], precision="highest") + params["b"][None, :]
-        )
-        return losses.cross_entropy(logits, batch[1])
+        x, y = batch
+        return losses.cross_entropy(predict(params, x), y)
+
+    def mean_cross_entropy(params, batch):
+        return cross_entropy(params, batch).mean()
 
     def terms_fn(params, batch):
         hard = cross_entropy(params, batch)
         return hard[:, None], bilevel.Aux(hard[:, None])
 
-    net = models.WeightNet(1, hidden=(16,))
-    problem = bilevel.Problem(
-        terms_fn,
-        outer_fn=lambda params, batch: cross_entropy(params, batch).mean(),
-        weight_fn=lambda meta, features: net.apply({"params": meta}, features),
-    )
+    def weight_fn(meta_params, features):
+        return weight_net.apply({"params": meta_params}, features)
+
+    weight_net = models.WeightNet(1, hidden=(16,))
+    problem = bilevel.Problem(terms_fn, mean_cross_entropy, weight_fn)
     optimizer = optax.adam(1e-2)
-    everything, outer_batch, test = (
-        (data[f"{part}x"], data[f"{part}y"]) for part in ("", "meta_", "test_")
-    )
 
-    def descend(carry, index):
+    def train_step(carry, indices):
         params, meta = carry
-        batch = jax.tree.map(lambda a: a[index], everything)
+        batch = jax.tree.map(lambda a: a[indices], data["train"])
         if learned:
-            ahead = jax.tree.map(lambda a: a[None], batch)
-            taken = bilevel.step(
-                problem, params, meta, ahead, outer_batch, rate, optimizer=optimizer
+            batches = jax.tree.map(lambda a: a[None], batch)
+            result = bilevel.step(
+                problem,
+                params,
+                meta,
+                batches,
+                data["outer"],
+                rate,
+                optimizer=optimizer,
             )
-            meta, gradient = taken.meta, taken.gradient
+            meta = result.meta
+            gradient = result.gradient
         else:
-            gradient = jax.grad(lambda p: cross_entropy(p, batch).mean())(params)
-        return (jax.tree.map(lambda p, g: p - rate * g, params, gradient), meta), None
+            gradient = jax.grad(mean_cross_entropy)(params, batch)
+        return (descend(params, gradient, rate), meta), None
 
-    params = {"w": jnp.zeros((data["x"].shape[1], classes)), "b": jnp.zeros(classes)}
-    meta = bilevel.init(
-        net.init(jax.random.key(0), jnp.zeros((1, 1)))["params"], optimizer
-    )
-    order = jax.random.randint(jax.random.key(1), (iterations, 100), 0, len(data["x"]))
-    (params, meta), _ = jax.lax.scan(descend, (params, meta), order)
-    predicted = (test[0] @ params["w"] + params["b"][None, :]).argmax(-1)
-    weights = problem.weight_fn(meta.params, terms_fn(params, everything)[1].features)
-    return (predicted == test[1]).mean(), weights[:, 0]
+    params = {"w": jnp.zeros((train_x.shape[1], classes)), "b": jnp.zeros(classes)}
+    meta_variables = weight_net.init(jax.random.key(0), jnp.zeros((1, 1)))
+    meta = bilevel.init(meta_variables["params"], optimizer)
+    indices = jax.random.randint(jax.random.key(1), (iterations, 100), 0, len(train_x))
+    (params, meta), _ = jax.lax.scan(train_step, (params, meta), indices)
+    test_x, test_y = data["test"]
+    accuracy = (predict(params, test_x).argmax(-1) == test_y).mean()
+    _, aux = terms_fn(params, data["train"])
+    return accuracy, problem.weight_fn(meta.params, aux.features)[:, 0]
+
+
+# --- Input checks ---
 
 
 def two_terms(params, batch):
-    return jnp.stack([params * batch, params**2 * batch], axis=-1), bilevel.Aux(
-        batch[..., None]
-    )
+    terms = jnp.stack([params * batch, params**2 * batch], axis=-1)
+    return terms, bilevel.Aux(batch[..., None])
+
+
+def one_dimensional_terms(params, batch):
+    return params * batch, bilevel.Aux(batch[:, None])
+
+
+def terms_without_aux(params, batch):
+    return params * batch[:, None], batch
 
 
 @pytest.mark.parametrize(
@@ -399,60 +482,60 @@ def two_terms(params, batch):
         (dict(update_every=2.5), "update_every=2.5"),
         (dict(batches=jnp.ones(4)), "batches are stacked"),  # one batch, not [K, …]
         (dict(batches=1.0), "leading axes none"),
-        (
-            dict(
-                terms_fn=lambda params, batch: (
-                    params * batch,
-                    bilevel.Aux(batch[:, None]),
-                )
-            ),
-            r"terms of shape \(4,\)",
-        ),
-        (
-            dict(terms_fn=lambda params, batch: (params * batch[:, None], batch)),
-            "an Aux",
-        ),
+        (dict(terms_fn=one_dimensional_terms), r"terms of shape \(4,\)"),
+        (dict(terms_fn=terms_without_aux), "an Aux"),
         (dict(batches=jnp.zeros((0, 4))), "K >= 1"),
         (dict(batches=(jnp.zeros((2, 4)), jnp.zeros((3, 4)))), "leading axes 2, 3"),
         (
-            dict(outputs=3),
+            dict(num_weights=3),
             r"shape \(4, 3\) for terms of shape \(4, 2\).*each of the 2 terms",
         ),
-        (dict(outputs=3, batches=jnp.ones((2, 4))), "each of the 2 terms"),
+        (dict(num_weights=3, batches=jnp.ones((2, 4))), "each of the 2 terms"),
     ],
 )
 def test_bad_input(change, message):
-    change = dict(change)  # the parameter itself stays as it is
-    outputs, batches = change.pop("outputs", 2), change.pop("batches", jnp.ones((1, 4)))
+    defaults = dict(
+        terms_fn=two_terms, num_weights=2, batches=jnp.ones((1, 4)), update_every=1
+    )
+    options = defaults | change
+    num_weights = options["num_weights"]
     problem = bilevel.Problem(
-        change.pop("terms_fn", two_terms),
+        options["terms_fn"],
         outer_fn=lambda params, batch: params,
-        weight_fn=lambda meta, features: jnp.tile(meta * features, (1, outputs)),
+        weight_fn=lambda meta, features: jnp.tile(meta * features, (1, num_weights)),
     )
     optimizer = optax.sgd(0.1)
+    one = jnp.float32(1)
     with pytest.raises(ValueError, match=message):
-        bilevel.step(problem, jnp.float32(1), bilevel.init(jnp.float32(1), optimizer), batches, None, 0.1,
-                     optimizer=optimizer, **change)  # fmt: skip
+        bilevel.step(
+            problem,
+            one,
+            bilevel.init(one, optimizer),
+            options["batches"],
+            None,
+            0.1,
+            optimizer=optimizer,
+            update_every=options["update_every"],
+        )
 
 
 @pytest.mark.parametrize("lookahead", [1, 2])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-def test_array_learning_rate_widens_nothing(lookahead, dtype):
+def test_array_learning_rate_keeps_dtype(lookahead, dtype):
     problem = bilevel.Problem(
         two_terms,
-        lambda params, batch: params**2,
-        lambda meta, features: meta[None] * features,
+        outer_fn=lambda params, batch: params**2,
+        weight_fn=lambda meta, features: meta[None] * features,
     )
     optimizer = optax.sgd(0.1)
-    meta = bilevel.init(jnp.ones(2), optimizer)
-    rate = np.float32(0.1)
-    taken = bilevel.step(
+    result = bilevel.step(
         problem,
         dtype(1),
-        meta,
+        bilevel.init(jnp.ones(2), optimizer),
         jnp.ones((lookahead, 4)),
         None,
-        rate,
+        np.float32(0.1),
         optimizer=optimizer,
     )
-    assert taken.gradient.dtype == dtype and np.isfinite(taken.meta.params).all()
+    assert result.gradient.dtype == dtype
+    assert np.isfinite(result.meta.params).all()

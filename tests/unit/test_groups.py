@@ -1,4 +1,4 @@
-"""Class groups: the sizes of the paper, ties, errors, and the life of a ClassGroups as a pytree."""
+"""Class groups: sizes, ties, errors, and ClassGroups as a pytree."""
 
 import jax
 import numpy as np
@@ -11,16 +11,13 @@ from ltkd_jax.groups import ClassGroups
 
 
 def long_tailed_counts(num_classes=100, largest=500, imbalance=100):
-    return np.array(
-        [
-            int(largest * imbalance ** (-c / (num_classes - 1)))
-            for c in range(num_classes)
-        ]
-    )
+    exponents = np.arange(num_classes) / (num_classes - 1)
+    return np.array([int(largest * imbalance**-x) for x in exponents])
 
 
-def sizes(g):
-    return [int(np.sum(np.asarray(g.assignment) == k)) for k in range(g.num_groups)]
+def group_sizes(g):
+    assignment = np.asarray(g.assignment)
+    return [int(np.sum(assignment == k)) for k in range(g.num_groups)]
 
 
 @pytest.mark.parametrize(
@@ -35,7 +32,7 @@ def sizes(g):
 )
 def test_default_groups_have_the_papers_sizes(num_classes, expected):
     g = ClassGroups.from_counts(np.arange(num_classes, 0, -1))
-    assert sizes(g) == expected
+    assert group_sizes(g) == expected
     assert tuple(g.names) == ("head", "medium", "tail")
     assert g.num_groups == 3
     assert g.assignment.dtype == np.int32 and g.assignment.shape == (num_classes,)
@@ -47,17 +44,14 @@ def test_groups_follow_the_counts_not_the_labels(seed):
     assignment = np.asarray(ClassGroups.from_counts(counts).assignment)
     head, medium, tail = (counts[assignment == k] for k in range(3))
     # The paper's ranks on CIFAR-100-LT with imbalance 100.
-    assert (
-        head.min() == 112
-        and (medium.max(), medium.min()) == (107, 23)
-        and tail.max() == 22
-    )
+    assert head.min() == 112
+    assert (medium.max(), medium.min()) == (107, 23)
+    assert tail.max() == 22
 
 
-def test_ties_go_by_class_index():
-    np.testing.assert_array_equal(
-        ClassGroups.from_counts([5] * 10).assignment, [0] * 3 + [1] * 4 + [2] * 3
-    )
+def test_ties_are_ordered_by_class_index():
+    g = ClassGroups.from_counts([5] * 10)
+    np.testing.assert_array_equal(g.assignment, [0] * 3 + [1] * 4 + [2] * 3)
     g = ClassGroups.from_counts([7, 9, 7, 7], fractions=(0.5, 0.5))
     np.testing.assert_array_equal(g.assignment, [0, 0, 1, 1])
 
@@ -65,28 +59,30 @@ def test_ties_go_by_class_index():
 @settings(max_examples=30, derandomize=True, deadline=None)
 @given(
     counts=st.lists(st.integers(1, 30), min_size=20, max_size=20),
-    parts=st.lists(st.integers(1, 6), min_size=1, max_size=6),
+    sizes=st.lists(st.integers(1, 6), min_size=1, max_size=6),
 )
-def test_any_fractions_cut_the_ranking_at_the_rounded_boundaries(counts, parts):
-    fractions = [p / sum(parts) for p in parts]
-    ends = [20 * sum(parts[: k + 1]) / sum(parts) for k in range(len(parts))]
+def test_any_fractions(counts, sizes):
+    """The ranking is cut at the rounded boundaries."""
+    num_groups = len(sizes)
+    fractions = [size / sum(sizes) for size in sizes]
+    ends = [20 * sum(sizes[: k + 1]) / sum(sizes) for k in range(num_groups)]
     if any(abs(end % 1 - 0.5) < 1e-6 for end in ends):
-        return  # which way a half rounds is not promised
+        return  # the rounding of halves is not specified
     ranking = sorted(range(20), key=lambda c: (-counts[c], c))
     expected = np.empty(20, int)
     for rank, c in enumerate(ranking):
         expected[c] = sum(rank >= round(end) for end in ends)
-    if len(set(expected)) < len(parts):
+    if len(set(expected)) < num_groups:
         with pytest.raises(ValueError):
             ClassGroups.from_counts(counts, fractions=fractions)
         return
     g = ClassGroups.from_counts(counts, fractions=fractions)
     np.testing.assert_array_equal(g.assignment, expected)
-    assert g.num_groups == len(parts) == len(set(g.names))
+    assert g.num_groups == num_groups == len(set(g.names))
 
 
 def test_one_group_and_a_group_per_class():
-    assert sizes(ClassGroups.from_counts([3, 2, 1], fractions=(1.0,))) == [3]
+    assert group_sizes(ClassGroups.from_counts([3, 2, 1], fractions=(1.0,))) == [3]
     g = ClassGroups.from_counts([1, 3, 2, 4, 6, 5, 7], fractions=(1 / 7,) * 7)
     np.testing.assert_array_equal(g.assignment, [6, 4, 5, 3, 1, 2, 0])
 
@@ -100,7 +96,7 @@ def test_from_assignment():
 
 
 @pytest.mark.parametrize(
-    "counts, more",
+    "counts, options",
     [
         ([5, 0, 3], {}),
         ([5, -1, 3], {}),
@@ -117,24 +113,24 @@ def test_from_assignment():
         ([5, 3, 2], {"names": ("a", "b", "a")}),
     ],
 )
-def test_from_counts_refuses(counts, more):
+def test_from_counts_bad_input(counts, options):
     with pytest.raises(ValueError):
-        ClassGroups.from_counts(counts, **more)
+        ClassGroups.from_counts(counts, **options)
 
 
 @pytest.mark.parametrize(
-    "assignment, more",
+    "assignment, options",
     [
         ([0, 2, 2], {}),
         ([-1, 0, 1], {}),
-        ([2**40, 0], {}),  # at once: without an array of that size
+        ([2**40, 0], {}),  # before an array of that size is allocated
         ([0, 1, 1], {"names": ("a",)}),
         ([0, 1, 1], {"names": ("a", "a")}),
     ],
 )
-def test_from_assignment_refuses(assignment, more):
+def test_from_assignment_bad_input(assignment, options):
     with pytest.raises(ValueError):
-        ClassGroups.from_assignment(assignment, **more)
+        ClassGroups.from_assignment(assignment, **options)
 
 
 def test_immutable():
@@ -147,7 +143,7 @@ def test_immutable():
         g.assignment[0] = 2
 
 
-def test_does_not_alias_what_it_was_made_from():
+def test_from_assignment_copies():
     assignment = np.array([0, 1, 2], np.int32)
     g = ClassGroups.from_assignment(assignment)
     assignment[:] = 0
@@ -157,17 +153,14 @@ def test_does_not_alias_what_it_was_made_from():
 def test_is_a_pytree_of_one_leaf():
     g = ClassGroups.from_counts([1, 2, 3, 4, 5])
     assert [leaf.shape for leaf in jax.tree.leaves(g)] == [(5,)]
-    again = jax.tree.map(lambda a: a, g)
-    assert type(again) is ClassGroups and (again.names, again.num_groups) == (
-        g.names,
-        g.num_groups,
-    )
+    mapped = jax.tree.map(lambda a: a, g)
+    assert type(mapped) is ClassGroups
+    assert (mapped.names, mapped.num_groups) == (g.names, g.num_groups)
 
 
-def test_goes_through_jit_and_pmap():
-    g = ClassGroups.from_counts(
-        np.arange(8, 0, -1)
-    )  # as many classes as devices: a split would go unnoticed
+def test_jit_and_pmap():
+    # As many classes as devices: that the assignment was split would go unnoticed.
+    g = ClassGroups.from_counts(np.arange(8, 0, -1))
 
     def lookup(g, labels):
         assert g.num_groups == 3  # static, also where the assignment is traced
@@ -175,8 +168,8 @@ def test_goes_through_jit_and_pmap():
 
     labels = np.arange(8)
     np.testing.assert_array_equal(jax.jit(lookup)(g, labels), g.assignment)
-    out = jax.pmap(lookup, in_axes=(None, 0))(g, labels[:, None])
-    np.testing.assert_array_equal(out[:, 0], g.assignment)
+    mapped = jax.pmap(lookup, in_axes=(None, 0))(g, labels[:, None])
+    np.testing.assert_array_equal(mapped[:, 0], g.assignment)
     returned = jax.jit(lambda g: g)(g)
     assert returned.names == g.names
     np.testing.assert_array_equal(returned.assignment, g.assignment)
@@ -184,27 +177,23 @@ def test_goes_through_jit_and_pmap():
 
 def test_shots_of_cifar100_lt():
     shots = groups.shots(long_tailed_counts())
-    assert {name: int(mask.sum()) for name, mask in shots.items()} == {
-        "many": 35,
-        "medium": 35,
-        "few": 30,
-    }
-    assert all(
-        isinstance(m, np.ndarray) and m.dtype == bool and m.shape == (100,)
-        for m in shots.values()
-    )
+    sizes = {name: int(mask.sum()) for name, mask in shots.items()}
+    assert sizes == {"many": 35, "medium": 35, "few": 30}
+    for mask in shots.values():
+        assert isinstance(mask, np.ndarray)
+        assert mask.dtype == bool and mask.shape == (100,)
 
 
 @pytest.mark.parametrize(
-    "counts, more, expected",
+    "counts, options, expected",
     [
         ([101, 100, 20, 19], {}, [0, 1, 1, 2]),
         ([500, 400], {}, [0, 0]),
         ([4, 3], {"many": 3, "few": 3}, [0, 1]),
     ],
 )
-def test_shots_at_the_bounds(counts, more, expected):
-    shots = groups.shots(np.array(counts), **more)
+def test_shots_at_the_bounds(counts, options, expected):
+    shots = groups.shots(np.array(counts), **options)
     assert list(shots) == ["many", "medium", "few"]
     np.testing.assert_array_equal(
         np.stack(list(shots.values())), np.arange(3)[:, None] == np.array(expected)

@@ -1,4 +1,6 @@
-"""Files of logits: every form of them, round trips, and errors that name the array, the value and the remedy."""
+"""Files of logits: their forms, round trips, and errors."""
+
+import functools
 
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ from ltkd_jax.data import logits
 from ltkd_jax.data.logits import LogitsError, LogitsFile
 
 C = 6
+assert_close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
 
 
 def draw(number=40):
@@ -24,7 +27,7 @@ FORMS = {
     "big_endian": lambda z: {"logits": z.astype(">f4")},
     "probabilities": lambda z: {"probabilities": np.exp(log_softmax(z))},
     "log_probabilities": lambda z: {
-        "log_probabilities": log_softmax(z).astype(np.float32)
+        "log_probabilities": log_softmax(z).astype(np.float32),
     },
 }
 
@@ -38,29 +41,28 @@ def test_file_forms_are_equal(form, savez, tmp_path):
     assert examples.labels.tolist() == labels.tolist() and examples.num_classes == C
     blocks = list(examples.blocks(16))
     assert [block.shape for block in blocks] == [(16, C), (16, C), (8, C)]
-    np.testing.assert_allclose(
-        np.concatenate(blocks), z - z.max(axis=1, keepdims=True), rtol=1e-5, atol=1e-5
-    )
-    np.testing.assert_allclose(
-        log_softmax(examples.to_logits()), log_softmax(z), rtol=1e-5, atol=1e-5
-    )
+    below_max = z - z.max(axis=1, keepdims=True)
+    assert_close(np.concatenate(blocks), below_max)
+    assert_close(log_softmax(examples.to_logits()), log_softmax(z))
 
 
 @pytest.mark.parametrize(
     "dtype, exponent", [(np.float16, -24), (np.float32, -149), (np.float64, -1074)]
 )
 @pytest.mark.parametrize("kind", ["probabilities", "log_probabilities"])
-def test_probability_zero_is_the_smallest_of_its_type(dtype, exponent, kind):
-    p = np.array([[1, 0, 0]], dtype)
-    with np.errstate(divide="ignore"):
-        values = p if kind == "probabilities" else np.log(p)
+def test_probability_zero_of_its_type(dtype, exponent, kind):
+    """It counts as the smallest positive number of its type."""
+    values = np.array([[1, 0, 0]], dtype)
+    if kind == "log_probabilities":
+        with np.errstate(divide="ignore"):
+            values = np.log(values)
     (block,) = logits.from_arrays(values, [1], kind=kind).blocks(8)
-    np.testing.assert_allclose(
-        block, [[0, exponent * np.log(2), exponent * np.log(2)]], rtol=1e-6
-    )
+    smallest = exponent * np.log(2)
+    np.testing.assert_allclose(block, [[0, smallest, smallest]], rtol=1e-6)
 
 
-def test_probability_zero_is_the_smallest_of_its_row():
+def test_probability_zero_of_its_row():
+    """A log of −inf counts as the smallest finite one of its row."""
     values = np.array([[0, -200, -np.inf]], np.float32)
     (block,) = logits.from_arrays(values, [1], kind="log_probabilities").blocks(8)
     assert block.tolist() == [[0, -200, -200]]
@@ -109,6 +111,13 @@ def test_views(tmp_path):
         logits.from_arrays(views, labels, views=True)
 
 
+def with_row(z, value, row=3):
+    z = z.copy()
+    z[row] = value
+    return z
+
+
+# (kind, change of values and labels, message)
 ERRORS = [
     ("logits", lambda z, y: (z[0], y), "floats [N, C]"),
     ("logits", lambda z, y: (z.astype(int), y), "logits is int64[40, 6]"),
@@ -132,12 +141,12 @@ ERRORS = [
     ("logits", lambda z, y: (z, y - 1), "labels[7]=-1, and 6 of 40 are outside 0..5"),
     (
         "logits",
-        lambda z, y: (np.where(np.arange(40)[:, None] == 3, -np.inf, z), y),
+        lambda z, y: (with_row(z, -np.inf), y),
         "the first is row 3, from -inf",
     ),
     (
         "logits",
-        lambda z, y: (np.where(np.arange(40)[:, None] == 3, 1e300, z), y),
+        lambda z, y: (with_row(z, 1e300), y),
         "1 of 40 rows hold NaN or infinite",
     ),
     (
@@ -156,20 +165,21 @@ ERRORS = [
 @pytest.mark.parametrize(
     "kind, change, message", ERRORS, ids=[message for _, _, message in ERRORS]
 )
-def test_arrays_that_do_not_fit(kind, change, message):
+def test_arrays_bad_input(kind, change, message):
     values, labels = change(*draw())
     with pytest.raises(LogitsError) as raised:
         logits.from_arrays(values, labels, kind=kind, source="the file")
-    assert str(raised.value).startswith("the file: ") and message in str(raised.value)
+    error = str(raised.value)
+    assert error.startswith("the file: ") and message in error
 
 
-def test_keys_that_do_not_fit():
+def test_keys_bad_input():
     z, labels = draw()
     with pytest.raises(LogitsError, match=r"keys is \[39\]"):
         logits.from_arrays(z, labels, keys=labels[1:])
 
 
-def test_bad_rows_are_counted():
+def test_number_of_bad_rows():
     z = np.zeros((9000, C), np.float16)
     z[[4999, 5001, 8999], 2] = np.nan
     with pytest.raises(
@@ -181,7 +191,7 @@ def test_bad_rows_are_counted():
 @pytest.mark.parametrize(
     "content", [b"", b"PK\x03\x04", b"not a file of arrays", b"\x93NUMPY", None]
 )
-def test_file_that_is_no_archive(tmp_path, content):
+def test_file_is_no_archive(tmp_path, content):
     if content is not None:
         (tmp_path / "x.npz").write_bytes(content)
     with pytest.raises(
@@ -190,7 +200,7 @@ def test_file_that_is_no_archive(tmp_path, content):
         LogitsFile(tmp_path / "x.npz")
 
 
-def test_file_that_is_damaged(tmp_path):
+def test_file_is_damaged(tmp_path):
     z, labels = draw()
     np.savez(tmp_path / "x.npz", logits=z, labels=labels)
     content = bytearray((tmp_path / "x.npz").read_bytes())
@@ -200,7 +210,7 @@ def test_file_that_is_damaged(tmp_path):
         LogitsFile(tmp_path / "x.npz").logits()
 
 
-def test_file_that_lacks_an_array(tmp_path):
+def test_file_lacks_an_array(tmp_path):
     z, labels = draw()
     np.savez(
         tmp_path / "x.npz", output=z, train_logits=z, names=np.array(["a"], object)

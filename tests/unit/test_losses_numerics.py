@@ -1,4 +1,4 @@
-"""Every loss against the truth in extended precision: values, gradients, extremes, and what stays finite."""
+"""Values and gradients of every loss against the reference in extended precision."""
 
 import itertools
 
@@ -17,21 +17,20 @@ every_case = pytest.mark.parametrize("case", truth.CASES)
 TEMPERATURES = (1.0, 2.0, 4.0)
 
 
-def draws(case, *, dtype=np.float32, temperatures=TEMPERATURES):
-    """Yields the case under every grouping, masking and temperature, the losses that it is for, and a message."""
+def variants(case, *, dtype=np.float32, temperatures=TEMPERATURES):
+    """Yields (inputs, losses, message) for every grouping, masking and temperature."""
     for grouping, masking, temperature in itertools.product(
         truth.GROUPINGS, truth.MASKINGS, temperatures
     ):
         variant = dict(grouping=grouping, masking=masking, temperature=temperature)
-        family = [
-            loss
-            for loss in truth.FAMILY.values()
-            if loss.grouped or grouping == "thirds"
-        ]
+        family = list(truth.FAMILY.values())
+        # Losses without groups are evaluated once.
+        if grouping != "thirds":
+            family = [loss for loss in family if loss.needs_groups]
         yield truth.draw(case, dtype=dtype, **variant), family, f"{case} {variant}"
 
 
-def assert_true(loss, x, actual, rtol, atol, message=""):
+def assert_value(loss, x, actual, rtol, atol, message=""):
     expected = loss.call(truth, x)
     message = f"{loss.name} {message}"
     assert actual.dtype == x.student.dtype, message
@@ -41,135 +40,136 @@ def assert_true(loss, x, actual, rtol, atol, message=""):
     )
 
 
-def rounding(loss, x):
-    """1e-6 for each unit of weight: a term near 0 is a difference of logs, each rounded at 1e-7.
+def rounding_error(loss, x):
+    """Returns the absolute tolerance: 1e-6 for each unit of weight.
 
-    A rebalanced mass is a difference of log masses of the batch, which are rounded at 1e-7 of 200 here.
+    A term near 0 is a difference of logs, each rounded at 1e-7. A rebalanced mass is a
+    difference of log masses of the batch, which are rounded at 1e-7 of about 200.
     """
-    return (
-        1e-6
-        * loss.terms
-        * (4 if loss.batch else 1)
-        * (float(x.temperature) ** 2 if loss.squared else 1)
-    )
+    tolerance = 1e-6 * loss.weight
+    if loss.uses_batch:
+        tolerance *= 4
+    if loss.has_tau_squared:
+        tolerance *= float(x.temperature) ** 2
+    return tolerance
 
 
 @pytest.mark.parametrize("case", [*truth.CASES, *truth.EXTREME])
 def test_float32(case):
-    """Values are the truth's; gradients are finite, and 0 where no class or no example exists."""
-    for x, family, message in draws(case):
+    """Gradients are finite, and 0 where no class or no example exists."""
+    for x, family, message in variants(case):
         results = evaluate(x)
         for loss in family:
             value, gradient = map(np.asarray, results[loss.name])
             tolerance = 1e-5
             if case in truth.EXTREME:
-                # A rebalanced mass has the relative error of a log mass, which is rounded at 1e-3 where it is 2e4.
-                tolerance = 1e-3 if loss.batch else 1e-4
-            assert_true(loss, x, value, tolerance, rounding(loss, x), message)
-            assert np.isfinite(gradient).all(), f"{loss.name} {message}"
-            assert (gradient[~x.where] == 0).all(), f"{loss.name} {message}"
-            assert not loss.batch or (gradient[~x.example_mask] == 0).all(), (
-                f"{loss.name} {message}"
-            )
+                # A rebalanced mass has the relative error of a log mass, which is
+                # rounded at 1e-3 where it is 2e4.
+                tolerance = 1e-3 if loss.uses_batch else 1e-4
+            assert_value(loss, x, value, tolerance, rounding_error(loss, x), message)
+            loss_message = f"{loss.name} {message}"
+            assert np.isfinite(gradient).all(), loss_message
+            assert (gradient[~x.where] == 0).all(), loss_message
+            if loss.uses_batch:
+                assert (gradient[~x.example_mask] == 0).all(), loss_message
 
 
 @every_case
 def test_float64(case):
     with jax.enable_x64(True):
-        for x, family, message in draws(case, dtype=np.float64):
+        for x, family, message in variants(case, dtype=np.float64):
             results = evaluate(x)
             for loss in family:
-                assert_true(loss, x, results[loss.name][0], 1e-10, 1e-12, message)
+                value, _ = results[loss.name]
+                assert_value(loss, x, value, 1e-10, 1e-12, message)
 
 
-def true_gradient(loss, x, step=1e-5):
-    """Central differences of the truth; examples do not mix, so one class moves in all of them at once."""
+def reference_gradient(loss, x, step=1e-5):
+    """Returns central differences of the reference.
+
+    Losses of different examples do not mix, so one class is moved in all of them.
+    """
     moves = step * np.eye(truth.C, dtype=truth.REAL)[:, None, :]  # [C, 1, C] on [B, C]
-    held = {"held_logits": x.student} if loss.held else {}
-    up, down = (
-        loss.call(truth, x._replace(student=x.student + move), **held)
-        for move in (moves, -moves)
-    )
+    options = {"factor_logits": x.student} if loss.has_constant_factor else {}
+    up = loss.call(truth, x._replace(student=x.student + moves), **options)
+    down = loss.call(truth, x._replace(student=x.student - moves), **options)
     return ((up - down) / (2 * step)).T
 
 
 @every_case
 def test_gradients_float64(case):
-    for x, family, message in draws(case, dtype=np.float64, temperatures=(1.0, 4.0)):
+    for x, family, message in variants(case, dtype=np.float64, temperatures=(1.0, 4.0)):
         x = x._replace(
             student=np.clip(x.student, -50, 50), teacher=np.clip(x.teacher, -50, 50)
         )
         with jax.enable_x64(True):
             results = evaluate(x)
         for loss in family:
-            expected = np.where(x.where, true_gradient(loss, x), 0).astype(float)
+            _, actual = results[loss.name]
+            expected = np.where(x.where, reference_gradient(loss, x), 0).astype(float)
             np.testing.assert_allclose(
-                results[loss.name][1],
-                expected,
-                1e-7,
-                1e-8,
-                err_msg=f"{loss.name} {message}",
+                actual, expected, 1e-7, 1e-8, err_msg=f"{loss.name} {message}"
             )
 
 
 @every_case
 def test_gradients_float32(case):
-    real = ("student", "teacher", "weights", "temperature")
-    for x, family, message in draws(case, temperatures=(4.0,)):
+    for x, family, message in variants(case, temperatures=(4.0,)):
         results = evaluate(x)
+        wide = {}
+        for field in ("student", "teacher", "weights", "temperature"):
+            wide[field] = getattr(x, field).astype(np.float64)
         with jax.enable_x64(True):
-            expected = evaluate(
-                x._replace(
-                    **{field: getattr(x, field).astype(np.float64) for field in real}
-                )
-            )
+            wide_results = evaluate(x._replace(**wide))
         for loss in family:
-            actual, exact = results[loss.name][1], expected[loss.name][1]
+            _, actual = results[loss.name]
+            _, expected = wide_results[loss.name]
             np.testing.assert_allclose(
-                actual, exact, 1e-5, rounding(loss, x), err_msg=f"{loss.name} {message}"
+                actual,
+                expected,
+                1e-5,
+                rounding_error(loss, x),
+                err_msg=f"{loss.name} {message}",
             )
 
 
 def test_batch_of_padding():
-    results = evaluate(
-        truth.draw("random")._replace(example_mask=np.zeros(truth.B, bool))
-    )
+    x = truth.draw("random")._replace(example_mask=np.zeros(truth.B, bool))
+    results = evaluate(x)
     for name in ("rebalanced_inter_group", "ltkd"):
-        assert not np.any(results[name][0]) and not np.any(results[name][1])
+        value, gradient = results[name]
+        assert not np.any(value) and not np.any(gradient)
 
 
 def test_effective_number_weights():
     counts = np.array([1, 5, 48, 500, 4900, 100_000])
     expected = truth.effective_number_weights(counts)
-    np.testing.assert_allclose(
-        losses.effective_number_weights(counts), expected.astype(float), 1e-5
-    )
-    assert float(np.sum(losses.effective_number_weights(counts))) == pytest.approx(
-        len(counts)
-    )
+    actual = losses.effective_number_weights(counts)
+    np.testing.assert_allclose(actual, expected.astype(float), 1e-5)
+    assert float(np.sum(actual)) == pytest.approx(len(counts))
 
 
 @pytest.mark.parametrize("masking", truth.MASKINGS)
 @pytest.mark.parametrize("spread", [1.0, 50.0, 2000.0])
 def test_rebalance(masking, spread):
-    """Against the truth for masses that no float32 probability can hold."""
+    """For masses that no float32 probability can represent, too."""
     rng = np.random.default_rng(0)
     log_mass = np.asarray(truth.normalize(rng.uniform(-spread, 0, (8, 4))), np.float32)
-    where, example_mask = np.ones((8, 4), bool), np.ones(8, bool)
+    where = np.ones((8, 4), bool)
+    example_mask = np.ones(8, bool)
     if masking == "classes":
         where[:, 2] = False
     elif masking == "examples":
-        where, example_mask = rng.random((8, 4)) < 0.7, rng.random(8) < 0.7
-        where[:, 0] = example_mask[0] = True
+        where = rng.random((8, 4)) < 0.7
+        example_mask = rng.random(8) < 0.7
+        where[:, 0] = True
+        example_mask[0] = True
     log_mass = np.where(where, log_mass, -np.inf).astype(np.float32)
-    expected = truth.rebalance(log_mass, where=where, example_mask=example_mask)[
-        example_mask
-    ]
-    actual = jax.jit(losses.rebalance)(
-        log_mass, where=where, example_mask=example_mask
-    )[example_mask]
+    masks = dict(where=where, example_mask=example_mask)
+    expected = truth.rebalance(log_mass, **masks)[example_mask]
+    actual = jax.jit(losses.rebalance)(log_mass, **masks)[example_mask]
     np.testing.assert_array_equal(np.isneginf(actual), ~where[example_mask])
-    # The scaled masses are as large as 2 · spread, and are rounded as such.
+    # The scaled log masses are as large as 2 · spread, and are rounded accordingly.
     np.testing.assert_allclose(
         actual, expected.astype(float), 1e-6, 4e-7 * max(spread, 2)
     )
@@ -196,5 +196,6 @@ def test_any_logits(logits, temperature, masking):
     x = truth.draw("random", temperature=temperature, masking=masking)
     x = x._replace(student=logits[0], teacher=logits[1])
     for name, (value, gradient) in evaluate(x).items():
-        assert_true(truth.FAMILY[name], x, value, 1e-5, rounding(truth.FAMILY[name], x))
+        loss = truth.FAMILY[name]
+        assert_value(loss, x, value, 1e-5, rounding_error(loss, x))
         assert np.isfinite(gradient).all(), name

@@ -12,6 +12,10 @@ GROUPS = groups.ClassGroups.from_counts(COUNTS)
 METHODS = sorted(methods.METHODS)
 
 
+def create_all():
+    return {method: methods.create(method, COUNTS, GROUPS) for method in METHODS}
+
+
 def predictions(seed=0):
     student, teacher = jax.random.normal(jax.random.key(seed), (2, 8, len(COUNTS))) * 3
     labels = jax.random.randint(jax.random.key(seed + 1), (8,), 0, len(COUNTS))
@@ -25,39 +29,51 @@ def predictions(seed=0):
     )
 
 
-def total(p, method, **values):
-    objective = methods.create(method, COUNTS, GROUPS, **values)
-    return (jax.jit(objective)(p) * objective.weights(10**6)[None, :]).sum(-1)
+def weighted_loss(p, method, **hyperparameters):
+    objective = methods.create(method, COUNTS, GROUPS, **hyperparameters)
+    weights = objective.weights(10**6)[None, :]
+    return (jax.jit(objective)(p) * weights).sum(-1)
 
 
 def test_names_of_methods():
     assert set(METHODS) == {
-        "ce", "balanced_softmax", "logit_adjusted", "kd", "dkd", "dive", "bkd", "wsl", "reviewkd", "ltkd", "ltkd_bs",
-    }  # fmt: skip
+        "ce",
+        "balanced_softmax",
+        "logit_adjusted",
+        "kd",
+        "dkd",
+        "dive",
+        "bkd",
+        "wsl",
+        "reviewkd",
+        "ltkd",
+        "ltkd_bs",
+    }
 
 
 def test_published_terms():
-    """Every method is the weighted sum of its terms, which are of each example and finite."""
-    objectives = {method: methods.create(method, COUNTS, GROUPS) for method in METHODS}
-    terms = jax.jit(
-        lambda p: {method: objective(p) for method, objective in objectives.items()}
-    )(predictions())
-    expected = jax.jit(published)(predictions())
+    """Every method is the weighted sum of its terms, which are finite."""
+    objectives = create_all()
+    terms_fn = jax.jit(lambda p: {name: fn(p) for name, fn in objectives.items()})
+    terms = terms_fn(predictions())
+    expected = jax.jit(published_losses)(predictions())
     assert expected.keys() == objectives.keys()
     for method, objective in objectives.items():
-        assert terms[method].shape == (8, len(objective.names)) and bool(
-            jnp.isfinite(terms[method]).all()
-        ), method
-        assert len(set(objective.names)) == len(objective.names), method
-        weighted = (terms[method] * objective.weights(0)[None, :]).sum(-1)
+        num_terms = len(objective.names)
+        assert terms[method].shape == (8, num_terms), method
+        assert bool(jnp.isfinite(terms[method]).all()), method
+        assert len(set(objective.names)) == num_terms, method
+        actual = (terms[method] * objective.weights(0)[None, :]).sum(-1)
         np.testing.assert_allclose(
-            weighted, expected[method], rtol=2e-6, atol=1e-5, err_msg=method
+            actual, expected[method], rtol=2e-6, atol=1e-5, err_msg=method
         )
 
 
-def published(p):
+def published_losses(p):
     z, t, y, *_ = p
-    ce, bs = losses.cross_entropy(z, y), losses.balanced_softmax(z, y, COUNTS)
+    ce = losses.cross_entropy(z, y)
+    bs = losses.balanced_softmax(z, y, COUNTS)
+    review = losses.hierarchical_context(p.student_features, p.teacher_features)
     return {
         "ce": ce,
         "balanced_softmax": bs,
@@ -67,126 +83,118 @@ def published(p):
         "dive": 0.5 * bs + 0.5 * losses.dive(z, t, power=0.5),
         "bkd": ce + losses.bkd(z, t, losses.effective_number_weights(COUNTS)),
         "wsl": ce + 2.5 * losses.wsl(z, t, y),
-        "reviewkd": ce
-        + 5.0 * losses.hierarchical_context(p.student_features, p.teacher_features),
+        "reviewkd": ce + 5.0 * review,
         "ltkd": ce + losses.ltkd(z, t, GROUPS),
         "ltkd_bs": bs + losses.ltkd(z, t, GROUPS),
     }
 
 
-def test_more_groups_than_three():
+def test_number_of_groups():
     p = predictions()
-    two = groups.ClassGroups.from_counts(COUNTS, fractions=(0.5, 0.5))
-    expected = losses.cross_entropy(p.student_logits, p.labels) + losses.ltkd(
-        p.student_logits, p.teacher_logits, two
-    )
-    np.testing.assert_allclose(total(p, "ltkd", num_groups=2), expected, rtol=1e-5)
-    each = total(
-        p, "ltkd", num_groups=len(COUNTS), beta=0.0
-    )  # a group a class: all of it is between groups
-    np.testing.assert_allclose(
-        total(p, "ltkd", num_groups=len(COUNTS), beta=9.0), each, rtol=1e-5
-    )
-    for bad, message in (
-        (-1, "whole number"),
-        (2.5, "whole number"),
-        (8, "8 groups for 7 classes"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            methods.create("ltkd", COUNTS, GROUPS, num_groups=bad)
+    two_groups = groups.ClassGroups.from_counts(COUNTS, fractions=(0.5, 0.5))
+    hard = losses.cross_entropy(p.student_logits, p.labels)
+    expected = hard + losses.ltkd(p.student_logits, p.teacher_logits, two_groups)
+    actual = weighted_loss(p, "ltkd", num_groups=2)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5)
+    # With a group per class the whole KL is between groups, so beta has no effect.
+    expected = weighted_loss(p, "ltkd", num_groups=len(COUNTS), beta=0.0)
+    actual = weighted_loss(p, "ltkd", num_groups=len(COUNTS), beta=9.0)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "num_groups, message",
+    [(-1, "whole number"), (2.5, "whole number"), (8, "8 groups for 7 classes")],
+)
+def test_number_of_groups_bad_input(num_groups, message):
+    with pytest.raises(ValueError, match=message):
+        methods.create("ltkd", COUNTS, GROUPS, num_groups=num_groups)
 
 
 def test_hyperparameters():
-    z, t, y, *_ = predictions()
-    expected = losses.cross_entropy(z, y) + losses.ltkd(
-        z, t, GROUPS, alpha=2.0, beta=0.5, temperature=1.5
-    )
-    np.testing.assert_allclose(
-        total(predictions(), "ltkd", alpha=2.0, beta=0.5, temperature=1.5),
-        expected,
-        rtol=1e-5,
-    )
-    expected = losses.cross_entropy(z, y) + losses.dkd(
-        z, t, y, alpha=3.0, beta=0.25, temperature=2.0
-    )
-    np.testing.assert_allclose(
-        total(predictions(), "dkd", alpha=3.0, beta=0.25, temperature=2.0),
-        expected,
-        rtol=1e-5,
-    )
+    p = predictions()
+    z, t, y, *_ = p
+    hard = losses.cross_entropy(z, y)
+    options = dict(alpha=2.0, beta=0.5, temperature=1.5)
+    expected = hard + losses.ltkd(z, t, GROUPS, **options)
+    actual = weighted_loss(p, "ltkd", **options)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5)
+    options = dict(alpha=3.0, beta=0.25, temperature=2.0)
+    expected = hard + losses.dkd(z, t, y, **options)
+    actual = weighted_loss(p, "dkd", **options)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_warm_up(method):
+def test_warmup(method):
     objective = methods.create(method, COUNTS, GROUPS, warmup_steps=20)
     full = methods.create(method, COUNTS, GROUPS).weights(0)
-    distils = np.array([term.distils for term in objective.terms])
-    warmed = jax.jit(jax.vmap(objective.weights))(np.array([0, 5, 20, 999]))
-    for weights, share in zip(warmed, (0.0, 0.25, 1.0, 1.0)):
-        np.testing.assert_allclose(
-            weights, np.where(distils, share, 1.0) * full, rtol=1e-6
-        )
+    is_warmed_up = np.array([term.needs_teacher for term in objective.terms])
+    weights_of_steps = jax.jit(jax.vmap(objective.weights))(np.array([0, 5, 20, 999]))
+    for weights, factor in zip(weights_of_steps, (0.0, 0.25, 1.0, 1.0)):
+        expected = np.where(is_warmed_up, factor, 1.0) * full
+        np.testing.assert_allclose(weights, expected, rtol=1e-6)
 
 
 def test_methods_without_a_teacher():
-    needs = {
-        method
-        for method in METHODS
-        if methods.create(method, COUNTS, GROUPS).needs_teacher
+    without_teacher = {
+        method: objective
+        for method, objective in create_all().items()
+        if not objective.needs_teacher
     }
-    assert set(METHODS) - needs == {"ce", "balanced_softmax", "logit_adjusted"}
-    for method in set(METHODS) - needs:
-        methods.create(method, COUNTS)(predictions()._replace(teacher_logits=None))
+    assert without_teacher.keys() == {"ce", "balanced_softmax", "logit_adjusted"}
+    for objective in without_teacher.values():
+        objective(predictions()._replace(teacher_logits=None))
 
 
 def test_methods_with_features():
-    """And only where it is told to: the others are the same without any."""
-    needs = {
-        method
-        for method in METHODS
-        if methods.create(method, COUNTS, GROUPS).needs_features
+    """The other methods are the same with and without features."""
+    objectives = create_all()
+    with_features = {
+        method for method, objective in objectives.items() if objective.needs_features
     }
-    assert needs == {"reviewkd"}
-    bare = predictions()._replace(student_features=None, teacher_features=None)
+    assert with_features == {"reviewkd"}
+    p = predictions()
+    without_features = p._replace(student_features=None, teacher_features=None)
     for method in ("kd", "ltkd"):
-        objective = methods.create(method, COUNTS, GROUPS)
-        np.testing.assert_array_equal(objective(bare), objective(predictions()))
+        objective = objectives[method]
+        np.testing.assert_array_equal(objective(without_features), objective(p))
 
 
 @pytest.mark.parametrize("method", ["ltkd", "dkd"])
-def test_mixed_images(method):
-    objective, p = methods.create(method, COUNTS, GROUPS), predictions()
-    others, share = jnp.roll(p.labels, 1), jnp.linspace(0.0, 1.0, 8)
-    mixed = objective(p._replace(mixup=methods.Mixup(others, share)))
-    own, other = (
-        np.asarray(objective(p._replace(labels=labels)))
-        for labels in (p.labels, others)
-    )
-    weight = np.asarray(share)[:, None]
-    np.testing.assert_allclose(mixed, weight * own + (1 - weight) * other, rtol=1e-5)
-    feature = methods.features(objective, ("student_ce",))
-    np.testing.assert_allclose(
-        feature(p._replace(mixup=methods.Mixup(others, share)))[:, 0],
-        share * losses.cross_entropy(p.student_logits, p.labels)
-        + (1 - share) * losses.cross_entropy(p.student_logits, others),
-        rtol=1e-5,
-    )
+def test_mixup(method):
+    objective = methods.create(method, COUNTS, GROUPS)
+    p = predictions()
+    other = p._replace(labels=jnp.roll(p.labels, 1))
+    lam = jnp.linspace(0.0, 1.0, 8)
+    mixed = p._replace(mixup=methods.Mixup(other.labels, lam))
+    weight = np.asarray(lam)[:, None]
+    expected = weight * objective(p) + (1 - weight) * objective(other)
+    np.testing.assert_allclose(objective(mixed), expected, rtol=1e-5)
+    feature = methods.features(objective, ("student_ce",))(mixed)
+    ce = losses.cross_entropy(p.student_logits, p.labels)
+    other_ce = losses.cross_entropy(p.student_logits, other.labels)
+    expected = lam * ce + (1 - lam) * other_ce
+    np.testing.assert_allclose(feature[:, 0], expected, rtol=1e-5)
 
 
 def test_default_groups():
-    default = methods.create("ltkd", COUNTS)(predictions())
-    np.testing.assert_array_equal(
-        default, methods.create("ltkd", COUNTS, GROUPS)(predictions())
-    )
-    one = groups.ClassGroups.from_assignment(np.zeros(len(COUNTS), int))
-    z, t, *_ = predictions()
-    inter, intra = methods.create("ltkd", COUNTS, one)(predictions())[:, 1:].T
+    p = predictions()
+    default = methods.create("ltkd", COUNTS)
+    np.testing.assert_array_equal(default(p), methods.create("ltkd", COUNTS, GROUPS)(p))
+
+
+def test_one_group():
+    p = predictions()
+    z, t, *_ = p
+    one_group = groups.ClassGroups.from_assignment(np.zeros(len(COUNTS), int))
+    _, inter, intra = methods.create("ltkd", COUNTS, one_group)(p).T
     np.testing.assert_allclose(inter, 0, atol=1e-6)
     np.testing.assert_allclose(intra, losses.kd(z, t), rtol=1e-4)
 
 
 @pytest.mark.parametrize(
-    "arguments, values, message",
+    "arguments, options, message",
     [
         (("ltk", COUNTS), {}, "unknown method 'ltk'; did you mean 'ltkd'"),
         (("kd", COUNTS), {"alpha": 1.0}, "'kd' has no hyperparameter 'alpha'; it has"),
@@ -199,10 +207,10 @@ def test_default_groups():
         (
             ("balanced_softmax", [5, 0]),
             {},
-            "must be positive and finite; classes \\[1\\]",
+            r"must be positive and finite; classes \[1\]",
         ),
     ],
 )
-def test_bad_input(arguments, values, message):
+def test_bad_input(arguments, options, message):
     with pytest.raises(ValueError, match=message):
-        methods.create(*arguments, **values)
+        methods.create(*arguments, **options)

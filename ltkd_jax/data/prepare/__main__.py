@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(argv)
     logging.basicConfig(format="%(message)s")
     try:
-        with signals.handled(_interrupt):
+        with signals.use_handler(_interrupt):
             _prepare(args)
     except (
         archives.ArchiveError,
