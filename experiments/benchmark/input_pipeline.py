@@ -42,7 +42,7 @@ def plain_loop(train: records.Records, batch_size: int, number: int):
         positions = range(step * batch_size, (step + 1) * batch_size)
         yield np.stack(
             [
-                train.crop(order.index(position), order.rng(position))
+                train.random_crop(order.index(position), order.rng(position))
                 for position in positions
             ]
         )

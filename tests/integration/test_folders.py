@@ -451,7 +451,7 @@ def test_prepared_record_damaged(tmp_path):
     for read in (
         lambda: train.take([3]),
         lambda: train.image(3),
-        lambda: train.crop(3, np.random.default_rng(0)),
+        lambda: train.random_crop(3, np.random.default_rng(0)),
     ):
         with pytest.raises(records.DamagedRecordError, match=f"'{key}' in {folder}"):
             read()

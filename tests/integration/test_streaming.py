@@ -148,7 +148,7 @@ def test_another_seed_is_another_stream(train, whole):
 
 
 def test_evaluation_in_order(train):
-    images, labels = zip(*streaming.in_order(train, np.arange(23).reshape(23, 1)))
+    images, labels = zip(*streaming.evaluation_batches(train, np.arange(23).reshape(23, 1)))
     assert [len(part) for part in labels] == [1] * 23
     np.testing.assert_array_equal(np.concatenate(labels), train.labels)
     np.testing.assert_array_equal(

@@ -51,12 +51,12 @@ def test_under_vmap():
     views = augment.Views(pad=2, flip=True)
     images = random_images(6).reshape(2, 3, 7, 9, 3)
     numbers = jnp.asarray([[0, 17, 49], [24, 25, 3]])
-    result = jax.vmap(lambda i, v: augment.apply(i, v, views))(
+    result = jax.vmap(lambda i, v: augment.apply_views(i, v, views))(
         jnp.asarray(images), numbers
     )
     for row in range(2):
         np.testing.assert_array_equal(
-            result[row], augment.apply(jnp.asarray(images[row]), numbers[row], views)
+            result[row], augment.apply_views(jnp.asarray(images[row]), numbers[row], views)
         )
 
 
@@ -79,9 +79,9 @@ def test_normalize():
 @pytest.mark.parametrize(
     "call",
     [
-        lambda i, v: augment.apply(i.astype(jnp.float32), v, VIEWS[1]),
-        lambda i, v: augment.apply(i, v[:1], VIEWS[1]),
-        lambda i, v: augment.apply(i[0], v, VIEWS[1]),
+        lambda i, v: augment.apply_views(i.astype(jnp.float32), v, VIEWS[1]),
+        lambda i, v: augment.apply_views(i, v[:1], VIEWS[1]),
+        lambda i, v: augment.apply_views(i[0], v, VIEWS[1]),
         lambda i, v: augment.normalize(i, (0.5,), (0.5,)),
         lambda i, v: augment.normalize(i.astype(jnp.float32), (0.5,) * 3, (0.5,) * 3),
     ],
@@ -107,7 +107,7 @@ def test_mixup_share_distribution():
     # Beta(α, α): mean 1/2, variance 1 / (4 (2α + 1)).
     assert abs(share.mean() - 0.5) < 0.02 and abs(share.var() - 1 / (4 * 1.8)) < 0.01
     order = np.random.default_rng(0).permutation(4000)
-    np.testing.assert_array_equal(augment.mixup_share(bits[order], 0.4), share[order])
+    np.testing.assert_array_equal(augment.mixup_lam(bits[order], 0.4), share[order])
 
 
 def test_mix():
@@ -126,7 +126,7 @@ def test_apply_extra():
     images = jnp.asarray(
         np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
     )
-    assert augment.apply_extra(images, None, augment.NOTHING) is images
+    assert augment.apply_extra(images, None, augment.NO_EXTRA) is images
     cut = augment.apply_extra(images, jnp.zeros(2, jnp.uint32), augment.Extra(cutout=3))
     assert cut.shape == images.shape and (cut != images).any()
 

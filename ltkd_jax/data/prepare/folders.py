@@ -209,7 +209,7 @@ def own(source: str | os.PathLike[str], *, test_per_class: int = 0) -> Files:
             f"{test_per_class} leaves none to train on: hold out fewer, or add images"
         )
     try:
-        held_out = longtail.balanced(
+        held_out = longtail.balanced_subset(
             labels,
             keys,
             num_classes=len(names),
