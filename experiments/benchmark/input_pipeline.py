@@ -95,7 +95,7 @@ def report(
         folder = pathlib.Path(folder)
         photographs(folder / "images", images + _CLASSES)
         recipes.prepare(
-            recipes.own_recipe("photographs"), folder / "tfds", folder / "images"
+            recipes.custom_recipe("photographs"), folder / "tfds", folder / "images"
         )
         train = datasets.load(
             "photographs", folder / "tfds", size=size, margin=True

@@ -132,7 +132,7 @@ def mixup_lam(random_bits: Array, alpha: float) -> jax.Array:
     # A key of its own, so that λ is independent of AutoAugment's draws from the bits.
     key = jax.random.key(2)
 
-    def draw(bits: jax.Array) -> jax.Array:
+    def draw(bits: Array) -> jax.Array:
         return jax.random.beta(jax.random.fold_in(key, bits), alpha, alpha)
 
     return jax.vmap(draw)(random_bits)

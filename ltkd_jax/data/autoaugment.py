@@ -238,7 +238,7 @@ def _uniform(use: str, random_bits: Array, number: int) -> jax.Array:
     chex.assert_type(random_bits, jnp.uint32)
     key = jax.random.key(_SEEDS[use], impl="threefry2x32")
 
-    def draw(bits: jax.Array) -> jax.Array:
+    def draw(bits: Array) -> jax.Array:
         return jax.random.uniform(jax.random.fold_in(key, bits), (number,), jnp.float32)
 
     return jax.vmap(draw)(random_bits)

@@ -128,7 +128,7 @@ ARCHIVES = {"pickles": pickle_archive, "binary": binary_archive}
 
 def cifar_recipe(name, layout):
     return recipes.Recipe(
-        name, (), functools.partial(archives.read_cifar, cifar=layout)
+        name, (), functools.partial(archives.read_cifar, layout=layout)
     )
 
 

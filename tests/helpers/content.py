@@ -14,7 +14,7 @@ def random_content(shape, num_classes, train=24, test=12, seed=0):
     for split, size in (("train", train), ("test", test)):
         images = rng.integers(0, 256, (size, *shape), dtype=np.uint8)
         splits[split] = images, {"label": np.arange(size) % num_classes}
-    return archives.Content(splits, class_names={})
+    return archives.DecodedImages(splits, class_names={})
 
 
 class Evil:

@@ -47,7 +47,7 @@ def tiny_imagenet(per_class=12, test_images=6, classes=TINY_CLASSES, **changed):
 
 def tiny_recipe(per_class=12, test_images=6, classes=3):
     """The recipe of a fabricated one."""
-    counts = dict(classes=classes, per_class=per_class, test_images=test_images)
+    counts = dict(num_classes=classes, train_per_class=per_class, num_test=test_images)
     return recipes.Recipe(
         "tiny_imagenet", (), functools.partial(folders.tiny_imagenet, **counts)
     )

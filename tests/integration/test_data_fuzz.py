@@ -107,7 +107,7 @@ def test_longtail():
                     np.bincount(labels[split.train], minlength=num_classes), expected
                 )
         balanced = try_to(
-            longtail.balanced, labels, keys, num_classes=num_classes, per_class=outer
+            longtail.balanced_subset, labels, keys, num_classes=num_classes, per_class=outer
         )
         if balanced is not None:
             assert (np.bincount(labels[balanced], minlength=num_classes) == outer).all()
@@ -123,8 +123,8 @@ def test_longtail():
             paths, path_labels = [*paths, "x"], [*path_labels, 0]
         elif oddity == "label":
             path_labels = path_labels[::-1]
-        listed = longtail.Listed(tuple(paths), tuple(path_labels), "list.txt")
-        split = try_to(longtail.split_listed, listed, labels, keys, **options)
+        listed = longtail.ImageList(tuple(paths), tuple(path_labels), "list.txt")
+        split = try_to(longtail.split_by_list, listed, labels, keys, **options)
         if split is not None:
             check_split(split, labels, num_classes, outer, validation)
             np.testing.assert_array_equal(split.train, chosen)
@@ -351,10 +351,10 @@ def originals():
             pictures.tiny_imagenet(per_class=2, test_images=3),
         ),
         (
-            recipes.own_recipe("pets", test_per_class=1),
+            recipes.custom_recipe("pets", test_per_class=1),
             own | {f"ant/{name}": data for name, data in test.items()},
         ),
-        (recipes.own_recipe("split"), split),
+        (recipes.custom_recipe("split"), split),
     ]
     only_folders = [
         (fashion, fashion_files),
@@ -449,14 +449,14 @@ def test_zip_bomb(kind, tmp_path):
     assert path.stat().st_size < 4 << 20
     tracemalloc.start()
     with pytest.raises(archives.ArchiveError, match="bomb"):
-        folders.Tree(path).read("x.jpg")
+        folders.FileTree(path).read("x.jpg")
     assert tracemalloc.get_traced_memory()[1] < 32 << 20
     tracemalloc.stop()
 
 
 def test_gzip_bomb(tmp_path, monkeypatch):
     """No more is decompressed than an official file may have."""
-    monkeypatch.setattr(archives, "MAX_FILE", 1 << 20)
+    monkeypatch.setattr(archives, "MAX_FILE_BYTES", 1 << 20)
     recipe, _, files = fashion_mnist()
     for name in files:
         (tmp_path / name).write_bytes(gzip.compress(bytes(32 << 20), 1))

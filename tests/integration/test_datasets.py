@@ -180,7 +180,7 @@ def test_content_keys_do_not_depend_on_the_order():
 
 def test_load_checks_labels(small, monkeypatch):
     monkeypatch.setattr(
-        records, "index", lambda *_: (np.arange(24) % 12, np.arange(24).astype(str))
+        records, "read_index", lambda *_: (np.arange(24) % 12, np.arange(24).astype(str))
     )
     with pytest.raises(ValueError, match=r"=10: 4 labels are outside 0\.\.9"):
         datasets.load("cifar10", small[0])

@@ -127,7 +127,7 @@ def test_zip_damaged(change, message, tmp_path):
 
 def test_imagenet(tmp_path):
     """Reads both layouts of the validation images, with TFDS's own thousand classes."""
-    stock = recipes.recipe("imagenet2012").read.keywords
+    stock = recipes.official_recipe("imagenet2012").read.keywords
     wnids, all_validation_labels = stock["class_names"], stock["validation_labels"]
     assert (
         len(wnids) == 1000
@@ -174,7 +174,7 @@ def test_recipe_without_url(name, tmp_path):
         recipes.PrepareError,
         match=f"{name} cannot be downloaded: give --source, the .* from http",
     ):
-        recipes.prepare(recipes.recipe(name), tmp_path)
+        recipes.prepare(recipes.official_recipe(name), tmp_path)
 
 
 # One's own folder.
@@ -197,9 +197,9 @@ def test_own_folder(tmp_path, capsys):
     assert source.train.shape == (16, 16, 3) and source.views.pad == 2
     for part in (source.train, source.test):
         for image, key in zip(whole(part).images, part.keys):
-            original = resize.in_mode(Image.open(io.BytesIO(files[key])), 3)
+            original = resize.convert_mode(Image.open(io.BytesIO(files[key])), 3)
             np.testing.assert_array_equal(
-                image, resize.center(original, 16, margin=False), err_msg=key
+                image, resize.center_crop(original, 16, margin=False), err_msg=key
             )
     assert prepare_folder(tmp_path, files, "--test_per_class=2") == 0
     output = capsys.readouterr().out
@@ -213,7 +213,7 @@ def test_own_folder_needs_a_size(tmp_path):
     for name in ("*", "../tfds/pets", "p?ts", ""):
         assert records.find_builder(name, tmp_path / "tfds") is None
     builder = records.find_builder("pets", tmp_path / "tfds")
-    assert records.read(builder, "train", 8, margin=True).fit == "margin"
+    assert records.open_records(builder, "train", 8, margin=True).resize_mode == "margin"
 
 
 def test_own_folder_index_damaged(tmp_path):
@@ -238,7 +238,7 @@ def test_own_zip_with_a_split(train, test, tmp_path):
     files |= pictures.by_class(dict.fromkeys(PETS, 1), folder=f"pets/{test}/")
     files |= {"__MACOSX/pets/train/cat/._cat0.jpg": b"x"}
     archive = pictures.write_zip(tmp_path / "pets.zip", files)
-    recipes.prepare(recipes.own_recipe("pets"), tmp_path / "tfds", archive)
+    recipes.prepare(recipes.custom_recipe("pets"), tmp_path / "tfds", archive)
     source = datasets.load("pets", tmp_path / "tfds", size=32)
     assert (
         np.bincount(source.train.labels).tolist() == [4, 6, 5] and len(source.test) == 3
@@ -252,7 +252,7 @@ def test_own_folder_of_links(tmp_path):
         (tmp_path / "links" / name).symlink_to(tmp_path / "real" / name)
     (tmp_path / "real" / "cat" / "loop").symlink_to(tmp_path / "real")
     recipes.prepare(
-        recipes.own_recipe("pets", test_per_class=1),
+        recipes.custom_recipe("pets", test_per_class=1),
         tmp_path / "tfds",
         tmp_path / "links",
     )
@@ -333,7 +333,7 @@ def test_own_folder_with_an_empty_class(tmp_path, capsys):
 )
 def test_own_name_refused(name):
     with pytest.raises(recipes.PrepareError, match="--name"):
-        recipes.own_recipe(name)
+        recipes.custom_recipe(name)
 
 
 def test_own_folder_skip_damaged(tmp_path, caplog):
@@ -364,7 +364,7 @@ def test_own_zip_names_are_not_paths(tmp_path):
     archive = pictures.write_zip(tmp_path / "pets.zip", files)
     with pytest.raises((archives.ArchiveError, recipes.PrepareError)):
         recipes.prepare(
-            recipes.own_recipe("pets", test_per_class=1), tmp_path / "tfds", archive
+            recipes.custom_recipe("pets", test_per_class=1), tmp_path / "tfds", archive
         )
     assert set(os.listdir(tmp_path)) <= {"pets.zip", "tfds"}
 
@@ -380,7 +380,7 @@ def test_own_zip_with_a_duplicate(tmp_path):
     with pytest.raises(
         recipes.PrepareError, match="train image 'cat/cat1.jpg' is there twice"
     ):
-        recipes.prepare(recipes.own_recipe("pets"), tmp_path / "tfds", archive)
+        recipes.prepare(recipes.custom_recipe("pets"), tmp_path / "tfds", archive)
 
 
 def test_own_folder_in_many_files(tmp_path, monkeypatch):
@@ -388,7 +388,7 @@ def test_own_folder_in_many_files(tmp_path, monkeypatch):
     from tensorflow_datasets.core import shuffle
 
     monkeypatch.setattr(shuffle, "MAX_MEM_BUFFER_SIZE", 1)
-    monkeypatch.setattr(tfds_writer, "SHARD_SIZE", 2000)
+    monkeypatch.setattr(tfds_writer, "SHARD_BYTES", 2000)
     files = pictures.by_class(PETS)
     assert prepare_folder(tmp_path, files, ONE) == 0
     paths = sorted(
@@ -399,7 +399,7 @@ def test_own_folder_in_many_files(tmp_path, monkeypatch):
     assert np.bincount(train.labels).tolist() == [3, 5, 4]
     for key, image in zip(train.keys, train.images):
         np.testing.assert_array_equal(
-            image, resize.center(Image.open(io.BytesIO(files[key])), 16, margin=False)
+            image, resize.center_crop(Image.open(io.BytesIO(files[key])), 16, margin=False)
         )
     builder = tfds.builder_from_directory(next((tmp_path / "tfds" / "pets").iterdir()))
     assert {

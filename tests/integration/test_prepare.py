@@ -164,7 +164,7 @@ def test_idx_archive_cut(tmp_path):
 
 
 def test_failure_while_writing_leaves_nothing(tmp_path):
-    content = archives.Content(
+    content = archives.DecodedImages(
         {
             "train": (
                 np.zeros((3, 32, 32, 3), np.uint8),
@@ -237,13 +237,13 @@ def test_command_again(cifar10, tmp_path, capsys):
 
 
 def test_official_recipes():
-    assert [file.name for file in recipes.recipe("cifar100").files] == [
+    assert [file.name for file in recipes.official_recipe("cifar100").downloads] == [
         "cifar-100-binary.tar.gz"
     ]
     for name, layout in LAYOUTS.items():
-        assert recipes.recipe(name).files[0].sha256 == layout.binary_sha256
-        assert recipes.recipe(name).read.keywords["cifar"] == layout
-    assert {file.name for file in recipes.recipe("fashion_mnist").files} == set(
+        assert recipes.official_recipe(name).downloads[0].sha256 == layout.binary_sha256
+        assert recipes.official_recipe(name).read.keywords["layout"] == layout
+    assert {file.name for file in recipes.official_recipe("fashion_mnist").downloads} == set(
         archives.FASHION_MNIST_SHA256
     )
 
@@ -295,7 +295,7 @@ DATA = np.random.default_rng(0).bytes(1_000_000)
 
 
 def remote(address, *, name="a.bin", data=DATA):
-    return download.File(f"{address}/{name}", name, len(data), sha256(data))
+    return download.RemoteFile(f"{address}/{name}", name, len(data), sha256(data))
 
 
 def test_fetch(server, tmp_path):
@@ -363,7 +363,7 @@ def test_prepare_from_the_network(server, cifar10, tmp_path):
     data = cifar10[0].read_bytes()
     handler.files["a.tar.gz"] = data
     recipe = dataclasses.replace(
-        cifar10[1], files=(remote(address, name="a.tar.gz", data=data),)
+        cifar10[1], downloads=(remote(address, name="a.tar.gz", data=data),)
     )
     written = recipes.prepare(recipe, tmp_path / "tfds")
     assert (

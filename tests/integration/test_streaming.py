@@ -28,7 +28,7 @@ def data_dir(tmp_path_factory):
         {n: 2 for n in COUNTS}, folder="test/"
     )
     pictures.write_folder(folder / "images", files)
-    recipes.prepare(recipes.own_recipe("insects"), folder / "tfds", folder / "images")
+    recipes.prepare(recipes.custom_recipe("insects"), folder / "tfds", folder / "images")
     return folder / "tfds"
 
 
@@ -154,7 +154,7 @@ def test_evaluation_in_order(train):
     np.testing.assert_array_equal(
         np.concatenate(images), train.take(np.arange(len(train))).images
     )
-    assert train.fit == "margin"
+    assert train.resize_mode == "margin"
 
 
 def test_damaged_record(train, monkeypatch):
@@ -182,13 +182,13 @@ def test_records_are_sorted_and_pickle(train):
 def test_the_middle_of_an_image():
     ramp = np.broadcast_to(np.arange(80, dtype=np.uint8)[None, :, None], (40, 80, 3))
     image = Image.fromarray(np.ascontiguousarray(ramp))
-    whole, margin = (resize.center(image, 40, margin=flag) for flag in (False, True))
+    whole, margin = (resize.center_crop(image, 40, margin=flag) for flag in (False, True))
     np.testing.assert_array_equal(whole, ramp[:, 20:60])
     # 35 of 40 pixels, from 22.5 on.
     np.testing.assert_allclose(
         margin[0, :, 0], 22.5 + (np.arange(40) + 0.5) * 35 / 40 - 0.5, atol=1.0
     )
-    assert resize.center(image.convert("L"), 8, margin=False).shape == (8, 8, 1)
+    assert resize.center_crop(image.convert("L"), 8, margin=False).shape == (8, 8, 1)
 
 
 def test_random_crops_have_the_drawn_areas_and_directions():
@@ -220,4 +220,4 @@ def test_random_crops_of_extreme_shapes(size):
 @pytest.mark.parametrize("mode", ["L", "P", "CMYK", "RGBA", "I;16", "1", "LA"])
 def test_every_mode_becomes_colour(mode):
     image = Image.new(mode, (6, 5))
-    assert np.asarray(resize.in_mode(image, 3)).shape == (5, 6, 3)
+    assert np.asarray(resize.convert_mode(image, 3)).shape == (5, 6, 3)

@@ -27,7 +27,7 @@ def prepare_tiny_imagenet(folder):
 
 def prepare_imagenet(folder):
     """Prepares all thousand classes, of images of differing sizes, grey and CMYK ones among them; and a list."""
-    recipe = recipes.recipe("imagenet2012")
+    recipe = recipes.official_recipe("imagenet2012")
     modes = ["RGB", "RGB", "RGB", "L", "CMYK"]
     images = [
         pictures.picture(i, i, size=(60 + 7 * i, 50 + 3 * i), mode=modes[i % 5])
@@ -54,7 +54,7 @@ def prepare_birds(folder):
         folder / "birds", pictures.by_class(counts, size=(90, 70))
     )
     recipes.prepare(
-        recipes.own_recipe("birds", test_per_class=5), folder / "tfds", source
+        recipes.custom_recipe("birds", test_per_class=5), folder / "tfds", source
     )
 
 

@@ -18,7 +18,7 @@ SIZES, SHAPE = (
     (0, 1, 4, 5, 40),
     (12, 10),
 )  # of Cutout's squares, and of the images for them
-apply_op = jax.jit(autoaugment.apply_op)
+apply_op = jax.jit(autoaugment.apply_ops)
 
 
 def affine(image, *matrix):
@@ -91,14 +91,14 @@ KINDS = ("noise", "black", "white", "one value", "two values", "two neighbours",
 
 def arguments(cases):
     op, magnitude, negative = zip(*cases, strict=True)
-    op = [autoaugment.INDEX[name] for name in op]
+    op = [autoaugment.OP_INDEX[name] for name in op]
     return jnp.asarray(op), jnp.asarray(magnitude), jnp.asarray(negative)
 
 
 @functools.cache
 def draws():
     """What AutoAugment draws from each of `WORDS`."""
-    return jax.tree.map(np.asarray, jax.jit(autoaugment.draw)(WORDS))
+    return jax.tree.map(np.asarray, jax.jit(autoaugment.draw_sub_policies)(WORDS))
 
 
 @pytest.mark.parametrize(
