@@ -1,4 +1,4 @@
-"""A small random data set, and a pickle with code."""
+"""A small random data set, and a pickle that runs code."""
 
 import os
 
@@ -8,7 +8,7 @@ from ltkd_jax.data.prepare import archives
 
 
 def random_content(shape, num_classes, train=24, test=12, seed=0):
-    """Returns a small data set in the form that an archive is read to."""
+    """Returns a small data set as `archives` reads one."""
     rng = np.random.default_rng(seed)
     splits = {}
     for split, size in (("train", train), ("test", test)):
@@ -17,11 +17,11 @@ def random_content(shape, num_classes, train=24, test=12, seed=0):
     return archives.DecodedImages(splits, class_names={})
 
 
-class Evil:
-    """Leaves a mark where it is unpickled."""
+class Malicious:
+    """Makes a folder when it is unpickled."""
 
-    def __init__(self, mark):
-        self.mark = mark
+    def __init__(self, folder):
+        self.folder = folder
 
     def __reduce__(self):
-        return os.mkdir, (self.mark,)
+        return os.mkdir, (self.folder,)

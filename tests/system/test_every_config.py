@@ -20,7 +20,7 @@ def prepare_noise(folder, name, shape):
 
 def prepare_tiny_imagenet(folder):
     classes = [f"n{i:08d}" for i in np.random.default_rng(0).permutation(200)]
-    files = pictures.tiny_imagenet(per_class=20, test_images=400, classes=classes)
+    files = pictures.tiny_imagenet(20, 400, classes=classes)
     source = pictures.write_zip(folder / "tiny-imagenet-200.zip", files)
     recipes.prepare(pictures.tiny_recipe(20, 400, 200), folder / "tfds", source)
 

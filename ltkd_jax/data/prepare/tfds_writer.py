@@ -226,7 +226,7 @@ def _check_unique(image_files: list[folders.ImageFile], split: str) -> None:
     for image_file, next_file in itertools.pairwise(image_files):
         if image_file.id == next_file.id:
             raise PrepareError(
-                f"{split} image {image_file.id!r} is there twice: keep one of them"
+                f"{split} image {image_file.id!r} occurs twice: keep one of them"
             )
 
 
