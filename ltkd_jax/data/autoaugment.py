@@ -5,6 +5,7 @@ XLA fuses the operations.
 """
 
 import functools
+import itertools
 
 import chex
 import jax
@@ -90,12 +91,10 @@ def auto_augment(images: jax.Array, random_bits: Array) -> jax.Array:
     """
     chex.assert_rank([images, random_bits], [4, 1])
     sub_policy, is_applied, is_negative = draw_sub_policies(random_bits)
-    policy_ops = [[OP_INDEX[name] for name, _, _ in pair] for pair in POLICY]
-    policy_magnitudes = [[magnitude for _, _, magnitude in pair] for pair in POLICY]
+    ops, _, magnitudes = _policy_arrays()
     # All `[B, 2]`, one column for each of the two operations.
-    op = jnp.asarray(policy_ops)[sub_policy]
-    op = jnp.where(is_applied, op, OP_INDEX["Identity"])
-    magnitude = jnp.asarray(policy_magnitudes)[sub_policy]
+    op = jnp.where(is_applied, jnp.asarray(ops)[sub_policy], OP_INDEX["Identity"])
+    magnitude = jnp.asarray(magnitudes)[sub_policy]
 
     def apply(
         images: jax.Array, operation: tuple[jax.Array, jax.Array, jax.Array]
@@ -127,7 +126,7 @@ def draw_sub_policies(random_bits: Array) -> tuple[jax.Array, jax.Array, jax.Arr
     """
     uniform = _uniform("auto_augment", random_bits, 5)
     sub_policy = (uniform[:, 0] * len(POLICY)).astype(jnp.int32)
-    probabilities = [[probability for _, probability, _ in pair] for pair in POLICY]
+    _, probabilities, _ = _policy_arrays()
     probability = jnp.asarray(probabilities, jnp.float32)[sub_policy]
     return sub_policy, uniform[:, 1:3] < probability, uniform[:, 3:] >= 0.5
 
@@ -228,6 +227,15 @@ def apply_ops(
     matrices = jnp.asarray(_warp_matrices(height, width))
     matrix = matrices[op, magnitude, is_negative.astype(jnp.int32)]
     return jax.vmap(_apply_op)(images, op, magnitude, matrix)
+
+
+def _policy_arrays() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns the operations, probabilities and magnitudes of `POLICY`, `[25, 2]`."""
+    operations = itertools.chain.from_iterable(POLICY)
+    names, probabilities, magnitudes = zip(*operations)
+    shape = (len(POLICY), 2)
+    ops = np.array([OP_INDEX[name] for name in names]).reshape(shape)
+    return ops, np.reshape(probabilities, shape), np.reshape(magnitudes, shape)
 
 
 def _uniform(use: str, random_bits: Array, number: int) -> jax.Array:
@@ -365,7 +373,7 @@ def _autocontrast(value: jax.Array, low: jax.Array, high: jax.Array) -> jax.Arra
 
 @functools.cache
 def _short_quotients() -> np.ndarray:
-    """Returns of which whole quotients Pillow's `autocontrast` falls short, as bits.
+    """Returns the whole quotients that Pillow's `autocontrast` makes one too small.
 
     Over the values of a range, 255 (value − low) / (high − low) is a whole number at
     every step of (high − low) / gcd(high − low, 255). Pillow multiplies by the rounded
@@ -374,7 +382,7 @@ def _short_quotients() -> np.ndarray:
     beyond the 17th.
 
     Returns:
-      int32 `[256, 256]`, by low and high: bit n is set if the n-th falls short.
+      int32 `[256, 256]`, by low and high: bit n is set if the n-th is too small.
     """
     low, high = np.indices((256, 256))
     span = np.maximum(high - low, 1)

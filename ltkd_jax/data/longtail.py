@@ -100,7 +100,7 @@ def split(
       keys: strings `[N]`, unique and stable, such as 'train_00042'.
       num_classes: C.
       imbalance: γ, see `counts`. None draws no long tail: the training set is every
-        image that is not held out.
+        image that is not held out, and `n_max` is not used.
       n_max: number of training images of class 0; 0 means as many as the smallest class
         has after images are held out.
       outer_per_class: number of images of each class in the outer set.
@@ -241,8 +241,8 @@ def match_list(
 ) -> np.ndarray:
     """Returns the sorted indices of the images of a list.
 
-    A path matches the image whose key equals it, or else the image whose key equals
-    the path without its leading folders.
+    A path matches the image whose key it is. If there is none, its leading folders are
+    removed one by one until there is.
 
     Args:
       image_list: from `read_list`.
@@ -461,7 +461,7 @@ def _check_held_out(outer_per_class: int, validation_per_class: int) -> None:
 
 
 def _resolve_n_max(n_max: int, class_sizes: np.ndarray, num_held_out: int) -> int:
-    """Returns `n_max`, or for 0 what the smallest class has beside those held out."""
+    """Returns `n_max`, or for 0 the size of the smallest class less those held out."""
     if n_max < 0:
         raise ValueError(
             f"n_max={n_max}: give a positive number, or 0 for what is left of the "

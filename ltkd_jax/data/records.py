@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 Builder = Any  # of TFDS, which has no type hints
-# The file beside records made from image files that holds a hash of all records.
+# The file with a hash of all records, which data sets made from image files have.
 FINGERPRINT = "fingerprint.txt"
 _READ_BATCH = 256  # number of records in one call of the reader
 
@@ -315,7 +315,8 @@ def _scan(paths: Sequence[str], channels: int) -> tuple[np.ndarray, np.ndarray]:
                 digests.append(hashlib.blake2b(pixels, digest_size=16).hexdigest())
     except RuntimeError as error:  # of the array_record reader
         raise DamagedRecordError(
-            f"{paths[0]} or a file beside it is damaged ({error}): prepare it again"
+            f"{paths[0]} or another file of its split is damaged ({error}): prepare it "
+            "again"
         ) from error
     label_array = np.array(labels, np.int32)
     if digests:

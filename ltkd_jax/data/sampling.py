@@ -175,7 +175,7 @@ def lookahead_indices(
     )
     # `[S, K]`: step s needs batches s to s + K − 1.
     windows = jnp.arange(num_steps)[:, None] + jnp.arange(lookahead)[None, :]
-    # The batch axis comes before K, so that it is axis 1 of these leaves as of others.
+    # The batch axis comes before K, so that it is axis 1 of all batches' leaves.
     return jax.tree.map(lambda x: jnp.moveaxis(x[windows], 1, 2), batches)
 
 

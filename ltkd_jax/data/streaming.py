@@ -87,7 +87,7 @@ class Order:
 
 @dataclasses.dataclass(frozen=True)
 class _ViewReader:
-    """Reads the training view of an example; pickled into Grain's workers.
+    """Reads the training views of examples; it is pickled into Grain's workers.
 
     Attributes:
       records: the training set.
@@ -100,7 +100,11 @@ class _ViewReader:
     positions: tuple[int, ...]
 
     def __call__(self, example: int) -> StreamedBatch:
-        """Returns the view of the n-th example that this process reads from step 0."""
+        """Returns one view, as leaves without the axis B.
+
+        Args:
+          example: counts the examples that this process reads from step 0 on.
+        """
         step, i = divmod(example, len(self.positions))
         position = step * self.order.batch_size + self.positions[i]
         index = self.order.index(position)
@@ -188,11 +192,11 @@ def batches(
 
 @contextlib.contextmanager
 def _blocked_signals() -> Iterator[None]:
-    """Blocks SIGTERM and SIGINT, also for threads and processes that the block starts.
+    """Blocks SIGTERM and SIGINT, also in threads and processes that the block starts.
 
-    In this thread they are blocked until the block ends, in those for good. So a signal
-    to the whole process group ends no worker: the program alone handles it, and waits
-    for its last step.
+    This thread unblocks them when the block ends; the threads and processes that it
+    started never do. So a signal to the process group does not end a worker. Only the
+    main process handles it, which needs its workers until it stops.
     """
     # The first process would start it otherwise, and it unblocks both signals.
     resource_tracker.ensure_running()

@@ -85,12 +85,16 @@ def test_save_and_read(tmp_path):
     }
     assert file.array("class_counts").tolist() == list(range(C))
     assert file.has_logits() and file.has_logits(logits.TRAIN_PREFIX)
-    for examples, saved in ((test, file.logits()), (train, file.logits(logits.TRAIN_PREFIX))):
+    for examples, saved in (
+        (test, file.logits()),
+        (train, file.logits(logits.TRAIN_PREFIX)),
+    ):
         np.testing.assert_array_equal(saved.values, examples.values)
         np.testing.assert_array_equal(saved.labels, examples.labels)
         assert saved.kind == examples.kind
     assert (
-        file.logits().keys.tolist() == names and file.logits(logits.TRAIN_PREFIX).keys is None
+        file.logits().keys.tolist() == names
+        and file.logits(logits.TRAIN_PREFIX).keys is None
     )
 
 
