@@ -42,7 +42,11 @@ def read(path, *, data_dir: str = "", subset: str = "") -> Model:
 def _read_file(path):
     file = logits.LogitsFile(path)
     test = file.logits()
-    train = file.logits(logits.TRAIN) if file.has_logits(logits.TRAIN) else None
+    train = (
+        file.logits(logits.TRAIN_PREFIX)
+        if file.has_logits(logits.TRAIN_PREFIX)
+        else None
+    )
     if train is not None and train.num_classes != test.num_classes:
         raise AuditError(
             f"{path}: the training input has {train.num_classes} classes, the other {test.num_classes}: give both "

@@ -42,7 +42,7 @@ def plain_loop(train: records.Records, batch_size: int, number: int):
         positions = range(step * batch_size, (step + 1) * batch_size)
         yield np.stack(
             [
-                train.crop(order.index(position), order.rng(position))
+                train.random_crop(order.index(position), order.rng(position))
                 for position in positions
             ]
         )
@@ -95,7 +95,7 @@ def report(
         folder = pathlib.Path(folder)
         photographs(folder / "images", images + _CLASSES)
         recipes.prepare(
-            recipes.own_recipe("photographs"), folder / "tfds", folder / "images"
+            recipes.custom_recipe("photographs"), folder / "tfds", folder / "images"
         )
         train = datasets.load(
             "photographs", folder / "tfds", size=size, margin=True

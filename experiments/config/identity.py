@@ -35,7 +35,7 @@ EXECUTION = (
 # older result's hash.
 OFF = {
     "loss_weighting": {"name": "static"},
-    "augment": dataclasses.asdict(augment.NOTHING),
+    "augment": dataclasses.asdict(augment.NO_EXTRA),
     "data.image_size": 0,
     "data.subset": "exponential",
     "data.stream": False,

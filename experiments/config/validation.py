@@ -184,7 +184,7 @@ def no_table(config: dict) -> str | None:
         return "the method needs the teacher's features"
     if (
         config["data"]["stream"]
-        or augment.Extra(**config["augment"]) != augment.NOTHING
+        or augment.Extra(**config["augment"]) != augment.NO_EXTRA
     ):
         return "an image has infinitely many views"
     return None

@@ -94,7 +94,7 @@ def _split(spec, source) -> longtail.Split:
         validation_per_class=spec.validation_per_class,
     )
     if spec.subset not in SUBSETS:
-        return longtail.split_listed(
+        return longtail.split_by_list(
             longtail.read_list(spec.subset), labels, keys, **options
         )
     imbalance = spec.imbalance if spec.subset == "exponential" else None
@@ -125,7 +125,7 @@ def _balanced_part(images, number, num_classes):
     if not 0 < number < len(images):
         return np.arange(len(images))
     per_class = max(number // num_classes, 1)
-    return longtail.balanced(
+    return longtail.balanced_subset(
         images.labels, images.keys, num_classes=num_classes, per_class=per_class
     )
 

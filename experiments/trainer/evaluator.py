@@ -80,7 +80,7 @@ def padded_batches(
     indices = np.arange(0, count, batch_size)[:, None] + positions[None, :]
     clipped = np.minimum(indices, count - 1)
     if isinstance(images, Records):
-        batches = streaming.in_order(images, clipped)
+        batches = streaming.evaluation_batches(images, clipped)
     else:
         batches = ((images.images[row], images.labels[row]) for row in clipped)
     for mask, batch in zip(indices < count, batches):

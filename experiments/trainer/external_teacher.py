@@ -13,7 +13,7 @@ import numpy as np
 
 from experiments.trainer.dataset import Dataset
 from ltkd_jax import files, metrics
-from ltkd_jax.data.logits import TRAIN, Logits, LogitsError, LogitsFile
+from ltkd_jax.data.logits import TRAIN_PREFIX, Logits, LogitsError, LogitsFile
 from ltkd_jax.data.records import Images, Records
 from ltkd_jax.models import convert
 from ltkd_jax.training import hosts
@@ -81,7 +81,7 @@ def load_logits(path: str | os.PathLike, dataset: Dataset) -> LogitsTeacher:
 def _read_logits(path, dataset: Dataset) -> tuple[np.ndarray, dict]:
     source = dataset.source
     file = LogitsFile(path)
-    train = file.logits(TRAIN, views=True)
+    train = file.logits(TRAIN_PREFIX, views=True)
     _check_images(
         train, source.train, (len(source.train), dataset.num_classes), source.views.num
     )
@@ -120,16 +120,16 @@ def _check_images(
     if logits.values.shape not in allowed:
         shapes = " or ".join(str(list(shape)) for shape in allowed)
         raise LogitsError(
-            f"{logits.source}: {logits.name} is of shape {list(logits.values.shape)}, but must be {shapes}"
+            f"{logits.source}: {logits.array_name} is of shape {list(logits.values.shape)}, but must be {shapes}"
         )
     if not np.array_equal(logits.labels, images.labels):
         raise LogitsError(
-            f"{logits.source}: the labels of {logits.name} are not those of the data set, so the logits are not in its "
+            f"{logits.source}: the labels of {logits.array_name} are not those of the data set, so the logits are not in its "
             "order: sort the images by their keys, for CIFAR the order of the original files"
         )
     if logits.keys is not None and not np.array_equal(logits.keys, images.keys):
         raise LogitsError(
-            f"{logits.source}: the keys of {logits.name} are not those of the data set, sorted: sort the rows by them"
+            f"{logits.source}: the keys of {logits.array_name} are not those of the data set, sorted: sort the rows by them"
         )
 
 

@@ -271,7 +271,7 @@ class Trainer:
         train_options = dict(
             options,
             num_examples=len(self.data.train),
-            random_bits=self.spec.augment != augment.NOTHING,
+            random_bits=self.spec.augment != augment.NO_EXTRA,
         )
         if self.loss_weighting is None:
             return sampling.epoch_indices(seed, epoch, **train_options), None
@@ -279,7 +279,7 @@ class Trainer:
         train = sampling.lookahead_indices(
             seed, epoch, lookahead=lookahead, **train_options
         )
-        outer = sampling.indices_from(
+        outer = sampling.step_indices(
             sampling.outer_seed(seed),
             epoch * self.steps_per_epoch,
             num_steps=self.steps_per_epoch,

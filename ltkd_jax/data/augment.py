@@ -1,4 +1,8 @@
-"""Augments images on the device: each (crop offset, flip) is a numbered view; other augmentation is drawn on top."""
+"""Augments images on the device.
+
+Each combination of a crop offset and a flip is a numbered view. AutoAugment, Cutout and
+Mixup are drawn beyond the views.
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -16,10 +20,19 @@ POLICIES = ("none", "autoaugment")
 
 @dataclasses.dataclass(frozen=True)
 class Views:
-    """The views of an image: crops at each of (2·pad+1)² offsets after zero padding, and their mirror images.
+    """Numbers the views of an image: crops after zero padding, and their mirror images.
 
-    View v is `(dy · (2·pad+1) + dx) · F + flip`, with F = 2 if `flip` else 1; dy and dx in 0..2·pad are the
-    top and left edge of the crop in the padded image. Hashable, so it can be a static argument of `jit`.
+    There is a crop at each of (2·pad+1)² offsets. View number v is
+
+        v = (dy · (2·pad+1) + dx) · F + flip,
+
+    with F = 2 if `flip` else 1. dy and dx, in 0 to 2·pad, are the top and left edge of
+    the crop in the padded image. A `Views` is hashable, so it can be a static argument
+    of `jit`.
+
+    Attributes:
+      pad: number of black pixels added at each side before the crop.
+      flip: whether there are mirror images.
 
     >>> Views(pad=4, flip=True).num, Views(pad=4, flip=True).identity
     (162, 80)
@@ -34,28 +47,31 @@ class Views:
 
     @property
     def num(self) -> int:
-        """The number of views."""
-        return (2 * self.pad + 1) ** 2 * self.flips
+        """Returns the number of views."""
+        return (2 * self.pad + 1) ** 2 * self.num_flips
 
     @property
     def identity(self) -> int:
-        """The view that leaves an image as it is: the centre crop, not flipped."""
-        return (self.pad * (2 * self.pad + 1) + self.pad) * self.flips
+        """Returns the view that leaves an image unchanged: the centre crop, no flip."""
+        return (self.pad * (2 * self.pad + 1) + self.pad) * self.num_flips
 
     @property
-    def flips(self) -> int:
-        """2 with mirror images, else 1."""
+    def num_flips(self) -> int:
+        """Returns F: 2 with mirror images, else 1."""
         return 2 if self.flip else 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Extra:
-    """Describes random augmentation beyond the views. With any of it the views of an image cannot be enumerated.
+    """Describes random augmentation beyond the views.
+
+    With any of it the possible inputs of an image can no longer be enumerated.
 
     Attributes:
       policy: "none", or "autoaugment", see `autoaugment.auto_augment`.
-      cutout: side of the blackened square, see `autoaugment.cutout`; 0 for none.
-      mixup: α of the Beta(α, α) distribution of an image's share in a mixture of two; 0 for none.
+      cutout: side of the black square in pixels, see `autoaugment.cutout`; 0 for none.
+      mixup: α of Beta(α, α), from which λ of Mixup is drawn, see `mixup_lam`; 0 for no
+        Mixup.
     """
 
     policy: str = "none"
@@ -73,55 +89,85 @@ class Extra:
             )
 
 
-NOTHING = Extra()
+NO_EXTRA = Extra()
 
 
-def apply_extra(images: jax.Array, bits: Array | None, extra: Extra) -> jax.Array:
-    """Applies AutoAugment and then Cutout, if `extra` has them.
+def apply_extra(
+    images: jax.Array, random_bits: Array | None, extra: Extra
+) -> jax.Array:
+    """Applies AutoAugment and then Cutout, where `extra` has them.
 
     Args:
-      images: uint8 `[B, H, W, C]`.
-      bits: uint32 `[B]`, the only source of randomness; may be None where nothing is drawn.
-      extra: which of them to apply (static).
+      images: uint8 `[B, H, W, channels]`.
+      random_bits: uint32 `[B]`, the only source of randomness; may be None where
+        nothing is drawn.
+      extra: what to apply (static).
+
+    Returns:
+      uint8 `[B, H, W, channels]`.
     """
     if extra.policy == "none" and not extra.cutout:
         return images
-    assert bits is not None  # it may be None only where nothing is drawn
+    assert random_bits is not None
     if extra.policy == "autoaugment":
-        images = autoaugment.auto_augment(images, bits)
-    return (
-        autoaugment.cutout(images, bits, size=extra.cutout) if extra.cutout else images
-    )
+        images = autoaugment.auto_augment(images, random_bits)
+    if extra.cutout:
+        images = autoaugment.cutout(images, random_bits, size=extra.cutout)
+    return images
 
 
-def mixup_share(bits: Array, alpha: float) -> jax.Array:
-    """Draws each image's share in a mixture of two from Beta(α, α), `[B]`.
+def mixup_lam(random_bits: Array, alpha: float) -> jax.Array:
+    """Draws Mixup's λ for each image from Beta(α, α).
 
-    Source: Zhang et al., "mixup: Beyond Empirical Risk Minimization", ICLR 2018; here each image has its own.
-    """
-    keys = jax.vmap(lambda word: jax.random.fold_in(jax.random.key(2), word))(bits)
-    return jax.vmap(lambda key: jax.random.beta(key, alpha, alpha))(keys)
-
-
-def mix(images: jax.Array, others: jax.Array, share: jax.Array) -> jax.Array:
-    """Returns share · images + (1 − share) · others, float `[B, H, W, C]`, for a share `[B]`."""
-    share = share[:, None, None, None].astype(images.dtype)
-    return share * images + (1.0 - share) * others
-
-
-def apply(images: jax.Array, view: Array, views: Views) -> jax.Array:
-    """Returns view `view[b]` of `images[b]`, uint8 `[B, H, W, C]`; padding is black before normalisation.
+    Source: Zhang et al., "mixup: Beyond Empirical Risk Minimization", ICLR 2018. There
+    a batch has one λ; here each image has its own.
 
     Args:
-      images: uint8 `[B, H, W, C]`.
-      view: int32 `[B]` in [0, views.num). A value outside is not detected under jit: draw below `views.num`.
-      views: which views there are (static).
+      random_bits: uint32 `[B]`, the only source of randomness.
+      alpha: α > 0.
+
+    Returns:
+      float32 `[B]` in [0, 1].
+    """
+    # A key of its own, so that λ is independent of AutoAugment's draws from the bits.
+    key = jax.random.key(2)
+
+    def draw(bits: Array) -> jax.Array:
+        return jax.random.beta(jax.random.fold_in(key, bits), alpha, alpha)
+
+    return jax.vmap(draw)(random_bits)
+
+
+def mix(images: jax.Array, partner_images: jax.Array, lam: jax.Array) -> jax.Array:
+    """Computes Mixup's λ · images + (1 − λ) · partner images.
+
+    Args:
+      images: float `[B, H, W, channels]`.
+      partner_images: float `[B, H, W, channels]`.
+      lam: λ, `[B]`.
+
+    Returns:
+      float `[B, H, W, channels]`.
+    """
+    lam = lam[:, None, None, None].astype(images.dtype)
+    return lam * images + (1.0 - lam) * partner_images
+
+
+def apply_views(images: jax.Array, view: Array, views: Views) -> jax.Array:
+    """Returns view `view[b]` of `images[b]`, uint8 `[B, H, W, channels]`.
+
+    The padding is black, before normalisation.
+
+    Args:
+      images: uint8 `[B, H, W, channels]`.
+      view: int32 `[B]` in [0, views.num). Under `jit`, a value outside is not detected.
+      views: the numbering (static).
 
     Raises:
-      AssertionError: for a wrong dtype or rank, or a different B.
+      AssertionError: a wrong dtype, a wrong rank, or a different B.
 
     >>> image = jnp.arange(2, dtype=jnp.uint8).reshape(1, 1, 2, 1)
-    >>> apply(image, jnp.array([1]), Views(pad=0, flip=True)).ravel().tolist()
+    >>> apply_views(image, jnp.array([1]), Views(pad=0, flip=True)).ravel().tolist()
     [1, 0]
     """
     chex.assert_type(images, jnp.uint8)
@@ -131,16 +177,19 @@ def apply(images: jax.Array, view: Array, views: Views) -> jax.Array:
         return images
     pad = views.pad
     padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-    offset, flip = jnp.divmod(view, views.flips)
+    offset, flip = jnp.divmod(view, views.num_flips)
     dy, dx = jnp.divmod(offset, 2 * pad + 1)
 
     def crop(image: jax.Array, y: jax.Array, x: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_slice(image, (y, x, jnp.zeros_like(y)), images.shape[1:])
+        # dynamic_slice needs start indices of one dtype, that of y.
+        start = (y, x, jnp.zeros_like(y))
+        return jax.lax.dynamic_slice(image, start, images.shape[1:])
 
     crops = jax.vmap(crop)(padded, dy, dx)
     if not views.flip:
         return crops
-    return jnp.where(flip.astype(bool)[:, None, None, None], crops[:, :, ::-1], crops)
+    is_flipped = flip.astype(bool)[:, None, None, None]
+    return jnp.where(is_flipped, crops[:, :, ::-1], crops)
 
 
 def normalize(
@@ -149,23 +198,31 @@ def normalize(
     std: Sequence[float],
     dtype: DTypeLike = jnp.float32,
 ) -> jax.Array:
-    """Returns (x / 255 − mean) / std, `[B, H, W, C]` of `dtype`, computed in float32.
+    """Computes (x / 255 − mean) / std in float32, and casts it to `dtype`.
 
     Args:
-      images: uint8 `[B, H, W, C]`.
-      mean: of each channel, `[C]`, on the [0, 1] scale.
-      std: of each channel, `[C]`, on the [0, 1] scale.
-      dtype: dtype of the result.
+      images: uint8 `[B, H, W, channels]`.
+      mean: of each channel, on the [0, 1] scale.
+      std: of each channel, on the [0, 1] scale.
+      dtype: of the result.
+
+    Returns:
+      `[B, H, W, channels]` of `dtype`.
 
     Raises:
-      AssertionError: for a wrong dtype or rank, or a number of means that is not the number of channels.
+      AssertionError: a wrong dtype, a wrong rank, or a number of means that is not the
+        number of channels.
 
     >>> normalize(jnp.full((1, 1, 1, 1), 255, jnp.uint8), (0.5,), (0.25,)).item()
     2.0
     """
     chex.assert_type(images, jnp.uint8)
     chex.assert_rank(images, 4)
-    shift, scale = (jnp.asarray(x, jnp.float32) for x in (mean, std))
+    shift = jnp.asarray(mean, jnp.float32)
+    scale = jnp.asarray(std, jnp.float32)
     chex.assert_shape([shift, scale], (images.shape[-1],))
-    shift, scale = shift[None, None, None], scale[None, None, None]
-    return ((images.astype(jnp.float32) / 255 - shift) / scale).astype(dtype)
+    # Explicit axes, so that it also works where rank promotion is an error.
+    shift = shift[None, None, None]
+    scale = scale[None, None, None]
+    normalized = (images.astype(jnp.float32) / 255 - shift) / scale
+    return normalized.astype(dtype)

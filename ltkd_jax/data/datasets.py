@@ -1,4 +1,4 @@
-"""Loads image data sets by name, in one form, with what training needs to know of them."""
+"""Loads image data sets by name, with what training needs to know of them."""
 
 import dataclasses
 import os
@@ -10,12 +10,24 @@ from ltkd_jax.data import augment, longtail, records
 from ltkd_jax.data.records import Images, Records
 
 _DIGITS_TEST_PER_CLASS = 70
-_DIGITS_TEST_SEED = 20_240_601  # a constant: the digits' test set is the same whatever the seed of a run
+# A constant, so that the digits' test set is the same in runs of different seeds.
+_DIGITS_TEST_SEED = 20_240_601
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A data set and what training needs to know of it; mean and std are of each channel, on the [0, 1] scale."""
+    """Holds a data set, and what training needs to know of it.
+
+    Attributes:
+      name: of the data set.
+      train: its training images.
+      test: its test images.
+      num_classes: C.
+      class_names: `[C]`, in label order.
+      mean: of each channel, on the [0, 1] scale.
+      std: of each channel, on the [0, 1] scale.
+      views: the crops and flips of its training images.
+    """
 
     name: str
     train: Images | Records
@@ -29,31 +41,50 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class _Spec:
+    """Describes what TFDS does not know of a data set."""
+
     mean: tuple[float, ...]
     std: tuple[float, ...]
     views: augment.Views
-    test: str = "test"  # the split
+    test_split: str = "test"
 
 
-_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_IMAGENET_MEAN = (0.485, 0.456, 0.406)
+_IMAGENET_STD = (0.229, 0.224, 0.225)
 
 _SPECS = {
     "cifar100": _Spec(
-        (0.5071, 0.4867, 0.4408),
-        (0.2675, 0.2565, 0.2761),
-        augment.Views(pad=4, flip=True),
+        mean=(0.5071, 0.4867, 0.4408),
+        std=(0.2675, 0.2565, 0.2761),
+        views=augment.Views(pad=4, flip=True),
     ),
     "cifar10": _Spec(
-        (0.4914, 0.4822, 0.4465),
-        (0.2470, 0.2435, 0.2616),
-        augment.Views(pad=4, flip=True),
+        mean=(0.4914, 0.4822, 0.4465),
+        std=(0.2470, 0.2435, 0.2616),
+        views=augment.Views(pad=4, flip=True),
     ),
-    "fashion_mnist": _Spec((0.2860,), (0.3530,), augment.Views(pad=2, flip=True)),
-    "digits": _Spec((0.3041,), (0.3753,), augment.Views(pad=1, flip=False)),
-    # As many views as CIFAR's, so that a teacher's table pays; the paper's are not known.
-    "tiny_imagenet": _Spec(*_IMAGENET, augment.Views(pad=4, flip=True)),
+    "fashion_mnist": _Spec(
+        mean=(0.2860,),
+        std=(0.3530,),
+        views=augment.Views(pad=2, flip=True),
+    ),
+    "digits": _Spec(
+        mean=(0.3041,),
+        std=(0.3753,),
+        views=augment.Views(pad=1, flip=False),
+    ),
+    # The papers do not state their crops. These are as many views as CIFAR's, few
+    # enough to keep a teacher's logits for every view.
+    "tiny_imagenet": _Spec(
+        mean=_IMAGENET_MEAN,
+        std=_IMAGENET_STD,
+        views=augment.Views(pad=4, flip=True),
+    ),
     "imagenet2012": _Spec(
-        *_IMAGENET, augment.Views(pad=4, flip=True), test="validation"
+        mean=_IMAGENET_MEAN,
+        std=_IMAGENET_STD,
+        views=augment.Views(pad=4, flip=True),
+        test_split="validation",
     ),
 }
 
@@ -67,17 +98,24 @@ def load(
     size: int = 0,
     margin: bool = False,
 ) -> Source:
-    """Returns digits (from scikit-learn), a data set that `prepare` knows, or a prepared folder of one's own.
+    """Returns a data set: digits, an official one, or a custom one.
+
+    The digits come from scikit-learn. All others must have been prepared by
+    `python -m ltkd_jax.data.prepare`; custom ones are prepared from a folder of images.
 
     Args:
-      name: name of the data set.
-      data_dir: TFDS's directory; None is $TFDS_DATA_DIR, or ~/tensorflow_datasets. Digits need none.
+      name: of the data set.
+      data_dir: TFDS's directory; None means $TFDS_DATA_DIR, or ~/tensorflow_datasets.
+        Digits need none.
       size: side to which images are resized; 0 leaves them as they are stored.
-      margin: whether resizing leaves out a border, see `resize.center`.
+      margin: whether resizing for evaluation cuts off a border, see
+        `resize.center_crop`.
 
     Raises:
-      DatasetNotPreparedError: the data set is not in `data_dir`; the message has the command that prepares it.
-      ValueError: for an unknown name, labels out of range, or a missing or impossible size.
+      DatasetNotPreparedError: an official data set is not in `data_dir`; the message
+        has the command that prepares it.
+      ValueError: the name is unknown, a label is out of range, or the size is missing
+        or not possible.
 
     >>> source = load("digits")
     >>> source.train.shape, len(source.test), str(source.train.keys[0])
@@ -88,73 +126,81 @@ def load(
     if name == "digits":
         if size:
             raise ValueError(
-                f"digits are 8 pixels wide and are not resized to data.image_size={size}: set it to 0"
+                "digits are 8 pixels wide and are not resized to "
+                f"data.image_size={size}: set it to 0"
             )
         spec = _SPECS[name]
-        train, test, class_names = _load_digits()
+        train, test = _load_digits()
+        class_names = tuple(str(digit) for digit in range(10))
     else:
-        builder = _open(name, data_dir)
-        spec = _SPECS[name] if name in _SPECS else _own_spec(builder, size)
-        train, test = (
-            records.read(builder, split, size, margin=margin)
-            for split in ("train", spec.test)
-        )
+        builder = _open_builder(name, data_dir)
+        spec = _SPECS[name] if name in _SPECS else _custom_spec(builder, size)
+        train = records.open_records(builder, "train", size, margin=margin)
+        test = records.open_records(builder, spec.test_split, size, margin=margin)
         class_names = tuple(builder.info.features["label"].names)
     for images in (train, test):
         longtail.check_labels(images.labels, len(class_names))
     return Source(
-        name,
-        train,
-        test,
-        len(class_names),
-        class_names,
-        spec.mean,
-        spec.std,
-        spec.views,
+        name=name,
+        train=train,
+        test=test,
+        num_classes=len(class_names),
+        class_names=class_names,
+        mean=spec.mean,
+        std=spec.std,
+        views=spec.views,
     )
 
 
-def _open(name: str, data_dir: str | os.PathLike[str] | None) -> records.Builder:
+def _open_builder(
+    name: str, data_dir: str | os.PathLike[str] | None
+) -> records.Builder:
+    """Returns the builder of an official or a custom data set."""
     if name in _SPECS:
         return records.open_builder(name, data_dir)
     builder = records.find_builder(name, data_dir)
     if builder is None:
+        # It may be a misspelt official name, or a folder that was never prepared.
         raise ValueError(
-            f"{names.unknown('data set', name, sorted(_SPECS))}. A folder of your own is made a data set by: python "
-            f"-m ltkd_jax.data.prepare folder --name {name} --source FOLDER "
-            f"--data_dir {records.resolve_data_dir(data_dir)}"
+            f"{names.unknown('data set', name, sorted(_SPECS))}. To make a data set "
+            "of your own folder, run: python -m ltkd_jax.data.prepare folder --name "
+            f"{name} --source FOLDER --data_dir {records.resolve_data_dir(data_dir)}"
         )
     return builder
 
 
-def _own_spec(builder: records.Builder, size: int) -> _Spec:
-    """Returns ImageNet's statistics, and crops in proportion to CIFAR's 4 of 32 pixels."""
+def _custom_spec(builder: records.Builder, size: int) -> _Spec:
+    """Returns ImageNet's statistics, and crops in CIFAR's proportion, 4 of 32 pixels.
+
+    Raises:
+      ValueError: the data set is not of colour images and labels.
+    """
     features = builder.info.features
     if not {"image", "label"} <= set(features) or features["image"].shape[-1] != 3:
         raise ValueError(
-            f"{builder.name} has the features {sorted(features)}: a colour image and a label are needed"
+            f"{builder.name} has the features {sorted(features)}: a colour image and a "
+            "label are needed"
         )
-    pad = (size or features["image"].shape[0] or 0) // 8
-    return _Spec(*_IMAGENET, augment.Views(pad=pad, flip=True))
+    side = size or features["image"].shape[0] or 0
+    views = augment.Views(pad=side // 8, flip=True)
+    return _Spec(_IMAGENET_MEAN, _IMAGENET_STD, views)
 
 
-def _load_digits() -> tuple[Images, Images, tuple[str, ...]]:
+def _load_digits() -> tuple[Images, Images]:
+    """Returns the training and test images of scikit-learn's digits."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
+    # Their values are 0 to 16.
     pixels = np.round(bunch.images * (255 / 16)).astype(np.uint8)[..., None]
     keys = np.array([f"digits_{i:04d}" for i in range(len(pixels))])
     images = Images(pixels, bunch.target.astype(np.int32), keys)
-    test = longtail.balanced(
+    test_indices = longtail.balanced_subset(
         images.labels,
         keys,
         num_classes=10,
         per_class=_DIGITS_TEST_PER_CLASS,
         seed=_DIGITS_TEST_SEED,
     )
-    train = np.setdiff1d(np.arange(len(images)), test)
-    return (
-        images.take(train),
-        images.take(test),
-        tuple(str(digit) for digit in range(10)),
-    )
+    train_indices = np.setdiff1d(np.arange(len(images)), test_indices)
+    return images.take(train_indices), images.take(test_indices)

@@ -1,14 +1,18 @@
-"""Reads and writes a model's logits on labelled examples, as .npz files that any framework can make.
+"""Reads and writes a model's logits on labelled examples, as .npz files.
 
-    np.savez("teacher.npz", logits=logits, labels=labels)       # floats [N, C], integers [N]
+Any framework can write such a file:
 
-Arrays of such a file:
+    np.savez("teacher.npz", logits=logits, labels=labels)  # floats [N, C], integers [N]
 
-- `logits`, `probabilities` or `log_probabilities`: float16, 32 or 64 `[N, C]`.
-- `labels`: integers `[N]` in `[0, C)`.
+Its arrays:
+
+- `logits`, `probabilities` or `log_probabilities`: float16, 32 or 64, `[N, C]`.
+- `labels`: integers `[N]` in [0, C).
 - `keys`: names of the examples, `[N]`; optional.
-- `train_logits` (or `train_probabilities` …), `train_labels`, `train_keys`: the same for training input; optional.
-- `class_counts`, `class_names`: training images and name of each class, `[C]`; optional.
+- `train_logits` (or `train_probabilities`, `train_log_probabilities`), `train_labels`,
+  `train_keys`: the same for the training images; optional.
+- `class_counts`: number of training images of each class, `[C]`; optional.
+- `class_names`: `[C]`; optional.
 """
 
 import dataclasses
@@ -25,38 +29,53 @@ from numpy.lib.npyio import NpzFile
 from ltkd_jax import files
 
 KINDS = ("logits", "probabilities", "log_probabilities")
-TRAIN = "train_"
+TRAIN_PREFIX = "train_"
 Array = npt.NDArray[Any]
 
-# The lowest logit, relative to its row's largest: the losses accept it, and it is far beyond what a softmax resolves.
+# The lowest logit, relative to the largest of its row. The losses accept it, and its
+# softmax is 0 in any precision.
 _LOWEST = -1e30
-# Allowed error of the sum of a row of probabilities; float16 needs part of it.
+# Allowed error of the sum of a row of probabilities. Rounding to float16 alone can
+# cause a good part of it.
 _SUM_TOLERANCE = 0.02
-# Examples that are checked at once, so that temporary arrays stay small.
+# Number of examples that are checked at once, so that temporary arrays stay small.
 _CHECK_BLOCK = 4096
-# What a broken archive raises; RuntimeError is an encrypted one, or an unsupported compression.
+# What NumPy raises for a broken archive. A RuntimeError is of an encrypted archive, or
+# of an unsupported compression.
 _DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError)
 _REMEDIES = {
-    "logits": "hold NaN or infinite logits: leave them out, or give a masked class a finite logit such as -1e4",
-    "probabilities": "are no probabilities, from 0 on and of sum 1: if they are logits, name their array so",
-    "log_probabilities": "are no logs of probabilities, whose sum is 1: if they are logits, name their array so",
+    "logits": (
+        "hold NaN or infinite logits: leave them out, or give a masked class a finite "
+        "logit such as -1e4"
+    ),
+    "probabilities": (
+        "are no probabilities, from 0 on and of sum 1: if they are logits, name their "
+        "array so"
+    ),
+    "log_probabilities": (
+        "are no logs of probabilities, whose sum is 1: if they are logits, name their "
+        "array so"
+    ),
 }
 
 
 class LogitsError(ValueError):
-    """Raised for logits that cannot be used; the message names the file, the array, the value and the remedy."""
+    """Raised for logits that cannot be used.
+
+    The message names the file, the array, the value and the remedy.
+    """
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Logits:
-    """A model's outputs on N labelled examples, checked by `from_arrays`.
+    """Holds a model's outputs on N labelled examples, as checked by `from_arrays`.
 
     Attributes:
       values: floats `[N, C]`, or `[N, V, C]` for V views of each example.
-      labels: int64 `[N]` in `[0, C)`.
+      labels: int64 `[N]` in [0, C).
       kind: what the values are, one of `KINDS`.
       keys: names of the examples, `[N]`, or None.
-      source: where they come from, for messages.
+      source: where they come from, such as a file's path, for messages.
       prefix: of the arrays' names in a file, for messages.
     """
 
@@ -72,26 +91,34 @@ class Logits:
 
     @property
     def num_classes(self) -> int:
-        """Returns C."""
+        """Returns the number of classes, C."""
         return self.values.shape[-1]
 
     @property
-    def name(self) -> str:
+    def array_name(self) -> str:
         """Returns the name of the values' array in a file."""
         return self.prefix + self.kind
 
     def blocks(self, size: int) -> Iterator[npt.NDArray[np.float32]]:
-        """Yields logits relative to the largest of their row, `[size or fewer, C]`; a softmax is the same of both.
+        """Yields the logits of consecutive examples, less the largest of each row.
 
-        The difference is taken in the precision of the values, so that a large constant costs none.
+        Their softmax is that of the logits.
+
+        Args:
+          size: number of examples in a block; the last block may have fewer.
+
+        Yields:
+          float32 `[size, C]`, not positive.
         """
         for start in range(0, len(self), size):
             logits = _to_logits(self.values[start : start + size], self.kind)
-            below_top = logits - logits.max(axis=-1, keepdims=True)
-            yield np.maximum(below_top, _LOWEST).astype(np.float32)
+            # Subtracted before the cast to float32: a constant that is added to a row
+            # of float64 logits, however large, then costs no precision.
+            relative = logits - logits.max(axis=-1, keepdims=True)
+            yield np.maximum(relative, _LOWEST).astype(np.float32)
 
     def to_logits(self) -> npt.NDArray[np.float32]:
-        """Returns the values as logits, of the shape of `values`: unchanged, or the log of the probabilities."""
+        """Returns the values as logits: unchanged, or the logs of probabilities."""
         return _to_logits(self.values, self.kind).astype(np.float32)
 
 
@@ -105,107 +132,121 @@ def from_arrays(
     prefix: str = "",
     views: bool = False,
 ) -> Logits:
-    """Returns checked `Logits`.
+    """Checks arrays and returns them as `Logits`.
 
     Args:
       values: floats `[N, C]`.
-      labels: integers `[N]`.
+      labels: integers `[N]` in [0, C).
       kind: what the values are, one of `KINDS`.
       keys: names of the examples, `[N]`.
       source: where the arrays come from, for messages.
       prefix: of the arrays' names, for messages.
-      views: whether values may be `[N, V, C]`, too.
+      views: whether values may also be `[N, V, C]`.
 
     Raises:
-      LogitsError: a shape, a type or a label is wrong, or a row is not finite or no distribution.
+      LogitsError: a shape, a type or a label is wrong, a row of logits is not finite,
+        or a row of probabilities is no distribution.
 
     >>> examples = from_arrays([[2.0, 1.0], [0.0, 3.0]], [0, 1])
     >>> len(examples), examples.num_classes, next(examples.blocks(2)).tolist()
     (2, 2, [[0.0, -1.0], [-3.0, 0.0]])
     """
-    values, labels = np.asarray(values), np.asarray(labels)
-    _check_values(values, f"{source}: {prefix}{kind}", views)
+    values = np.asarray(values)
+    labels = np.asarray(labels)
+    values_name = f"{source}: {prefix}{kind}"
+    _check_values(values, values_name, views)
     _check_labels(labels, values, f"{source}: {prefix}labels")
     if keys is not None:
         keys = np.asarray(keys)
         if keys.shape != labels.shape:
             raise LogitsError(
-                f"{source}: {prefix}keys is {list(keys.shape)}; give one for each of {len(labels)} rows"
+                f"{source}: {prefix}keys is {list(keys.shape)}; give one for each of "
+                f"{len(labels)} rows"
             )
-    _check_rows(values, kind, f"{source}: {prefix}{kind}")
+    _check_rows(values, kind, values_name)
     return Logits(values, labels.astype(np.int64), kind, keys, source, prefix)
 
 
 def _check_values(values: Array, name: str, views: bool) -> None:
-    if values.ndim not in ((2, 3) if views else (2,)) or not np.issubdtype(
-        values.dtype, np.floating
-    ):
+    """Checks the type and the shape of the values."""
+    dimensions = (2, 3) if views else (2,)
+    is_float = np.issubdtype(values.dtype, np.floating)
+    if values.ndim not in dimensions or not is_float:
         shapes = "[N, C] or [N, views, C]" if views else "[N, C]"
         raise LogitsError(
-            f"{name} is {values.dtype}{list(values.shape)}; give floats {shapes}, a row for each example"
+            f"{name} is {values.dtype}{list(values.shape)}; give floats {shapes}, a "
+            "row for each example"
         )
     if not values.size or values.shape[-1] < 2:
         raise LogitsError(
-            f"{name} is of shape {list(values.shape)}; give at least 1 row and 2 classes"
+            f"{name} is of shape {list(values.shape)}; give at least 1 row and 2 "
+            "classes"
         )
 
 
 def _check_labels(labels: Array, values: Array, name: str) -> None:
+    """Checks that there is one label for each example, and that each is a class."""
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
-        one_hot = labels.ndim == 2 and labels.shape[1] > 1
-        remedy = (
-            "np.argmax(labels, axis=1)" if one_hot else "labels.astype(int).ravel()"
-        )
+        is_one_hot = labels.ndim == 2 and labels.shape[1] > 1
+        if is_one_hot:
+            remedy = "np.argmax(labels, axis=1)"
+        else:
+            remedy = "labels.astype(int).ravel()"
         raise LogitsError(
-            f"{name} is {labels.dtype}{list(labels.shape)}; give integers [N], such as {remedy}"
+            f"{name} is {labels.dtype}{list(labels.shape)}; give integers [N], such as "
+            f"{remedy}"
         )
     if len(labels) != len(values):
         raise LogitsError(
-            f"{name} holds {len(labels)} labels for {len(values)} rows: give one for each row"
+            f"{name} holds {len(labels)} labels for {len(values)} rows: give one for "
+            "each row"
         )
     num_classes = values.shape[-1]
     wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
     if wrong.size:
         raise LogitsError(
-            f"{name}[{wrong[0]}]={labels[wrong[0]]}, and {wrong.size} of {len(labels)} are outside "
-            f"0..{num_classes - 1}, the classes that the rows have: count labels from 0, or leave the others out"
+            f"{name}[{wrong[0]}]={labels[wrong[0]]}, and {wrong.size} of {len(labels)} "
+            f"are outside 0..{num_classes - 1}, the classes that the rows have: count "
+            "labels from 0, or leave the others out"
         )
 
 
 def _check_rows(values: Array, kind: str, name: str) -> None:
-    """Checks that every row is finite, or a distribution; an error counts the rows that are not."""
+    """Checks that every row is finite, or a distribution; counts the invalid ones."""
     wrong: list[int] = []
     for start in range(0, len(values), _CHECK_BLOCK):
-        valid = _valid_rows(values[start : start + _CHECK_BLOCK], kind)
-        wrong += (start + np.flatnonzero(~valid)).tolist()
+        is_valid = _valid_rows(values[start : start + _CHECK_BLOCK], kind)
+        wrong += (start + np.flatnonzero(~is_valid)).tolist()
     if wrong:
         row = values[wrong[0]]
         raise LogitsError(
-            f"{name}: {len(wrong)} of {len(values)} rows {_REMEDIES[kind]}; the first is row {wrong[0]}, from "
-            f"{row.min():.4g} to {row.max():.4g}"
+            f"{name}: {len(wrong)} of {len(values)} rows {_REMEDIES[kind]}; the first "
+            f"is row {wrong[0]}, from {row.min():.4g} to {row.max():.4g}"
         )
 
 
 def _valid_rows(values: Array, kind: str) -> Array:
     """Returns which examples of a block are valid, bool `[B]`."""
+    # Overflow and NaN are what is looked for, so NumPy need not warn of them.
     with np.errstate(all="ignore"):
-        # float32 is what they become: a larger number would be infinite there.
-        numbers = values.astype(np.float32)
+        # The logits become float32 later, where a larger number would be infinite.
+        values_32 = values.astype(np.float32)
         if kind == "logits":
-            valid = np.isfinite(numbers)
+            is_valid = np.isfinite(values_32)
         else:
-            p = numbers if kind == "probabilities" else np.exp(numbers)
-            valid = (p >= 0) & (
-                np.abs(p.sum(axis=-1, keepdims=True) - 1) <= _SUM_TOLERANCE
-            )
-    return np.all(valid.reshape(len(values), -1), axis=1)
+            p = values_32 if kind == "probabilities" else np.exp(values_32)
+            sums = p.sum(axis=-1, keepdims=True)
+            is_valid = (p >= 0) & (np.abs(sums - 1) <= _SUM_TOLERANCE)
+    # Over classes, and views if there are any.
+    return np.all(is_valid.reshape(len(values), -1), axis=1)
 
 
 def _to_logits(values: Array, kind: str) -> Array:
-    """Returns values as logits, in float32 or the precision of the values if that is higher.
+    """Returns values as logits, in their own precision or float32 if that is higher.
 
-    A probability of 0 counts as the smallest positive number of its type, or of its row if that is smaller: no class
-    falls below one of probability 0.
+    The log of a probability of 0 would be −∞. Such a probability counts as the smallest
+    positive number of its type, or as the smallest positive one of its row if that is
+    smaller, so that no class falls below one of probability 0.
     """
     logits = values.astype(np.promote_types(values.dtype, np.float32))
     if kind == "logits":
@@ -214,13 +255,15 @@ def _to_logits(values: Array, kind: str) -> Array:
         with np.errstate(divide="ignore"):
             logits = np.log(logits)
     smallest = np.log(float(np.finfo(values.dtype).smallest_subnormal))
-    positive = logits > -np.inf
-    floor = logits.min(axis=-1, keepdims=True, where=positive, initial=smallest)
-    return np.where(positive, logits, floor)
+    is_positive = logits > -np.inf
+    floor = logits.min(axis=-1, keepdims=True, where=is_positive, initial=smallest)
+    return np.where(is_positive, logits, floor)
 
 
 class LogitsFile:
-    """An .npz file of logits.
+    """Reads an .npz file of logits.
+
+    The file is opened for each array, and closed again.
 
     Attributes:
       path: of the file.
@@ -242,51 +285,59 @@ class LogitsFile:
             ) from None
 
     def array(self, name: str) -> Array:
-        """Returns an array.
+        """Returns an array of the file.
 
         Raises:
-          LogitsError: it holds Python objects, is damaged, or does not fit in memory.
+          LogitsError: the array holds Python objects, is damaged, or does not fit in
+            memory.
         """
         try:
             with open(self.path, "rb") as file, NpzFile(file) as archive:
                 return np.asarray(archive[name])
         except ValueError as error:
-            remedy = "give numbers, or names as np.array(names, dtype=str)"
+            # NumPy refuses to unpickle objects, since a pickle may run code.
             raise LogitsError(
-                f"{self.path}: {name} is not a plain array ({error}); {remedy}"
+                f"{self.path}: {name} is not a plain array ({error}); give numbers, or "
+                "names as np.array(names, dtype=str)"
             ) from None
         except (MemoryError, *_DAMAGED) as error:
-            remedy = "write the file again, with fewer examples if memory is short"
             raise LogitsError(
-                f"{self.path}: {name} is damaged or too large ({error}): {remedy}"
+                f"{self.path}: {name} is damaged or too large ({error}): write the "
+                "file again, with fewer examples if memory is short"
             ) from None
 
     def has_logits(self, prefix: str = "") -> bool:
-        """Returns whether there are logits, or probabilities, of that prefix."""
+        """Returns whether there are logits or probabilities with a prefix."""
         return any(prefix + kind in self.names for kind in KINDS)
 
     def logits(self, prefix: str = "", *, views: bool = False) -> Logits:
-        """Returns the logits of a prefix, with their labels and, where the file holds them, keys.
+        """Returns the logits with a prefix, their labels, and keys if there are any.
 
         Args:
-          prefix: of the arrays' names: "" or `TRAIN`.
-          views: whether they may be `[N, V, C]`, too.
+          prefix: of the arrays' names: "" or `TRAIN_PREFIX`.
+          views: whether the values may also be `[N, V, C]`.
 
         Raises:
-          LogitsError: an array is missing, or as `from_arrays`.
+          LogitsError: an array is missing; or see `from_arrays`.
         """
         kinds = [kind for kind in KINDS if prefix + kind in self.names]
-        missing = [] if kinds else [" or ".join(prefix + kind for kind in KINDS)]
-        missing += [] if f"{prefix}labels" in self.names else [f"{prefix}labels"]
+        labels_name = f"{prefix}labels"
+        keys_name = f"{prefix}keys"
+        missing = []
+        if not kinds:
+            missing.append(" or ".join(prefix + kind for kind in KINDS))
+        if labels_name not in self.names:
+            missing.append(labels_name)
         if missing:
             raise LogitsError(
-                f"{self.path} has the arrays {', '.join(self.names) or '(none)'}; it lacks {' and '.join(missing)}"
+                f"{self.path} has the arrays {', '.join(self.names) or '(none)'}; it "
+                f"lacks {' and '.join(missing)}"
             )
         return from_arrays(
             self.array(prefix + kinds[0]),
-            self.array(f"{prefix}labels"),
+            self.array(labels_name),
             kind=kinds[0],
-            keys=self.array(f"{prefix}keys") if f"{prefix}keys" in self.names else None,
+            keys=self.array(keys_name) if keys_name in self.names else None,
             source=str(self.path),
             prefix=prefix,
             views=views,
@@ -305,13 +356,13 @@ def save(
 
     Args:
       path: of the file.
-      test: logits on test input.
-      train: logits on training input.
-      class_counts: training images of each class, `[C]`.
+      test: logits on test images.
+      train: logits on training images.
+      class_counts: number of training images of each class, `[C]`.
       class_names: `[C]`.
     """
     arrays: dict[str, Any] = {"class_counts": class_counts, "class_names": class_names}
-    for prefix, examples in (("", test), (TRAIN, train)):
+    for prefix, examples in (("", test), (TRAIN_PREFIX, train)):
         if examples is not None:
             arrays[prefix + examples.kind] = examples.values
             arrays[f"{prefix}labels"] = examples.labels

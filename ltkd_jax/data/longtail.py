@@ -1,4 +1,8 @@
-"""Draws long-tailed subsets of a balanced data set, by keys and not by the order of the records."""
+"""Draws long-tailed subsets of a balanced data set.
+
+The draw depends on the seed and on the examples' keys, not on the order of the records,
+so it is the same wherever the data set comes from.
+"""
 
 import hashlib
 import os
@@ -7,12 +11,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-# n_max / gamma is often a whole number that floating point puts just below itself (49 * (1 / 49) < 1).
+# Added before rounding down: n_max / γ is often a whole number that floating point puts
+# just below itself, as in 49 * (1 / 49) < 1.
 _ROUNDING = 1e-9
 
 
 class Split(NamedTuple):
-    """Sorted, disjoint int64 index arrays into a source's training images."""
+    """Holds the indices of three disjoint sets of a data set's training images.
+
+    Attributes:
+      train: int64, sorted, the long-tailed training set.
+      outer: int64, sorted, the balanced set of the outer (bilevel) loss.
+      validation: int64, sorted, the balanced set for choosing hyperparameters.
+    """
 
     train: np.ndarray
     outer: np.ndarray
@@ -20,38 +31,46 @@ class Split(NamedTuple):
 
 
 def counts(n_max: int, imbalance: float, num_classes: int) -> np.ndarray:
-    """Returns the number of training images of each class, int64 `[C]`: int(n_max · (1/γ)^(c/(C−1))), in label order.
+    """Returns the number of training images of each class, int64 `[C]`.
+
+    Class c has int(n_max · (1/γ)^(c/(C−1))) images: class 0 has the most.
 
     Args:
-      n_max: images of class 0, the most frequent one.
-      imbalance: γ >= 1, the ratio between the first and the last class (1 is balanced).
+      n_max: number of images of class 0.
+      imbalance: γ >= 1, the ratio between the first and the last class; 1 is balanced.
       num_classes: C.
 
+    Returns:
+      int64 `[C]`, in label order, not increasing.
+
     Raises:
-      ValueError: for imbalance < 1, n_max < 1, num_classes < 1, or a class that would get no image.
+      ValueError: imbalance < 1, n_max < 1, num_classes < 1, or a class would get no
+        image.
 
     >>> counts(n_max=500, imbalance=100, num_classes=100)[[0, 1, -1]].tolist()
     [500, 477, 5]
     """
     _check_num_classes(num_classes)
+    # Below 2³¹, int64 and float64 hold all numbers that follow without overflow.
     if not 1 <= n_max < 2**31:
         raise ValueError(
             f"n_max={n_max}: class 0 needs at least 1 image, and fewer than 2³¹"
         )
     if not 1 <= imbalance < 2**31:
         raise ValueError(
-            f"imbalance={imbalance}: give a ratio >= 1 and below 2³¹ (1 is balanced, 100 is strongly long-tailed)"
+            f"imbalance={imbalance}: give a ratio >= 1 and below 2³¹ (1 is balanced, "
+            "100 is strongly long-tailed)"
         )
-    position = np.arange(num_classes) / max(num_classes - 1, 1)
-    result = np.floor(n_max * (1.0 / imbalance) ** position + _ROUNDING).astype(
-        np.int64
-    )
-    if result[-1] < 1:
+    exponents = np.arange(num_classes) / max(num_classes - 1, 1)
+    sizes = n_max * (1.0 / imbalance) ** exponents
+    class_counts = np.floor(sizes + _ROUNDING).astype(np.int64)
+    if class_counts[-1] < 1:
+        first_empty = int(np.argmax(class_counts < 1))
         raise ValueError(
-            f"imbalance={imbalance}: with n_max={n_max} class {int(np.argmax(result < 1))} would get 0 images; "
-            f"give an imbalance of at most {n_max}"
+            f"imbalance={imbalance}: with n_max={n_max} class {first_empty} would get "
+            f"0 images; give an imbalance of at most {n_max}"
         )
-    return result
+    return class_counts
 
 
 def split(
@@ -65,60 +84,75 @@ def split(
     validation_per_class: int = 0,
     seed: int = 0,
 ) -> Split:
-    """Draws the long-tailed training set, and the balanced outer and validation sets that are held out of it.
+    """Draws a long-tailed training set, and balanced outer and validation sets.
 
-    In each class the examples are ranked by a hash of (seed, key). Training images come from the front of
-    the ranking and held-out images from its back. So the draw is independent of the order of the records,
-    a larger imbalance gives a subset of a smaller one, and holding images out does not change which images
-    are drawn for a given n_max.
+    In each class the examples are ranked by a hash of (seed, key). The training set
+    takes the first ones of each class, the validation set the last ones, and the outer
+    set those just before the validation set. Therefore:
+
+    - the draw does not depend on the order of the records;
+    - the training set of a larger imbalance is a subset of that of a smaller one, at
+      the same n_max;
+    - holding images out does not change the training set, at the same n_max.
 
     Args:
-      labels: integers `[N]` in [0, num_classes).
+      labels: integers `[N]` in [0, C).
       keys: strings `[N]`, unique and stable, such as 'train_00042'.
       num_classes: C.
-      imbalance: γ, see `counts`; None takes every image that is not held out.
-      n_max: images of class 0; 0 means what is left of the smallest class.
-      outer_per_class: images of each class for the outer (bilevel) loss.
-      validation_per_class: images of each class for choosing hyperparameters.
+      imbalance: γ, see `counts`. None draws no long tail: the training set is every
+        image that is not held out, and `n_max` is not used.
+      n_max: number of training images of class 0; 0 means as many as the smallest class
+        has after images are held out.
+      outer_per_class: number of images of each class in the outer set.
+      validation_per_class: number of images of each class in the validation set.
       seed: seed of the draw.
 
-    Raises:
-      ValueError: labels out of range, repeated keys, a class without images, or more images asked than exist.
+    Returns:
+      A `Split` of indices into `labels`.
 
-    >>> labels, keys = np.repeat([0, 1], 20), np.array([f"train_{i}" for i in range(40)])
-    >>> indices = split(labels, keys, num_classes=2, imbalance=6, validation_per_class=2)
-    >>> np.bincount(labels[indices.train]).tolist(), np.bincount(labels[indices.validation]).tolist()
-    ([18, 3], [2, 2])
+    Raises:
+      ValueError: a label is out of range, a key repeats, a class has no image, or more
+        images are requested than a class has.
+
+    >>> labels = np.repeat([0, 1], 20)
+    >>> keys = np.array([f"train_{i}" for i in range(40)])
+    >>> indices = split(
+    ...     labels, keys, num_classes=2, imbalance=6, validation_per_class=2)
+    >>> np.bincount(labels[indices.train]).tolist()
+    [18, 3]
+    >>> np.bincount(labels[indices.validation]).tolist()
+    [2, 2]
     """
     labels = check_labels(labels, num_classes)
     _check_keys(keys, len(labels))
     _check_held_out(outer_per_class, validation_per_class)
-    present = np.bincount(labels, minlength=num_classes)
-    held_out = outer_per_class + validation_per_class
-    n_max = _resolve_n_max(n_max, present, held_out)
+    class_sizes = np.bincount(labels, minlength=num_classes)
+    num_held_out = outer_per_class + validation_per_class
+    n_max = _resolve_n_max(n_max, class_sizes, num_held_out)
     if imbalance is None:
-        wanted = present - held_out
+        train_counts = class_sizes - num_held_out
     else:
-        wanted = counts(n_max, imbalance, num_classes)
-        _check_available(wanted, present, held_out, n_max)
+        train_counts = counts(n_max, imbalance, num_classes)
+        _check_available(train_counts, class_sizes, num_held_out, n_max)
 
-    digests = _digests(keys, seed)
-    order = np.lexsort((digests[:, 1], digests[:, 0], labels))
-    starts = np.cumsum(present) - present
-    rank = np.arange(len(labels)) - np.repeat(
-        starts, present
-    )  # of each entry of `order`, in its class
-    from_back = np.repeat(present, present) - 1 - rank
+    hashes = _hashes(keys, seed)
+    # lexsort sorts by its last key first: by label, and within a class by hash.
+    order = np.lexsort((hashes[:, 1], hashes[:, 0], labels))
+    # All arrays below run along `order`.
+    first_of_class = np.cumsum(class_sizes) - class_sizes
+    rank = np.arange(len(labels)) - np.repeat(first_of_class, class_sizes)
+    reverse_rank = np.repeat(class_sizes, class_sizes) - 1 - rank
+    in_train = rank < np.repeat(train_counts, class_sizes)
+    in_validation = reverse_rank < validation_per_class
+    in_outer = (reverse_rank < num_held_out) & ~in_validation
     return Split(
-        train=np.sort(order[rank < np.repeat(wanted, present)]),
-        outer=np.sort(
-            order[(from_back >= validation_per_class) & (from_back < held_out)]
-        ),
-        validation=np.sort(order[from_back < validation_per_class]),
+        train=np.sort(order[in_train]),
+        outer=np.sort(order[in_outer]),
+        validation=np.sort(order[in_validation]),
     )
 
 
-def balanced(
+def balanced_subset(
     labels: np.ndarray,
     keys: np.ndarray,
     *,
@@ -126,13 +160,24 @@ def balanced(
     per_class: int,
     seed: int = 0,
 ) -> np.ndarray:
-    """Returns the sorted indices of `per_class` images of each class, chosen by a hash of (seed, key).
+    """Draws the same number of images of each class, by a hash of (seed, key).
+
+    Args:
+      labels: integers `[N]` in [0, C).
+      keys: strings `[N]`, unique and stable.
+      num_classes: C.
+      per_class: number of images of each class.
+      seed: seed of the draw.
+
+    Returns:
+      int64 `[C · per_class]`, sorted indices.
 
     Raises:
-      ValueError: as `split`, and if per_class is not smaller than the smallest class.
+      ValueError: see `split`; or `per_class` is not below the smallest class's size.
 
+    >>> labels = np.repeat([0, 1], 20)
     >>> keys = np.array([f"image_{i}" for i in range(40)])
-    >>> len(balanced(np.repeat([0, 1], 20), keys, num_classes=2, per_class=3))
+    >>> len(balanced_subset(labels, keys, num_classes=2, per_class=3))
     6
     """
     return split(
@@ -145,85 +190,118 @@ def balanced(
     ).validation
 
 
-class Listed(NamedTuple):
-    """A training set that someone else has drawn: the path and the label of each image, and the list's file name."""
+class ImageList(NamedTuple):
+    """Lists the images of a published training set.
+
+    Attributes:
+      paths: of each image, relative.
+      labels: of each image.
+      file_name: of the list, for messages.
+    """
 
     paths: tuple[str, ...]
     labels: tuple[int, ...]
-    name: str
+    file_name: str
 
 
-def read_list(path: str | os.PathLike[str]) -> Listed:
-    """Reads a file of lines "relative/path label", the format of ImageNet-LT's authors.
+def read_list(path: str | os.PathLike[str]) -> ImageList:
+    """Reads a text file of lines "relative/path label".
+
+    This is the format of the lists that the authors of ImageNet-LT publish.
 
     Raises:
-      ValueError: it cannot be read, is empty, or a line is not of this form.
+      ValueError: the file cannot be read, is empty, or has a line of another form.
     """
     try:
+        # utf-8-sig also accepts the byte-order mark that Windows editors write.
         lines = pathlib.Path(path).read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"the list {path} cannot be read ({error})") from error
-    paths, labels = [], []
-    for number, line in enumerate(lines, 1):
+    image_paths = []
+    labels = []
+    for line_number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        file, label = [*line.strip().rsplit(maxsplit=1), ""][:2]
-        if not label.isdecimal():
+        # From the right, since a path may contain spaces.
+        fields = line.strip().rsplit(maxsplit=1)
+        if len(fields) < 2 or not fields[1].isdecimal():
             raise ValueError(
-                f'{path}:{number}: {line!r} is not of the form "relative/path label"'
+                f"{path}:{line_number}: {line!r} is not of the form "
+                '"relative/path label"'
             )
-        paths.append(file)
-        labels.append(int(label))
-    if not paths:
+        image_paths.append(fields[0])
+        labels.append(int(fields[1]))
+    if not image_paths:
         raise ValueError(f"the list {path} is empty")
-    return Listed(tuple(paths), tuple(labels), str(path))
+    return ImageList(tuple(image_paths), tuple(labels), str(path))
 
 
-def find_listed(listed: Listed, labels: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """Returns the sorted indices of the listed images. A path means the image whose key it is, or ends with.
+def match_list(
+    image_list: ImageList, labels: np.ndarray, keys: np.ndarray
+) -> np.ndarray:
+    """Returns the sorted indices of the images of a list.
+
+    A path matches the image whose key it is. If there is none, its leading folders are
+    removed one by one until there is.
 
     Args:
-      listed: list from `read_list`.
-      labels, keys: `[N]`, of all images.
+      image_list: from `read_list`.
+      labels: integers `[N]`, of all images.
+      keys: strings `[N]`, of all images.
+
+    Returns:
+      int64, sorted indices into `labels`.
 
     Raises:
-      ValueError: a listed image does not exist, is listed twice, or has another label.
+      ValueError: an image of the list does not exist, is listed twice, or has another
+        label.
 
-    >>> listed = Listed(("train/n01/b.JPEG", "train/n02/c.JPEG"), (0, 1), "list.txt")
-    >>> find_listed(listed, np.array([0, 0, 1]), np.array(["a.JPEG", "b.JPEG", "c.JPEG"])).tolist()
+    >>> image_list = ImageList(
+    ...     ("train/n01/b.JPEG", "train/n02/c.JPEG"), (0, 1), "list.txt")
+    >>> keys = np.array(["a.JPEG", "b.JPEG", "c.JPEG"])
+    >>> match_list(image_list, np.array([0, 0, 1]), keys).tolist()
     [1, 2]
     """
+    file_name = image_list.file_name
     index_of = {str(key): index for index, key in enumerate(keys)}
     path_of: dict[int, str] = {}
     missing = []
-    for path, label in zip(listed.paths, listed.labels):
-        tail = path
-        while tail not in index_of and "/" in tail:
-            tail = tail.partition("/")[2]
-        index = index_of.get(tail)
+    for path, label in zip(image_list.paths, image_list.labels):
+        index = _match_path(path, index_of)
         if index is None:
             missing.append(path)
         elif index in path_of:
             raise ValueError(
-                f"{listed.name}: {path!r} is the image {path_of[index]!r} again: list each once"
+                f"{file_name}: {path!r} is the image {path_of[index]!r} again: list "
+                "each image once"
             )
         elif labels[index] != label:
             raise ValueError(
-                f"{listed.name}: {path!r} has label {label}, but {labels[index]} in the data set, where classes are "
-                "numbered in the order of their sorted names"
+                f"{file_name}: {path!r} has label {label}, but {labels[index]} in the "
+                "data set, where classes are numbered in the order of their sorted "
+                "names"
             )
         else:
             path_of[index] = path
     if missing:
+        example_keys = [str(key) for key in keys[:1]]
         raise ValueError(
-            f"{listed.name}: {missing[0]!r} and {len(missing) - 1} more of its {len(listed.paths)} images are not "
-            f"among the training images, with keys like {[*map(str, keys[:1])]} (some may be held out for the test)"
+            f"{file_name}: {missing[0]!r} and {len(missing) - 1} more of its "
+            f"{len(image_list.paths)} images are not among the training images, whose "
+            f"keys are like {example_keys} (some may be held out for the test)"
         )
     return np.array(sorted(path_of), np.int64)
 
 
-def split_listed(
-    listed: Listed,
+def _match_path(path: str, index_of: dict[str, int]) -> int | None:
+    """Returns the index of the longest end of a path that is a key."""
+    while path not in index_of and "/" in path:
+        path = path.partition("/")[2]
+    return index_of.get(path)
+
+
+def split_by_list(
+    image_list: ImageList,
     labels: np.ndarray,
     keys: np.ndarray,
     *,
@@ -232,32 +310,48 @@ def split_listed(
     validation_per_class: int = 0,
     seed: int = 0,
 ) -> Split:
-    """Returns the training set that a list names, with balanced outer and validation sets of the other images.
+    """Returns the training set of a list, and balanced sets of the other images.
 
     Args:
-      listed: list from `read_list`.
-      labels, keys, num_classes, outer_per_class, validation_per_class, seed: as `split`.
+      image_list: from `read_list`.
+      labels, keys, num_classes, outer_per_class, validation_per_class, seed: see
+        `split`.
+
+    Returns:
+      A `Split` whose training set is the list, and whose outer and validation sets are
+      drawn from the images that are not in the list.
 
     Raises:
-      ValueError: as `find_listed`, and as `split` of the other images.
+      ValueError: see `match_list`, and `split` for the other images; or the list has no
+        image of some class.
     """
-    labels, keys = check_labels(labels, num_classes), np.asarray(keys)
+    labels = check_labels(labels, num_classes)
+    keys = np.asarray(keys)
     _check_keys(keys, len(labels))
     _check_held_out(outer_per_class, validation_per_class)
-    train = find_listed(listed, labels, keys)
-    missing = np.flatnonzero(np.bincount(labels[train], minlength=num_classes) == 0)
+    train = match_list(image_list, labels, keys)
+    train_counts = np.bincount(labels[train], minlength=num_classes)
+    missing = np.flatnonzero(train_counts == 0)
     if missing.size:
         raise ValueError(
-            f"{listed.name} names no image of class {missing[0]} ({missing.size} such classes): add some"
+            f"{image_list.file_name} names no image of class {missing[0]} "
+            f"({missing.size} such classes): add some"
         )
-    if not outer_per_class + validation_per_class:
-        return Split(train, np.array([], np.int64), np.array([], np.int64))
-    rest = np.setdiff1d(np.arange(len(labels)), train)
+    if outer_per_class + validation_per_class == 0:
+        # `split` would refuse a class of which the list has every image.
+        empty = np.array([], np.int64)
+        return Split(train, empty, empty.copy())
+    unlisted = np.setdiff1d(np.arange(len(labels)), train)
     held_out = split(
-        labels[rest], keys[rest], num_classes=num_classes, imbalance=None, outer_per_class=outer_per_class,
-        validation_per_class=validation_per_class, seed=seed,
-    )  # fmt: skip
-    return Split(train, rest[held_out.outer], rest[held_out.validation])
+        labels[unlisted],
+        keys[unlisted],
+        num_classes=num_classes,
+        imbalance=None,
+        outer_per_class=outer_per_class,
+        validation_per_class=validation_per_class,
+        seed=seed,
+    )
+    return Split(train, unlisted[held_out.outer], unlisted[held_out.validation])
 
 
 def check_outer(
@@ -268,38 +362,52 @@ def check_outer(
     num_classes: int,
     batch_size: int,
 ) -> None:
-    """Checks that the outer set has every class, no training image, and at least a batch.
+    """Checks that the outer set has every class, no training image, and a full batch.
+
+    Args:
+      labels: integers `[N]`, of the outer set.
+      keys: strings `[N]`, of the outer set.
+      train_keys: keys of the training set.
+      num_classes: C.
+      batch_size: B, of the outer batches.
 
     Raises:
-      ValueError: one of these does not hold.
+      ValueError: a class is missing, an image is in both sets, or N < B.
 
-    >>> check_outer(np.array([0, 1]), np.array(["a", "b"]), np.array(["c"]), num_classes=2, batch_size=2)
+    >>> check_outer(
+    ...     np.array([0, 1]), np.array(["a", "b"]), train_keys=np.array(["c"]),
+    ...     num_classes=2, batch_size=2)
     """
-    present = np.bincount(check_labels(labels, num_classes), minlength=num_classes)
-    if not present.all():
-        missing = np.flatnonzero(present == 0)
+    class_sizes = np.bincount(check_labels(labels, num_classes), minlength=num_classes)
+    if not class_sizes.all():
+        missing = np.flatnonzero(class_sizes == 0)
         raise ValueError(
-            f"the outer set has no image of class {missing[0]} ({missing.size} of {num_classes} classes are missing): "
-            "hold out images of every class by data.outer_per_class"
+            f"the outer set has no image of class {missing[0]} ({missing.size} of "
+            f"{num_classes} classes are missing): hold out images of every class by "
+            "data.outer_per_class"
         )
     shared = np.intersect1d(keys, train_keys)
     if shared.size:
         raise ValueError(
-            f"the outer set overlaps the training set: {str(shared[0])!r} and {shared.size - 1} more are in both; "
-            "an image that is trained on cannot judge its own weight"
+            f"the outer set overlaps the training set: {str(shared[0])!r} and "
+            f"{shared.size - 1} more are in both; an image that is trained on cannot "
+            "judge its own weight"
         )
     if len(labels) < batch_size:
         raise ValueError(
-            f"the outer set has {len(labels)} images, fewer than a batch of {batch_size}: raise data.outer_per_class, "
-            "or lower train.batch_size"
+            f"the outer set has {len(labels)} images, fewer than a batch of "
+            f"{batch_size}: raise data.outer_per_class, or lower train.batch_size"
         )
 
 
 def check_labels(labels: np.ndarray, num_classes: int) -> np.ndarray:
-    """Returns the labels as int64 `[N]`, checked on the host: under jit one out of range wraps or gives NaN unnoticed.
+    """Returns the labels as int64 `[N]`, checked to be in [0, C).
+
+    Call it on the host: under `jit`, a label out of range silently wraps around or
+    gives NaN.
 
     Raises:
-      ValueError: they are not a vector of integers in [0, num_classes).
+      ValueError: the labels are not a vector of integers in [0, C).
 
     >>> check_labels(np.array([0, 2, 1], np.int32), 3).tolist()
     [0, 2, 1]
@@ -308,13 +416,14 @@ def check_labels(labels: np.ndarray, num_classes: int) -> np.ndarray:
     labels = np.asarray(labels)
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
         raise ValueError(
-            f"labels: shape {labels.shape}, dtype {labels.dtype}; give a vector of integers"
+            f"labels: shape {labels.shape}, dtype {labels.dtype}; give a vector of "
+            "integers"
         )
     wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
     if wrong.size:
         raise ValueError(
-            f"labels[{wrong[0]}]={labels[wrong[0]]}: {wrong.size} labels are outside 0..{num_classes - 1}; "
-            f"check num_classes={num_classes} or the labels"
+            f"labels[{wrong[0]}]={labels[wrong[0]]}: {wrong.size} labels are outside "
+            f"0..{num_classes - 1}; check num_classes={num_classes} or the labels"
         )
     return labels.astype(np.int64)
 
@@ -324,15 +433,19 @@ def _check_num_classes(num_classes: int) -> None:
         raise ValueError(f"num_classes={num_classes}: give at least 1 class")
 
 
-def _check_keys(keys: np.ndarray, expected: int) -> None:
-    if len(keys) != expected:
+def _check_keys(keys: np.ndarray, num_labels: int) -> None:
+    """Checks that there is one key for each label, and that no key repeats."""
+    if len(keys) != num_labels:
         raise ValueError(
-            f"keys: {len(keys)} keys for {expected} labels; give one key for each image"
+            f"keys: {len(keys)} keys for {num_labels} labels; give one key for each "
+            "image"
         )
-    unique, times = np.unique(np.asarray(keys), return_counts=True)
-    if unique.size != expected:
+    unique_keys, occurrences = np.unique(np.asarray(keys), return_counts=True)
+    if unique_keys.size != num_labels:
+        repeated = str(unique_keys[np.argmax(occurrences)])
         raise ValueError(
-            f"keys: {str(unique[np.argmax(times)])!r} occurs {times.max()} times; the draw needs unique keys"
+            f"keys: {repeated!r} occurs {occurrences.max()} times; the draw needs "
+            "unique keys"
         )
 
 
@@ -347,44 +460,55 @@ def _check_held_out(outer_per_class: int, validation_per_class: int) -> None:
             )
 
 
-def _resolve_n_max(n_max: int, present: np.ndarray, held_out: int) -> int:
-    """Returns the size of class 0: as given, or what the smallest class has left."""
+def _resolve_n_max(n_max: int, class_sizes: np.ndarray, num_held_out: int) -> int:
+    """Returns `n_max`, or for 0 the size of the smallest class less those held out."""
     if n_max < 0:
         raise ValueError(
-            f"n_max={n_max}: give a positive number, or 0 for what is left of the smallest class"
+            f"n_max={n_max}: give a positive number, or 0 for what is left of the "
+            "smallest class"
         )
-    if not present.all():
-        missing = np.flatnonzero(present == 0)
+    if not class_sizes.all():
+        missing = np.flatnonzero(class_sizes == 0)
         raise ValueError(
-            f"labels: class {missing[0]} has no image ({missing.size} of {present.size} classes have none); "
-            f"check num_classes={present.size}"
+            f"labels: class {missing[0]} has no image ({missing.size} of "
+            f"{class_sizes.size} classes have none); check "
+            f"num_classes={class_sizes.size}"
         )
-    if held_out >= present.min():
+    if num_held_out >= class_sizes.min():
         raise ValueError(
-            f"outer_per_class + validation_per_class = {held_out}: class {present.argmin()} has only "
-            f"{present.min()} images and needs one for training; hold out fewer"
+            f"outer_per_class + validation_per_class = {num_held_out}: class "
+            f"{class_sizes.argmin()} has only {class_sizes.min()} images and needs one "
+            "for training; hold out fewer"
         )
-    return int(n_max or present.min() - held_out)
+    return int(n_max or class_sizes.min() - num_held_out)
 
 
 def _check_available(
-    wanted: np.ndarray, present: np.ndarray, held_out: int, n_max: int
+    train_counts: np.ndarray, class_sizes: np.ndarray, num_held_out: int, n_max: int
 ) -> None:
-    short = np.flatnonzero(wanted > present - held_out)
+    """Checks that every class has enough images that are not held out."""
+    available = class_sizes - num_held_out
+    short = np.flatnonzero(train_counts > available)
     if short.size:
         c = short[0]
         raise ValueError(
-            f"n_max={n_max}: class {c} needs {wanted[c]} images, but {present[c] - held_out} are available "
-            f"({present[c]} less {held_out} held out); give a smaller n_max, or 0"
+            f"n_max={n_max}: class {c} needs {train_counts[c]} images, but "
+            f"{available[c]} are available ({class_sizes[c]} less {num_held_out} held "
+            "out); give a smaller n_max, or 0"
         )
 
 
-def _digests(keys: np.ndarray, seed: int) -> np.ndarray:
-    """Returns a 128-bit hash of (seed, key) of each key as uint64 `[N, 2]`, wide enough for ties never to happen."""
+def _hashes(keys: np.ndarray, seed: int) -> np.ndarray:
+    """Returns a 128-bit hash of (seed, key) for each key, uint64 `[N, 2]`.
+
+    128 bits are wide enough that no two keys tie in practice.
+    """
+    # The seed is hashed once, and its state copied for each key.
     prefix = hashlib.blake2b(f"{int(seed)}:".encode(), digest_size=16)
-    joined = bytearray()
+    digests = bytearray()
     for key in keys:
         digest = prefix.copy()
         digest.update(str(key).encode())
-        joined += digest.digest()
-    return np.frombuffer(bytes(joined), dtype=">u8").reshape(-1, 2)
+        digests += digest.digest()
+    # Big-endian on every machine, so that the order of the hashes is the same, too.
+    return np.frombuffer(bytes(digests), dtype=">u8").reshape(-1, 2)

@@ -1,4 +1,8 @@
-"""Which image, in which view, stands where in which batch: a function of (seed, step, position) alone."""
+"""Samples the batches of training: which image, in which view, is in which batch.
+
+Every batch is a function of the seed and the step only. So training resumes at any step
+without a saved position, and on any number of devices the batches are the same.
+"""
 
 from typing import Any, NamedTuple
 
@@ -10,12 +14,13 @@ Array = jax.Array | np.ndarray  # NumPy's on the host
 
 
 class BatchIndices(NamedTuple):
-    """Batches as numbers, leaves `[B]`, or `[S, B]` of several steps.
+    """Describes batches by numbers, leaves `[B]`, or `[S, B]` for S steps.
 
     Attributes:
       index: int32, the image.
-      view: int32, its view, see `augment.Views`.
-      random_bits: uint32, from which more is drawn for the image on the device; None where nothing is.
+      view: int32, the image's view, see `augment.Views`.
+      random_bits: uint32, the randomness of all else that is drawn for the image on the
+        device; None where nothing is.
     """
 
     index: Array  # type: ignore[assignment]  # it hides tuple.index
@@ -24,7 +29,7 @@ class BatchIndices(NamedTuple):
 
 
 def steps_per_epoch(num_examples: int, batch_size: int) -> int:
-    """Returns ceil(N / B): every batch is full and every image is seen."""
+    """Returns ceil(N / B), so that every batch is full and every image is used."""
     return -(-num_examples // batch_size)
 
 
@@ -39,42 +44,48 @@ def epoch_indices(
 ) -> BatchIndices:
     """Returns the batches of one epoch, `[S, B]` with S = ceil(N / B).
 
-    The epoch's permutation comes first, and is filled up from the beginning of the next epoch's. It depends on
-    nothing but the arguments: not on the device, the number of devices, or what ran before.
+    They are a permutation of all images, and the last batch is filled with the first
+    images of the next epoch's permutation. The result depends on the arguments only:
+    not on the device, the number of devices, or earlier calls.
 
     Args:
-      seed, epoch: int scalars, may be traced.
+      seed: int scalar, may be traced.
+      epoch: int scalar, may be traced.
       num_examples: N.
-      batch_size: B, the global batch.
-      num_views: views of an image; each is equally likely.
-      random_bits: whether to draw them too.
+      batch_size: B, of the global batch.
+      num_views: number of views of an image; each is equally likely.
+      random_bits: whether to draw `BatchIndices.random_bits`, too.
 
-    >>> indices = epoch_indices(0, 0, num_examples=5, batch_size=3, num_views=9)
-    >>> indices.index.shape, sorted(indices.index.ravel()[:5].tolist())
+    Returns:
+      A `BatchIndices` with leaves `[S, B]`.
+
+    >>> batches = epoch_indices(0, 0, num_examples=5, batch_size=3, num_views=9)
+    >>> batches.index.shape, sorted(batches.index.ravel()[:5].tolist())
     ((2, 3), [0, 1, 2, 3, 4])
     """
-    shape = (steps_per_epoch(num_examples, batch_size), batch_size)
+    num_steps = steps_per_epoch(num_examples, batch_size)
+    shape = (num_steps, batch_size)
     order_key, view_key = jax.random.split(jax.random.key(seed))
 
     def permutation(epoch: jax.Array | int) -> jax.Array:
-        return jax.random.permutation(
-            jax.random.fold_in(order_key, epoch), num_examples
-        )
+        epoch_key = jax.random.fold_in(order_key, epoch)
+        return jax.random.permutation(epoch_key, num_examples)
 
-    # A batch larger than the set takes from as many of the following permutations as it needs.
-    needed = -(-shape[0] * batch_size // num_examples)
-    order = jnp.concatenate([permutation(epoch + i) for i in range(needed)])[
-        : shape[0] * batch_size
-    ]
+    # Two permutations suffice, unless a batch is larger than the data set.
+    num_permutations = -(-num_steps * batch_size // num_examples)
+    permutations = [permutation(epoch + i) for i in range(num_permutations)]
+    order = jnp.concatenate(permutations)[: num_steps * batch_size]
+
     view_key = jax.random.fold_in(view_key, epoch)
     view = jax.random.randint(view_key, shape, 0, num_views, jnp.int32)
-    bits = (
-        jax.random.bits(jax.random.fold_in(view_key, 1), shape) if random_bits else None
-    )
+    bits = None
+    if random_bits:
+        # From a further key, so that the views are the same with and without them.
+        bits = jax.random.bits(jax.random.fold_in(view_key, 1), shape)
     return BatchIndices(order.astype(jnp.int32).reshape(shape), view, bits)
 
 
-def indices_from(
+def step_indices(
     seed: jax.Array | int,
     first_step: jax.Array | int,
     *,
@@ -83,20 +94,29 @@ def indices_from(
     batch_size: int,
     **view_options: Any,
 ) -> BatchIndices:
-    """Returns batches of the endless sequence of epochs from a step on, `[num_steps, B]`.
+    """Returns the batches of consecutive steps, over the ends of epochs, `[S, B]`.
 
     Args:
-      seed, first_step: int scalars, may be traced.
-      num_steps: how many.
-      num_examples, batch_size, **view_options: as `epoch_indices`.
+      seed: int scalar, may be traced.
+      first_step: int scalar, may be traced; counts from the start of epoch 0.
+      num_steps: S.
+      num_examples, batch_size, **view_options: see `epoch_indices`.
 
-    >>> indices = indices_from(0, 1, num_steps=2, num_examples=5, batch_size=3, num_views=9)
-    >>> epochs = [epoch_indices(0, epoch, num_examples=5, batch_size=3, num_views=9) for epoch in (0, 1)]
-    >>> [bool((indices.index[i] == epochs[i].index[1 - i]).all()) for i in (0, 1)]
+    Returns:
+      A `BatchIndices` with leaves `[S, B]`.
+
+    Steps 1 and 2 of epochs of 2 steps are the last of epoch 0 and the first of epoch 1:
+
+    >>> options = dict(num_examples=5, batch_size=3, num_views=9)
+    >>> batches = step_indices(0, 1, num_steps=2, **options)
+    >>> epochs = [epoch_indices(0, epoch, **options) for epoch in (0, 1)]
+    >>> [bool((batches.index[i] == epochs[i].index[1 - i]).all()) for i in (0, 1)]
     [True, True]
     """
     per_epoch = steps_per_epoch(num_examples, batch_size)
-    epochs = first_step // per_epoch + jnp.arange(-(-num_steps // per_epoch) + 1)
+    # One epoch more than S steps fill, since the first may start at its last step.
+    num_epochs = -(-num_steps // per_epoch) + 1
+    epochs = first_step // per_epoch + jnp.arange(num_epochs)
 
     def indices_of(epoch: jax.Array) -> BatchIndices:
         return epoch_indices(
@@ -107,13 +127,12 @@ def indices_from(
             **view_options,
         )
 
-    flat = jax.tree.map(
-        lambda x: x.reshape(-1, batch_size), jax.vmap(indices_of)(epochs)
-    )
-    return jax.tree.map(
-        lambda x: jax.lax.dynamic_slice_in_dim(x, first_step % per_epoch, num_steps),
-        flat,
-    )
+    def select_steps(x: jax.Array) -> jax.Array:
+        steps = x.reshape(-1, batch_size)
+        # Not a Python slice: the first step may be traced.
+        return jax.lax.dynamic_slice_in_dim(steps, first_step % per_epoch, num_steps)
+
+    return jax.tree.map(select_steps, jax.vmap(indices_of)(epochs))
 
 
 def lookahead_indices(
@@ -125,30 +144,46 @@ def lookahead_indices(
     batch_size: int,
     **view_options: Any,
 ) -> BatchIndices:
-    """Returns for each step of an epoch its own batch and the next K − 1, over the epoch's end too, `[S, B, K]`.
+    """Returns each batch of an epoch with the K − 1 that follow it, `[S, B, K]`.
+
+    The batches that follow the epoch's last ones are those of the next epoch.
 
     Args:
-      seed, epoch: int scalars, may be traced.
+      seed: int scalar, may be traced.
+      epoch: int scalar, may be traced.
       lookahead: K.
-      num_examples, batch_size, **view_options: as `epoch_indices`.
+      num_examples, batch_size, **view_options: see `epoch_indices`.
 
-    >>> indices = lookahead_indices(0, 0, lookahead=2, num_examples=5, batch_size=3, num_views=9)
-    >>> indices.index.shape, bool((indices.index[0, :, 1] == indices.index[1, :, 0]).all())
-    ((2, 3, 2), True)
+    Returns:
+      A `BatchIndices` with leaves `[S, B, K]`.
+
+    >>> batches = lookahead_indices(
+    ...     0, 0, lookahead=2, num_examples=5, batch_size=3, num_views=9)
+    >>> batches.index.shape
+    (2, 3, 2)
+    >>> bool((batches.index[0, :, 1] == batches.index[1, :, 0]).all())
+    True
     """
-    steps = steps_per_epoch(num_examples, batch_size)
-    batches = indices_from(
+    num_steps = steps_per_epoch(num_examples, batch_size)
+    batches = step_indices(
         seed,
-        epoch * steps,
-        num_steps=steps + lookahead - 1,
+        epoch * num_steps,
+        num_steps=num_steps + lookahead - 1,
         num_examples=num_examples,
         batch_size=batch_size,
         **view_options,
     )
-    window = jnp.arange(steps)[:, None] + jnp.arange(lookahead)[None, :]
-    return jax.tree.map(lambda x: jnp.moveaxis(x[window], 1, 2), batches)
+    # `[S, K]`: step s needs batches s to s + K − 1.
+    windows = jnp.arange(num_steps)[:, None] + jnp.arange(lookahead)[None, :]
+    # The batch axis comes before K, so that it is axis 1 of all batches' leaves.
+    return jax.tree.map(lambda x: jnp.moveaxis(x[windows], 1, 2), batches)
 
 
 def outer_seed(seed: jax.Array | int) -> jax.Array:
-    """Returns the seed of the outer set's own batches in a run with this seed; it may be traced."""
+    """Returns the seed of the outer set's batches in a run of this seed.
+
+    Args:
+      seed: int scalar, may be traced.
+    """
+    # `epoch_indices` splits the same key in two, which equals folding in 0 and 1.
     return jax.random.bits(jax.random.fold_in(jax.random.key(seed), 2))

@@ -1,7 +1,8 @@
-"""Batches of images that stay on disk: read, cropped and stacked by Grain, beside the step that uses them.
+"""Streams batches of images that stay on disk.
 
-A batch is a function of (seed, step) alone, so a stream has no position but the step: it starts anywhere, with any
-number of workers, and gives the same bytes.
+Grain reads, crops and stacks them while the training step runs. A batch is a function
+of the seed and the step only. So a stream has no position to save: it starts at any
+step, with any number of workers, and gives the same bytes.
 """
 
 import contextlib
@@ -18,81 +19,100 @@ import numpy as np
 from ltkd_jax.data.records import Records
 from ltkd_jax.data.sampling import Array, steps_per_epoch
 
-_THREADS = min(
-    16, os.cpu_count() or 4
-)  # as many batches are read side by side, and wait, decoded
-_PREFETCH = 2  # batches that each worker keeps ready
+# Without workers, as many threads read a batch each, and as many batches are ready.
+_NUM_THREADS = min(16, os.cpu_count() or 4)
+_PREFETCH_PER_WORKER = 2  # batches
 
 
 class StreamedBatch(NamedTuple):
-    """A batch of training views, each a random resized crop; leaves `[B, …]`."""
+    """Holds a batch of training views, each a random crop; leaves `[B, …]`.
 
-    images: Array  # uint8 [B, H, W, C]
-    labels: Array  # int32 [B]
-    random_bits: Array  # uint32 [B], for what is drawn on the device
+    Attributes:
+      images: uint8 `[B, H, W, channels]`.
+      labels: int32 `[B]`.
+      random_bits: uint32 `[B]`, the randomness of what is drawn on the device.
+    """
+
+    images: Array
+    labels: Array
+    random_bits: Array
 
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-    """Which image stands at which position of the endless stream, and what is drawn for it.
+    """Describes which image is at each position of the endless stream, and its seed.
 
-    As `sampling.epoch_indices`: an epoch is ceil(N / B) full batches, a permutation filled up from the next one.
-    Permutations are computed entry by entry, so that they take no memory whatever N is.
+    Position s · B + i is image i of batch s. As in `sampling.epoch_indices`, an epoch
+    is ceil(N / B) full batches: a permutation, filled with the first images of the next
+    one. Permutations are computed one entry at a time, so they take no memory.
 
     Attributes:
-      seed: of the order and of all that is drawn.
+      seed: of the order and of all that is drawn for the images.
       num_examples: N.
       batch_size: B, of the global batch.
 
     >>> order = Order(seed=0, num_examples=5, batch_size=3)
-    >>> sorted(order.index(position) for position in range(5)), order.index(5) == order.index(6)
-    ([0, 1, 2, 3, 4], True)
+    >>> sorted(order.index(position) for position in range(5))
+    [0, 1, 2, 3, 4]
+    >>> order.index(5) == order.index(6)  # the filling, and the next epoch
+    True
     """
 
     seed: int
     num_examples: int
     batch_size: int
-    _shuffled: Any = dataclasses.field(
-        init=False, repr=False, compare=False
-    )  # of Grain
+    # Grain's data set of all permutations, one after the other.
+    _permutations: Any = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         import grain
 
-        order = (
-            grain.MapDataset.range(self.num_examples).seed(self.seed).shuffle().repeat()
-        )
-        object.__setattr__(self, "_shuffled", order)
+        examples = grain.MapDataset.range(self.num_examples).seed(self.seed)
+        # `repeat` after `shuffle` shuffles every repetition anew.
+        permutations = examples.shuffle().repeat()
+        # The only way to set a field of a frozen dataclass.
+        object.__setattr__(self, "_permutations", permutations)
 
     def index(self, position: int) -> int:
-        """The image at a position: at place p of batch s for s · B + p."""
-        of_epoch = steps_per_epoch(self.num_examples, self.batch_size) * self.batch_size
-        epoch, offset = divmod(position, of_epoch)
-        return self._shuffled[epoch * self.num_examples + offset]
+        """Returns the index of the image at a position."""
+        num_steps = steps_per_epoch(self.num_examples, self.batch_size)
+        epoch, offset = divmod(position, num_steps * self.batch_size)
+        # Beyond N, the offset runs into the next permutation, which fills the epoch.
+        return self._permutations[epoch * self.num_examples + offset]
 
     def rng(self, position: int) -> np.random.Generator:
-        """From which the view at a position is drawn."""
+        """Returns the generator from which the view at a position is drawn."""
         return np.random.default_rng((self.seed, position))
 
 
 @dataclasses.dataclass(frozen=True)
-class _Views:
-    """What Grain maps over: the number of an example of this process to the example."""
+class _ViewReader:
+    """Reads the training views of examples; it is pickled into Grain's workers.
+
+    Attributes:
+      records: the training set.
+      order: of the stream.
+      positions: those of each batch that this process reads.
+    """
 
     records: Records
     order: Order
-    positions: tuple[int, ...]  # of each batch that this process reads
+    positions: tuple[int, ...]
 
-    def __call__(self, number: int) -> StreamedBatch:
-        step, i = divmod(number, len(self.positions))
+    def __call__(self, example: int) -> StreamedBatch:
+        """Returns one view, as leaves without the axis B.
+
+        Args:
+          example: counts the examples that this process reads from step 0 on.
+        """
+        step, i = divmod(example, len(self.positions))
         position = step * self.order.batch_size + self.positions[i]
-        index, rng = self.order.index(position), self.order.rng(position)
-        image = self.records.crop(index, rng)
-        return StreamedBatch(
-            image,
-            self.records.labels[index],
-            np.asarray(rng.integers(2**32, dtype=np.uint32)),
-        )
+        index = self.order.index(position)
+        rng = self.order.rng(position)
+        image = self.records.random_crop(index, rng)
+        # From the same generator: the stream depends on the order of these two draws.
+        random_bits = np.asarray(rng.integers(2**32, dtype=np.uint32))
+        return StreamedBatch(image, self.records.labels[index], random_bits)
 
 
 @contextlib.contextmanager
@@ -106,63 +126,80 @@ def batches(
     num_workers: int = 0,
     positions: Sequence[int] | None = None,
 ) -> Iterator[Iterator[StreamedBatch]]:
-    """The batches of `num_steps` steps from a step on; a context, since it may run processes.
+    """Yields an iterator over the batches of consecutive steps.
+
+    It is a context manager, which ends the reader's threads and processes.
 
     Args:
       records: the training set.
-      seed: of order, crops and flips.
+      seed: of the order, the crops and the flips.
       batch_size: B, of the global batch.
-      first_step: of the stream, from which to go on.
-      num_steps: how many batches.
-      num_workers: processes that decode; 0 does it by threads of this one.
-      positions: of each batch that are read, such as those of one of several processes; all by default.
+      first_step: the first step to read, counted from the start of epoch 0.
+      num_steps: number of batches.
+      num_workers: number of processes that decode; 0 decodes in threads of this one.
+      positions: which positions of each batch to read, such as those of one of several
+        processes; None reads all.
 
     Raises:
-      ValueError: nothing to read, or positions that a batch does not have. On the way, an image that does not decode.
+      ValueError: there are no images, an argument is negative, or a position is not in
+        0 to B − 1. The iterator raises it for an image that does not decode.
     """
     import grain
 
     positions = tuple(range(batch_size) if positions is None else map(int, positions))
-    share = len(positions)
+    local_batch_size = len(positions)
     if not positions or not all(0 <= position < batch_size for position in positions):
         raise ValueError(
-            f"positions={positions}: a batch of {batch_size} has those from 0 to {batch_size - 1}"
+            f"positions={positions}: a batch of {batch_size} has those from 0 to "
+            f"{batch_size - 1}"
         )
     if not len(records) or min(seed, first_step, num_workers) < 0:
         raise ValueError(
-            f"{len(records)} images, seed={seed}, first_step={first_step}, num_workers={num_workers}: there must be "
-            "an image, and nothing may be negative"
+            f"{len(records)} images, seed={seed}, first_step={first_step}, "
+            f"num_workers={num_workers}: there must be an image, and nothing may be "
+            "negative"
         )
-    views = _Views(records, Order(seed, len(records), batch_size), positions)
-    numbers = grain.MapDataset.range(
-        first_step * share, (first_step + num_steps) * share
+    order = Order(seed, len(records), batch_size)
+    examples = grain.MapDataset.range(
+        first_step * local_batch_size, (first_step + num_steps) * local_batch_size
     )
-    threads = 0 if num_workers else _THREADS
-    read = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
-    stream = numbers.map(views).batch(share).to_iter_dataset(read)
+    views = examples.map(_ViewReader(records, order, positions))
+    # With workers, each of them reads in the one thread of its own process.
+    num_threads = 0 if num_workers else _NUM_THREADS
+    stream = views.batch(local_batch_size).to_iter_dataset(
+        grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=num_threads)
+    )
     if num_workers:
         _parse_flags()
         stream = stream.mp_prefetch(
-            grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=_PREFETCH)
+            grain.MultiprocessingOptions(
+                num_workers, per_worker_buffer_size=_PREFETCH_PER_WORKER
+            )
         )
     iterator = iter(stream)
     try:
-        # Grain starts its workers for the first batch, in threads that start then too, and all inherit the mask.
+        # Grain starts its workers when the first batch is requested, in threads that it
+        # starts then, too. Both inherit the blocked signals.
         with _blocked_signals() if num_workers else contextlib.nullcontext():
-            first = list(itertools.islice(iterator, 1))
-        # Taken out, since its memory is shared with a worker: it must not outlive the block.
-        yield itertools.chain((first.pop() for _ in range(len(first))), iterator)
+            first_batch = list(itertools.islice(iterator, 1))
+        # The batch's memory is shared with a worker, so it must not outlive the block:
+        # popped from its list, it is referenced by the caller only.
+        popped = (first_batch.pop() for _ in range(len(first_batch)))
+        yield itertools.chain(popped, iterator)
     finally:
         iterator.close()
 
 
 @contextlib.contextmanager
 def _blocked_signals() -> Iterator[None]:
-    """Blocks SIGTERM and SIGINT in this thread, and for good in the threads and processes that it starts meanwhile.
+    """Blocks SIGTERM and SIGINT, also in threads and processes that the block starts.
 
-    A signal to the whole process group is for the program alone, and reaches it when the block ends.
+    This thread unblocks them when the block ends; the threads and processes that it
+    started never do. So a signal to the process group does not end a worker. Only the
+    main process handles it, which needs its workers until it stops.
     """
-    resource_tracker.ensure_running()  # started later, by the first process, it would unblock them
+    # The first process would start it otherwise, and it unblocks both signals.
+    resource_tracker.ensure_running()
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
     try:
         yield
@@ -171,24 +208,35 @@ def _blocked_signals() -> Iterator[None]:
 
 
 def _parse_flags() -> None:
-    """Grain's workers read absl's flags, which a program that has none of its own never parses."""
+    """Marks absl's flags as parsed, which Grain's workers read."""
     from absl import flags
 
+    # A program without flags of its own never parses them.
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
 
 
-def in_order(
+def evaluation_batches(
     records: Records, indices: np.ndarray
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields (images, labels) as they are evaluated, a batch for each row of `indices` `[S, B]`."""
+    """Yields the images and labels of an evaluation, batch by batch, in order.
+
+    Args:
+      records: the images.
+      indices: integers `[S, B]`, of the images of each batch.
+
+    Yields:
+      (images uint8 `[B, H, W, channels]`, labels int32 `[B]`), S times.
+    """
     import grain
 
-    read = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_THREADS)
-    examples = grain.MapDataset.source(indices.ravel()).map(
-        lambda i: (records.image(int(i)), records.labels[i])
+    def read(index: Any) -> tuple[np.ndarray, np.ndarray]:
+        return records.image(int(index)), records.labels[index]
+
+    options = grain.ReadOptions(
+        num_threads=_NUM_THREADS, prefetch_buffer_size=_NUM_THREADS
     )
-    with contextlib.closing(
-        iter(examples.batch(indices.shape[1]).to_iter_dataset(read))
-    ) as iterator:
+    examples = grain.MapDataset.source(indices.ravel()).map(read)
+    stream = examples.batch(indices.shape[1]).to_iter_dataset(options)
+    with contextlib.closing(iter(stream)) as iterator:
         yield from iterator

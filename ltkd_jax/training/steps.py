@@ -125,7 +125,7 @@ def make_batch(
     views: augment.Views,
     preprocess: Preprocess,
     teacher_fn: TeacherFn,
-    extra: augment.Extra = augment.NOTHING,
+    extra: augment.Extra = augment.NO_EXTRA,
 ) -> Batch:
     """Returns augmented and normalised images, their labels, and what the teacher computes for them.
 
@@ -146,7 +146,7 @@ def make_batch(
     if mixup is not None:
         assert batch.random_bits is not None  # Mixup has them drawn
         others, other_labels = _augmented(data, mixup, views, extra)
-        lam = augment.mixup_share(batch.random_bits, extra.mixup)
+        lam = augment.mixup_lam(batch.random_bits, extra.mixup)
         images = augment.mix(images, preprocess(others), lam)
         mixed_with = Mixup(other_labels, lam)
     return Batch(images, labels, teacher_fn(data.teacher, batch, images), mixed_with)
@@ -165,7 +165,7 @@ def _augmented(
         assert (
             data.images is not None and data.labels is not None
         )  # they are None for streams alone
-        images = augment.apply(data.images[batch.index], batch.view, views)
+        images = augment.apply_views(data.images[batch.index], batch.view, views)
         labels = data.labels[batch.index]
     return augment.apply_extra(images, batch.random_bits, extra), labels
 

@@ -1,4 +1,4 @@
-"""Archives laid out as the official ones are, with random images."""
+"""Archives in the layouts of the official ones, with random images."""
 
 import dataclasses
 import functools
@@ -13,17 +13,16 @@ import numpy as np
 
 from ltkd_jax.data.prepare import archives, recipes
 
-TRAIN, TEST = 20, 10  # images of a fabricated archive
+NUM_TRAIN = 20
+NUM_TEST = 10
 LAYOUTS = {"cifar100": archives.CIFAR100, "cifar10": archives.CIFAR10}
-FOLDERS = {  # in the archive of pickles and in that of binary records
-    "cifar100": ("cifar-100-python", "cifar-100-binary"),
-    "cifar10": ("cifar-10-batches-py", "cifar-10-batches-bin"),
-}
+PICKLE_FOLDERS = {"cifar100": "cifar-100-python", "cifar10": "cifar-10-batches-py"}
+BINARY_FOLDERS = {"cifar100": "cifar-100-binary", "cifar10": "cifar-10-batches-bin"}
 NUM_CLASSES = {"cifar100": {"coarse_label": 20, "label": 100}, "cifar10": {"label": 10}}
 
 
 class Python2Pickler(pickle._Pickler):
-    """Writes every string as the 8-bit string of Python 2, which wrote the official files."""
+    """Writes strings as 8-bit ones, as Python 2 did in the official files."""
 
     def save_string(self, value):
         data = value.encode() if isinstance(value, str) else value
@@ -53,14 +52,13 @@ def write_tar(path, members):
 
 
 def fabricate(name):
-    """Returns random images and labels: by split, planes `[N, 3072]` and labels by name."""
+    """Returns by split random images `[N, 3072]`, and labels by name."""
     rng = np.random.default_rng(0)
     data = {}
-    for split, size in (("train", TRAIN), ("test", TEST)):
-        labels = {
-            label: rng.integers(0, classes, size)
-            for label, classes in NUM_CLASSES[name].items()
-        }
+    for split, size in (("train", NUM_TRAIN), ("test", NUM_TEST)):
+        labels = {}
+        for label, num_classes in NUM_CLASSES[name].items():
+            labels[label] = rng.integers(0, num_classes, size)
         data[split] = rng.integers(0, 256, (size, 3072), dtype=np.uint8), labels
     return data
 
@@ -69,36 +67,30 @@ def class_names(name, label):
     return [f"{label}_{i}" for i in range(NUM_CLASSES[name][label])]
 
 
-def chunks(data, members):
-    """Yields the part of a split that each of its members holds."""
+def divide(data, file_names):
+    """Yields the images and labels that each file of a split holds."""
     planes, labels = data
-    for member, rows in zip(
-        members, np.array_split(np.arange(len(planes)), len(members))
-    ):
-        yield (
-            member,
-            planes[rows],
-            {name: values[rows] for name, values in labels.items()},
-        )
+    divided_indices = np.array_split(np.arange(len(planes)), len(file_names))
+    for file_name, indices in zip(file_names, divided_indices):
+        file_labels = {name: values[indices] for name, values in labels.items()}
+        yield file_name, planes[indices], file_labels
 
 
 def pickle_archive(path, name, data):
     """Writes an archive of pickles, and returns the layout with its checksum."""
     layout = LAYOUTS[name]
-    meta = {
-        f"{key}_names".encode(): class_names(name, label)
-        for label, key in layout.pickle_names.items()
-    }
-    members = {f"{FOLDERS[name][0]}/{layout.pickle_meta}": dump_as_python_2(meta)}
-    for split, files in layout.splits.items():
-        for file, planes, labels in chunks(data[split], files):
-            batch = {
-                f"{key}s".encode(): labels[label].tolist()
-                for label, key in layout.pickle_names.items()
-            }
-            members[f"{FOLDERS[name][0]}/{file}"] = dump_as_python_2(
-                batch | {b"data": planes}
-            )
+    folder = PICKLE_FOLDERS[name]
+    meta = {}
+    for label, key in layout.pickle_names.items():
+        meta[f"{key}_names".encode()] = class_names(name, label)
+    members = {f"{folder}/{layout.pickle_meta}": dump_as_python_2(meta)}
+    for split, file_names in layout.splits.items():
+        for file_name, planes, labels in divide(data[split], file_names):
+            batch = {}
+            for label, key in layout.pickle_names.items():
+                batch[f"{key}s".encode()] = labels[label].tolist()
+            batch[b"data"] = planes
+            members[f"{folder}/{file_name}"] = dump_as_python_2(batch)
     write_tar(path, members)
     return dataclasses.replace(layout, pickle_sha256=sha256(path.read_bytes()))
 
@@ -106,19 +98,17 @@ def pickle_archive(path, name, data):
 def binary_archive(path, name, data):
     """Writes an archive of binary records, and returns the layout with its checksum."""
     layout = LAYOUTS[name]
+    folder = BINARY_FOLDERS[name]
     members = {}
-    for label, file in layout.binary_names.items():
-        members[f"{FOLDERS[name][1]}/{file}"] = (
-            "\n".join(class_names(name, label)).encode() + b"\n\n"
-        )
-    for split, files in layout.splits.items():
-        for file, planes, labels in chunks(data[split], files):
-            leading = np.stack(
-                [labels[label] for label in layout.binary_names], axis=1
-            ).astype(np.uint8)
-            members[f"{FOLDERS[name][1]}/{file}.bin"] = np.concatenate(
-                [leading, planes], axis=1
-            ).tobytes()
+    for label, file_name in layout.binary_names.items():
+        lines = "\n".join(class_names(name, label)) + "\n\n"
+        members[f"{folder}/{file_name}"] = lines.encode()
+    for split, file_names in layout.splits.items():
+        for file_name, planes, labels in divide(data[split], file_names):
+            label_bytes = [labels[label] for label in layout.binary_names]
+            label_bytes = np.stack(label_bytes, axis=1).astype(np.uint8)
+            records = np.concatenate([label_bytes, planes], axis=1)
+            members[f"{folder}/{file_name}.bin"] = records.tobytes()
     write_tar(path, members)
     return dataclasses.replace(layout, binary_sha256=sha256(path.read_bytes()))
 
@@ -127,9 +117,8 @@ ARCHIVES = {"pickles": pickle_archive, "binary": binary_archive}
 
 
 def cifar_recipe(name, layout):
-    return recipes.Recipe(
-        name, (), functools.partial(archives.read_cifar, cifar=layout)
-    )
+    read = functools.partial(archives.read_cifar, layout=layout)
+    return recipes.Recipe(name, (), read)
 
 
 def idx(array):
@@ -139,16 +128,20 @@ def idx(array):
 
 
 def fashion_mnist():
-    """Returns the recipe of a small Fashion-MNIST, its images and labels by split, and its gzipped files by name."""
+    """Returns the recipe, the data by split and the files of a small Fashion-MNIST."""
     rng = np.random.default_rng(0)
-    data, contents = {}, {}
-    for split, prefix, size in (("train", "train", TRAIN), ("test", "t10k", TEST)):
-        data[split] = rng.integers(0, 256, (size, 28, 28)), np.arange(size) % 10
-        for kind, array in zip(("images-idx3", "labels-idx1"), data[split]):
-            contents[f"{prefix}-{kind}-ubyte.gz"] = idx(array)
-    read = functools.partial(
-        archives.read_idx,
-        sha256={name: sha256(content) for name, content in contents.items()},
-    )
+    data = {}
+    contents = {}
+    for split, prefix, size in (
+        ("train", "train", NUM_TRAIN),
+        ("test", "t10k", NUM_TEST),
+    ):
+        images = rng.integers(0, 256, (size, 28, 28))
+        labels = np.arange(size) % 10
+        data[split] = images, labels
+        contents[f"{prefix}-images-idx3-ubyte.gz"] = idx(images)
+        contents[f"{prefix}-labels-idx1-ubyte.gz"] = idx(labels)
+    digests = {name: sha256(content) for name, content in contents.items()}
+    read = functools.partial(archives.read_idx, sha256=digests)
     files = {name: gzip.compress(content) for name, content in contents.items()}
     return recipes.Recipe("fashion_mnist", (), read), data, files

@@ -1,4 +1,8 @@
-"""Property tests by hypothesis; LTKD_FUZZ_EXAMPLES sets the number of examples, the usual ones are always the same."""
+"""Property tests by hypothesis.
+
+LTKD_FUZZ_EXAMPLES sets the number of examples. Below 100, as by default, the examples
+are the same every time.
+"""
 
 import os
 
@@ -11,9 +15,12 @@ SEEDS = st.integers(0, 2**32 - 1)
 
 def fuzz(check, **strategies):
     """Calls `check` with examples of the strategies."""
-    options = dict(
-        deadline=None, database=None, suppress_health_check=list(HealthCheck)
+    configure = settings(
+        max_examples=EXAMPLES,
+        derandomize=EXAMPLES < 100,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
     )
-    settings(max_examples=EXAMPLES, derandomize=EXAMPLES < 100, **options)(
-        given(**strategies)(check)
-    )()
+    run = configure(given(**strategies)(check))
+    run()

@@ -81,7 +81,7 @@ def trainings(folder):
 def reading(index, folder, spec):
     """Notes which records this process decodes, of two batches of a stream and of an evaluation."""
     student = trainer(spec.student_training("none"))
-    read = {"crop": [], "image": []}
+    read = {"random_crop": [], "image": []}
     for name, numbers in read.items():
         original = getattr(Records, name)
 

@@ -216,7 +216,7 @@ class Training:
                 sampling.lookahead_indices, lookahead=self._lookahead
             )
             outer_seed = sampling.outer_seed(0)
-            outer = sampling.indices_from(
+            outer = sampling.step_indices(
                 outer_seed, 0, num_steps=num_steps, num_examples=NUM_OUTER, **options
             )
         else:

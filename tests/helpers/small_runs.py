@@ -64,7 +64,9 @@ def prepare_insects(folder):
     files = pictures.by_class(INSECTS, folder="train/", **size)
     files |= pictures.by_class({name: 5 for name in INSECTS}, folder="test/", **size)
     pictures.write_folder(folder / "images", files)
-    recipes.prepare(recipes.own_recipe("insects"), folder / "tfds", folder / "images")
+    recipes.prepare(
+        recipes.custom_recipe("insects"), folder / "tfds", folder / "images"
+    )
     return folder / "tfds"
 
 

@@ -75,7 +75,7 @@ def test_unknown_model_is_refused():
 def test_stream_and_plain_loop_read_the_same_batches(tmp_path):
     input_pipeline.photographs(tmp_path / "images", 24)
     recipes.prepare(
-        recipes.own_recipe("photographs"), tmp_path / "tfds", tmp_path / "images"
+        recipes.custom_recipe("photographs"), tmp_path / "tfds", tmp_path / "images"
     )
     train = datasets.load("photographs", tmp_path / "tfds", size=16, margin=True).train
     with streaming.batches(

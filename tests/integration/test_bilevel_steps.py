@@ -78,7 +78,7 @@ def test_lookahead_over_the_end_of_an_epoch():
 def test_outer_batches_are_a_sequence_of_their_own():
     """Every image is in each ceil(M / B) of them; their epochs do not end with the training set's."""
     options = dict(batch_size=BATCH, num_views=9)
-    outer = sampling.indices_from(
+    outer = sampling.step_indices(
         sampling.outer_seed(3), 0, num_steps=9, num_examples=NUM_OUTER, **options
     ).index
     per_epoch = sampling.steps_per_epoch(NUM_OUTER, BATCH)

@@ -1,4 +1,4 @@
-"""Data sets against the libraries they come from, and against TFDS's own decoding."""
+"""Tests the loaded data sets against their sources."""
 
 import json
 import os
@@ -15,38 +15,35 @@ from ltkd_jax.data.prepare import recipes
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    """A data directory with a small CIFAR-10 and a small Fashion-MNIST, and what is in them."""
+def prepared(tmp_path_factory):
+    """Returns a data directory with two small data sets, and their contents by name."""
     data_dir = tmp_path_factory.mktemp("tfds")
     contents = {
         "cifar10": random_content((32, 32, 3), 10),
         "fashion_mnist": random_content((28, 28, 1), 10),
     }
     for name, content in contents.items():
-        recipes.prepare(
-            recipes.Recipe(name, (), lambda _, content=content: content),
-            data_dir,
-            "any",
-        )
+        recipe = recipes.Recipe(name, (), lambda _, content=content: content)
+        recipes.prepare(recipe, data_dir, "any")
     return data_dir, contents
 
 
-def whole(part):
-    return part.take(np.arange(len(part)))
+def take_all(images):
+    return images.take(np.arange(len(images)))
 
 
 def check_form(source):
-    for part in (whole(source.train), whole(source.test)):
-        assert (
-            part.images.dtype == np.uint8
-            and part.labels.dtype == np.int32
-            and part.keys.dtype.kind == "U"
-        )
-        assert part.images.ndim == 4 and len(part) == len(part.images) == len(
-            part.keys
-        ) == len(set(part.keys))
-        assert (part.keys[1:] > part.keys[:-1]).all()
-        assert part.labels.min() == 0 and part.labels.max() == source.num_classes - 1
+    """Checks the types, shapes, keys and labels of a data set."""
+    for split in (source.train, source.test):
+        images = take_all(split)
+        assert images.images.dtype == np.uint8 and images.images.ndim == 4
+        assert images.labels.dtype == np.int32
+        assert images.keys.dtype.kind == "U"
+        assert len(images) == len(images.images) == len(images.keys)
+        assert len(set(images.keys)) == len(images)
+        assert (images.keys[1:] > images.keys[:-1]).all()
+        assert images.labels.min() == 0
+        assert images.labels.max() == source.num_classes - 1
     assert len(source.class_names) == source.num_classes
     assert len(source.mean) == len(source.std) == source.train.shape[-1]
 
@@ -54,21 +51,20 @@ def check_form(source):
 def test_digits():
     from sklearn.datasets import load_digits
 
-    source, bunch = datasets.load("digits"), load_digits()
+    source = datasets.load("digits")
+    bunch = load_digits()
     check_form(source)
     assert source.train.shape == (8, 8, 1) and len(source.train) == 1097
     assert np.bincount(source.test.labels).tolist() == [70] * 10
     assert not set(source.train.keys) & set(source.test.keys)
-    for part in (source.train, source.test):
-        indices = [int(key.removeprefix("digits_")) for key in part.keys]
-        np.testing.assert_array_equal(
-            np.round(part.images[..., 0] / 255 * 16), bunch.images[indices]
-        )
-        np.testing.assert_array_equal(part.labels, bunch.target[indices])
+    for images in (source.train, source.test):
+        indices = [int(key.removeprefix("digits_")) for key in images.keys]
+        pixels = np.round(images.images[..., 0] / 255 * 16)
+        np.testing.assert_array_equal(pixels, bunch.images[indices])
+        np.testing.assert_array_equal(images.labels, bunch.target[indices])
     pixels = source.train.images / 255
-    np.testing.assert_allclose(
-        (source.mean[0], source.std[0]), (pixels.mean(), pixels.std()), atol=1e-4
-    )
+    np.testing.assert_allclose(source.mean[0], pixels.mean(), atol=1e-4)
+    np.testing.assert_allclose(source.std[0], pixels.std(), atol=1e-4)
     assert source.views == augment.Views(pad=1, flip=False)
 
 
@@ -79,15 +75,11 @@ def test_digits_test_set_is_frozen():
 
 
 def test_digits_do_not_import_tfds():
-    code = "import sys; from ltkd_jax.data import datasets; datasets.load('digits')"
-    subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            f"{code}; assert 'tensorflow_datasets' not in sys.modules",
-        ],
-        check=True,
+    code = (
+        "import sys; from ltkd_jax.data import datasets; datasets.load('digits'); "
+        "assert 'tensorflow_datasets' not in sys.modules"
     )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize(
@@ -105,9 +97,8 @@ def test_load_unknown_name(name, message):
 def test_load_unprepared(tmp_path):
     with pytest.raises(records.DatasetNotPreparedError) as error:
         datasets.load("cifar100", tmp_path)
-    assert f"python -m ltkd_jax.data.prepare cifar100 --data_dir {tmp_path}" in str(
-        error.value
-    )
+    command = f"python -m ltkd_jax.data.prepare cifar100 --data_dir {tmp_path}"
+    assert command in str(error.value)
 
 
 def test_default_directory(monkeypatch, tmp_path):
@@ -118,16 +109,16 @@ def test_default_directory(monkeypatch, tmp_path):
     assert records.resolve_data_dir(None) == tmp_path / "tensorflow_datasets"
 
 
-def test_load_another_file_format(small, tmp_path):
-    shutil.copytree(small[0] / "cifar10", tmp_path / "cifar10")
+def test_load_another_file_format(prepared, tmp_path):
+    shutil.copytree(prepared[0] / "cifar10", tmp_path / "cifar10")
     info = next(tmp_path.glob("cifar10/*/dataset_info.json"))
     info.write_text(info.read_text().replace('"array_record"', '"tfrecord"'))
     with pytest.raises(records.DatasetNotPreparedError, match="tfrecord files"):
         datasets.load("cifar10", tmp_path)
 
 
-def test_load_another_version(small, tmp_path):
-    shutil.copytree(small[0] / "cifar10", tmp_path / "cifar10")
+def test_load_another_version(prepared, tmp_path):
+    shutil.copytree(prepared[0] / "cifar10", tmp_path / "cifar10")
     info = next(tmp_path.glob("cifar10/*/dataset_info.json"))
     info.write_text(json.dumps(json.loads(info.read_text()) | {"version": "1.0.0"}))
     os.rename(info.parent, info.parent.with_name("1.0.0"))
@@ -135,52 +126,48 @@ def test_load_another_version(small, tmp_path):
         datasets.load("cifar10", tmp_path)
 
 
-def test_load_with_ids(small):
-    source = datasets.load("cifar10", small[0])
+def test_load_with_ids(prepared):
+    data_dir, contents = prepared
+    source = datasets.load("cifar10", data_dir)
     check_form(source)
-    for split, part in (("train", source.train), ("test", source.test)):
-        images, labels = small[1]["cifar10"].splits[split]
-        assert part.keys.tolist() == [f"{split}_{i:05d}" for i in range(len(images))]
-        np.testing.assert_array_equal(whole(part).images, images)
-        np.testing.assert_array_equal(part.labels, labels["label"])
-    assert source.views == augment.Views(pad=4, flip=True) and source.mean == (
-        0.4914,
-        0.4822,
-        0.4465,
-    )
+    for split, split_records in (("train", source.train), ("test", source.test)):
+        pixels, labels = contents["cifar10"].splits[split]
+        images = take_all(split_records)
+        assert images.keys.tolist() == [f"{split}_{i:05d}" for i in range(len(pixels))]
+        np.testing.assert_array_equal(images.images, pixels)
+        np.testing.assert_array_equal(images.labels, labels["label"])
+    assert source.views == augment.Views(pad=4, flip=True)
+    assert source.mean == (0.4914, 0.4822, 0.4465)
 
 
-def test_load_without_ids(small):
-    source = datasets.load("fashion_mnist", small[0])
+def test_load_without_ids(prepared):
+    data_dir, contents = prepared
+    source = datasets.load("fashion_mnist", data_dir)
     check_form(source)
-    images, labels = small[1]["fashion_mnist"].splits["train"]
-    expected = {image.tobytes(): label for image, label in zip(images, labels["label"])}
-    assert expected == {
-        image.tobytes(): label
-        for image, label in zip(whole(source.train).images, source.train.labels)
-    }
-    assert (
-        source.views == augment.Views(pad=2, flip=True)
-        and source.class_names[9] == "Ankle boot"
-    )
+    pixels, labels = contents["fashion_mnist"].splits["train"]
+    expected = dict(zip([image.tobytes() for image in pixels], labels["label"]))
+    train = take_all(source.train)
+    result = dict(zip([image.tobytes() for image in train.images], train.labels))
+    assert result == expected
+    assert source.views == augment.Views(pad=2, flip=True)
+    assert source.class_names[9] == "Ankle boot"
 
 
-def test_content_keys_do_not_depend_on_the_order():
+def test_content_keys_independent_of_order():
     images = np.zeros((6, 2, 2, 1), np.uint8)
     images[3] = 1
     labels = np.array([2, 1, 0, 0, 1, 2])
     digests = np.array([image.tobytes().hex() for image in images])
     keys = records.content_keys(digests, labels)
     order = np.random.default_rng(0).permutation(6)
-    by_key = dict(
-        zip(records.content_keys(digests[order], labels[order]), labels[order])
-    )
-    assert by_key == dict(zip(keys, labels)) and len(by_key) == 6
+    permuted_keys = records.content_keys(digests[order], labels[order])
+    label_of = dict(zip(permuted_keys, labels[order]))
+    assert label_of == dict(zip(keys, labels)) and len(label_of) == 6
 
 
-def test_load_checks_labels(small, monkeypatch):
-    monkeypatch.setattr(
-        records, "index", lambda *_: (np.arange(24) % 12, np.arange(24).astype(str))
-    )
+def test_load_checks_labels(prepared, monkeypatch):
+    labels = np.arange(24) % 12
+    keys = np.arange(24).astype(str)
+    monkeypatch.setattr(records, "read_index", lambda *_: (labels, keys))
     with pytest.raises(ValueError, match=r"=10: 4 labels are outside 0\.\.9"):
-        datasets.load("cifar10", small[0])
+        datasets.load("cifar10", prepared[0])

@@ -1,4 +1,4 @@
-"""Preparation: fabricated archives in the true layouts, and a server that misbehaves."""
+"""Tests preparation from fabricated archives, and from a server that misbehaves."""
 
 import dataclasses
 import http.server
@@ -20,7 +20,7 @@ from helpers.archives import (
     sha256,
     write_tar,
 )
-from helpers.content import Evil
+from helpers.content import Malicious
 from helpers.pictures import write_folder
 
 from ltkd_jax.data import records
@@ -28,50 +28,44 @@ from ltkd_jax.data.prepare import __main__ as command
 from ltkd_jax.data.prepare import archives, download, recipes
 
 
-def files_in(folder):
+def list_files(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
 @pytest.fixture
 def cifar10(tmp_path):
-    """The path and the recipe of a small CIFAR-10."""
+    """Returns the path and the recipe of a small CIFAR-10."""
     path = tmp_path / "a.tar.gz"
-    return path, cifar_recipe(
-        "cifar10", binary_archive(path, "cifar10", fabricate("cifar10"))
-    )
+    layout = binary_archive(path, "cifar10", fabricate("cifar10"))
+    return path, cifar_recipe("cifar10", layout)
 
 
 @pytest.mark.parametrize("archive", ARCHIVES)
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_cifar_read_by_tfds(name, archive, tmp_path):
     data = fabricate(name)
-    recipe = cifar_recipe(name, ARCHIVES[archive](tmp_path / "a.tar.gz", name, data))
+    source = tmp_path / "a.tar.gz"
+    recipe = cifar_recipe(name, ARCHIVES[archive](source, name, data))
     data_dir = tmp_path / "tfds"
-    assert (
-        recipes.prepare(recipe, data_dir, tmp_path / "a.tar.gz")
-        == data_dir / name / "3.0.2"
-    )
+    written = recipes.prepare(recipe, data_dir, source)
+    assert written == data_dir / name / "3.0.2"
     assert [path.name for path in data_dir.iterdir()] == [name]
 
     builder = tfds.builder(name, data_dir=data_dir)
-    assert (
-        builder.is_prepared()
-        and type(builder).__module__ == "tensorflow_datasets.image_classification.cifar"
-    )
+    assert builder.is_prepared()
+    module = type(builder).__module__
+    assert module == "tensorflow_datasets.image_classification.cifar"
     for split, (planes, labels) in data.items():
-        examples = sorted(
-            builder.as_data_source(split), key=lambda example: example["id"]
-        )
-        assert [example["id"].decode() for example in examples] == [
-            f"{split}_{i:05d}" for i in range(len(planes))
-        ]
+        examples = list(builder.as_data_source(split))
+        examples.sort(key=lambda example: example["id"])
+        ids = [example["id"].decode() for example in examples]
+        assert ids == [f"{split}_{i:05d}" for i in range(len(planes))]
         images = [example["image"].transpose(2, 0, 1).ravel() for example in examples]
         np.testing.assert_array_equal(images, planes)
         for label, values in labels.items():
             assert builder.info.features[label].names == class_names(name, label)
-            np.testing.assert_array_equal(
-                [example[label] for example in examples], values
-            )
+            result = [example[label] for example in examples]
+            np.testing.assert_array_equal(result, values)
 
 
 @pytest.mark.parametrize("form", ["folder", "archive"])
@@ -80,23 +74,21 @@ def test_fashion_mnist(form, tmp_path):
     if form == "folder":
         source = write_folder(tmp_path / "files", files)
     else:
-        source = write_tar(
-            tmp_path / "a.tar.gz",
-            {f"./{name}": content for name, content in files.items()},
-        )
+        members = {f"./{name}": content for name, content in files.items()}
+        source = write_tar(tmp_path / "a.tar.gz", members)
     recipes.prepare(recipe, tmp_path / "tfds", source)
     builder = tfds.builder("fashion_mnist", data_dir=tmp_path / "tfds")
     for split, (images, labels) in data.items():
-        pairs = [
+        examples = [
             (example["image"].tolist(), example["label"])
             for example in builder.as_data_source(split)
         ]
-        assert len(pairs) == len(labels)
+        assert len(examples) == len(labels)
         for image, label in zip(images[..., None].tolist(), labels):
-            assert (image, label) in pairs
+            assert (image, label) in examples
 
 
-# What is refused.
+# Damaged and malicious sources.
 
 
 @pytest.mark.parametrize("change", ["cut", "flip"])
@@ -112,22 +104,16 @@ def test_cifar_changed(archive, change, tmp_path):
     source.write_bytes(data)
     with pytest.raises(archives.ArchiveError) as error:
         archives.read_cifar(source, layout)
-    for part in (
-        "a.tar.gz",
-        "official",
-        layout.binary_sha256,
-        layout.pickle_sha256,
-        sha256(data),
-    ):
-        assert part in str(error.value)
+    message = str(error.value)
+    assert "a.tar.gz" in message and "official" in message
+    for digest in (layout.binary_sha256, layout.pickle_sha256, sha256(data)):
+        assert digest in message
 
 
 def test_cifar_pickle_of_another_archive_is_not_loaded(tmp_path):
-    names = ("train", "test", "meta")
-    evil = pickle.dumps(Evil(str(tmp_path / "mark")))
-    source = write_tar(
-        tmp_path / "a.tar.gz", {f"cifar-100-python/{name}": evil for name in names}
-    )
+    data = pickle.dumps(Malicious(str(tmp_path / "mark")))
+    members = {f"cifar-100-python/{name}": data for name in ("train", "test", "meta")}
+    source = write_tar(tmp_path / "a.tar.gz", members)
     with pytest.raises(archives.ArchiveError, match="found"):
         archives.read_cifar(source, archives.CIFAR100)
     assert not (tmp_path / "mark").exists()
@@ -146,10 +132,9 @@ def test_idx_changed(data, message, tmp_path):
     recipe, _, files = fashion_mnist()
     name = "train-labels-idx1-ubyte.gz"
     files[name] = files.get(data, data)
-    source = write_folder(
-        tmp_path,
-        {name: content for name, content in files.items() if content is not None},
-    )
+    if data is None:
+        del files[name]
+    source = write_folder(tmp_path, files)
     with pytest.raises(archives.ArchiveError, match=message) as error:
         recipe.read(source)
     assert name in str(error.value)
@@ -163,48 +148,38 @@ def test_idx_archive_cut(tmp_path):
         recipe.read(source)
 
 
-def test_failure_while_writing_leaves_nothing(tmp_path):
-    content = archives.Content(
-        {
-            "train": (
-                np.zeros((3, 32, 32, 3), np.uint8),
-                {"label": np.array([0, 1, 10])},
-            )
-        },
-        {},
-    )
+def test_failed_write_leaves_nothing(tmp_path):
+    images = np.zeros((3, 32, 32, 3), np.uint8)
+    labels = {"label": np.array([0, 1, 10])}
+    content = archives.DecodedImages({"train": (images, labels)}, class_names={})
+    recipe = recipes.Recipe("cifar10", (), lambda _: content)
     with pytest.raises(Exception, match="10"):
-        recipes.prepare(
-            recipes.Recipe("cifar10", (), lambda _: content), tmp_path, "any"
-        )
-    assert files_in(tmp_path) == []
+        recipes.prepare(recipe, tmp_path, "any")
+    assert list_files(tmp_path) == []
 
 
-def test_directory_in_the_way_is_kept(cifar10, tmp_path):
+def test_existing_directory_is_kept(cifar10, tmp_path):
     source, recipe = cifar10
-    write_folder(tmp_path, {"tfds/cifar10/3.0.2/mine.txt": b"precious"})
+    write_folder(tmp_path, {"tfds/cifar10/3.0.2/notes.txt": b"precious"})
     with pytest.raises(recipes.PrepareError, match="in the way"):
         recipes.prepare(recipe, tmp_path / "tfds", source)
-    assert files_in(tmp_path / "tfds") == [
+    assert list_files(tmp_path / "tfds") == [
         "cifar10",
         "cifar10/3.0.2",
-        "cifar10/3.0.2/mine.txt",
+        "cifar10/3.0.2/notes.txt",
     ]
 
 
-# The command line, which knows the official checksums only.
+# The command line, which accepts the official checksums only.
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_command_refuses_another_archive(name, tmp_path, capsys):
     source = tmp_path / "a.tar.gz"
     binary_archive(source, name, fabricate(name))
-    assert (
-        command.main(
-            [name, "--data_dir", str(tmp_path / "tfds"), "--source", str(source)]
-        )
-        == 2
-    )
+    data_dir = tmp_path / "tfds"
+    arguments = [name, "--data_dir", str(data_dir), "--source", str(source)]
+    assert command.main(arguments) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and len(err.splitlines()) == 1
     assert "expected" in err and "official" in err
@@ -213,20 +188,12 @@ def test_command_refuses_another_archive(name, tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["cifar100", "fashion_mnist"])
 def test_command_without_the_source(name, tmp_path, capsys):
-    assert (
-        command.main(
-            [
-                name,
-                "--data_dir",
-                str(tmp_path / "tfds"),
-                "--source",
-                str(tmp_path / "none"),
-            ]
-        )
-        == 2
-    )
+    data_dir = tmp_path / "tfds"
+    absent = tmp_path / "none"
+    arguments = [name, "--data_dir", str(data_dir), "--source", str(absent)]
+    assert command.main(arguments) == 2
     assert "No such file" in capsys.readouterr().err
-    assert files_in(tmp_path) == []
+    assert list_files(tmp_path) == []
 
 
 def test_command_again(cifar10, tmp_path, capsys):
@@ -237,15 +204,15 @@ def test_command_again(cifar10, tmp_path, capsys):
 
 
 def test_official_recipes():
-    assert [file.name for file in recipes.recipe("cifar100").files] == [
-        "cifar-100-binary.tar.gz"
-    ]
+    (cifar100_file,) = recipes.official_recipe("cifar100").downloads
+    assert cifar100_file.name == "cifar-100-binary.tar.gz"
     for name, layout in LAYOUTS.items():
-        assert recipes.recipe(name).files[0].sha256 == layout.binary_sha256
-        assert recipes.recipe(name).read.keywords["cifar"] == layout
-    assert {file.name for file in recipes.recipe("fashion_mnist").files} == set(
-        archives.FASHION_MNIST_SHA256
-    )
+        recipe = recipes.official_recipe(name)
+        assert recipe.downloads[0].sha256 == layout.binary_sha256
+        assert recipe.read.keywords["layout"] == layout
+    fashion_files = recipes.official_recipe("fashion_mnist").downloads
+    file_names = {file.name for file in fashion_files}
+    assert file_names == set(archives.FASHION_MNIST_SHA256)
 
 
 # Downloads, from a server on this machine.
@@ -254,24 +221,27 @@ def test_official_recipes():
 class Handler(http.server.BaseHTTPRequestHandler):
     """Serves `files`; can ignore ranges, and cut an answer short once."""
 
-    files, ranges, cut_after, requests = {}, True, None, []
+    files = {}
+    accepts_ranges = True
+    cut_after = None  # bytes
+    requested_ranges = []
 
     def do_GET(self):
         server = type(self)
-        server.requests.append(self.headers.get("Range"))
+        requested_range = self.headers.get("Range")
+        server.requested_ranges.append(requested_range)
         data = server.files.get(self.path.lstrip("/"))
         if data is None:
-            return self.send_error(404)
-        start = (
-            int(self.headers["Range"][6:-1])
-            if "Range" in self.headers and server.ranges
-            else 0
-        )
+            self.send_error(404)
+            return
+        start = 0
+        if requested_range and server.accepts_ranges:
+            start = int(requested_range.removeprefix("bytes=").removesuffix("-"))
         self.send_response(206 if start else 200)
         self.send_header("Content-Length", str(len(data) - start))
         self.end_headers()
-        end, server.cut_after = server.cut_after, None
-        self.wfile.write(data[start:end])
+        self.wfile.write(data[start : server.cut_after])
+        server.cut_after = None
 
     def log_message(self, *_):
         pass
@@ -279,23 +249,23 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server():
-    """The handler class and the address of a server of this test's own."""
-    handler = type("Own", (Handler,), {"files": {}, "requests": []})
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+    """Yields the handler class and the address of a server for one test."""
+    handler = type("TestHandler", (Handler,), {"files": {}, "requested_ranges": []})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as http_server:
         thread = threading.Thread(
-            target=running.serve_forever, kwargs={"poll_interval": 0.01}
+            target=http_server.serve_forever, kwargs={"poll_interval": 0.01}
         )
         thread.start()
-        yield handler, f"http://127.0.0.1:{running.server_port}"
-        running.shutdown()
+        yield handler, f"http://127.0.0.1:{http_server.server_port}"
+        http_server.shutdown()
         thread.join()
 
 
 DATA = np.random.default_rng(0).bytes(1_000_000)
 
 
-def remote(address, *, name="a.bin", data=DATA):
-    return download.File(f"{address}/{name}", name, len(data), sha256(data))
+def remote_file(address, *, name="a.bin", data=DATA):
+    return download.RemoteFile(f"{address}/{name}", name, len(data), sha256(data))
 
 
 def test_fetch(server, tmp_path):
@@ -303,26 +273,26 @@ def test_fetch(server, tmp_path):
     handler.files["a.bin"] = DATA
     folder = tmp_path / "new" / "folder"
     for _ in range(2):
-        assert download.fetch(remote(address), folder).read_bytes() == DATA
-    assert files_in(folder) == ["a.bin"]
-    assert handler.requests == [None]  # the second call downloaded nothing
+        assert download.fetch(remote_file(address), folder).read_bytes() == DATA
+    assert list_files(folder) == ["a.bin"]
+    assert handler.requested_ranges == [None]  # the second call downloaded nothing
 
 
 @pytest.mark.parametrize(
-    "ranges", [True, False], ids=["resumed", "server ignores ranges"]
+    "accepts_ranges", [True, False], ids=["resumed", "server ignores ranges"]
 )
-def test_fetch_interrupted(ranges, server, tmp_path):
+def test_fetch_interrupted(accepts_ranges, server, tmp_path):
     handler, address = server
-    handler.files["a.bin"], handler.cut_after, handler.ranges = DATA, 400_000, ranges
+    handler.files["a.bin"] = DATA
+    handler.cut_after = 400_000
+    handler.accepts_ranges = accepts_ranges
     with pytest.raises(download.DownloadError, match="run the command again"):
-        download.fetch(remote(address), tmp_path)
-    received = (tmp_path / "a.bin.part").stat().st_size
-    assert 0 < received <= 400_000
-    assert download.fetch(remote(address), tmp_path).read_bytes() == DATA
-    assert files_in(tmp_path) == ["a.bin"] and handler.requests == [
-        None,
-        f"bytes={received}-",
-    ]
+        download.fetch(remote_file(address), tmp_path)
+    size = (tmp_path / "a.bin.part").stat().st_size
+    assert 0 < size <= 400_000
+    assert download.fetch(remote_file(address), tmp_path).read_bytes() == DATA
+    assert list_files(tmp_path) == ["a.bin"]
+    assert handler.requested_ranges == [None, f"bytes={size}-"]
 
 
 @pytest.mark.parametrize(
@@ -331,43 +301,39 @@ def test_fetch_interrupted(ranges, server, tmp_path):
 def test_fetch_wrong_checksum(data, server, tmp_path):
     handler, address = server
     handler.files["a.bin"] = data
-    with pytest.raises(
-        download.DownloadError, match=f"sha256 expected {sha256(DATA)}, found"
-    ):
-        download.fetch(remote(address), tmp_path)
-    assert files_in(tmp_path) == []
+    message = f"sha256 expected {sha256(DATA)}, found"
+    with pytest.raises(download.DownloadError, match=message):
+        download.fetch(remote_file(address), tmp_path)
+    assert list_files(tmp_path) == []
 
 
 def test_fetch_verifies_an_existing_file(tmp_path):
     (tmp_path / "a.bin").write_bytes(b"something else")
     with pytest.raises(download.DownloadError, match="the file was removed"):
-        download.fetch(remote("http://127.0.0.1:9"), tmp_path)
-    assert files_in(tmp_path) == []
+        download.fetch(remote_file("http://127.0.0.1:9"), tmp_path)
+    assert list_files(tmp_path) == []
 
 
 def test_fetch_missing(server, tmp_path):
     with pytest.raises(download.DownloadError, match="404.*--source"):
-        download.fetch(remote(server[1]), tmp_path)
-    assert files_in(tmp_path) == []
+        download.fetch(remote_file(server[1]), tmp_path)
+    assert list_files(tmp_path) == []
 
 
 def test_fetch_unreachable(tmp_path):
     with http.server.HTTPServer(("127.0.0.1", 0), Handler) as unused:
         port = unused.server_port
     with pytest.raises(download.DownloadError, match=f"127.0.0.1:{port}.*--source"):
-        download.fetch(remote(f"http://127.0.0.1:{port}"), tmp_path)
+        download.fetch(remote_file(f"http://127.0.0.1:{port}"), tmp_path)
 
 
 def test_prepare_from_the_network(server, cifar10, tmp_path):
     handler, address = server
     data = cifar10[0].read_bytes()
     handler.files["a.tar.gz"] = data
-    recipe = dataclasses.replace(
-        cifar10[1], files=(remote(address, name="a.tar.gz", data=data),)
-    )
+    file = remote_file(address, name="a.tar.gz", data=data)
+    recipe = dataclasses.replace(cifar10[1], downloads=(file,))
     written = recipes.prepare(recipe, tmp_path / "tfds")
-    assert (
-        pathlib.Path(records.find_builder("cifar10", tmp_path / "tfds").data_path)
-        == written
-    )
+    builder = records.find_builder("cifar10", tmp_path / "tfds")
+    assert pathlib.Path(builder.data_path) == written
     assert (tmp_path / "tfds" / "downloads" / "cifar10" / "a.tar.gz").is_file()

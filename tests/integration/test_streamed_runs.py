@@ -230,7 +230,7 @@ def test_other_images_of_the_same_name(data_dir, tmp_path):
     ) | pictures.by_class(INSECTS, folder="test/")
     pictures.write_folder(tmp_path / "images", files)
     recipes.prepare(
-        recipes.own_recipe("insects"), tmp_path / "tfds", tmp_path / "images"
+        recipes.custom_recipe("insects"), tmp_path / "tfds", tmp_path / "images"
     )
     spec = resolve(streamed(data_dir, tmp_path))
     other = resolve(streamed(tmp_path / "tfds", tmp_path))

@@ -20,14 +20,14 @@ def prepare_noise(folder, name, shape):
 
 def prepare_tiny_imagenet(folder):
     classes = [f"n{i:08d}" for i in np.random.default_rng(0).permutation(200)]
-    files = pictures.tiny_imagenet(per_class=20, test_images=400, classes=classes)
+    files = pictures.tiny_imagenet(20, 400, classes=classes)
     source = pictures.write_zip(folder / "tiny-imagenet-200.zip", files)
     recipes.prepare(pictures.tiny_recipe(20, 400, 200), folder / "tfds", source)
 
 
 def prepare_imagenet(folder):
     """Prepares all thousand classes, of images of differing sizes, grey and CMYK ones among them; and a list."""
-    recipe = recipes.recipe("imagenet2012")
+    recipe = recipes.official_recipe("imagenet2012")
     modes = ["RGB", "RGB", "RGB", "L", "CMYK"]
     images = [
         pictures.picture(i, i, size=(60 + 7 * i, 50 + 3 * i), mode=modes[i % 5])
@@ -54,7 +54,7 @@ def prepare_birds(folder):
         folder / "birds", pictures.by_class(counts, size=(90, 70))
     )
     recipes.prepare(
-        recipes.own_recipe("birds", test_per_class=5), folder / "tfds", source
+        recipes.custom_recipe("birds", test_per_class=5), folder / "tfds", source
     )
 
 

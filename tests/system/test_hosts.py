@@ -117,7 +117,7 @@ def test_each_process_reads_its_part(pair):
             for step in range(2)
             for i in range(8 * index, 8 * index + 8)
         ]
-        assert sorted(read["crop"]) == sorted(map(order.index, positions))
+        assert sorted(read["random_crop"]) == sorted(map(order.index, positions))
         assert read["counted"] == [5] * len(
             small_runs.INSECTS
         )  # each test image once, the last batch filled up

@@ -86,13 +86,17 @@ def test_save_and_read(tmp_path):
         "class_counts",
     }
     assert file.array("class_counts").tolist() == list(range(C))
-    assert file.has_logits() and file.has_logits(logits.TRAIN)
-    for examples, saved in ((test, file.logits()), (train, file.logits(logits.TRAIN))):
+    assert file.has_logits() and file.has_logits(logits.TRAIN_PREFIX)
+    for examples, saved in (
+        (test, file.logits()),
+        (train, file.logits(logits.TRAIN_PREFIX)),
+    ):
         np.testing.assert_array_equal(saved.values, examples.values)
         np.testing.assert_array_equal(saved.labels, examples.labels)
         assert saved.kind == examples.kind
     assert (
-        file.logits().keys.tolist() == names and file.logits(logits.TRAIN).keys is None
+        file.logits().keys.tolist() == names
+        and file.logits(logits.TRAIN_PREFIX).keys is None
     )
 
 
@@ -101,11 +105,11 @@ def test_views(tmp_path):
     views = np.stack([z, z + 1], axis=1)
     np.savez(tmp_path / "x.npz", train_logits=views, train_labels=labels)
     file = LogitsFile(tmp_path / "x.npz")
-    assert file.logits(logits.TRAIN, views=True).to_logits().shape == (40, 2, C)
+    assert file.logits(logits.TRAIN_PREFIX, views=True).to_logits().shape == (40, 2, C)
     with pytest.raises(
         LogitsError, match=r"train_logits is float64\[40, 2, 6\]; give floats \[N, C\]"
     ):
-        file.logits(logits.TRAIN)
+        file.logits(logits.TRAIN_PREFIX)
     views[3, 1, 0] = np.nan
     with pytest.raises(LogitsError, match="1 of 40 rows"):
         logits.from_arrays(views, labels, views=True)
@@ -222,6 +226,6 @@ def test_file_lacks_an_array(tmp_path):
     ):
         file.logits()
     with pytest.raises(LogitsError, match="lacks train_labels$"):
-        file.logits(logits.TRAIN)
+        file.logits(logits.TRAIN_PREFIX)
     with pytest.raises(LogitsError, match="names is not a plain array"):
         file.array("names")

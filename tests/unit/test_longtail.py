@@ -1,4 +1,6 @@
-"""Counts against the published totals; draws against what a long-tailed protocol promises."""
+"""Tests the long-tailed draw and its class counts, against published totals."""
+
+import itertools
 
 import hypothesis
 import hypothesis.strategies as st
@@ -15,8 +17,8 @@ TOTALS = {  # (n_max, classes): totals at each imbalance
 }
 
 
-def make(per_class=60, num_classes=10, *, order_seed=0):
-    """Labels and keys of a balanced set whose records come in some order."""
+def balanced_set(per_class=60, num_classes=10, *, order_seed=0):
+    """Returns labels and keys of a balanced set, in a random order."""
     order = np.random.default_rng(order_seed).permutation(per_class * num_classes)
     labels = np.repeat(np.arange(num_classes), per_class)
     keys = np.array([f"train_{i:05d}" for i in range(len(labels))])
@@ -43,7 +45,7 @@ def test_counts_with_held_out_images():
 
 @hypothesis.given(st.integers(1, 3000), st.integers(1, 300))
 def test_counts_whole_ratios(last, imbalance):
-    """n_max / γ is a whole number here, which floating point may put just below itself."""
+    """n_max / γ is a whole number, which floating point may put just below itself."""
     assert longtail.counts(last * imbalance, imbalance, 7)[-1] == last
 
 
@@ -69,7 +71,7 @@ def test_counts_refuses(arguments, message):
 
 
 def test_split_sizes_and_types():
-    labels, keys = make()
+    labels, keys = balanced_set()
     split = longtail.split(
         labels,
         keys,
@@ -79,22 +81,20 @@ def test_split_sizes_and_types():
         validation_per_class=6,
         seed=1,
     )
-    assert (
-        np.bincount(labels[split.train]).tolist()
-        == longtail.counts(50, 10, 10).tolist()
-    )
+    expected = longtail.counts(50, 10, 10)
+    np.testing.assert_array_equal(np.bincount(labels[split.train]), expected)
     assert np.bincount(labels[split.outer]).tolist() == [4] * 10
     assert np.bincount(labels[split.validation]).tolist() == [6] * 10
-    together = np.concatenate(split)
-    assert len(np.unique(together)) == len(together)
+    all_indices = np.concatenate(split)
+    assert len(np.unique(all_indices)) == len(all_indices)
     for indices in split:
         assert indices.dtype == np.int64 and (np.diff(indices) > 0).all()
 
 
-def test_split_does_not_depend_on_the_order():
+def test_split_independent_of_order():
     draws = []
     for order_seed in (0, 1):
-        labels, keys = make(order_seed=order_seed)
+        labels, keys = balanced_set(order_seed=order_seed)
         split = longtail.split(
             labels,
             keys,
@@ -108,19 +108,20 @@ def test_split_does_not_depend_on_the_order():
 
 
 def test_split_seed():
-    labels, keys = make()
-    a, b = (
-        longtail.split(labels, keys, num_classes=10, imbalance=20, seed=seed).train
-        for seed in (0, 1)
-    )
-    assert len(a) == len(b) and set(a) != set(b)
-    again = longtail.split(labels, keys, num_classes=10, imbalance=20, seed=0).train
-    np.testing.assert_array_equal(a, again)
+    labels, keys = balanced_set()
+
+    def draw(seed):
+        return longtail.split(
+            labels, keys, num_classes=10, imbalance=20, seed=seed
+        ).train
+
+    assert len(draw(0)) == len(draw(1)) and set(draw(0)) != set(draw(1))
+    np.testing.assert_array_equal(draw(0), draw(0))
 
 
 def test_split_is_frozen():
     """A change of the hash would silently change every reported split."""
-    labels, keys = make(4, 2)
+    labels, keys = balanced_set(4, 2)
     split = longtail.split(
         labels,
         keys,
@@ -135,35 +136,36 @@ def test_split_is_frozen():
 
 
 def test_split_nested_by_imbalance():
-    labels, keys = make()
-    draw = [
-        set(longtail.split(labels, keys, num_classes=10, imbalance=i).train)
-        for i in (1, 10, 20, 50)
+    labels, keys = balanced_set()
+    train_sets = [
+        set(longtail.split(labels, keys, num_classes=10, imbalance=imbalance).train)
+        for imbalance in (50, 20, 10, 1)
     ]
-    assert draw[3] < draw[2] < draw[1] < draw[0]
+    for smaller, larger in itertools.pairwise(train_sets):
+        assert smaller < larger
 
 
-def test_split_train_does_not_depend_on_held_out():
-    labels, keys = make()
+def test_split_train_independent_of_held_out():
+    labels, keys = balanced_set()
     options = dict(num_classes=10, imbalance=10, n_max=40)
-    alone = longtail.split(labels, keys, **options)
+    without = longtail.split(labels, keys, **options)
     with_held_out = longtail.split(
         labels, keys, **options, outer_per_class=10, validation_per_class=10
     )
-    np.testing.assert_array_equal(alone.train, with_held_out.train)
+    np.testing.assert_array_equal(without.train, with_held_out.train)
 
 
 def test_split_is_uniform():
-    labels, keys = make(20, 1)
-    times = np.zeros(20)
+    labels, keys = balanced_set(20, 1)
+    num_draws = np.zeros(20)
     for seed in range(400):
-        times[
-            longtail.split(
-                labels, keys, num_classes=1, imbalance=1, n_max=5, seed=seed
-            ).train
-        ] += 1
-    assert times.sum() == 2000
-    assert np.abs(times - 100).max() < 5 * np.sqrt(400 * 0.25 * 0.75)
+        split = longtail.split(
+            labels, keys, num_classes=1, imbalance=1, n_max=5, seed=seed
+        )
+        num_draws[split.train] += 1
+    assert num_draws.sum() == 2000
+    # 5 of 20 images a draw: 400 draws of probability 1/4, within 5 standard deviations.
+    assert np.abs(num_draws - 100).max() < 5 * np.sqrt(400 * 0.25 * 0.75)
 
 
 def test_split_default_n_max():
@@ -209,27 +211,23 @@ def test_split_refuses(change, message):
         longtail.split(**arguments | change)
 
 
-# Lists and sets as they are.
+# Lists, and splits without a long tail.
 
 
-def test_split_listed(tmp_path):
+def test_split_by_list(tmp_path):
     path = tmp_path / "ImageNet_LT_train.txt"
     path.write_text("train/n01/n01_b.JPEG 0\n\ntrain/n02/n02 c.JPEG 1\n")
-    listed = longtail.read_list(path)
+    image_list = longtail.read_list(path)
     keys = np.array(["n01_a.JPEG", "n01_b.JPEG", "n02 c.JPEG", "n02_d.JPEG", "e", "f"])
     labels = np.array([0, 0, 1, 1, 0, 1])
-    split = longtail.split_listed(listed, labels, keys, num_classes=2)
-    assert (
-        split.train.tolist() == [1, 2]
-        and not len(split.outer)
-        and not len(split.validation)
+    split = longtail.split_by_list(image_list, labels, keys, num_classes=2)
+    assert split.train.tolist() == [1, 2]
+    assert not len(split.outer) and not len(split.validation)
+    split = longtail.split_by_list(
+        image_list, labels, keys, num_classes=2, outer_per_class=1
     )
-    split = longtail.split_listed(
-        listed, labels, keys, num_classes=2, outer_per_class=1
-    )
-    assert split.train.tolist() == [1, 2] and np.bincount(
-        labels[split.outer]
-    ).tolist() == [1, 1]
+    assert split.train.tolist() == [1, 2]
+    assert np.bincount(labels[split.outer]).tolist() == [1, 1]
     assert not set(split.outer) & set(split.train)
 
 
@@ -249,13 +247,16 @@ def test_split_listed(tmp_path):
 )
 def test_list_refused(tmp_path, text, message):
     (tmp_path / "list.txt").write_text(text)
+    labels = np.array([0, 1])
+    keys = np.array(["a.JPEG", "b.JPEG"])
     with pytest.raises(ValueError, match=message):
-        listed = longtail.read_list(tmp_path / "list.txt")
-        longtail.find_listed(listed, np.array([0, 1]), np.array(["a.JPEG", "b.JPEG"]))
+        image_list = longtail.read_list(tmp_path / "list.txt")
+        longtail.match_list(image_list, labels, keys)
 
 
 def test_split_without_imbalance():
-    labels, keys = np.repeat([0, 1, 2], (9, 5, 3)), np.arange(17).astype(str)
+    labels = np.repeat([0, 1, 2], (9, 5, 3))
+    keys = np.arange(17).astype(str)
     split = longtail.split(
         labels,
         keys,

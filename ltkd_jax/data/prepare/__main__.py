@@ -13,22 +13,29 @@ from ltkd_jax.data.prepare.tfds_writer import PrepareError
 
 _EPILOG = """\
 sources (--source):
-  cifar100, cifar10  the official cifar-100-python.tar.gz or cifar-100-binary.tar.gz (cifar-10-...)
-  fashion_mnist      a folder or a tar archive with the four official *-ubyte.gz files, such as
-                     /usr/share/datasets/fashion-mnist of Debian's package dataset-fashion-mnist
-  tiny_imagenet      the official tiny-imagenet-200.zip, or the folder that it unpacks to
-  imagenet2012       a folder with train/WNID/*.JPEG and val/WNID/*.JPEG (or val/*.JPEG)
-  folder             your own images, a folder or a zip of CLASS/..., or of train/CLASS/... and test/CLASS/...
+  cifar100, cifar10  the official cifar-100-python.tar.gz or cifar-100-binary.tar.gz
+                     (cifar-10-...)
+  fashion_mnist      a folder or a tar archive with the four official *-ubyte.gz
+                     files, such as /usr/share/datasets/fashion-mnist of Debian's
+                     package dataset-fashion-mnist
+  tiny_imagenet      the official tiny-imagenet-200.zip, or the folder that it
+                     unpacks to
+  imagenet2012       a folder with train/WNID/*.JPEG and val/WNID/*.JPEG
+                     (or val/*.JPEG)
+  folder             your own images, a folder or a zip of CLASS/...,
+                     or of train/CLASS/... and test/CLASS/...
   Grey, palette and CMYK images among colour ones are read as colour.
 
 examples:
   python -m ltkd_jax.data.prepare cifar100 --data_dir ~/tensorflow_datasets
-  python -m ltkd_jax.data.prepare cifar100 --data_dir data --source cifar-100-python.tar.gz
-  python -m ltkd_jax.data.prepare folder --name birds --source ~/birds --test_per_class 20 --data_dir data
+  python -m ltkd_jax.data.prepare cifar100 --data_dir data \\
+      --source cifar-100-python.tar.gz
+  python -m ltkd_jax.data.prepare folder --name birds --source ~/birds \\
+      --test_per_class 20 --data_dir data
 """
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m ltkd_jax.data.prepare",
         description=__doc__,
@@ -50,9 +57,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="of your own data set, for `folder`: what config.data.name is then set to",
     )
     parser.add_argument(
-        "--test_per_class", type=int, default=0, metavar="N",
-        help="images of each class to hold out for the test; a `folder` without train and test needs it",
-    )  # fmt: skip
+        "--test_per_class",
+        type=int,
+        default=0,
+        metavar="N",
+        help="images of each class to hold out for the test; a `folder` without train "
+        "and test needs it",
+    )
     parser.add_argument(
         "--skip_damaged",
         action="store_true",
@@ -67,12 +78,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _prepare(args: argparse.Namespace) -> None:
+    """Prepares the data set unless it is there, and prints where it is."""
     data_dir = records.resolve_data_dir(args.data_dir)
     name = args.name or args.dataset
     if args.dataset == "folder":
-        recipe = recipes.own_recipe(name, test_per_class=args.test_per_class)
+        recipe = recipes.custom_recipe(name, test_per_class=args.test_per_class)
     else:
-        recipe = recipes.recipe(name)
+        recipe = recipes.official_recipe(name)
     builder = records.find_builder(name, data_dir)
     if builder is not None:
         print(f"{name} is already prepared: {builder.data_path}")
@@ -92,14 +104,22 @@ def _prepare(args: argparse.Namespace) -> None:
 
 
 def _interrupt(signal_number: int, frame: Any) -> None:
-    # An exception, unlike the signal's default action, lets temporary files be removed.
+    # Unlike the signal's default action, an exception runs the `finally` blocks, which
+    # remove temporary files.
     print("interrupted; nothing half-written is left", file=sys.stderr)
     sys.exit(128 + signal_number)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns the exit code: 2, with a message on the standard error, for a failure."""
-    args = _parse(argv)
+    """Runs the command line.
+
+    Args:
+      argv: arguments; None means those of the process.
+
+    Returns:
+      The exit code: 0, or 2 after a failure, whose message is on the standard error.
+    """
+    args = _parse_args(argv)
     logging.basicConfig(format="%(message)s")
     try:
         with signals.use_handler(_interrupt):

@@ -1,4 +1,7 @@
-"""Reads the official archives of CIFAR and (Fashion-)MNIST, verified by checksum, without unpacking them to disk."""
+"""Reads the official archives of CIFAR and (Fashion-)MNIST without unpacking them.
+
+Every archive is verified by its checksum before anything of it is parsed.
+"""
 
 import dataclasses
 import gzip
@@ -13,23 +16,30 @@ import numpy as np
 
 from ltkd_jax import files
 
-MAX_FILE = (
-    1 << 28
-)  # bytes; no official file has more, so that what is cut off here fails its checksum
-_REMEDY = "get the official file again, by running without --source or from the data set's home page"
+# The most that is read of a file, so that an archive cannot fill the memory. No
+# official file is larger, so the checksum of a file that is cut off here fails.
+MAX_FILE_BYTES = 1 << 28
+_REMEDY = (
+    "get the official file again, by running without --source or from the data set's "
+    "home page"
+)
 
 
 class ArchiveError(ValueError):
-    """A source is not the expected one or cannot be read; the message says what to do."""
+    """Raised for a source that is not the official one, or cannot be read.
+
+    The message has the remedy.
+    """
 
 
 @dataclasses.dataclass(frozen=True)
-class Content:
-    """Images and labels of an archive, in the official order.
+class DecodedImages:
+    """Holds the images and labels of an archive, in the official order.
 
     Attributes:
-      splits: by the name of the split, images uint8 `[N, H, W, C]` and, by the name of the label, integers `[N]`.
-      class_names: by the name of the label; empty where TFDS knows the names itself.
+      splits: by the split's name, (images uint8 `[N, H, W, channels]`, labels). The
+        labels are integers `[N]` by the label's name, such as "coarse_label".
+      class_names: by the label's name; empty where TFDS knows the names itself.
     """
 
     splits: dict[str, tuple[np.ndarray, dict[str, np.ndarray]]]
@@ -37,13 +47,16 @@ class Content:
 
 
 @dataclasses.dataclass(frozen=True)
-class Cifar:
-    """Describes the two official archives of a CIFAR data set, of binary records and of pickles.
+class CifarLayout:
+    """Describes the two official archives of a CIFAR data set.
+
+    One archive holds binary records, the other pickles.
 
     Attributes:
-      splits: the files of each split; those of binary records end in `.bin`.
-      binary_names: the file of the class names of each label, in the order of the leading bytes of a record.
-      binary_sha256: checksum of the archive of binary records.
+      splits: the files of each split, which end in `.bin` in the binary archive.
+      binary_names: by the label's name, the file of its class names; in the order of
+        the label bytes at the start of a record.
+      binary_sha256: checksum of the binary archive.
       pickle_names: what each label is called in the pickles.
       pickle_meta: the pickle of the class names.
       pickle_sha256: checksum of the archive of pickles.
@@ -57,7 +70,7 @@ class Cifar:
     pickle_sha256: str
 
 
-CIFAR100 = Cifar(
+CIFAR100 = CifarLayout(
     splits={"train": ("train",), "test": ("test",)},
     binary_names={
         "coarse_label": "coarse_label_names.txt",
@@ -68,7 +81,7 @@ CIFAR100 = Cifar(
     pickle_meta="meta",
     pickle_sha256="85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7",
 )
-CIFAR10 = Cifar(
+CIFAR10 = CifarLayout(
     splits={
         "train": tuple(f"data_batch_{i}" for i in range(1, 6)),
         "test": ("test_batch",),
@@ -81,75 +94,118 @@ CIFAR10 = Cifar(
 )
 # Of the decompressed files: redistributions differ in the gzip header (name and time).
 FASHION_MNIST_SHA256 = {
-    "train-images-idx3-ubyte.gz": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
-    "train-labels-idx1-ubyte.gz": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
-    "t10k-images-idx3-ubyte.gz": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
-    "t10k-labels-idx1-ubyte.gz": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+    "train-images-idx3-ubyte.gz": (
+        "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888"
+    ),
+    "train-labels-idx1-ubyte.gz": (
+        "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9"
+    ),
+    "t10k-images-idx3-ubyte.gz": (
+        "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b"
+    ),
+    "t10k-labels-idx1-ubyte.gz": (
+        "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34"
+    ),
 }
 
 
-def read_cifar(source: pathlib.Path, cifar: Cifar) -> Content:
-    """Reads a CIFAR archive of either kind. Nothing of it is parsed or unpickled unless its checksum matches.
+def read_cifar(source: pathlib.Path, layout: CifarLayout) -> DecodedImages:
+    """Reads a CIFAR archive, of binary records or of pickles.
+
+    Nothing is parsed or unpickled unless the archive's checksum matches: a pickle can
+    run code.
+
+    Args:
+      source: the archive.
+      layout: of the data set's two archives.
 
     Raises:
-      ArchiveError: it is neither of the archives that `cifar` describes.
+      ArchiveError: the file is neither of the two archives.
     """
+    is_binary = _verify_cifar(source, layout)
+    contents = _read_tar(source)
+    splits = {}
+    for split, file_names in layout.splits.items():
+        batches = []
+        for file_name in file_names:
+            if is_binary:
+                batches.append(_parse_records(contents[f"{file_name}.bin"], layout))
+            else:
+                batches.append(_parse_pickle(contents[file_name], layout))
+        arrays = {}
+        for name in batches[0]:
+            arrays[name] = np.concatenate([batch[name] for batch in batches])
+        # An image is stored as 32×32 pixels of red, then of green, then of blue.
+        images = arrays.pop("image").reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        splits[split] = images, arrays
+    if is_binary:
+        class_names = _binary_class_names(contents, layout)
+    else:
+        class_names = _pickle_class_names(contents, layout)
+    return DecodedImages(splits, class_names)
+
+
+def _verify_cifar(source: pathlib.Path, layout: CifarLayout) -> bool:
+    """Returns whether the file is the binary archive; raises if it is neither."""
     try:
         digest = files.sha256(source)
     except OSError as error:
         raise ArchiveError(
             f"{source} cannot be read ({error.strerror}); give the path of the archive"
         ) from error
-    if digest not in (cifar.binary_sha256, cifar.pickle_sha256):
+    if digest not in (layout.binary_sha256, layout.pickle_sha256):
         raise ArchiveError(
-            f"{source} is not the official archive: sha256 expected {cifar.binary_sha256} (binary) or "
-            f"{cifar.pickle_sha256} (python), found {digest}; {_REMEDY}"
+            f"{source} is not the official archive: sha256 expected "
+            f"{layout.binary_sha256} (binary) or {layout.pickle_sha256} (python), "
+            f"found {digest}; {_REMEDY}"
         )
-    is_binary = digest == cifar.binary_sha256
-    contents = _read_tar(source)
-    splits = {}
-    for split, names in cifar.splits.items():
-        if is_binary:
-            batches = [_parse_records(contents[f"{name}.bin"], cifar) for name in names]
-        else:
-            batches = [_parse_pickle(contents[name], cifar) for name in names]
-        arrays = {}
-        for key in batches[0]:
-            arrays[key] = np.concatenate([batch[key] for batch in batches])
-        planes = arrays.pop("image")  # one for each channel
-        splits[split] = planes.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), arrays
-    class_names = {}
-    if is_binary:
-        for label, name in cifar.binary_names.items():
-            class_names[label] = tuple(contents[name].decode().split())
-    else:
-        meta = pickle.loads(contents[cifar.pickle_meta], encoding="bytes")
-        for label, name in cifar.pickle_names.items():
-            class_names[label] = tuple(
-                class_name.decode() for class_name in meta[f"{name}_names".encode()]
-            )
-    return Content(splits, class_names)
+    return digest == layout.binary_sha256
 
 
-def _parse_records(data: bytes, cifar: Cifar) -> dict[str, np.ndarray]:
-    """Returns labels and planes of binary records, of a byte for each label and 3,072 bytes of pixels."""
-    num_labels = len(cifar.binary_names)
+def _parse_records(data: bytes, layout: CifarLayout) -> dict[str, np.ndarray]:
+    """Returns the labels and pixels of binary records.
+
+    A record is one byte for each label, and 3,072 bytes of pixels.
+    """
+    num_labels = len(layout.binary_names)
     records = np.frombuffer(data, np.uint8).reshape(-1, num_labels + 3072)
-    arrays = {label: records[:, i] for i, label in enumerate(cifar.binary_names)}
+    arrays = {label: records[:, i] for i, label in enumerate(layout.binary_names)}
     return {**arrays, "image": records[:, num_labels:]}
 
 
-def _parse_pickle(data: bytes, cifar: Cifar) -> dict[str, np.ndarray]:
-    """Returns labels and planes of a pickled dictionary, whose keys are byte strings of Python 2."""
+def _parse_pickle(data: bytes, layout: CifarLayout) -> dict[str, np.ndarray]:
+    """Returns the labels and pixels of a pickled dictionary."""
+    # Python 2 wrote the pickles, so their strings are bytes here.
     batch = pickle.loads(data, encoding="bytes")
-    arrays = {
-        label: np.asarray(batch[f"{name}s".encode()])
-        for label, name in cifar.pickle_names.items()
-    }
+    arrays = {}
+    for label, name in layout.pickle_names.items():
+        arrays[label] = np.asarray(batch[f"{name}s".encode()])
     return {**arrays, "image": batch[b"data"]}
 
 
-def read_idx(source: pathlib.Path, sha256: dict[str, str]) -> Content:
+def _binary_class_names(
+    contents: dict[str, bytes], layout: CifarLayout
+) -> dict[str, tuple[str, ...]]:
+    """Returns the class names of each label from text files of one name a line."""
+    class_names = {}
+    for label, file_name in layout.binary_names.items():
+        class_names[label] = tuple(contents[file_name].decode().split())
+    return class_names
+
+
+def _pickle_class_names(
+    contents: dict[str, bytes], layout: CifarLayout
+) -> dict[str, tuple[str, ...]]:
+    """Returns the class names of each label from a pickled dictionary."""
+    meta = pickle.loads(contents[layout.pickle_meta], encoding="bytes")
+    class_names = {}
+    for label, name in layout.pickle_names.items():
+        encoded_names = meta[f"{name}_names".encode()]
+        class_names[label] = tuple(encoded.decode() for encoded in encoded_names)
+    return class_names
+
+
+def read_idx(source: pathlib.Path, sha256: dict[str, str]) -> DecodedImages:
     """Reads the four gzipped idx files of (Fashion-)MNIST in a folder or a tar archive.
 
     Args:
@@ -159,69 +215,83 @@ def read_idx(source: pathlib.Path, sha256: dict[str, str]) -> Content:
     Raises:
       ArchiveError: a file is missing or is not the expected one.
     """
-    contents = (
-        _read_folder(source, sha256) if source.is_dir() else _read_tar(source, sha256)
-    )
+    if source.is_dir():
+        contents = _read_folder(source, sha256)
+    else:
+        contents = _read_tar(source, sha256)
     missing = sorted(set(sha256) - set(contents))
     if missing:
         raise ArchiveError(f"{source} has no file {', '.join(missing)}; {_REMEDY}")
     arrays = {}
     for name in sha256:
-        try:
-            with gzip.open(io.BytesIO(contents[name])) as file:
-                content = file.read(MAX_FILE)
-        except (
-            Exception
-        ) as error:  # whatever the decompressor raises for a damaged file
-            raise ArchiveError(
-                f"{source}: {name} is truncated or damaged ({error}); {_REMEDY}"
-            ) from error
-        digest = hashlib.sha256(content).hexdigest()
+        data = _decompress(contents[name], f"{source}: {name}")
+        digest = hashlib.sha256(data).hexdigest()
         if digest != sha256[name]:
             raise ArchiveError(
-                f"{source}: sha256 of {name} expected {sha256[name]}, found {digest}; {_REMEDY}"
+                f"{source}: sha256 of {name} expected {sha256[name]}, found {digest}; "
+                f"{_REMEDY}"
             )
-        arrays[name] = _parse_idx(content)
+        arrays[name] = _parse_idx(data)
     splits = {}
     for split, prefix in (("train", "train"), ("test", "t10k")):
         images = arrays[f"{prefix}-images-idx3-ubyte.gz"][..., None]
         splits[split] = images, {"label": arrays[f"{prefix}-labels-idx1-ubyte.gz"]}
-    return Content(splits, class_names={})
+    return DecodedImages(splits, class_names={})
+
+
+def _decompress(data: bytes, name: str) -> bytes:
+    """Returns the content of a gzip file, at most `MAX_FILE_BYTES` of it."""
+    try:
+        with gzip.open(io.BytesIO(data)) as file:
+            return file.read(MAX_FILE_BYTES)
+    except Exception as error:  # whatever gzip raises for a damaged file
+        raise ArchiveError(
+            f"{name} is truncated or damaged ({error}); {_REMEDY}"
+        ) from error
 
 
 def _read_folder(folder: pathlib.Path, names: Collection[str]) -> dict[str, bytes]:
     """Returns the contents of those of the named files that exist."""
     contents = {}
     for name in names:
-        if (folder / name).is_file():  # opening a pipe would wait for ever
+        # Regular files only: to open a pipe would wait for ever.
+        if (folder / name).is_file():
             with open(folder / name, "rb") as file:
-                contents[name] = file.read(MAX_FILE)
+                contents[name] = file.read(MAX_FILE_BYTES)
     return contents
 
 
 def _read_tar(
     path: pathlib.Path, names: Collection[str] | None = None
 ) -> dict[str, bytes]:
-    """Returns the contents of the named files in a tar archive, or of all, by their names without a folder."""
+    """Returns the contents of the named files of a tar archive, or of all its files.
+
+    They are named without their folders.
+    """
     try:
         contents = {}
-        # As a stream: a member of a compressed archive is reached only by decompressing what lies before it.
+        # "|": read once from start to end. To reach a file of a compressed archive, all
+        # that precedes it must be decompressed.
         with tarfile.open(path, "r|*") as tar:
             for member in tar:
                 name = pathlib.PurePosixPath(member.name).name
                 if member.isfile() and (names is None or name in names):
                     file = tar.extractfile(member)
-                    assert file is not None  # so for every regular file
-                    contents[name] = file.read(MAX_FILE)
+                    assert file is not None  # true for every regular file
+                    contents[name] = file.read(MAX_FILE_BYTES)
         return contents
-    except Exception as error:  # whatever the parser of a damaged archive raises
+    except Exception as error:  # whatever tarfile raises for a damaged archive
         raise ArchiveError(
             f"{path} is truncated or cannot be read ({error}); {_REMEDY}"
         ) from error
 
 
 def _parse_idx(data: bytes) -> np.ndarray:
-    """Returns the array of an idx file of bytes: type, number of dimensions, sizes, values."""
+    """Returns the array of an idx file of bytes.
+
+    The file is a header of 4 bytes, whose last is the number of dimensions, then the
+    sizes and the values.
+    """
     num_dimensions = data[3]
     shape = np.frombuffer(data, ">u4", count=num_dimensions, offset=4).astype(int)
     return np.frombuffer(data, np.uint8, offset=4 + 4 * num_dimensions).reshape(shape)

@@ -9,19 +9,26 @@ from tqdm import tqdm
 
 from ltkd_jax import files
 
-_CHUNK = 1 << 18
+_READ_BYTES = 1 << 18  # of one read from the network
 _REMEDY = (
     "run the command again, or fetch the file by other means and give it with --source"
 )
 
 
 class DownloadError(ValueError):
-    """A file cannot be downloaded; the message says what to do instead."""
+    """Raised for a file that cannot be downloaded; the message has the remedy."""
 
 
 @dataclasses.dataclass(frozen=True)
-class File:
-    """Describes a file on the network by its address, its name, its size in bytes and its SHA-256."""
+class RemoteFile:
+    """Describes a file on the network.
+
+    Attributes:
+      url: its address.
+      name: its name on disk.
+      size: in bytes.
+      sha256: its checksum, in hexadecimal digits.
+    """
 
     url: str
     name: str
@@ -30,22 +37,33 @@ class File:
 
 
 def fetch(
-    file: File,
+    file: RemoteFile,
     folder: pathlib.Path,
     *,
     timeout: float = 20.0,
     show_progress: bool = False,
 ) -> pathlib.Path:
-    """Downloads a file into a folder, unless it is there, verifies it and returns its path.
+    """Downloads a file into a folder unless it is there, and verifies its checksum.
 
-    An incomplete download is kept as `NAME.part`, and the next call resumes it.
+    An incomplete download stays as `NAME.part`, and the next call resumes it.
+
+    Args:
+      file: the file.
+      folder: is made if it does not exist.
+      timeout: of a connection without an answer, in seconds.
+      show_progress: whether to show a bar on the standard error.
+
+    Returns:
+      The path of the file.
 
     Raises:
-      DownloadError: the server does not answer, has no such file or breaks off, or the checksum is wrong.
+      DownloadError: the server does not answer, has no such file or breaks off, or the
+        checksum is wrong.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = target = folder / file.name
-    if not target.exists():
+    final_path = folder / file.name
+    path = final_path
+    if not final_path.exists():
         path = folder / f"{file.name}.part"
         try:
             _download(file, path, timeout, show_progress)
@@ -55,40 +73,44 @@ def fetch(
             ) from error
     digest = files.sha256(path)
     if digest != file.sha256:
+        # Removed, since neither a resumed nor a repeated call could repair it.
         path.unlink()
         raise DownloadError(
-            f"{file.url}: sha256 expected {file.sha256}, found {digest}; the file was removed: {_REMEDY}"
+            f"{file.url}: sha256 expected {file.sha256}, found {digest}; the file was "
+            f"removed: {_REMEDY}"
         )
-    return path.replace(target)
+    return path.replace(final_path)
 
 
 def _download(
-    file: File, part: pathlib.Path, timeout: float, show_progress: bool
+    file: RemoteFile, part_path: pathlib.Path, timeout: float, show_progress: bool
 ) -> None:
-    """Appends to `part` what it lacks of the file."""
-    start = part.stat().st_size if part.exists() else 0
+    """Downloads the bytes of a file that `part_path` lacks, and appends them to it."""
+    start = part_path.stat().st_size if part_path.exists() else 0
     if start >= file.size:
         return
-    request = urllib.request.Request(
-        file.url, headers={"Range": f"bytes={start}-"} if start else {}
-    )
+    headers = {"Range": f"bytes={start}-"} if start else {}
+    request = urllib.request.Request(file.url, headers=headers)
     with urllib.request.urlopen(request, timeout=timeout) as response:
         if response.status != http.HTTPStatus.PARTIAL_CONTENT:
-            start = 0  # the server does not know ranges and sends the whole file
-        with (
-            open(part, "ab" if start else "wb") as output,
-            tqdm(
-                desc=file.name,
-                total=file.size,
-                initial=start,
-                unit="B",
-                unit_scale=True,
-                disable=not show_progress,
-            ) as bar,
-        ):
-            # One byte more than expected is enough for the checksum to fail, and an endless answer ends.
-            while output.tell() <= file.size and (chunk := response.read(_CHUNK)):
-                output.write(chunk)
-                bar.update(len(chunk))
-    if part.stat().st_size < file.size:
-        raise OSError(f"interrupted after {part.stat().st_size} of {file.size} bytes")
+            start = 0  # the server does not support ranges, and sends the entire file
+        bar = tqdm(
+            desc=file.name,
+            total=file.size,
+            initial=start,
+            unit="B",
+            unit_scale=True,
+            disable=not show_progress,
+        )
+        with open(part_path, "ab" if start else "wb") as output, bar:
+            # An answer that is too long, or never ends, is cut off after its excess
+            # begins. The checksum then fails.
+            while output.tell() <= file.size:
+                block = response.read(_READ_BYTES)
+                if not block:
+                    break
+                output.write(block)
+                bar.update(len(block))
+    size = part_path.stat().st_size
+    if size < file.size:
+        raise OSError(f"interrupted after {size} of {file.size} bytes")

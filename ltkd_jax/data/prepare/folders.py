@@ -1,4 +1,4 @@
-"""Lists images by class in a folder or a zip archive, which is never unpacked to disk."""
+"""Lists images by class in a folder or a zip archive, without unpacking it to disk."""
 
 import dataclasses
 import functools
@@ -6,7 +6,7 @@ import os
 import pathlib
 import zipfile
 from collections.abc import Callable, Iterator
-from typing import NoReturn
+from typing import IO, NoReturn
 
 import numpy as np
 
@@ -15,27 +15,31 @@ from ltkd_jax.data.prepare.archives import ArchiveError
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
 _TEST_NAMES = ("test", "val", "valid", "validation")
-_HIDDEN = (
-    ".",
-    "__MACOSX",
-)  # how names begin that are passed over; the second is what macOS adds to its archives
-_MAX_FILE = 256 << 20  # bytes
-_COMPRESSIONS = (
-    zipfile.ZIP_STORED,
-    zipfile.ZIP_DEFLATED,
-)  # others expand without a bound
-_TEST_SEED = 20_240_601  # a constant: what is held out for the test is the same at every preparation
+# Files and folders whose names begin so are ignored. macOS adds the second to archives.
+_HIDDEN_PREFIXES = (".", "__MACOSX")
+_MAX_FILE_BYTES = 256 << 20
+# Other compressions expand without a bound.
+_COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+# A constant, so that every preparation of a folder holds out the same test images.
+_TEST_SEED = 20_240_601
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
-    """An image file: its id, unique in its split, its label, and a function that returns its bytes."""
+class ImageFile:
+    """Describes an image file.
+
+    Attributes:
+      id: unique in its split.
+      label: of its class.
+      read: returns its bytes.
+    """
 
     id: str
     label: int
     read: Callable[[], bytes]
 
     def __post_init__(self) -> None:
+        # File names are arbitrary bytes on Linux, but TFDS stores ids as UTF-8.
         try:
             self.id.encode()
         except UnicodeEncodeError:
@@ -45,221 +49,292 @@ class Entry:
 
 
 @dataclasses.dataclass(frozen=True)
-class Files:
-    """Image files by split, and the names of the classes in the order of their labels."""
+class ImageFiles:
+    """Lists the image files of a data set.
 
-    splits: dict[str, list[Entry]]
+    Attributes:
+      splits: the image files of each split, by its name.
+      class_names: in label order.
+    """
+
+    splits: dict[str, list[ImageFile]]
     class_names: tuple[str, ...]
 
 
 def _walk(root: pathlib.Path) -> Iterator[str]:
-    """Yields the paths below a folder, those of folders with a final "/". Links are followed, but not in circles."""
+    """Yields the relative paths below a folder; those of folders end in "/".
+
+    Symbolic links are followed, but not in circles.
+    """
 
     def refuse(error: OSError) -> NoReturn:
         raise ArchiveError(f"{error.filename} cannot be read ({error.strerror})")
 
-    for folder, names, files in os.walk(root, followlinks=True, onerror=refuse):
-        above = {
-            os.path.realpath(parent)
-            for parent in (folder, *map(str, pathlib.Path(folder).parents))
-        }
-        names[:] = [
+    for folder, folder_names, file_names in os.walk(
+        root, followlinks=True, onerror=refuse
+    ):
+        ancestors = {os.path.realpath(folder)}
+        for ancestor in pathlib.Path(folder).parents:
+            ancestors.add(os.path.realpath(str(ancestor)))
+        # A change of this list in place decides where os.walk descends.
+        folder_names[:] = [
             name
-            for name in names
-            if os.path.realpath(os.path.join(folder, name)) not in above
+            for name in folder_names
+            if os.path.realpath(os.path.join(folder, name)) not in ancestors
         ]
-        parent = pathlib.Path(folder).relative_to(root)
-        yield from ((parent / name).as_posix() for name in files)
-        yield from (f"{(parent / name).as_posix()}/" for name in names)
+        relative = pathlib.Path(folder).relative_to(root)
+        for name in file_names:
+            yield (relative / name).as_posix()
+        for name in folder_names:
+            yield f"{(relative / name).as_posix()}/"
 
 
-class Tree:
-    """Files by their path below a root, in a folder or a zip archive.
+class FileTree:
+    """Gives access to the files of a folder or a zip archive by their relative paths.
 
     Attributes:
-      names: sorted paths of the files, and of the folders with a final "/".
+      paths: sorted, of the files and the folders; those of folders end in "/".
 
     Raises:
-      ArchiveError: the root is neither, or the archive is damaged.
+      ArchiveError: the root is no folder and no intact zip archive.
     """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self._root = pathlib.Path(root)
         self._zip: zipfile.ZipFile | None = None
         if self._root.is_dir():
-            self.names = sorted(_walk(self._root))
+            self.paths = sorted(_walk(self._root))
             return
         try:
             self._zip = zipfile.ZipFile(self._root)
-            self.names = sorted(self._zip.namelist())
-        except Exception as error:  # whatever the parser of a damaged archive raises
+            self.paths = sorted(self._zip.namelist())
+        except Exception as error:  # whatever zipfile raises for a damaged archive
             raise ArchiveError(
-                f"{root} is no folder, and no whole zip archive ({error}): give the folder, or get the archive again"
+                f"{root} is no folder and no intact zip archive ({error}): give the "
+                "folder, or get the archive again"
             ) from error
 
     def __str__(self) -> str:
         return str(self._root)
 
-    def read(self, name: str) -> bytes:
+    def read(self, path: str) -> bytes:
         """Returns the content of a file.
 
         Raises:
-          ArchiveError: it cannot be read whole.
+          ArchiveError: the file is absent, damaged, too large, or compressed in an
+            unusual way.
         """
         try:
-            if self._zip is None:
-                path = self._root / name
-                if not path.is_file():  # opening a pipe would wait for ever
-                    raise ArchiveError(f"{self} has no file {name}")
-                size = path.stat().st_size
-            else:
-                info = self._zip.getinfo(name)
-                if info.compress_type not in _COMPRESSIONS:
-                    raise ArchiveError(
-                        f"{self}: {name} is compressed in an unusual way: unpack it and give the folder"
-                    )
-                size = info.file_size
-            if size > _MAX_FILE:
+            size = self._size(path)
+            if size > _MAX_FILE_BYTES:
                 raise ArchiveError(
-                    f"{self}: {name} has {size} bytes, and at most {_MAX_FILE} are read"
+                    f"{self}: {path} has {size} bytes, and at most {_MAX_FILE_BYTES} "
+                    "are read"
                 )
-            # So many bytes and no more: a zip may hold more than it declares, and a device has no end.
-            with path.open("rb") if self._zip is None else self._zip.open(name) as file:
+            # No more than that: a file of a zip may expand to more than it declares,
+            # and a device has no end.
+            with self._open(path) as file:
                 return file.read(size)
         except ArchiveError:
             raise
-        except Exception as error:  # whatever the decompressor of a damaged file raises
+        except Exception as error:  # whatever zipfile raises for a damaged file
             raise ArchiveError(
-                f"{self}: {name} cannot be read ({error}); get it again"
+                f"{self}: {path} cannot be read ({error}); get it again"
             ) from error
 
-    def by_class(self, folder: str, below: str = "") -> dict[str, list[str]]:
-        """Returns the image files at any depth below `folder/CLASS/below`, by CLASS."""
-        files: dict[str, list[str]] = {}
-        for name in self.names:
-            rest = name.removeprefix(folder)
-            class_name, _, file = rest.partition("/")
-            hidden = any(part.startswith(_HIDDEN) for part in rest.split("/"))
-            if (
-                name.startswith(folder)
-                and not hidden
-                and file.startswith(below)
-                and _is_image(file)
-            ):
-                files.setdefault(class_name, []).append(name)
-        return files
+    def _size(self, path: str) -> int:
+        """Returns the size of a file, or that which its archive declares."""
+        if self._zip is None:
+            # Regular files only: to open a pipe would wait for ever.
+            if not (self._root / path).is_file():
+                raise ArchiveError(f"{self} has no file {path}")
+            return (self._root / path).stat().st_size
+        info = self._zip.getinfo(path)
+        if info.compress_type not in _COMPRESSIONS:
+            raise ArchiveError(
+                f"{self}: {path} is compressed in an unusual way: unpack it and give "
+                "the folder"
+            )
+        return info.file_size
+
+    def _open(self, path: str) -> IO[bytes]:
+        if self._zip is None:
+            return (self._root / path).open("rb")
+        return self._zip.open(path)
+
+    def images_by_class(self, folder: str, subfolder: str = "") -> dict[str, list[str]]:
+        """Returns the paths of the images below `folder/CLASS/subfolder`, by class.
+
+        Args:
+          folder: "" or a path that ends in "/".
+          subfolder: likewise, in each class folder.
+        """
+        images: dict[str, list[str]] = {}
+        for path in self.paths:
+            if not path.startswith(folder):
+                continue
+            relative = path.removeprefix(folder)
+            if any(name.startswith(_HIDDEN_PREFIXES) for name in relative.split("/")):
+                continue
+            class_name, _, file = relative.partition("/")
+            if file.startswith(subfolder) and _is_image(file):
+                images.setdefault(class_name, []).append(path)
+        return images
 
     def folders(self, folder: str = "") -> set[str]:
-        """Returns the names of the folders in a folder, empty ones too."""
-        paths = [
-            name.removeprefix(folder) for name in self.names if name.startswith(folder)
-        ]
-        names = {path.partition("/")[0] for path in paths if "/" in path}
-        return {name for name in names if not name.startswith(_HIDDEN)}
+        """Returns the names of the folders in a folder, empty ones included.
+
+        Args:
+          folder: "" or a path that ends in "/".
+        """
+        names = set()
+        for path in self.paths:
+            if not path.startswith(folder):
+                continue
+            # An archive need not list folders themselves: their files show them, too.
+            name, slash, _ = path.removeprefix(folder).partition("/")
+            if slash and not name.startswith(_HIDDEN_PREFIXES):
+                names.add(name)
+        return names
 
 
-def own(source: str | os.PathLike[str], *, test_per_class: int = 0) -> Files:
-    """Lists a folder (or zip) of one's own images by class: CLASS/…, or train/CLASS/… and test/CLASS/… (or val).
+def custom(source: str | os.PathLike[str], *, test_per_class: int = 0) -> ImageFiles:
+    """Lists a custom data set: a folder or a zip archive of images by class.
 
-    Classes are numbered in the order of their sorted names. Hidden files and files of other types are passed over.
+    Its layout is CLASS/…, or train/CLASS/… and test/CLASS/…, where "test" may also be
+    "val", "valid" or "validation". Classes are numbered in the order of their sorted
+    names. Hidden files and files of other types are ignored.
 
     Args:
-      source: the folder.
-      test_per_class: where there is no test folder, the images of each class to hold out for the test, chosen by a
-        hash of their paths.
+      source: the folder or the archive.
+      test_per_class: number of images of each class to hold out for the test. It is
+        used where there are no folders "train" and "test", and the images are drawn by
+        a hash of their paths.
 
     Raises:
-      ArchiveError: no class, one without images, classes that differ between training and test, or no test.
+      ArchiveError: there are no classes, a class has no image, training and test have
+        different classes, or there is no test set.
     """
-    tree, base = Tree(source), ""
-    while (
-        len(top := tree.folders(base)) == 1
-    ):  # an archive often holds one folder with everything in it
-        base += f"{top.pop()}/"
-    split = {
-        name.lower(): name for name in top if name.lower() in ("train", *_TEST_NAMES)
+    tree = FileTree(source)
+    # Archives often hold a single folder with everything in it.
+    base = ""
+    folder_names = tree.folders(base)
+    while len(folder_names) == 1:
+        base += f"{folder_names.pop()}/"
+        folder_names = tree.folders(base)
+
+    # "Train" is "train", too.
+    split_folders = {
+        name.lower(): f"{base}{name}/"
+        for name in folder_names
+        if name.lower() in ("train", *_TEST_NAMES)
     }
-    test = next((split[name] for name in _TEST_NAMES if name in split), None)
-    if "train" in split and test:
-        names, train = _list_classes(tree, f"{base}{split['train']}/")
-        test_names, test_entries = _list_classes(tree, f"{base}{test}/")
-        if names != test_names:
-            odd = sorted(set(names) ^ set(test_names))
-            raise ArchiveError(
-                f"{source}: class {odd[0]!r} is in one of train and test only ({len(odd)} such classes)"
-            )
-        return Files({"train": train, "test": test_entries}, names)
-    if split:
+    test_folders = [
+        split_folders[name] for name in _TEST_NAMES if name in split_folders
+    ]
+    if "train" in split_folders and test_folders:
+        return _list_splits(tree, split_folders["train"], test_folders[0])
+    if split_folders:
         raise ArchiveError(
-            f"{source} has the folders {', '.join(sorted(top))}: beside train one of {', '.join(_TEST_NAMES)} is "
-            "needed, or a folder for each class and no such folder"
+            f"{source} has the folders {', '.join(sorted(folder_names))}: beside train "
+            f"one of {', '.join(_TEST_NAMES)} is needed, or a folder for each class "
+            "and no such folder"
         )
     if test_per_class < 1:
         raise ArchiveError(
-            f"{source} has no folders train and test: give --test_per_class=N to hold N images of each class out for "
-            "the balanced test"
+            f"{source} has no folders train and test: give --test_per_class=N to hold "
+            "N images of each class out for the balanced test"
         )
-    names, entries = _list_classes(tree, base)
-    labels = np.array([entry.label for entry in entries])
-    keys = np.array([entry.id for entry in entries])
-    sizes = np.bincount(labels)
-    if test_per_class >= sizes.min():
+    class_names, image_files = _list_classes(tree, base)
+    return _hold_out_test(tree, class_names, image_files, test_per_class)
+
+
+def _list_splits(tree: FileTree, train_folder: str, test_folder: str) -> ImageFiles:
+    """Lists a folder of training images and one of test images."""
+    class_names, train = _list_classes(tree, train_folder)
+    test_class_names, test = _list_classes(tree, test_folder)
+    if class_names != test_class_names:
+        unshared = sorted(set(class_names) ^ set(test_class_names))
         raise ArchiveError(
-            f"{source}: class {names[sizes.argmin()]!r} has {sizes.min()} images, of which --test_per_class="
-            f"{test_per_class} leaves none to train on: hold out fewer, or add images"
+            f"{tree}: class {unshared[0]!r} is in one of train and test only "
+            f"({len(unshared)} such classes)"
+        )
+    return ImageFiles({"train": train, "test": test}, class_names)
+
+
+def _hold_out_test(
+    tree: FileTree,
+    class_names: tuple[str, ...],
+    image_files: list[ImageFile],
+    test_per_class: int,
+) -> ImageFiles:
+    """Draws a balanced test set; the other images are the training set."""
+    labels = np.array([image_file.label for image_file in image_files])
+    keys = np.array([image_file.id for image_file in image_files])
+    class_sizes = np.bincount(labels)
+    if test_per_class >= class_sizes.min():
+        raise ArchiveError(
+            f"{tree}: class {class_names[class_sizes.argmin()]!r} has "
+            f"{class_sizes.min()} images, of which --test_per_class={test_per_class} "
+            "leaves none to train on: hold out fewer, or add images"
         )
     try:
-        held_out = longtail.balanced(
+        test_indices = longtail.balanced_subset(
             labels,
             keys,
-            num_classes=len(names),
+            num_classes=len(class_names),
             per_class=test_per_class,
             seed=_TEST_SEED,
         )
     except ValueError as error:
-        raise ArchiveError(f"{source}: {error}") from error
-    kept = np.setdiff1d(np.arange(len(entries)), held_out)
-    return Files(
-        {"train": [entries[i] for i in kept], "test": [entries[i] for i in held_out]},
-        names,
-    )
+        raise ArchiveError(f"{tree}: {error}") from error
+    train_indices = np.setdiff1d(np.arange(len(image_files)), test_indices)
+    splits = {
+        "train": [image_files[i] for i in train_indices],
+        "test": [image_files[i] for i in test_indices],
+    }
+    return ImageFiles(splits, class_names)
 
 
-def _list_classes(tree: Tree, folder: str) -> tuple[tuple[str, ...], list[Entry]]:
-    """Returns the sorted class names, and an entry for each image, whose id is its path below the folder."""
-    files = tree.by_class(folder)
-    names = tuple(sorted(tree.folders(folder)))
-    where = f"{tree}/{folder}"
-    if len(names) < 2:
+def _list_classes(
+    tree: FileTree, folder: str
+) -> tuple[tuple[str, ...], list[ImageFile]]:
+    """Returns the sorted class names, and the images with their paths as ids."""
+    images = tree.images_by_class(folder)
+    class_names = tuple(sorted(tree.folders(folder)))
+    if len(class_names) < 2:
         raise ArchiveError(
-            f"{where} has {len(names)} class folders, and at least 2 are needed"
+            f"{tree}/{folder} has {len(class_names)} class folders, and at least 2 are "
+            "needed"
         )
-    odd = [
-        name
-        for name in names
-        if not name or name != " ".join(name.split()) or not name.isprintable()
-    ]
-    if odd:
+    malformed = [name for name in class_names if not _is_class_name(name)]
+    if malformed:
         raise ArchiveError(
-            f"{where}: class folder {odd[0]!r}: no name, or white space at an end, twice or of another kind; rename it"
+            f"{tree}/{folder}: class folder {malformed[0]!r}: a class name has "
+            "printable characters, and single spaces inside of it only; rename it"
         )
-    empty = [name for name in names if name not in files]
+    empty = [name for name in class_names if name not in images]
     if empty:
         raise ArchiveError(
-            f"{where}: class folder {empty[0]!r} has no image ({len(empty)} such folders): fill it or remove it; "
-            f"images are files that end in {', '.join(_SUFFIXES)}"
+            f"{tree}/{folder}: class folder {empty[0]!r} has no image ({len(empty)} "
+            "such folders): fill it or remove it; images are files that end in "
+            f"{', '.join(_SUFFIXES)}"
         )
-    entries = []
-    for label, class_name in enumerate(names):
-        entries += [
-            _entry(tree, path, path.removeprefix(folder), label)
-            for path in files[class_name]
-        ]
-    return names, entries
+    image_files = []
+    for label, class_name in enumerate(class_names):
+        for path in images[class_name]:
+            image_id = path.removeprefix(folder)
+            image_files.append(_image_file(tree, path, image_id, label))
+    return class_names, image_files
 
 
-def _entry(tree: Tree, path: str, key: str, label: int) -> Entry:
-    return Entry(key, label, functools.partial(tree.read, path))
+def _is_class_name(name: str) -> bool:
+    # TFDS keeps class names in a text file, one a line, and strips them.
+    return bool(name) and name == " ".join(name.split()) and name.isprintable()
+
+
+def _image_file(tree: FileTree, path: str, image_id: str, label: int) -> ImageFile:
+    return ImageFile(image_id, label, functools.partial(tree.read, path))
 
 
 def _is_image(path: str) -> bool:
@@ -270,67 +345,78 @@ def _file_name(path: str) -> str:
     return path.rpartition("/")[2]
 
 
+def _stem(path: str) -> str:
+    return pathlib.PurePosixPath(path).stem
+
+
 def tiny_imagenet(
     source: str | os.PathLike[str],
     *,
-    classes: int = 200,
-    per_class: int = 500,
-    test_images: int = 10_000,
-) -> Files:
-    """Lists the official tiny-imagenet-200.zip, or the folder that it unpacks to. Its validation images are the test.
+    num_classes: int = 200,
+    train_per_class: int = 500,
+    num_test: int = 10_000,
+) -> ImageFiles:
+    """Lists the official tiny-imagenet-200.zip, or the folder that it unpacks to.
 
-    Labels are in the order of the sorted WordNet ids.
+    Its validation images are the test set. Labels are in the order of the sorted
+    WordNet ids.
 
     Args:
       source: the archive or the folder.
-      classes, per_class, test_images: the official numbers.
+      num_classes, train_per_class, num_test: the official numbers, which are checked.
 
     Raises:
-      ArchiveError: something of it is missing, or there is more.
+      ArchiveError: a number differs, or a listed image is missing.
     """
-    tree = Tree(source)
-    root = "" if "wnids.txt" in tree.names else "tiny-imagenet-200/"
-    names = tuple(
-        sorted(tree.read(f"{root}wnids.txt").decode(errors="replace").split())
-    )
-    if len(set(names)) != classes:
+    tree = FileTree(source)
+    root = "" if "wnids.txt" in tree.paths else "tiny-imagenet-200/"
+    # A damaged file must not raise an error of decoding: its numbers will differ.
+    wnids = tree.read(f"{root}wnids.txt").decode(errors="replace").split()
+    class_names = tuple(sorted(wnids))
+    if len(set(class_names)) != num_classes:
         raise ArchiveError(
-            f"{source}: wnids.txt names {len(set(names))} classes, expected {classes}"
+            f"{source}: wnids.txt names {len(set(class_names))} classes, expected "
+            f"{num_classes}"
         )
-    label_of = {name: label for label, name in enumerate(names)}
-    by_class = tree.by_class(f"{root}train/", "images/")
+    images = tree.images_by_class(f"{root}train/", "images/")
     train = []
-    for name in names:
-        paths = by_class.get(name, [])
-        if len(paths) != per_class:
+    for label, name in enumerate(class_names):
+        paths = images.get(name, [])
+        if len(paths) != train_per_class:
             raise ArchiveError(
-                f"{source}: class {name!r} has {len(paths)} training images, expected {per_class}"
+                f"{source}: class {name!r} has {len(paths)} training images, expected "
+                f"{train_per_class}"
             )
-        train += [
-            _entry(tree, path, pathlib.PurePosixPath(path).stem, label_of[name])
-            for path in paths
-        ]
-    present = set(tree.names)
-    test = []
-    for line in (
-        tree.read(f"{root}val/val_annotations.txt")
-        .decode(errors="replace")
-        .splitlines()
-    ):
-        file, name, *_ = [*line.split("\t"), ""]
-        path = f"{root}val/images/{file}"
-        if name not in label_of or path not in present:
-            raise ArchiveError(
-                f"{source}: val_annotations.txt names {file!r} of class {name!r}, which is not there"
-            )
-        test.append(
-            _entry(tree, path, pathlib.PurePosixPath(path).stem, label_of[name])
-        )
-    if len({entry.id for entry in test}) != test_images:
+        train += [_image_file(tree, path, _stem(path), label) for path in paths]
+    test = _list_tiny_validation(tree, f"{root}val/", class_names)
+    if len({image_file.id for image_file in test}) != num_test:
         raise ArchiveError(
-            f"{source}: val_annotations.txt names {len(test)} images, expected {test_images}"
+            f"{source}: val_annotations.txt names {len(test)} images, expected "
+            f"{num_test}"
         )
-    return Files({"train": train, "test": test}, names)
+    return ImageFiles({"train": train, "test": test}, class_names)
+
+
+def _list_tiny_validation(
+    tree: FileTree, folder: str, class_names: tuple[str, ...]
+) -> list[ImageFile]:
+    """Lists the validation images; a file of annotations names their classes."""
+    label_of = {name: label for label, name in enumerate(class_names)}
+    all_paths = set(tree.paths)
+    annotations = tree.read(f"{folder}val_annotations.txt").decode(errors="replace")
+    image_files = []
+    for line in annotations.splitlines():
+        # Image, class, and a bounding box; a damaged line may lack its class.
+        file_name, class_name, *_ = [*line.split("\t"), ""]
+        path = f"{folder}images/{file_name}"
+        if class_name not in label_of or path not in all_paths:
+            raise ArchiveError(
+                f"{tree}: val_annotations.txt names {file_name!r} of class "
+                f"{class_name!r}, which is not there"
+            )
+        label = label_of[class_name]
+        image_files.append(_image_file(tree, path, _stem(path), label))
+    return image_files
 
 
 def imagenet(
@@ -338,48 +424,64 @@ def imagenet(
     *,
     class_names: tuple[str, ...],
     validation_labels: list[str],
-) -> Files:
-    """Lists ImageNet as it is usually unpacked: train/WNID/*.JPEG, and val/WNID/*.JPEG or all images in val itself.
+) -> ImageFiles:
+    """Lists ImageNet as it is usually unpacked.
+
+    That is train/WNID/*.JPEG, and val/WNID/*.JPEG or all images in val itself.
 
     Args:
       source: the folder.
       class_names: the WordNet ids, sorted.
-      validation_labels: the id of each validation image, in the order of their names; for a val without folders.
+      validation_labels: the WordNet id of each validation image, in the order of their
+        names; used if val has no folders.
 
     Raises:
-      ArchiveError: something of it is missing.
+      ArchiveError: a folder is missing or superfluous, or val has another number of
+        images.
     """
-    tree = Tree(source)
-    splits = {}
-    for split, folder in (("train", "train/"), ("validation", "val/")):
-        subfolders = tree.folders(folder)
-        if split == "validation" and not subfolders:
-            paths = [
-                path
-                for path in tree.names
-                if path.startswith(folder) and _is_image(path)
-            ]
-            if len(paths) != len(validation_labels):
-                raise ArchiveError(
-                    f"{source}/{folder} has {len(paths)} images, expected {len(validation_labels)}"
-                )
-            label_of = {name: label for label, name in enumerate(class_names)}
-            pairs = zip(paths, validation_labels)
-            splits[split] = [
-                _entry(tree, path, _file_name(path), label_of[name])
-                for path, name in pairs
-            ]
-            continue
-        odd = sorted(subfolders ^ set(class_names))
-        if odd:
-            problem = (
-                "is missing" if odd[0] in class_names else "is no class of ImageNet"
-            )
-            raise ArchiveError(
-                f"{source}/{folder}: folder {odd[0]!r} {problem} ({len(odd)} such folders)"
-            )
-        entries = _list_classes(tree, folder)[1]
-        splits[split] = [
-            dataclasses.replace(entry, id=_file_name(entry.id)) for entry in entries
-        ]
-    return Files(splits, class_names)
+    tree = FileTree(source)
+    train = _list_wnid_folders(tree, "train/", class_names)
+    if tree.folders("val/"):
+        validation = _list_wnid_folders(tree, "val/", class_names)
+    else:
+        validation = _list_flat_validation(tree, "val/", class_names, validation_labels)
+    return ImageFiles({"train": train, "validation": validation}, class_names)
+
+
+def _list_wnid_folders(
+    tree: FileTree, folder: str, class_names: tuple[str, ...]
+) -> list[ImageFile]:
+    """Lists the images of a folder per WordNet id; an image's id is its file name."""
+    unexpected = sorted(tree.folders(folder) ^ set(class_names))
+    if unexpected:
+        name = unexpected[0]
+        problem = "is missing" if name in class_names else "is no class of ImageNet"
+        raise ArchiveError(
+            f"{tree}/{folder}: folder {name!r} {problem} ({len(unexpected)} such "
+            "folders)"
+        )
+    _, image_files = _list_classes(tree, folder)
+    return [
+        dataclasses.replace(image_file, id=_file_name(image_file.id))
+        for image_file in image_files
+    ]
+
+
+def _list_flat_validation(
+    tree: FileTree,
+    folder: str,
+    class_names: tuple[str, ...],
+    validation_labels: list[str],
+) -> list[ImageFile]:
+    """Lists the validation images of one folder, which has no folders of classes."""
+    paths = [path for path in tree.paths if path.startswith(folder) and _is_image(path)]
+    if len(paths) != len(validation_labels):
+        raise ArchiveError(
+            f"{tree}/{folder} has {len(paths)} images, expected "
+            f"{len(validation_labels)}"
+        )
+    label_of = {name: label for label, name in enumerate(class_names)}
+    return [
+        _image_file(tree, path, _file_name(path), label_of[wnid])
+        for path, wnid in zip(paths, validation_labels)
+    ]

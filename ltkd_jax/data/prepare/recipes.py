@@ -1,8 +1,9 @@
-"""Puts a data set where TFDS reads it, without TensorFlow: downloaded, or from a local archive or folder.
+"""Prepares data sets as TFDS directories, without TensorFlow.
 
-The directory of a data set that TFDS knows is the stock one: name, version, features, example ids and order are those
-that TFDS itself would write, and `tfds.builder(name, data_dir=DIR)` reads it without a network. Any other is read by
-`tfds.builder_from_directory`.
+The images are downloaded, or come from a local archive or folder. A data set that TFDS
+knows gets the directory that TFDS itself would write, with the same name, version,
+features, example ids and order; `tfds.builder(name, data_dir=DIR)` reads it without a
+network. Any other is read by `tfds.builder_from_directory`.
 """
 
 import contextlib
@@ -21,81 +22,100 @@ from typing import Any
 from ltkd_jax.data.prepare import archives, download, folders, tfds_writer
 from ltkd_jax.data.prepare.tfds_writer import PrepareError
 
-_WITHOUT_URL = {
+# Of data sets that cannot be downloaded: what --source must be.
+_REQUIRED_SOURCES = {
     "tiny_imagenet": "the zip from http://cs231n.stanford.edu/tiny-imagenet-200.zip",
-    "imagenet2012": "the images from https://image-net.org (an account is needed), unpacked",
+    "imagenet2012": (
+        "the images from https://image-net.org (an account is needed), unpacked"
+    ),
     "folder": "your folder of images",
 }
-Content = archives.Content | folders.Files
-DATASETS = ("cifar100", "cifar10", "fashion_mnist", *_WITHOUT_URL)
+SourceContent = archives.DecodedImages | folders.ImageFiles
+DATASETS = ("cifar100", "cifar10", "fashion_mnist", *_REQUIRED_SOURCES)
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How a data set is made: its name, the files to download, and the function that reads and verifies a path."""
+    """Describes how a data set is made.
+
+    Attributes:
+      name: of the data set.
+      downloads: the official files; empty if they cannot be downloaded.
+      read: reads and verifies the source: the only download, the folder of several
+        downloads, or what the user gives.
+    """
 
     name: str
-    files: tuple[download.File, ...]
-    read: Callable[[pathlib.Path], Content]
+    downloads: tuple[download.RemoteFile, ...]
+    read: Callable[[pathlib.Path], SourceContent]
 
 
-def recipe(name: str) -> Recipe:
-    """Returns the recipe of a well-known data set, with the official checksums or numbers of images.
+def official_recipe(name: str) -> Recipe:
+    """Returns the recipe of an official data set.
 
-    >>> recipe("cifar100").files[0].name
+    It verifies the official checksums or numbers of images.
+
+    Args:
+      name: one of `DATASETS` except "folder".
+
+    >>> official_recipe("cifar100").downloads[0].name
     'cifar-100-binary.tar.gz'
     """
     import tensorflow_datasets as tfds
 
     if name == "tiny_imagenet":
         return Recipe(name, (), folders.tiny_imagenet)
-    stock = tfds.builder_cls(name)
+    stock_class = tfds.builder_cls(name)
+    read: Callable[[pathlib.Path], SourceContent]
     if name == "imagenet2012":
-        package = pathlib.Path(inspect.getfile(stock)).parent
-        read: Callable[[pathlib.Path], Content] = functools.partial(
+        # The class names and the labels of the validation images come with TFDS.
+        package = pathlib.Path(inspect.getfile(stock_class)).parent
+        class_names = (package / "labels.txt").read_text().split()
+        validation_labels = (package / "validation_labels.txt").read_text().split()
+        read = functools.partial(
             folders.imagenet,
-            class_names=tuple((package / "labels.txt").read_text().split()),
-            validation_labels=(package / "validation_labels.txt").read_text().split(),
+            class_names=tuple(class_names),
+            validation_labels=validation_labels,
         )
         return Recipe(name, (), read)
     if name == "fashion_mnist":
-        read = functools.partial(
-            archives.read_idx, sha256=archives.FASHION_MNIST_SHA256
-        )
+        sha256 = archives.FASHION_MNIST_SHA256
+        read = functools.partial(archives.read_idx, sha256=sha256)
     else:
-        read = functools.partial(
-            archives.read_cifar, cifar=getattr(archives, name.upper())
-        )
-    files = tuple(
-        download.File(url, info.filename, info.size, info.checksum)
-        for url, info in stock.url_infos.items()
+        layouts = {"cifar100": archives.CIFAR100, "cifar10": archives.CIFAR10}
+        read = functools.partial(archives.read_cifar, layout=layouts[name])
+    downloads = tuple(
+        download.RemoteFile(url, info.filename, info.size, info.checksum)
+        for url, info in stock_class.url_infos.items()
     )
-    return Recipe(name, files, read)
+    return Recipe(name, downloads, read)
 
 
-def own_recipe(name: str, *, test_per_class: int = 0) -> Recipe:
-    """Returns the recipe of a folder of one's own images by class, see `folders.own`.
+def custom_recipe(name: str, *, test_per_class: int = 0) -> Recipe:
+    """Returns the recipe of a custom data set, a folder of images by class.
+
+    Args:
+      name: of the data set: small letters, digits and _, a letter first.
+      test_per_class: number of images of each class to hold out for the test, see
+        `folders.custom`.
 
     Raises:
-      PrepareError: the name is malformed, or is that of a well-known data set.
+      PrepareError: the name has another form, or an official data set has it.
     """
     import tensorflow_datasets as tfds
 
     if not re.fullmatch("[a-z][a-z0-9_]*", name or ""):
         raise PrepareError(
-            f"--name={name!r}: give a name of small letters, digits and _, which starts with a letter"
+            f"--name={name!r}: give a name of small letters, digits and _, which "
+            "starts with a letter"
         )
-    if (
-        name in DATASETS
-        or name == "digits"
-        or name in tfds.list_builders(with_community_datasets=False)
-    ):
+    in_tfds = name in tfds.list_builders(with_community_datasets=False)
+    if in_tfds or name in (*DATASETS, "digits"):
         raise PrepareError(
             f"--name={name!r} is the name of a well-known data set: give another"
         )
-    return Recipe(
-        name, (), functools.partial(folders.own, test_per_class=test_per_class)
-    )
+    read = functools.partial(folders.custom, test_per_class=test_per_class)
+    return Recipe(name, (), read)
 
 
 def prepare(
@@ -106,57 +126,38 @@ def prepare(
     skip_damaged: bool = False,
     show_progress: bool = False,
 ) -> pathlib.Path:
-    """Writes the TFDS directory of a data set and returns its path; nothing half-written is left at that path.
+    """Writes the TFDS directory of a data set.
+
+    The directory appears only when it is complete.
 
     Args:
       recipe: how the data set is made.
-      data_dir: TFDS's directory; the data set becomes `data_dir/NAME/VERSION`.
-      source: path of an archive or folder; None downloads the official files into `data_dir/downloads/NAME`.
-      skip_damaged: whether image files that do not decode are left out, with a warning, rather than refused.
+      data_dir: TFDS's directory; the data set is written to `data_dir/NAME/VERSION`.
+      source: path of an archive or folder; None downloads the official files into
+        `data_dir/downloads/NAME`.
+      skip_damaged: whether image files that do not decode are left out, with a warning,
+        instead of raising an error.
       show_progress: whether to show bars on the standard error.
+
+    Returns:
+      The path of the directory.
 
     Raises:
       ArchiveError: the source is not the official one, or lacks something.
       DownloadError: a file cannot be downloaded.
-      PrepareError: something else is at the final path, or an image does not decode.
+      PrepareError: there is no source, an image does not decode, or the directory
+        exists already.
     """
-    import tensorflow_datasets as tfds
-
     if source is None:
-        if not recipe.files:
-            wanted = _WITHOUT_URL.get(recipe.name, _WITHOUT_URL["folder"])
-            raise PrepareError(
-                f"{recipe.name} cannot be downloaded: give --source, {wanted}"
-            )
-        folder = data_dir / "downloads" / recipe.name
-        downloaded = [
-            download.fetch(file, folder, show_progress=show_progress)
-            for file in recipe.files
-        ]
-        source = downloaded[0] if len(downloaded) == 1 else folder
+        source = _download(recipe, data_dir, show_progress)
     content = recipe.read(pathlib.Path(source))
-
-    # TFDS can switch its bars for the whole process only.
-    (tfds.enable_progress_bar if show_progress else tfds.disable_progress_bar)()
     data_dir.mkdir(parents=True, exist_ok=True)
-    # On the same file system, so that a rename completes it.
+    # Written here first, on the same file system, so that one rename completes it.
     temporary = pathlib.Path(
         tempfile.mkdtemp(prefix=f".{recipe.name}.incomplete.", dir=data_dir)
     )
     try:
-        builder = _builder_class(recipe.name, content)(
-            data_dir=temporary, file_format="array_record"
-        )
-        if isinstance(content, folders.Files):
-            tfds_writer.write(
-                builder, content, skip_damaged=skip_damaged, show_progress=show_progress
-            )
-        else:
-            with contextlib.redirect_stdout(
-                io.StringIO()
-            ):  # TFDS announces the temporary path
-                builder.download_and_prepare()
-        written = pathlib.Path(builder.data_path)
+        written = _write(recipe.name, content, temporary, skip_damaged, show_progress)
         final = data_dir / written.relative_to(temporary)
         final.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -170,13 +171,65 @@ def prepare(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _builder_class(name: str, content: Content) -> Any:
-    """Returns the builder of an own data set, or TFDS's with other examples, since its own reads through TensorFlow."""
-    import tensorflow_datasets as tfds
-    from PIL import Image
+def _download(
+    recipe: Recipe, data_dir: pathlib.Path, show_progress: bool
+) -> pathlib.Path:
+    """Downloads the official files; returns the only one's path, or their folder's."""
+    if not recipe.downloads:
+        custom_source = _REQUIRED_SOURCES["folder"]
+        required_source = _REQUIRED_SOURCES.get(recipe.name, custom_source)
+        raise PrepareError(
+            f"{recipe.name} cannot be downloaded: give --source, {required_source}"
+        )
+    folder = data_dir / "downloads" / recipe.name
+    paths = [
+        download.fetch(file, folder, show_progress=show_progress)
+        for file in recipe.downloads
+    ]
+    return paths[0] if len(paths) == 1 else folder
 
-    in_tfds = name in tfds.list_builders(with_community_datasets=False)
-    stock = tfds.builder_cls(name) if in_tfds else tfds.core.GeneratorBasedBuilder
+
+def _write(
+    name: str,
+    content: SourceContent,
+    directory: pathlib.Path,
+    skip_damaged: bool,
+    show_progress: bool,
+) -> pathlib.Path:
+    """Writes `directory/NAME/VERSION`, and returns its path."""
+    import tensorflow_datasets as tfds
+
+    # TFDS can switch its bars for the entire process only.
+    if show_progress:
+        tfds.enable_progress_bar()
+    else:
+        tfds.disable_progress_bar()
+    builder_class = _builder_class(name, content)
+    builder = builder_class(data_dir=directory, file_format="array_record")
+    if isinstance(content, folders.ImageFiles):
+        tfds_writer.write(
+            builder, content, skip_damaged=skip_damaged, show_progress=show_progress
+        )
+    else:
+        # TFDS prints the path, which is a temporary one.
+        with contextlib.redirect_stdout(io.StringIO()):
+            builder.download_and_prepare()
+    return pathlib.Path(builder.data_path)
+
+
+def _builder_class(name: str, content: SourceContent) -> Any:
+    """Returns a TFDS builder class that describes a data set and yields its examples.
+
+    If TFDS knows the data set, this is a subclass of TFDS's own ("stock") builder class
+    with the same name, version and module, all of which TFDS writes into the directory
+    and looks for when it reads it. Only the methods that produce the examples are
+    replaced, since the stock ones read their source through TensorFlow.
+
+    Any other data set gets a builder with an id, a colour image and a label. Its
+    methods for examples are never called, as `tfds_writer` writes its image files, but
+    TFDS demands that they exist.
+    """
+    import tensorflow_datasets as tfds
 
     def info(self: Any) -> Any:
         shape = (64, 64, 3) if name == "tiny_imagenet" else (None, None, 3)
@@ -190,42 +243,54 @@ def _builder_class(name: str, content: Content) -> Any:
         )
 
     def split_generators(self: Any, dl_manager: Any) -> dict[str, Any]:
-        assert isinstance(
-            content, archives.Content
-        )  # others are written by `tfds_writer`
-        for label, names in content.class_names.items():
-            self.info.features[label].names = names
+        assert isinstance(content, archives.DecodedImages)
+        # The stock builders of CIFAR set the names from their own download here.
+        for label, class_names in content.class_names.items():
+            self.info.features[label].names = class_names
         return {split: self._generate_examples(split) for split in content.splits}
 
     def generate_examples(
         self: Any, split: str
     ) -> Iterator[tuple[int, dict[str, Any]]]:
-        assert isinstance(content, archives.Content)
-        images, labels = content.splits[split]
-        for index, image in enumerate(images):
-            example: dict[str, Any] = {
-                label: int(values[index]) for label, values in labels.items()
-            }
-            if "id" in self.info.features:
-                example["id"] = f"{split}_{index:05d}"
-            example["image"] = Image.fromarray(
-                image.squeeze(-1) if image.shape[-1] == 1 else image
-            )
-            yield index, example
+        assert isinstance(content, archives.DecodedImages)
+        has_id = "id" in self.info.features
+        return _examples(content, split, has_id)
 
-    body: dict[str, Any] = {
+    attributes: dict[str, Any] = {
         "name": name,
         "_split_generators": split_generators,
         "_generate_examples": generate_examples,
     }
-    if in_tfds:
-        # The directory names the module of its builder: TFDS's own.
-        body |= {"VERSION": stock.VERSION, "__module__": stock.__module__}
+    if name in tfds.list_builders(with_community_datasets=False):
+        base_class = tfds.builder_cls(name)
+        class_name = base_class.__name__
+        attributes["VERSION"] = base_class.VERSION
+        attributes["__module__"] = base_class.__module__
     else:
-        body |= {
-            "VERSION": tfds.core.Version("1.0.0"),
-            "__module__": __name__,
-            "_info": info,
-        }
+        base_class = tfds.core.GeneratorBasedBuilder
+        class_name = "Builder"
+        attributes["VERSION"] = tfds.core.Version("1.0.0")
+        attributes["__module__"] = __name__
+        attributes["_info"] = info
+    # TFDS registers every builder class by its name, and refuses a second of one name.
     with tfds.core.registered.skip_registration():
-        return type(stock.__name__ if in_tfds else "Builder", (stock,), body)
+        return type(class_name, (base_class,), attributes)
+
+
+def _examples(
+    content: archives.DecodedImages, split: str, has_id: bool
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields the key and the features of each example of a split, as TFDS expects."""
+    from PIL import Image
+
+    images, labels = content.splits[split]
+    for index, image in enumerate(images):
+        example: dict[str, Any] = {}
+        for label, values in labels.items():
+            example[label] = int(values[index])
+        if has_id:
+            example["id"] = f"{split}_{index:05d}"
+        # Pillow's grey images have no channel axis.
+        pixels = image.squeeze(-1) if image.shape[-1] == 1 else image
+        example["image"] = Image.fromarray(pixels)
+        yield index, example

@@ -1,10 +1,12 @@
-"""Writes image files as a TFDS directory of array_record files, however many there are.
+"""Writes image files as a TFDS directory of array_record files.
 
-TFDS's own writer shuffles through TensorFlow once a split has more than 1,000 MiB. Here the order is that of a hash of
-the ids, which needs no more than the ids, and the metadata is TFDS's.
+TFDS's own writer shuffles through TensorFlow if a split has more than 1,000 MiB. Here
+the examples are in the order of a hash of their ids, so that only the ids are in memory
+at once, whatever the number of images. The metadata are written by TFDS.
 """
 
 import concurrent.futures
+import dataclasses
 import functools
 import hashlib
 import io
@@ -21,62 +23,71 @@ from tqdm import tqdm
 from ltkd_jax.data import records, resize
 from ltkd_jax.data.prepare import folders
 
-_BLOCK = 256  # images that are checked side by side
-SHARD_SIZE = 256 << 20  # bytes
-_Shape = tuple[
-    int | None, int | None, int
-]  # height, width and channels; None where images differ
+_CHECK_BLOCK = 256  # number of images that are checked in parallel
+SHARD_BYTES = 256 << 20
+# Height, width and channels; height and width are None where images differ in size.
+_Shape = tuple[int | None, int | None, int]
 _log = logging.getLogger(__name__)
 
 
 class PrepareError(ValueError):
-    """The data directory is in the way, or an image is damaged; the message says what to do."""
+    """Raised for a data set that cannot be written; the message has the remedy."""
 
 
 def write(
     builder: records.Builder,
-    files: folders.Files,
+    files: folders.ImageFiles,
     *,
     skip_damaged: bool = False,
     show_progress: bool = False,
 ) -> None:
-    """Writes all splits and the metadata into `builder.data_path`, and a fingerprint of all records beside them.
+    """Writes all splits, the metadata, and a fingerprint into `builder.data_path`.
+
+    The fingerprint is a hash of all records.
 
     Args:
-      builder: TFDS's, for its name, version and features: "image", "label", and "id" or "file_name".
-      files: the images. Each is decoded once to check it; a JPEG's or PNG's own bytes are kept.
-      skip_damaged: whether files that do not decode are left out, with a warning, rather than refused.
+      builder: of TFDS, with its name, version and features "image", "label", and "id"
+        or "file_name".
+      files: the image files. Each is decoded once to check it. The bytes of a JPEG or
+        PNG are stored unchanged; other formats become PNGs.
+      skip_damaged: whether files that do not decode are left out, with a warning,
+        instead of raising an error.
       show_progress: whether to show a bar on the standard error.
 
     Raises:
-      PrepareError: a file does not decode, an id occurs twice, or nothing is left of a class.
+      PrepareError: a file does not decode, an id occurs twice, or no image of a class
+        decodes.
     """
     from tensorflow_datasets.core import example_serializer, naming, splits
 
     folder = pathlib.Path(builder.data_path)
     folder.mkdir(parents=True)
     features = builder.info.features
-    serialize = example_serializer.ExampleSerializer(
-        features.get_serialized_info()
-    ).serialize_example
     id_name = "id" if "id" in features else "file_name"
+    serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
+
+    def serialize(image_file: folders.ImageFile, data: bytes) -> bytes:
+        example = {
+            id_name: image_file.id,
+            "image": io.BytesIO(data),
+            "label": image_file.label,
+        }
+        return serializer.serialize_example(features.encode_example(example))
+
     fingerprint = hashlib.sha256()
     split_infos = []
     for split in files.splits:
-        shards, labels, keys = _Shards(folder, split), [], []
-        for entry, data in _checked(
+        shards = _ShardWriter(folder, split)
+        labels = []
+        keys = []
+        for image_file, data in _decodable_files(
             files, split, features["image"].shape, skip_damaged, show_progress
         ):
-            example = {
-                id_name: entry.id,
-                "image": io.BytesIO(data),
-                "label": entry.label,
-            }
-            record = serialize(features.encode_example(example))
+            record = serialize(image_file, data)
             fingerprint.update(record)
             shards.write(record)
-            labels.append(entry.label)
-            keys.append(entry.id)
+            labels.append(image_file.label)
+            keys.append(image_file.id)
         template = naming.ShardedFileTemplate(
             folder,
             dataset_name=builder.name,
@@ -84,7 +95,7 @@ def write(
             filetype_suffix="array_record",
         )
         paths = shards.close(template)
-        records.keep_index(
+        records.write_index(
             builder, split, paths, np.array(labels, np.int32), np.array(keys)
         )
         split_infos.append(
@@ -95,122 +106,161 @@ def write(
     (folder / records.FINGERPRINT).write_text(fingerprint.hexdigest())
 
 
-class _Shards:
-    """Writes the files of a split, a new one when one is full, and names them when their number is known."""
+class _ShardWriter:
+    """Writes the array_record files ("shards") of a split.
+
+    A new file begins when one has `SHARD_BYTES`. Their names contain their number, so
+    they are named when all are written.
+
+    Attributes:
+      lengths: number of records in each file.
+      num_bytes: of all records.
+    """
 
     def __init__(self, folder: pathlib.Path, split: str) -> None:
-        self._folder, self._split = folder, split
+        self._folder = folder
+        self._split = split
         self._writer: Any = None
-        self._room = 0
+        self._free_bytes = 0
         self.lengths: list[int] = []
         self.num_bytes = 0
 
     def write(self, record: bytes) -> None:
+        """Appends a record."""
         from array_record.python import array_record_module
 
-        if self._room <= 0:
+        if self._free_bytes <= 0:
             if self._writer is not None:
                 self._writer.close()
-            # One record a group: any of them is read without its neighbours.
+            path = self._unfinished_path(len(self.lengths))
+            # One record in a group: each is read without decompressing its neighbours.
             self._writer = array_record_module.ArrayRecordWriter(
-                str(self._path(len(self.lengths))), "group_size:1"
+                str(path), "group_size:1"
             )
             self.lengths.append(0)
-            self._room = SHARD_SIZE
+            self._free_bytes = SHARD_BYTES
         self._writer.write(record)
         self.lengths[-1] += 1
         self.num_bytes += len(record)
-        self._room -= len(record)
+        self._free_bytes -= len(record)
 
     def close(self, template: Any) -> tuple[str, ...]:
+        """Closes the last file, and renames all by TFDS's template; returns paths."""
         self._writer.close()
+        num_shards = len(self.lengths)
         paths = []
-        for index in range(len(self.lengths)):
-            paths.append(
-                str(
-                    template.sharded_filepath(
-                        shard_index=index, num_shards=len(self.lengths)
-                    )
-                )
-            )
-            os.rename(self._path(index), paths[-1])
+        for index in range(num_shards):
+            path = template.sharded_filepath(shard_index=index, num_shards=num_shards)
+            os.rename(self._unfinished_path(index), path)
+            paths.append(str(path))
         return tuple(paths)
 
-    def _path(self, index: int) -> pathlib.Path:
+    def _unfinished_path(self, index: int) -> pathlib.Path:
         return self._folder / f"{self._split}.{index}.unfinished"
 
 
-def _checked(
-    files: folders.Files,
+def _decodable_files(
+    files: folders.ImageFiles,
     split: str,
     shape: _Shape,
     skip_damaged: bool,
     show_progress: bool,
-) -> Iterator[tuple[folders.Entry, bytes]]:
-    """Yields each entry of a split that decodes, with its bytes, in the order of a hash of the ids."""
-    entries = sorted(
-        files.splits[split],
-        key=lambda entry: hashlib.blake2b(entry.id.encode()).digest(),
-    )
-    for entry, following in itertools.pairwise(entries):
-        if entry.id == following.id:
-            raise PrepareError(
-                f"{split} image {entry.id!r} is there twice: keep one of them"
-            )
-    sizes = np.zeros(len(files.class_names), int)
+) -> Iterator[tuple[folders.ImageFile, bytes]]:
+    """Yields each image file of a split with its bytes, in the order of a hash of ids.
+
+    Raises:
+      PrepareError: a file does not decode, an id occurs twice, or no image of a class
+        decodes.
+    """
+    image_files = sorted(files.splits[split], key=_hash_of_id)
+    _check_unique(image_files, split)
+    class_sizes = np.zeros(len(files.class_names), int)
     bar = tqdm(
-        total=len(entries),
+        total=len(image_files),
         desc=split,
         unit="image",
         disable=not show_progress,
         dynamic_ncols=True,
     )
+    encode = functools.partial(_encode, shape=shape)
     with concurrent.futures.ThreadPoolExecutor() as pool, bar:
-        for block in (entries[i : i + _BLOCK] for i in range(0, len(entries), _BLOCK)):
-            for entry, data in zip(
-                block, pool.map(functools.partial(_encode, shape=shape), block)
-            ):
+        # In blocks, since `map` starts on all of its input at once, and keeps the
+        # results in memory.
+        for start in range(0, len(image_files), _CHECK_BLOCK):
+            block = image_files[start : start + _CHECK_BLOCK]
+            for image_file, encoded in zip(block, pool.map(encode, block)):
                 bar.update()
-                if isinstance(data, bytes):
-                    sizes[entry.label] += 1
-                    yield entry, data
+                if isinstance(encoded, bytes):
+                    class_sizes[image_file.label] += 1
+                    yield image_file, encoded
                     continue
-                message = f"{split} image {entry.id!r} of class {files.class_names[entry.label]!r}: {data}"
+                class_name = files.class_names[image_file.label]
+                message = (
+                    f"{split} image {image_file.id!r} of class {class_name!r}: "
+                    f"{encoded.problem}"
+                )
                 if not skip_damaged:
                     raise PrepareError(
-                        f"{message}; repair or remove it, or leave such images out by --skip_damaged"
+                        f"{message}; repair or remove it, or leave such images out by "
+                        "--skip_damaged"
                     )
                 _log.warning("left out: %s", message)
-    if not sizes.all():
+    if not class_sizes.all():
+        class_name = files.class_names[class_sizes.argmin()]
         raise PrepareError(
-            f"{split} images of class {files.class_names[sizes.argmin()]!r}: none of them decodes"
+            f"{split} images of class {class_name!r}: none of them decodes"
         )
-    if sizes.sum() < len(entries):
+    num_left_out = len(image_files) - class_sizes.sum()
+    if num_left_out:
         _log.warning(
-            "%d of %d %s images were left out",
-            len(entries) - sizes.sum(),
-            len(entries),
-            split,
+            "%d of %d %s images were left out", num_left_out, len(image_files), split
         )
 
 
-def _encode(entry: folders.Entry, shape: _Shape) -> bytes | str:
-    """Returns an image as a JPEG or PNG file, or what is wrong with it."""
+def _hash_of_id(image_file: folders.ImageFile) -> bytes:
+    return hashlib.blake2b(image_file.id.encode()).digest()
+
+
+def _check_unique(image_files: list[folders.ImageFile], split: str) -> None:
+    """Checks that no id repeats in a list that is sorted by a hash of the ids."""
+    for image_file, next_file in itertools.pairwise(image_files):
+        if image_file.id == next_file.id:
+            raise PrepareError(
+                f"{split} image {image_file.id!r} occurs twice: keep one of them"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Damaged:
+    """Says why an image file cannot be used."""
+
+    problem: str
+
+
+def _encode(image_file: folders.ImageFile, shape: _Shape) -> bytes | _Damaged:
+    """Returns an image as the bytes of a JPEG or PNG file, or why that is not possible.
+
+    The problem is returned, not raised, so that other images of a block go on.
+    """
     from PIL import Image, UnidentifiedImageError
 
+    height, width, _ = shape
     try:
-        data = entry.read()
+        data = image_file.read()
         image = Image.open(io.BytesIO(data))
+        # `open` reads the header only.
         image.load()
-        if shape[0] is not None and image.size != (shape[1], shape[0]):
-            return f"it is {image.width}×{image.height} pixels, expected {shape[1]}×{shape[0]}"
-        converted = resize.in_mode(image, 3)
+        if height is not None and image.size != (width, height):
+            return _Damaged(
+                f"it is {image.width}×{image.height} pixels, expected {width}×{height}"
+            )
+        converted = resize.convert_mode(image, 3)
         if image.format in ("JPEG", "PNG"):
             return data
         file = io.BytesIO()
         converted.save(file, format="png")
         return file.getvalue()
     except UnidentifiedImageError:
-        return "does not decode (an unknown kind of image file)"
+        return _Damaged("does not decode (an unknown kind of image file)")
     except Exception as error:  # whatever a decoder raises
-        return f"does not decode ({error})"
+        return _Damaged(f"does not decode ({error})")
