@@ -46,11 +46,11 @@ def setting(
     counts = COUNTS if classes == CLASSES else np.arange(classes, 0, -1)
     by_rank = groups.ClassGroups.from_counts(counts)
     objective = methods.create(method, counts, by_rank)
-    weighting = bilevel_steps.Weighting(
+    weighting = bilevel_steps.LearnedWeighting(
         net=models.WeightNet(len(objective.terms), hidden=(8,)),
-        features=methods.features(objective, ("student_ce", "teacher_ce")),
+        features_fn=methods.features(objective, ("student_ce", "teacher_ce")),
         num_features=2,
-        outer_loss=methods.outer_loss(objective, outer),
+        outer_loss_fn=methods.outer_loss(objective, outer),
         scales=(1.0,) * len(objective.terms),
         optimizer=optax.adam(1e-2),
         update_every=1,
@@ -59,11 +59,11 @@ def setting(
 
     terms = len(objective.terms)
     state = jax.jit(
-        lambda: weighting.add_to(
+        lambda: weighting.init_weight_net(
             states.create(model, optax.sgd(0.1), terms, shape, seed), seed
         )
     )()
-    problem = bilevel_steps.problem(
+    problem = bilevel_steps.make_problem(
         state.batch_stats, model=model, objective=objective, weighting=weighting
     )
     # A fresh weight net is nearly constant; a larger one has slopes that a wrong formula gets wrong.

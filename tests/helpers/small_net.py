@@ -86,11 +86,11 @@ def table(variables, images=IMAGES, labels=LABELS):
 def weighting(objective):
     """Returns a weight net that is updated in every second step."""
     features = ("student_ce", "teacher_ce")
-    return bilevel_steps.Weighting(
+    return bilevel_steps.LearnedWeighting(
         net=models.WeightNet(len(objective.terms), hidden=(8,)),
-        features=methods.features(objective, features),
+        features_fn=methods.features(objective, features),
         num_features=len(features),
-        outer_loss=methods.outer_loss(objective, "mix"),
+        outer_loss_fn=methods.outer_loss(objective, "mix"),
         scales=(1.0, 0.5, 2.0)[: len(objective.terms)],
         optimizer=states.adam(1e-2, weight_decay=1e-4),
         update_every=2,
@@ -125,7 +125,7 @@ class Training:
             SmallNet(), optimizer(), len(self._objective.terms), SHAPE, 0
         )
         if self._weighting:
-            state = self._weighting.add_to(state, 0)
+            state = self._weighting.init_weight_net(state, 0)
         return double(state) if jax.config.jax_enable_x64 else state
 
     def run(self, num_steps, *, steps_per_call=1, start=None, tables=None):
@@ -155,7 +155,7 @@ class Training:
             jax.block_until_ready(
                 state
             )  # collectives of several calls in flight can starve each other of threads
-        return jax.device_get(self.parallel.first(state))
+        return jax.device_get(self.parallel.unreplicate(state))
 
     def _data(self, tables):
         teacher, outer_teacher = (
@@ -204,7 +204,7 @@ class Training:
         train_steps = functools.partial(
             steps.train_steps, step_fn=step_fn, steps_per_epoch=STEPS_PER_EPOCH
         )
-        return self.parallel.compile(train_steps, batch_axis=1, donate=(0,))
+        return self.parallel.compile(train_steps, batch_axis=1, donate_argnums=(0,))
 
     def _inputs(self, num_steps):
         """Returns this process's part of the steps' inputs."""

@@ -180,7 +180,7 @@ def test_load_of_another_file(tmp_path, content):
 def test_without_torch_the_error_says_what_to_install(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(ModuleNotFoundError, match="pip install torch"):
-        convert.read("checkpoint.pth")
+        convert.read_state_dict("checkpoint.pth")
     assert convert.main(["resnet8", "checkpoint.pth", str(tmp_path / "out")]) == 2
     assert "pip install torch" in capsys.readouterr().err and not list(
         tmp_path.iterdir()
@@ -190,7 +190,7 @@ def test_without_torch_the_error_says_what_to_install(monkeypatch, capsys, tmp_p
 def test_the_command_line_writes_the_file_whole(monkeypatch, capsys, tmp_path):
     out = tmp_path / "resnet8.msgpack"
     out.write_bytes(b"old")
-    monkeypatch.setattr(convert, "read", lambda path: _state_dict())
+    monkeypatch.setattr(convert, "read_state_dict", lambda path: _state_dict())
     assert convert.main(["resnet8", "x.pth", str(out)]) == 2  # 10 classes are not 100
     assert (
         "'fc.bias' has shape [10]" in capsys.readouterr().err

@@ -178,7 +178,7 @@ def test_the_fusion_is_its_formulas():
 
 def reviewed():
     student, teacher = models.create("resnet8", 5), models.create("resnet14", 5)
-    return student, review.reviewed(student, teacher, (8, 8, 1))
+    return student, review.with_fusion(student, teacher, (8, 8, 1))
 
 
 def test_the_student_beside_a_fusion_is_the_student_alone():
@@ -238,7 +238,7 @@ def test_the_student_beside_a_fusion_is_the_student_alone():
 )
 def test_the_papers_pairs_fit(student, teacher):
     pair = models.create(student, 100), models.create(teacher, 100)
-    both = review.reviewed(*pair, (32, 32, 3))
+    both = review.with_fusion(*pair, (32, 32, 3))
     images = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
     variables = jax.eval_shape(
         lambda x: both.init(jax.random.key(0), x, train=False), images
@@ -252,4 +252,4 @@ def test_a_pair_without_matching_stages_is_an_error():
     with pytest.raises(
         ValueError, match="the student has 3, the teacher 4: choose another pair"
     ):
-        review.reviewed(*pair, (32, 32, 3))
+        review.with_fusion(*pair, (32, 32, 3))
