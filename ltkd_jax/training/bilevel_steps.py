@@ -64,9 +64,9 @@ class LearnedWeighting:
           meta_params: of the weight net.
           features: `[B, F]`.
         """
+        scales = jnp.asarray(self.scales, features.dtype)[None, :]
         weights = cast(jax.Array, self.net.apply({"params": meta_params}, features))
-        scales = jnp.asarray(self.scales, features.dtype)
-        return scales[None, :] * weights
+        return scales * weights
 
     def init_weight_net(self, state: TrainState, seed: jax.Array | int) -> TrainState:
         """Returns the state with a new weight net and its sums in it.
@@ -115,8 +115,9 @@ def make_problem(
 
     def terms_fn(params: PyTree, batch: Batch) -> tuple[jax.Array, bilevel.Aux]:
         predictions, new_stats = predict(params, batch)
+        terms = objective(predictions)
         features = weighting.features_fn(predictions)
-        return objective(predictions), bilevel.Aux(features, (predictions, new_stats))
+        return terms, bilevel.Aux(features, (predictions, new_stats))
 
     def outer_fn(params: PyTree, batch: Batch) -> jax.Array:
         predictions, _ = predict(params, batch)
