@@ -97,11 +97,11 @@ class Iteration:
         by_rank = groups.ClassGroups.from_counts(counts)
         self._objective = methods.create(method, counts, by_rank)
         self._optimizer = states.sgd(0.1, momentum=0.9, weight_decay=5e-4)
-        self._weighting = bilevel_steps.Weighting(
+        self._weighting = bilevel_steps.LearnedWeighting(
             net=models.WeightNet(len(self._objective.terms)),
-            features=methods.features(self._objective, ("student_ce", "teacher_ce")),
+            features_fn=methods.features(self._objective, ("student_ce", "teacher_ce")),
             num_features=2,
-            outer_loss=methods.outer_loss(self._objective, "hard"),
+            outer_loss_fn=methods.outer_loss(self._objective, "hard"),
             scales=(1.0,) * len(self._objective.terms),
             optimizer=optax.adam(1e-3),
             update_every=5,
@@ -131,7 +131,7 @@ class Iteration:
             jax.random.key(seed), jnp.zeros((1, *_SHAPE)), train=False
         )
         return (
-            self._weighting.add_to(state, seed),
+            self._weighting.init_weight_net(state, seed),
             batch(num_lookahead),
             batch(),
             teacher,
@@ -153,7 +153,7 @@ class Iteration:
             logits = self.teacher_logits(teacher, batches.images[0])
             outputs = steps.TeacherOutputs(batches.teacher.logits.at[0].set(logits))
             batches = batches._replace(teacher=outputs)
-        problem = bilevel_steps.problem(
+        problem = bilevel_steps.make_problem(
             state.batch_stats,
             model=self._student,
             objective=self._objective,

@@ -13,7 +13,20 @@ from experiments.config import identity, spec
 from experiments.config.trees import at, flatten
 from experiments.reporting.statistics import BETTER, mean_std, paired
 
-ORDER = ["ce", "balanced_softmax", "logit_adjusted", "kd", "dkd", "reviewkd", "wsl", "dive", "bkd", "ltkd", "ltkd_bs", "bikd"]
+ORDER = [
+    "ce",
+    "balanced_softmax",
+    "logit_adjusted",
+    "kd",
+    "dkd",
+    "reviewkd",
+    "wsl",
+    "dive",
+    "bkd",
+    "ltkd",
+    "ltkd_bs",
+    "bikd",
+]
 _SEEDS = ("seed", "split_seed", "teacher_seed")
 _TITLE_PARTS = ("data", "imbalance", "models")
 

@@ -43,7 +43,7 @@ class Evaluator:
     def evaluate(self, variables, images: Images | Records) -> metrics.EvalSums:
         """Returns the sums over a set; `variables` are replicated."""
         sums = [
-            self._parallel.first(self._eval_step(variables, batch))
+            self._parallel.unreplicate(self._eval_step(variables, batch))
             for batch in self._batches(images)
         ]
         return jax.tree.map(

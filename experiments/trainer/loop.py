@@ -101,7 +101,7 @@ def fit(
                 done or (epoch + 1) % options.checkpoint_every == 0
             )
             if checkpoint_due or stop_reason:
-                saved = trainer.parallel.first(state)
+                saved = trainer.parallel.unreplicate(state)
                 hosts.run_on_primary(
                     lambda: checkpoints.save(step, saved, clock.as_dict())
                 )
@@ -191,7 +191,7 @@ class Clock:
 
 def _check_finite(trainer, state, checkpoints, label):
     """Raises DivergedError unless losses, parameters and the optimizer's state are finite."""
-    sums = trainer.parallel.first(state.sums)
+    sums = trainer.parallel.unreplicate(state.sums)
     bad_step = int(sums.bad_step)
     last_step = next(iter(checkpoints.steps()), None)
     last = (
@@ -218,7 +218,7 @@ def _check_finite(trainer, state, checkpoints, label):
         name: getattr(state, name)
         for name in ("params", "batch_stats", "opt_state", "meta")
     }
-    saved = trainer.parallel.first(saved)
+    saved = trainer.parallel.unreplicate(saved)
     if not _all_finite(saved):
         leaves = jax.tree.leaves_with_path(saved)
         bad = [
@@ -226,7 +226,7 @@ def _check_finite(trainer, state, checkpoints, label):
             for path, leaf in leaves
             if not np.isfinite(leaf).all()
         ]
-        step = int(trainer.parallel.first(state.step))
+        step = int(trainer.parallel.unreplicate(state.step))
         raise DivergedError(
             f"{label}: after step {step}, {bad[0]} is not finite ({len(bad)} such arrays): {remedy}"
         )
@@ -239,7 +239,7 @@ def _all_finite(tree):
 
 def _epoch_record(trainer, state, step, options, bar):
     """Returns one line of `metrics.jsonl`: no clock in it, so that a resumed run writes the same."""
-    sums = jax.device_get(trainer.parallel.first(state.sums))
+    sums = jax.device_get(trainer.parallel.unreplicate(state.sums))
     num_steps = int(sums.steps)
     epoch = step / trainer.steps_per_epoch
     names = trainer.objective.names
@@ -296,7 +296,7 @@ def learned_weights(trainer: Trainer, state: TrainState) -> dict:
       twice the cross-entropy of chance (or twice the mean, where that is more): `map[term][i][j]` at `axes[0][i]`,
       `axes[1][j]`.
     """
-    state = jax.device_get(trainer.parallel.first(state))
+    state = jax.device_get(trainer.parallel.unreplicate(state))
     learned = state.sums.learned
     features = trainer.spec.loss_weighting.features
     terms = trainer.objective.names
@@ -313,7 +313,7 @@ def learned_weights(trainer: Trainer, state: TrainState) -> dict:
         )
         axes = np.linspace(0.0, highest, _GRID, axis=-1)
         grid = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 2)
-        weights = trainer.loss_weighting.weights(
+        weights = trainer.loss_weighting.compute_weights(
             state.meta.params, jnp.asarray(grid, jnp.float32)
         )
         weights = np.asarray(weights, np.float64).reshape(_GRID, _GRID, -1).round(4)

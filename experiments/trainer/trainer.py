@@ -106,7 +106,7 @@ class Trainer:
         )
         if not self.objective.needs_features:
             return model
-        return review.reviewed(
+        return review.with_fusion(
             model, teacher_model(spec, self.data), self.data.image_shape
         )
 
@@ -121,7 +121,7 @@ class Trainer:
         return (
             fresh
             if self.loss_weighting is None
-            else self.loss_weighting.add_to(fresh, seed)
+            else self.loss_weighting.init_weight_net(fresh, seed)
         )
 
     # The step.
@@ -205,7 +205,7 @@ class Trainer:
                 steps_per_epoch=self.steps_per_epoch,
             )
 
-        return self.parallel.compile(train_steps, batch_axis=1, donate=(0,))
+        return self.parallel.compile(train_steps, batch_axis=1, donate_argnums=(0,))
 
     def _compiled_at(self, step):
         """Returns the compiled function for a call whose first step is `step`."""
@@ -314,7 +314,7 @@ def _learned_weights(
     objective: methods.Objective,
     data: Dataset,
     total_steps: int,
-) -> bilevel_steps.Weighting:
+) -> bilevel_steps.LearnedWeighting:
     longtail.check_outer(
         data.outer.labels,
         data.outer.keys,
@@ -328,11 +328,11 @@ def _learned_weights(
         # Adam counts its own updates: the u-th comes at the end of step u · k + k − 1.
         return schedule(update * spec.update_every + spec.update_every - 1)
 
-    return bilevel_steps.Weighting(
+    return bilevel_steps.LearnedWeighting(
         net=models.WeightNet(len(objective.terms), spec.hidden),
-        features=methods.features(objective, spec.features),
+        features_fn=methods.features(objective, spec.features),
         num_features=len(spec.features),
-        outer_loss=methods.outer_loss(objective, spec.outer_loss),
+        outer_loss_fn=methods.outer_loss(objective, spec.outer_loss),
         scales=spec.scales or (1.0,) * len(objective.terms),
         optimizer=states.adam(schedule_of_updates, weight_decay=spec.weight_decay),
         update_every=spec.update_every,

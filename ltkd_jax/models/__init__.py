@@ -1,8 +1,11 @@
 """Models by name: `models.create("resnet8x4", num_classes=100)`.
 
-A model is a Linen module called as `model.apply(variables, images, train=…)` on float images `[B, H, W, channels]`;
-its logits are `[B, num_classes]` in float32 or wider. Most are those of the common CIFAR distillation zoo (mdistiller,
-RepDistiller), and `ltkd_jax.models.convert` reads that zoo's checkpoints; those named `…_imagenet` are torchvision's.
+A model is a Linen module, called as `model.apply(variables, images, train=…)` on float
+images `[B, H, W, channels]`; it returns logits `[B, C]` in float32 or wider.
+
+Most models are those of the common CIFAR distillation zoo (mdistiller, RepDistiller),
+whose checkpoints `ltkd_jax.models.convert` reads; those named `…_imagenet` are
+torchvision's.
 """
 
 import functools
@@ -21,32 +24,29 @@ from ltkd_jax.models.vgg import VGG
 from ltkd_jax.models.weight_net import WeightNet
 from ltkd_jax.models.wide_resnet import WideResNet
 
-_VGG = {
-    8: (1, 1, 1, 1, 1),
-    11: (1, 1, 2, 2, 2),
-    13: (2, 2, 2, 2, 2),
-    16: (2, 2, 3, 3, 3),
-    19: (2, 2, 4, 4, 4),
-}
 _resnet18 = functools.partial(resnet.ResNet, (2, 2, 2, 2))
 _resnet34 = functools.partial(resnet.ResNet, (3, 4, 6, 3))
 _resnet50 = functools.partial(resnet.ResNet, (3, 4, 6, 3), bottleneck=True)
 
 REGISTRY: dict[str, Callable[..., nn.Module]] = {
-    **{
-        f"resnet{depth}": functools.partial(resnet.CifarResNet, depth)
-        for depth in (8, 14, 20, 32, 44, 56, 110)
-    },
-    **{
-        f"resnet{depth}x4": functools.partial(resnet.CifarResNet, depth, resnet.WIDE)
-        for depth in (8, 32)
-    },
-    **{
-        f"wrn_{depth}_{k}": functools.partial(WideResNet, depth, k)
-        for depth in (16, 40)
-        for k in (1, 2)
-    },
-    **{f"vgg{depth}": functools.partial(VGG, convs) for depth, convs in _VGG.items()},
+    "resnet8": functools.partial(resnet.CifarResNet, 8),
+    "resnet14": functools.partial(resnet.CifarResNet, 14),
+    "resnet20": functools.partial(resnet.CifarResNet, 20),
+    "resnet32": functools.partial(resnet.CifarResNet, 32),
+    "resnet44": functools.partial(resnet.CifarResNet, 44),
+    "resnet56": functools.partial(resnet.CifarResNet, 56),
+    "resnet110": functools.partial(resnet.CifarResNet, 110),
+    "resnet8x4": functools.partial(resnet.CifarResNet, 8, resnet.WIDE),
+    "resnet32x4": functools.partial(resnet.CifarResNet, 32, resnet.WIDE),
+    "wrn_16_1": functools.partial(WideResNet, 16, 1),
+    "wrn_16_2": functools.partial(WideResNet, 16, 2),
+    "wrn_40_1": functools.partial(WideResNet, 40, 1),
+    "wrn_40_2": functools.partial(WideResNet, 40, 2),
+    "vgg8": functools.partial(VGG, (1, 1, 1, 1, 1)),
+    "vgg11": functools.partial(VGG, (1, 1, 2, 2, 2)),
+    "vgg13": functools.partial(VGG, (2, 2, 2, 2, 2)),
+    "vgg16": functools.partial(VGG, (2, 2, 3, 3, 3)),
+    "vgg19": functools.partial(VGG, (2, 2, 4, 4, 4)),
     "mobilenetv2": MobileNetV2,
     "shufflenetv1": ShuffleNetV1,
     "shufflenetv2": ShuffleNetV2,
@@ -57,7 +57,9 @@ REGISTRY: dict[str, Callable[..., nn.Module]] = {
     "resnet50_imagenet": functools.partial(_resnet50, imagenet_stem=True),
 }
 
-# Explicit, because the default on accelerators is not float32. `None` keeps the input's dtype.
+# For each precision, the dtype of activations (None keeps that of the input) and the
+# precision of matmuls. The latter is always set, because the default on accelerators
+# computes float32 matmuls in fewer bits.
 _PRECISIONS = {
     "float32": (None, jax.lax.Precision.HIGHEST),
     "tf32": (None, jax.lax.Precision.HIGH),
@@ -77,10 +79,13 @@ __all__ = [
 
 
 class Model(Protocol):
-    """What training asks of a network: a Linen module as `create` makes it has it, and so has `review.Reviewed`."""
+    """Declares what training needs of a network.
+
+    The modules of `create` have it, and so has `review.StudentWithFusion`.
+    """
 
     def init(self, key: jax.Array, images: jax.Array, /, *, train: bool) -> Any:
-        """Variables, by the name of their collection."""
+        """Returns new variables, as a dict with an entry for each collection."""
 
     def apply(
         self,
@@ -91,7 +96,7 @@ class Model(Protocol):
         train: bool,
         mutable: Sequence[str] = (),
     ) -> Any:
-        """Logits `[B, C]`; with `mutable` also a dict of the collections named there, updated."""
+        """Returns logits `[B, C]`; with `mutable`, (logits, updated collections)."""
 
 
 def create(
@@ -101,17 +106,19 @@ def create(
     precision: str = "float32",
     axis_name: str | None = None,
 ) -> nn.Module:
-    """The model of a name.
+    """Returns the model of that name.
 
     Args:
       name: a key of `REGISTRY`.
-      num_classes: number of logits.
-      precision: of convolutions and matmuls: "float32", "tf32" (three-pass bfloat16 on TPU) or "bfloat16" (which
-        also keeps activations in bfloat16). Parameters and batch statistics are float32 in all three.
-      axis_name: device axis over which batch norm takes its statistics, under `pmap` or `shard_map`.
+      num_classes: C, the number of logits.
+      precision: of convolutions and matmuls: "float32", "tf32" (three-pass bfloat16 on
+        TPU) or "bfloat16" (activations are bfloat16 too). Parameters and batch
+        statistics are float32 in all three.
+      axis_name: the device axis over which batch norm takes its statistics, under
+        `pmap` or `shard_map`.
 
     Raises:
-      ValueError: an unknown name or precision, or no class.
+      ValueError: an unknown name or precision, or num_classes < 1.
 
     >>> model = create("resnet8", num_classes=10)
     >>> variables = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)), train=False)
@@ -143,28 +150,34 @@ def apply_with_features(
     train: bool,
     mutable: tuple[str, ...] = (),
 ) -> tuple[jax.Array, dict[str, jax.Array], dict[str, Any]]:
-    """`model.apply`, and the intermediate features that a model of `create` hands out; without it none is kept.
+    """Applies a model, and returns its intermediate features too.
+
+    Plain `model.apply` does not keep them.
 
     Args:
       model: a model of `create`.
       variables: of `model.init`.
       images: float `[B, H, W, channels]`.
       train: whether batch norm takes the batch's statistics.
-      mutable: names of the collections to return updated, such as "batch_stats".
+      mutable: names of the collections to update, such as "batch_stats".
 
     Returns:
-      logits `[B, num_classes]`; a dict of features: `stage1` to `stageN`, each `[B, h, w, c]`, the end of a stage
-      before its last ReLU, and `pooled`, `[B, D]`, the classifier's input; a dict of the updated collections.
+      (logits, features, updates). Logits are `[B, C]`. Features are a dict: `stage1` to
+      `stageN`, `[B, h, w, c]`, the end of each stage before its last ReLU; and
+      `pooled`, `[B, D]`, the classifier's input. Updates are the collections of
+      `mutable`.
 
     >>> model = create("resnet8", num_classes=10)
     >>> variables = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)), train=False)
-    >>> _, features, _ = apply_with_features(model, variables, jnp.zeros((2, 8, 8, 1)), train=False)
-    >>> {name: feature.shape for name, feature in features.items()}
-    {'stage1': (2, 8, 8, 16), 'stage2': (2, 4, 4, 32), 'stage3': (2, 2, 2, 64), 'pooled': (2, 64)}
+    >>> _, features, _ = apply_with_features(
+    ...     model, variables, jnp.zeros((2, 8, 8, 1)), train=False)
+    >>> features["stage1"].shape, features["stage3"].shape, features["pooled"].shape
+    ((2, 8, 8, 16), (2, 2, 2, 64), (2, 64))
     """
     logits, updates = model.apply(
         variables, images, train=train, mutable=[*mutable, "intermediates"]
     )
-    kept = updates.pop("intermediates", {})
-    # Linen keeps a tuple of each name, one entry per call.
-    return logits, {name: values[-1] for name, values in kept.items()}, updates
+    # Linen's `sow` collects a tuple, with one entry for each call of the module.
+    intermediates = updates.pop("intermediates", {})
+    features = {name: values[-1] for name, values in intermediates.items()}
+    return logits, features, updates

@@ -1,9 +1,9 @@
-"""Weights of the CIFAR distillation zoo's ResNets and WRNs, from PyTorch's state dict to our variables.
+"""Converts PyTorch checkpoints of the CIFAR distillation zoo's ResNets and WRNs.
 
     python -m ltkd_jax.models.convert resnet32x4 ckpt_epoch_240.pth resnet32x4.msgpack
 
-reads a checkpoint that mdistiller or RepDistiller wrote and writes {"params", "batch_stats"} as Flax serialises it;
-`load` reads that back. Only the reading of the checkpoint needs PyTorch.
+reads a checkpoint of mdistiller or RepDistiller and writes {"params", "batch_stats"} in
+Flax's msgpack format, which `load` reads. Only reading the checkpoint needs PyTorch.
 """
 
 import argparse
@@ -21,7 +21,8 @@ from flax import serialization, traverse_util
 from ltkd_jax import files, models
 from ltkd_jax.models.wide_resnet import WideResNet
 
-# Patterns of our layers, and the zoo's modules. Blocks count from 1 here and from 0 there.
+# Patterns of the layers' names, and the zoo's name for each: its first {} is the stage,
+# its second the block. Blocks are numbered from 1 in this library, from 0 in the zoo.
 _MODULES = {
     models.resnet.CifarResNet: {
         r"stem": "conv1",
@@ -41,6 +42,7 @@ _MODULES = {
         r"classifier": "fc",
     },
 }
+# Flax's names of a layer's arrays, and PyTorch's.
 _LEAVES = {
     "kernel": "weight",
     "scale": "weight",
@@ -48,8 +50,13 @@ _LEAVES = {
     "mean": "running_mean",
     "var": "running_var",
 }
-# By rank, the zoo's axes in our order: [out, in, h, w] becomes [h, w, in, out], and [out, in] becomes [in, out].
+# By rank, the order of PyTorch's axes in Flax: [out, in, h, w] becomes [h, w, in, out],
+# and [out, in] becomes [in, out].
 _AXES = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}
+
+_CIFAR_SHAPE = (32, 32, 3)
+# Of missing or unexpected keys, an error names the first ones.
+_MAX_LISTED_KEYS = 5
 
 SUPPORTED = tuple(
     name for name in models.REGISTRY if type(models.create(name, 1)) in _MODULES
@@ -59,22 +66,25 @@ SUPPORTED = tuple(
 def from_torch(
     name: str, state_dict: dict[str, np.ndarray], num_classes: int
 ) -> dict[str, Any]:
-    """Our variables of a model, with the weights of a state dict.
+    """Returns a model's variables with the weights of a PyTorch state dict.
 
     Args:
-      name: one of `SUPPORTED`.
-      state_dict: the zoo's names to arrays, as `read` gives them; `num_batches_tracked` is ignored.
-      num_classes: of the model.
+      name: of the model, one of `SUPPORTED`.
+      state_dict: arrays by the zoo's names, see `read_state_dict`;
+        `num_batches_tracked` is ignored.
+      num_classes: C, of the model.
 
     Returns:
-      {"params", "batch_stats"} as the model's `init` gives them, of float32 NumPy arrays.
+      {"params", "batch_stats"} as from the model's `init`, as float32 NumPy arrays.
 
     Raises:
-      ValueError: another model; a key that is missing, left over or of another shape.
+      ValueError: the model has no converter; a key is missing or unexpected, or its
+        array has another shape.
     """
     if name not in SUPPORTED:
         raise ValueError(
-            f"cannot convert {name!r}: the models with a converter are {', '.join(SUPPORTED)}"
+            f"cannot convert {name!r}: the models with a converter are "
+            f"{', '.join(SUPPORTED)}"
         )
     arrays = {
         key: np.asarray(x)
@@ -82,30 +92,34 @@ def from_torch(
         if not key.endswith("num_batches_tracked")
     }
     modules = _MODULES[type(models.create(name, num_classes))]
-    shapes = _shapes(name, num_classes)
-    keys = {path: _torch_key(modules, *path.split("/")[1:]) for path in shapes}
-    for problem, wrong in (
-        ("lacks", {*keys.values()} - {*arrays}),
-        ("has also", {*arrays} - {*keys.values()}),
-    ):
-        if wrong:
-            raise ValueError(
-                f"not a state dict of {name}: it {problem} {', '.join(map(repr, sorted(wrong)[:5]))}"
-            )
-    converted = {}
+    shapes = _variable_shapes(name, num_classes)
+    torch_keys = {}
+    for path in shapes:
+        _, layer, leaf = path.split("/")
+        torch_keys[path] = _torch_key(modules, layer, leaf)
+    _check_keys(name, set(arrays), set(torch_keys.values()))
+
+    variables = {}
     for path, shape in shapes.items():
-        value, axes = arrays[keys[path]], _AXES[len(shape)]
-        if value.ndim != len(axes) or value.transpose(axes).shape != shape:
-            needed = [shape[axes.index(axis)] for axis in range(len(axes))]
+        key = torch_keys[path]
+        array = arrays[key]
+        axes = _AXES[len(shape)]
+        if array.ndim != len(axes) or array.transpose(axes).shape != shape:
+            torch_shape = [shape[axes.index(axis)] for axis in range(len(axes))]
             raise ValueError(
-                f"{keys[path]!r} has shape {list(value.shape)}, but {name} with {num_classes} classes needs {needed}"
+                f"{key!r} has shape {list(array.shape)}, but {name} with {num_classes} "
+                f"classes needs {torch_shape}"
             )
-        converted[path] = np.array(value.transpose(axes), np.float32, order="C")
-    return traverse_util.unflatten_dict(converted, sep="/")
+        # A copy, which shares no memory with PyTorch's tensor.
+        variables[path] = np.array(array.transpose(axes), np.float32, order="C")
+    return traverse_util.unflatten_dict(variables, sep="/")
 
 
-def read(path: files.PathLike) -> dict[str, np.ndarray]:
-    """The state dict in a file that `torch.save` wrote: itself, or under "model" or "state_dict" of a checkpoint.
+def read_state_dict(path: files.PathLike) -> dict[str, np.ndarray]:
+    """Returns the state dict in a file of `torch.save`, as float32 arrays.
+
+    The file holds the state dict itself, or a checkpoint with it under "model" or
+    "state_dict".
 
     Raises:
       ModuleNotFoundError: PyTorch is not installed.
@@ -115,26 +129,30 @@ def read(path: files.PathLike) -> dict[str, np.ndarray]:
         import torch
     except ModuleNotFoundError:
         raise ModuleNotFoundError(
-            "reading a PyTorch checkpoint needs PyTorch (its CPU build is enough): pip install torch"
+            "reading a PyTorch checkpoint needs PyTorch (its CPU build is enough): pip "
+            "install torch"
         ) from None
     try:
-        # `weights_only`: a pickle may run any code.
+        # `weights_only`, because any other pickle can run code.
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a broken file raises what its bytes make it
+    except Exception as error:  # a damaged file can raise almost anything
         raise ValueError(
-            f"cannot read {path} ({type(error).__name__}): expected is a file of torch.save with tensors only; if it "
-            'holds other objects, save its "model" alone'
+            f"cannot read {path} ({type(error).__name__}): it must be a file of "
+            "torch.save with tensors only; if it holds other objects, save its "
+            '"model" alone'
         ) from error
     for key in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
-    if (
-        not isinstance(content, dict)
-        or not content
-        or not all(map(torch.is_tensor, content.values()))
-    ):
+    has_tensors_only = (
+        isinstance(content, dict)
+        and len(content) > 0
+        and all(torch.is_tensor(value) for value in content.values())
+    )
+    if not has_tensors_only:
         raise ValueError(
-            f'{path} holds no state dict: expected are tensors by name, plain or under "model"'
+            f"{path} holds no state dict: it must have tensors by name, plain or under "
+            '"model"'
         )
     # DataParallel puts a "module." before every name.
     return {
@@ -148,44 +166,44 @@ def load(
     name: str,
     num_classes: int,
     *,
-    image_shape: tuple[int, ...] = (32, 32, 3),
+    image_shape: tuple[int, ...] = _CIFAR_SHAPE,
 ) -> dict[str, Any]:
-    """The variables in a file that this module wrote, checked against a model.
+    """Returns the variables in a file of this module, once they fit the model.
 
     Args:
       path: the file.
-      name: any model's.
-      num_classes: of the model.
-      image_shape: of its input.
+      name: of the model, any one of `models.REGISTRY`.
+      num_classes: C, of the model.
+      image_shape: `(H, W, channels)` of its input.
 
     Raises:
       ValueError: the file cannot be read, or is of another model or number of classes.
     """
     try:
         variables = serialization.msgpack_restore(pathlib.Path(path).read_bytes())
-        found = {
-            key: np.shape(leaf)
-            for key, leaf in traverse_util.flatten_dict(variables, sep="/").items()
-        }
-    except Exception as error:  # a broken file raises what its bytes make it
+        flat_variables = traverse_util.flatten_dict(variables, sep="/")
+        shapes = {key: np.shape(leaf) for key, leaf in flat_variables.items()}
+    except Exception as error:  # a damaged file can raise almost anything
         raise ValueError(
             f"cannot read {path} as variables in Flax's msgpack: {error}"
         ) from error
-    expected = _shapes(name, num_classes, image_shape)
-    for key in sorted(expected.keys() | found.keys()):
-        if expected.get(key) != found.get(key):
-            has, needs = (
-                f"shape {list(x[key])}" if key in x else "none"
-                for x in (found, expected)
-            )
+    expected_shapes = _variable_shapes(name, num_classes, image_shape)
+    for key in sorted(expected_shapes.keys() | shapes.keys()):
+        shape = shapes.get(key)
+        expected_shape = expected_shapes.get(key)
+        if shape != expected_shape:
             raise ValueError(
-                f"{path} is not of {name} with {num_classes} classes: of {key} it has {has}, not {needs}"
+                f"{path} is not of {name} with {num_classes} classes: of {key} it has "
+                f"{_describe(shape)}, not {_describe(expected_shape)}"
             )
     return variables
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code, 2 with a message on the standard error if it can't be done."""
+    """Runs the command line, and returns the exit code.
+
+    On an error it is 2, with a message on standard error.
+    """
     parser = argparse.ArgumentParser(
         "ltkd_jax.models.convert", description="Weights from PyTorch to Flax."
     )
@@ -197,7 +215,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--num_classes", type=int, default=100)
     args = parser.parse_args(argv)
     try:
-        variables = from_torch(args.model, read(args.checkpoint), args.num_classes)
+        state_dict = read_state_dict(args.checkpoint)
+        variables = from_torch(args.model, state_dict, args.num_classes)
         with files.atomic_write(args.out) as temporary:
             temporary.write_bytes(serialization.msgpack_serialize(variables))
     except (ValueError, ModuleNotFoundError, OSError) as error:
@@ -207,26 +226,52 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _shapes(
-    name: str, num_classes: int, image_shape: tuple[int, ...] = (32, 32, 3)
+def _variable_shapes(
+    name: str, num_classes: int, image_shape: tuple[int, ...] = _CIFAR_SHAPE
 ) -> dict[str, tuple[int, ...]]:
-    """The shapes of a model's variables by their paths."""
+    """Returns the shapes of a model's variables, by paths like params/stem/kernel."""
     model = models.create(name, num_classes)
     variables = jax.eval_shape(
         lambda: model.init(jax.random.key(0), jnp.zeros((1, *image_shape)), train=False)
     )
-    return {
-        path: leaf.shape
-        for path, leaf in traverse_util.flatten_dict(variables, sep="/").items()
-    }
+    flat_variables = traverse_util.flatten_dict(variables, sep="/")
+    return {path: leaf.shape for path, leaf in flat_variables.items()}
 
 
 def _torch_key(modules: dict[str, str], layer: str, leaf: str) -> str:
+    """Returns the zoo's name of an array.
+
+    Args:
+      modules: see `_MODULES`.
+      layer: name of a layer, such as stage1_block1_conv2.
+      leaf: name of the array in the layer.
+    """
     for pattern, module in modules.items():
-        if match := re.fullmatch(pattern, layer):
-            stage, block, *index = match.groups() or (None, 1)
-            return f"{module.format(stage, int(block) - 1, *index)}.{_LEAVES[leaf]}"
+        match = re.fullmatch(pattern, layer)
+        if match is None:
+            continue
+        if match.groups():
+            stage, block, *index = match.groups()
+            module = module.format(stage, int(block) - 1, *index)
+        return f"{module}.{_LEAVES[leaf]}"
     raise AssertionError(f"no name in the zoo for {layer}")
+
+
+def _check_keys(name: str, keys: set[str], expected_keys: set[str]) -> None:
+    """Raises ValueError if keys are missing or unexpected."""
+    for verb, wrong_keys in (
+        ("lacks", expected_keys - keys),
+        ("has also", keys - expected_keys),
+    ):
+        if wrong_keys:
+            listed = [repr(key) for key in sorted(wrong_keys)[:_MAX_LISTED_KEYS]]
+            raise ValueError(
+                f"not a state dict of {name}: it {verb} {', '.join(listed)}"
+            )
+
+
+def _describe(shape: tuple[int, ...] | None) -> str:
+    return "none" if shape is None else f"shape {list(shape)}"
 
 
 if __name__ == "__main__":

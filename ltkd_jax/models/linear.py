@@ -1,4 +1,4 @@
-"""The linear layer as PyTorch initialises it."""
+"""The linear layer with PyTorch's initialisation."""
 
 from collections.abc import Sequence
 
@@ -8,9 +8,8 @@ from flax.typing import PrecisionLike
 from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
-uniform_by_fan_in = nn.initializers.variance_scaling(
-    1 / 3, "fan_in", "uniform"
-)  # ±1/√fan_in
+# Uniform in ±1/√fan_in, which has the variance 1/(3 fan_in).
+uniform_fan_in = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 def linear(
@@ -19,10 +18,20 @@ def linear(
     *,
     name: str,
     precision: PrecisionLike = None,
-    kernel_init: Initializer = uniform_by_fan_in,
+    kernel_init: Initializer = uniform_fan_in,
     bias_init: Initializer | None = None,
 ) -> jax.Array:
-    """A linear layer of `x`; kernel and bias uniform in ±1/√fan_in unless given. To be called inside a Linen module."""
+    """Applies a linear layer; to be called inside a compact method of a Linen module.
+
+    Args:
+      x: `[…, fan_in]`.
+      features: size of the output's last axis.
+      name: of the layer.
+      precision: of the matmul.
+      kernel_init: initialises the kernel.
+      bias_init: initialises the bias; by default uniform in ±1/√fan_in.
+    """
+    # Defined where fan_in is known: an initialiser gets the bias's shape only.
     bound = x.shape[-1] ** -0.5
 
     def uniform(key: jax.Array, shape: Sequence[int], dtype: DTypeLike) -> jax.Array:

@@ -5,7 +5,8 @@ from flax import linen as nn
 
 from ltkd_jax.models.network import Initialisers, Network
 
-# Of each group of blocks: expansion, channels at full width, number of blocks, stride of the first.
+# For each group of blocks: expansion, channels at full width, number of blocks, stride
+# of the first block.
 GROUPS = (
     (1, 16, 1, 1),
     (6, 24, 2, 1),
@@ -15,42 +16,45 @@ GROUPS = (
     (6, 160, 3, 2),
     (6, 320, 1, 1),
 )
-STAGES = {2: 1, 3: 2, 5: 3, 7: 4}  # the groups whose output is kept, and as which stage
+# The groups whose output is a feature, and the number of its stage.
+STAGES = {2: 1, 3: 2, 5: 3, 7: 4}
 
 
 class MobileNetV2(Network):
-    """Inverted residual blocks: 1×1 expansion, 3×3 depthwise convolution, 1×1 projection without ReLU.
+    """Defines inverted residual blocks.
 
-    Source: Sandler et al., "MobileNetV2: Inverted Residuals and Linear Bottlenecks", CVPR 2018, in the variant of the
-    common CIFAR distillation zoo: ReLU instead of ReLU6, stride 1 in the group of 24 channels, an expansion also in
-    the first block, 1280 channels in the last convolution at any width. Kaiming fan-out initialisation; the classifier
-    starts normal with deviation 0.01. Any image size; 32 pixels become 2.
+    A block is a 1×1 expansion, a 3×3 depthwise convolution and a 1×1 projection without
+    ReLU. Any image size; a side of 32 pixels becomes 2.
+
+    Source: Sandler et al., "MobileNetV2: Inverted Residuals and Linear Bottlenecks",
+    CVPR 2018, in the variant of the common CIFAR distillation zoo: ReLU instead of
+    ReLU6, stride 1 in the group of 24 channels, an expansion also in the first block,
+    1280 channels in the last convolution at any width. Kaiming fan-out initialisation;
+    the classifier starts normal with deviation 0.01.
 
     Attributes:
-      width: multiplies the channels; the zoo's is a half.
+      width: multiplies the channels; one half in the zoo.
     """
 
     width: float = 0.5
 
     initialisers = Initialisers(
-        kernel=nn.initializers.normal(0.01), bias=nn.initializers.zeros
+        classifier_kernel=nn.initializers.normal(0.01),
+        classifier_bias=nn.initializers.zeros,
     )
 
     def body(self, x: jax.Array, train: bool) -> jax.Array:
-        x = nn.relu(self.conv_norm(x, train, int(32 * self.width), 3, 2, name="stem"))
-        for group, (expansion, channels, blocks, stride) in enumerate(GROUPS, start=1):
-            for block in range(1, blocks + 1):
-                first_stride = stride if block == 1 else 1
-                x = self._block(
-                    x,
-                    train,
-                    expansion,
-                    int(channels * self.width),
-                    first_stride,
-                    f"group{group}_block{block}",
-                )
+        stem_width = int(32 * self.width)
+        x = nn.relu(self.conv_norm(x, train, stem_width, 3, 2, name="stem"))
+        for group, settings in enumerate(GROUPS, start=1):
+            expansion, full_width, num_blocks, group_stride = settings
+            width = int(full_width * self.width)
+            for block in range(1, num_blocks + 1):
+                stride = group_stride if block == 1 else 1
+                name = f"group{group}_block{block}"
+                x = self._block(x, train, expansion, width, stride, name)
             if group in STAGES:
-                self.keep(f"stage{STAGES[group]}", x)
+                self.sow_feature(f"stage{STAGES[group]}", x)
         return nn.relu(self.conv_norm(x, train, 1280, 1, name="last"))
 
     def _block(
@@ -64,8 +68,7 @@ class MobileNetV2(Network):
     ) -> jax.Array:
         inner = expansion * x.shape[-1]
         y = nn.relu(self.conv_norm(x, train, inner, 1, name=name, index=1))
-        y = nn.relu(
-            self.conv_norm(y, train, inner, 3, stride, groups=inner, name=name, index=2)
-        )
-        y = self.conv_norm(y, train, width, 1, name=name, index=3)
-        return x + y if stride == 1 and x.shape[-1] == width else y
+        y = self.conv_norm(y, train, inner, 3, stride, groups=inner, name=name, index=2)
+        y = self.conv_norm(nn.relu(y), train, width, 1, name=name, index=3)
+        has_shortcut = stride == 1 and x.shape[-1] == width
+        return x + y if has_shortcut else y

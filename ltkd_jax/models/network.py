@@ -1,4 +1,4 @@
-"""What the networks share: layers, and of the image classifiers all but the way from images to a feature map."""
+"""The base classes of the networks: their layers, and the frame of a classifier."""
 
 from typing import ClassVar, NamedTuple
 
@@ -9,26 +9,32 @@ from flax.typing import PrecisionLike
 from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
-from ltkd_jax.models.linear import linear, uniform_by_fan_in
+from ltkd_jax.models.linear import linear, uniform_fan_in
 
 kaiming_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
 class Initialisers(NamedTuple):
-    """Of convolutions' kernels and of the classifier's kernel and bias; a bias of None is uniform in ±1/√fan_in."""
+    """Holds the initialisers of a network's weights.
 
-    conv: Initializer = kaiming_fan_out
-    kernel: Initializer = uniform_by_fan_in
-    bias: Initializer | None = None
+    Attributes:
+      conv_kernel: of all convolutions.
+      classifier_kernel: of the last linear layer.
+      classifier_bias: of the last linear layer; None is uniform in ±1/√fan_in.
+    """
+
+    conv_kernel: Initializer = kaiming_fan_out
+    classifier_kernel: Initializer = uniform_fan_in
+    classifier_bias: Initializer | None = None
 
 
 class Layers(nn.Module, kw_only=True):
-    """Convolutions and batch norm as all networks here have them.
+    """Provides convolutions and batch norm to the networks.
 
     Attributes:
-      dtype: of activations; None follows the input.
+      dtype: of activations; None keeps the dtype of the input.
       precision: of convolutions and matmuls.
-      axis_name: device axis of batch norm's statistics.
+      axis_name: the device axis over which batch norm takes its statistics, if any.
     """
 
     dtype: DTypeLike | None = None
@@ -48,29 +54,43 @@ class Layers(nn.Module, kw_only=True):
         bias: bool = False,
         name: str,
     ) -> jax.Array:
-        """A square convolution, padded so that stride 1 keeps the image's size."""
-        # Explicit padding: "SAME" would pad a strided convolution on one side only.
+        """Applies a square convolution; with stride 1 it keeps the image's size.
+
+        Args:
+          x: `[B, h, w, c]`.
+          width: number of output channels.
+          size: side of the kernel, odd.
+          stride: in both directions.
+          groups: number of groups of channels; the input's channels for a depthwise
+            convolution.
+          bias: whether it has a bias.
+          name: of the layer.
+        """
         layer = nn.Conv(
             width,
             (size, size),
             strides=stride,
+            # Explicit, as in PyTorch: "SAME" would pad a strided convolution of an even
+            # image on the right and bottom only.
             padding=size // 2,
             feature_group_count=groups,
             use_bias=bias,
             dtype=self.dtype,
             precision=self.precision,
-            kernel_init=self.initialisers.conv,
+            kernel_init=self.initialisers.conv_kernel,
             name=name,
         )
         return layer(x)
 
     def norm(self, x: jax.Array, train: bool, name: str) -> jax.Array:
-        """Batch norm, with PyTorch's momentum and epsilon."""
+        """Applies batch norm, with PyTorch's momentum and epsilon."""
         layer = nn.BatchNorm(
             use_running_average=not train,
+            # Flax weighs the old statistics by it, PyTorch (0.1) the new ones.
             momentum=0.9,
             epsilon=1e-5,
-            use_fast_variance=False,  # E[x²] − E[x]² cancels
+            # The fast variance, E[x²] − E[x]², loses precision by cancellation.
+            use_fast_variance=False,
             dtype=self.dtype,
             axis_name=self.axis_name,
             name=name,
@@ -90,69 +110,87 @@ class Layers(nn.Module, kw_only=True):
         name: str,
         index: int | None = None,
     ) -> jax.Array:
-        """A convolution and its batch norm, `name` and `name_norm`; in a block `name_conv1`, `name_norm1` and so on."""
-        conv, norm = (
-            (name, f"{name}_norm")
-            if index is None
-            else (f"{name}_conv{index}", f"{name}_norm{index}")
-        )
-        return self.norm(
-            self.conv(x, width, size, stride, groups=groups, bias=bias, name=conv),
-            train,
-            norm,
-        )
+        """Applies a convolution and batch norm.
+
+        Args:
+          x, width, size, stride, groups, bias: see `conv`.
+          train: whether batch norm takes the batch's statistics.
+          name: of the convolution; the norm is `{name}_norm`.
+          index: number of the convolution in a block, if any: then `name` is the
+            block's, and the layers are `{name}_conv{index}` and `{name}_norm{index}`.
+        """
+        if index is None:
+            conv_name = name
+            norm_name = f"{name}_norm"
+        else:
+            conv_name = f"{name}_conv{index}"
+            norm_name = f"{name}_norm{index}"
+        x = self.conv(x, width, size, stride, groups=groups, bias=bias, name=conv_name)
+        return self.norm(x, train, norm_name)
 
 
 class Network(Layers, kw_only=True):
-    """An image classifier: a body that makes a feature map, its global average, one linear layer.
+    """Classifies images by a body, global average pooling and one linear layer.
 
-    A subclass defines `body`, of `conv`, `norm`, `conv_norm` and `keep`; these are called inside the compact
-    `__call__`, so parameters lie flat under the names they are given.
+    A subclass defines `body` with `conv`, `norm`, `conv_norm` and `sow_feature`. As it
+    runs inside the compact `__call__`, all layers are direct children of the network,
+    under the names passed to these methods.
 
-    Under `mutable=["intermediates"]` it also returns, as Linen's `sow` does, the feature map at the end of each stage
-    before its last ReLU, `stage1` to `stageN`, each `[B, h, w, c]`, and `pooled`, `[B, D]`, which the classifier reads.
+    With `mutable=["intermediates"]`, `apply` also returns the features: `stage1` to
+    `stageN`, `[B, h, w, c]`, the feature map at the end of each stage before its last
+    ReLU; and `pooled`, `[B, D]`, the input of the classifier.
 
     Attributes:
-      num_classes: number of logits.
-      dtype, precision, axis_name: as `Layers`.
+      num_classes: C, the number of logits.
+      dtype, precision, axis_name: see `Layers`.
     """
 
     num_classes: int = 100
 
-    smallest: ClassVar[int] = (
-        1  # pixels of an image's side from which there is a feature map
-    )
+    # Sides of the smallest image, in pixels, that still has a feature map.
+    min_image_size: ClassVar[int] = 1
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
-        """Logits `[B, num_classes]` of float images `[B, H, W, channels]`, in float32 or wider.
+        """Returns the logits `[B, C]`, in float32 or wider.
+
+        Args:
+          images: float `[B, H, W, channels]`.
+          train: whether batch norm takes the batch's statistics.
 
         Raises:
           ValueError: the images are of another rank, or too small for the model.
         """
-        if images.ndim != 4 or min(images.shape[1:3]) < self.smallest:
+        if images.ndim != 4 or min(images.shape[1:3]) < self.min_image_size:
             raise ValueError(
-                f"{type(self).__name__} takes images [B, H, W, channels] of at least {self.smallest}×{self.smallest} "
-                f"pixels, not an array of shape {list(images.shape)}"
+                f"{type(self).__name__} takes images [B, H, W, channels] of at least "
+                f"{self.min_image_size}×{self.min_image_size} pixels, not an array of "
+                f"shape {list(images.shape)}"
             )
         x = images if self.dtype is None else images.astype(self.dtype)
-        x = self.body(x, train).mean(axis=(1, 2))
-        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        self.keep("pooled", x)
-        _, kernel_init, bias_init = self.initialisers
+        feature_map = self.body(x, train)
+        pooled = feature_map.mean(axis=(1, 2))
+        # The classifier is cheap, and losses need exact logits: never in bfloat16.
+        pooled = pooled.astype(jnp.promote_types(pooled.dtype, jnp.float32))
+        self.sow_feature("pooled", pooled)
         return linear(
-            x,
+            pooled,
             self.num_classes,
             precision=self.precision,
-            kernel_init=kernel_init,
-            bias_init=bias_init,
+            kernel_init=self.initialisers.classifier_kernel,
+            bias_init=self.initialisers.classifier_bias,
             name="classifier",
         )
 
     def body(self, x: jax.Array, train: bool) -> jax.Array:
-        """The last feature map `[B, h, w, D]` of images `[B, H, W, channels]`."""
+        """Returns the last feature map, `[B, h, w, D]`.
+
+        Args:
+          x: images `[B, H, W, channels]`.
+          train: whether batch norm takes the batch's statistics.
+        """
         raise NotImplementedError
 
-    def keep(self, name: str, x: jax.Array) -> None:
-        """Hands out an intermediate feature, if the caller of `apply` asks for them."""
+    def sow_feature(self, name: str, x: jax.Array) -> None:
+        """Records a feature, which Linen drops unless `apply` is asked for it."""
         self.sow("intermediates", name, x)

@@ -1,4 +1,4 @@
-"""ReviewKD's fusion: the student's features, merged from the deepest to the shallowest, in the teacher's shapes."""
+"""ReviewKD's fusion, which maps the student's features to the teacher's shapes."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -12,86 +12,100 @@ from ltkd_jax import models
 from ltkd_jax.models.linear import linear
 from ltkd_jax.models.network import Initialisers, Layers
 
-_MOST_CHANNELS = 512  # between a fusion's two convolutions
+# Between the two convolutions of a level.
+_MAX_CHANNELS = 512
 
 
-def maps(features: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
-    """A model's features as maps `[B, h, w, c]`: its stages, from the first, and the pooled vector as a 1×1 map.
+def feature_maps(features: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
+    """Returns a model's features in order, each as a map `[B, h, w, c]`.
 
-    >>> [x.shape for x in maps({"stage1": jnp.zeros((2, 4, 4, 8)), "pooled": jnp.zeros((2, 8))})]
+    The stages come first; the pooled vector is last, as a map of one pixel.
+
+    Args:
+      features: see `models.apply_with_features`.
+
+    >>> features = {"pooled": jnp.zeros((2, 8)), "stage1": jnp.zeros((2, 4, 4, 8))}
+    >>> [x.shape for x in feature_maps(features)]
     [(2, 4, 4, 8), (2, 1, 1, 8)]
     """
-    *stages, pooled = (
-        feature
-        for _, feature in sorted(
-            features.items(), key=lambda item: (item[0] == "pooled", item)
-        )
-    )
-    return (*stages, pooled[:, None, None, :])
+    stage_names = sorted(name for name in features if name != "pooled")
+    stages = [features[name] for name in stage_names]
+    return (*stages, features["pooled"][:, None, None, :])
 
 
 class Fusion(Layers):
-    """Attention-based fusion: the student's features in, features of the teacher's shapes out.
+    """Fuses the student's features by attention, from the deepest to the shallowest.
 
-    Source: Chen et al., "Distilling Knowledge via Knowledge Review", CVPR 2021, section 3, as in its code: from the
-    deepest on, a 1×1 convolution brings a feature to a common number of channels, attention with a map for each mixes
-    it with what came of the deeper ones, and a 3×3 convolution brings it to the teacher's channels.
+    At each level, a 1×1 convolution brings the student's feature to a common number of
+    channels, attention mixes it with the fused deeper levels, and a 3×3 convolution
+    brings it to the teacher's channels.
+
+    Source: Chen et al., "Distilling Knowledge via Knowledge Review", CVPR 2021, section
+    3, as in its code.
 
     Attributes:
-      targets: (size, channels) of the teacher's features, from the first stage to the pooled vector.
+      targets: (size, channels) of the teacher's features, from the first stage to the
+        pooled vector.
     """
 
     targets: tuple[tuple[int, int], ...]
 
     initialisers = Initialisers(
-        conv=nn.initializers.variance_scaling(1.0, "fan_in", "uniform")
+        conv_kernel=nn.initializers.variance_scaling(1.0, "fan_in", "uniform")
     )
 
     @nn.compact
     def __call__(
         self, features: tuple[jax.Array, ...], *, train: bool
     ) -> tuple[jax.Array, ...]:
-        """Maps `[B, size, size, channels]` of the targets, from those of `maps(student's features)`."""
-        common = min(_MOST_CHANNELS, features[-1].shape[-1])
-        fused, deeper = [], None
+        """Returns a map `[B, size, size, channels]` for each target.
+
+        Args:
+          features: of the student, see `feature_maps`.
+          train: whether batch norm takes the batch's statistics.
+        """
+        common_width = min(_MAX_CHANNELS, features[-1].shape[-1])
+        outputs = []
+        fused = None
         for level in reversed(range(len(features))):
             size, channels = self.targets[level]
+            name = f"level{level + 1}"
             x = self.conv_norm(
-                features[level], train, common, 1, name=f"level{level + 1}", index=1
+                features[level], train, common_width, 1, name=name, index=1
             )
-            if deeper is not None:
-                x = self._attend(
-                    x, _nearest(deeper, x.shape[1]), f"level{level + 1}_attention"
-                )
-            deeper = _nearest(x, size)
-            fused.append(
-                self.conv_norm(
-                    deeper, train, channels, 3, name=f"level{level + 1}", index=2
-                )
+            if fused is not None:
+                deeper = _resize_nearest(fused, x.shape[1])
+                x = self._attend(x, deeper, f"{name}_attention")
+            fused = _resize_nearest(x, size)
+            outputs.append(
+                self.conv_norm(fused, train, channels, 3, name=name, index=2)
             )
-        return tuple(reversed(fused))
+        return tuple(reversed(outputs))
 
-    def _attend(self, x: jax.Array, y: jax.Array, name: str) -> jax.Array:
-        weights = nn.sigmoid(
-            linear(
-                jnp.concatenate([x, y], axis=-1), 2, precision=self.precision, name=name
-            )
-        )
-        own, other = jnp.split(weights.astype(x.dtype), 2, axis=-1)
-        return x * own + y * other
+    def _attend(self, x: jax.Array, deeper: jax.Array, name: str) -> jax.Array:
+        """Returns both maps `[B, h, w, c]`, weighted per pixel and added."""
+        both = jnp.concatenate([x, deeper], axis=-1)
+        weights = nn.sigmoid(linear(both, 2, precision=self.precision, name=name))
+        # `linear` computes in float32; bfloat16 activations must stay bfloat16.
+        own_weight, deeper_weight = jnp.split(weights.astype(x.dtype), 2, axis=-1)
+        return x * own_weight + deeper * deeper_weight
 
 
-def _nearest(x: jax.Array, size: int) -> jax.Array:
-    """`[B, size, size, c]` by the nearest pixel, as PyTorch chooses it."""
+def _resize_nearest(x: jax.Array, size: int) -> jax.Array:
+    """Returns `[B, size, size, c]` by the nearest pixel, as PyTorch chooses it."""
+    if size == x.shape[1]:
+        return x
+    # It rounds i · h / size down. `jax.image.resize` would round (i + ½) · h / size.
     index = jnp.arange(size) * x.shape[1] // size
-    return x if size == x.shape[1] else x[:, index][:, :, index]
+    return x[:, index][:, :, index]
 
 
 @dataclasses.dataclass(frozen=True)
-class Reviewed:
-    """A student with a fusion beside it: initialised and applied like a model, as which it gives the student's logits.
+class StudentWithFusion:
+    """Holds a student and its fusion, which are trained together, as one model.
 
-    Both have their parameters under `student` and `fusion`, and so train together; evaluation does not use the fusion.
+    It has the methods of `models.Model`. Its variables have the parts `student` and
+    `fusion`. `apply` returns the student's logits and does not use the fusion.
 
     Attributes:
       student: a model of `models.create`.
@@ -102,16 +116,20 @@ class Reviewed:
     fusion: Fusion
 
     def init(self, key: jax.Array, images: jax.Array, *, train: bool) -> dict[str, Any]:
-        """Variables of both; the student's are those that it gets alone."""
+        """Returns new variables of both.
+
+        Those of the student are the same as without a fusion.
+        """
         student = self.student.init(key, images, train=train)
         _, features, _ = models.apply_with_features(
             self.student, student, images, train=False
         )
-        fusion = self.fusion.init(
-            jax.random.fold_in(key, 1), maps(features), train=train
-        )
+        # The student has used `key` itself.
+        fusion_key = jax.random.fold_in(key, 1)
+        fusion = self.fusion.init(fusion_key, feature_maps(features), train=train)
         return {
-            kind: {"student": student[kind], "fusion": fusion[kind]} for kind in student
+            collection: {"student": student[collection], "fusion": fusion[collection]}
+            for collection in student
         }
 
     def apply(
@@ -122,88 +140,110 @@ class Reviewed:
         train: bool,
         mutable: Sequence[str] = (),
     ) -> Any:
-        """The student's logits; with `mutable` also its updated collections, beside the fusion's as they were."""
-        student = _part(variables, "student")
+        """Returns the student's logits; with `mutable`, also the updated collections.
+
+        In these, only the student's part is updated.
+        """
+        student = _select(variables, "student")
         if not mutable:
             return self.student.apply(student, images, train=train)
-        logits, updates = self.student.apply(
+        logits, student_updates = self.student.apply(
             student, images, train=train, mutable=mutable
         )
-        return logits, {
-            kind: {**variables[kind], "student": new} for kind, new in updates.items()
+        updates = {
+            collection: {**variables[collection], "student": student_update}
+            for collection, student_update in student_updates.items()
         }
+        return logits, updates
 
     def apply_with_features(
         self, variables: Mapping[str, Any], images: jax.Array
     ) -> tuple[jax.Array, tuple[jax.Array, ...], dict[str, Any]]:
-        """In training mode: the student's logits, its fused features, and both's updated batch statistics."""
+        """Applies the student and the fusion in training mode.
+
+        Args:
+          variables: of both.
+          images: float `[B, H, W, channels]`.
+
+        Returns:
+          (logits, fused features, updates), where updates are the new batch statistics
+          of both.
+        """
         mutable = ("batch_stats",)
-        logits, features, student = models.apply_with_features(
+        logits, features, student_updates = models.apply_with_features(
             self.student,
-            _part(variables, "student"),
+            _select(variables, "student"),
             images,
             train=True,
             mutable=mutable,
         )
-        fused, fusion = self.fusion.apply(
-            _part(variables, "fusion"), maps(features), train=True, mutable=mutable
+        fused, fusion_updates = self.fusion.apply(
+            _select(variables, "fusion"),
+            feature_maps(features),
+            train=True,
+            mutable=mutable,
         )
-        return (
-            logits,
-            fused,
-            {
-                "batch_stats": {
-                    "student": student["batch_stats"],
-                    "fusion": fusion["batch_stats"],
-                }
-            },
-        )
+        batch_stats = {
+            "student": student_updates["batch_stats"],
+            "fusion": fusion_updates["batch_stats"],
+        }
+        return logits, fused, {"batch_stats": batch_stats}
 
 
-def _part(variables: Mapping[str, Any], name: str) -> dict[str, Any]:
-    return {kind: tree[name] for kind, tree in variables.items()}
+def _select(variables: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Returns the variables of one of the two, "student" or "fusion"."""
+    return {collection: tree[name] for collection, tree in variables.items()}
 
 
-def reviewed(
+def with_fusion(
     student: nn.Module, teacher: nn.Module, image_shape: tuple[int, int, int]
-) -> Reviewed:
-    """A student with the fusion that compares it with a teacher.
+) -> StudentWithFusion:
+    """Returns a student with the fusion that fits the teacher's features.
 
     Args:
-      student, teacher: models of `models.create`.
-      image_shape: height, width and channels.
+      student: a model of `models.create`.
+      teacher: a model of `models.create`.
+      image_shape: `(H, W, channels)`.
 
     Raises:
-      ValueError: they have another number of stages, so that no stage of one answers to one of the other.
+      ValueError: the two have different numbers of stages, so that the features cannot
+        be compared one by one.
 
-    >>> pair = models.create("resnet8", 10), models.create("resnet14", 10)
-    >>> reviewed(*pair, (8, 8, 1)).fusion.targets
+    >>> student = models.create("resnet8", 10)
+    >>> teacher = models.create("resnet14", 10)
+    >>> with_fusion(student, teacher, (8, 8, 1)).fusion.targets
     ((8, 16), (4, 32), (2, 64), (1, 64))
     """
-    of_student, of_teacher = (
-        _shapes(model, image_shape) for model in (student, teacher)
-    )
-    if len(of_student) != len(of_teacher):
+    student_shapes = _feature_shapes(student, image_shape)
+    teacher_shapes = _feature_shapes(teacher, image_shape)
+    if len(student_shapes) != len(teacher_shapes):
+        # One of the shapes is that of the pooled vector.
         raise ValueError(
-            f"reviewkd compares stage with stage: the student has {len(of_student) - 1}, the teacher "
-            f"{len(of_teacher) - 1}: choose another pair"
+            "reviewkd compares stage with stage: the student has "
+            f"{len(student_shapes) - 1}, the teacher {len(teacher_shapes) - 1}: choose "
+            "another pair"
         )
-    own = {name: getattr(student, name) for name in ("dtype", "precision", "axis_name")}
-    return Reviewed(student, Fusion(targets=of_teacher, **own))
+    fusion = Fusion(
+        targets=teacher_shapes,
+        dtype=student.dtype,
+        precision=student.precision,
+        axis_name=student.axis_name,
+    )
+    return StudentWithFusion(student, fusion)
 
 
-def _shapes(
+def _feature_shapes(
     model: nn.Module, image_shape: tuple[int, int, int]
 ) -> tuple[tuple[int, int], ...]:
-    """(size, channels) of each feature."""
+    """Returns (size, channels) of each feature, without computing any."""
 
-    def features(images: jax.Array) -> tuple[jax.Array, ...]:
+    def compute_features(images: jax.Array) -> tuple[jax.Array, ...]:
         variables = model.init(jax.random.key(0), images, train=False)
-        return maps(
-            models.apply_with_features(model, variables, images, train=False)[1]
+        _, features, _ = models.apply_with_features(
+            model, variables, images, train=False
         )
+        return feature_maps(features)
 
-    found = jax.eval_shape(
-        features, jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    )
-    return tuple((feature.shape[1], feature.shape[-1]) for feature in found)
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    maps = jax.eval_shape(compute_features, images)
+    return tuple((x.shape[1], x.shape[-1]) for x in maps)

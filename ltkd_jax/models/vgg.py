@@ -1,4 +1,4 @@
-"""The VGG nets with batch norm and one linear layer."""
+"""The VGG nets with batch norm and a single linear layer."""
 
 import jax
 from flax import linen as nn
@@ -6,18 +6,23 @@ from flax import linen as nn
 from ltkd_jax.models.network import Initialisers, Network
 
 WIDTHS = (64, 128, 256, 512, 512)
-LARGE = 64  # pixels from which an image is pooled once more
+
+# Sides of an image, in pixels, from which on there is a fourth max pool.
+LARGE_IMAGE_SIZE = 64
 
 
 class VGG(Network):
-    """Five stages of 3×3 convolutions with 64 to 512 channels and max pools between them.
+    """Defines five stages of 3×3 convolutions, with max pools between them.
 
-    Source: Simonyan and Zisserman, "Very Deep Convolutional Networks for Large-Scale Image Recognition", ICLR 2015,
-    in the variant of the common CIFAR distillation zoo: batch norm, a global average instead of the last max pool and
-    one linear layer. The max pool before the last stage is left out for images below 64 pixels. Kaiming fan-out
-    initialisation; the classifier starts normal with deviation 0.01. Images from 8×8 pixels.
+    The stages have 64 to 512 channels. Images from 8×8 pixels.
 
-    The stages are numbered from 0: the first gives no kept feature.
+    Source: Simonyan and Zisserman, "Very Deep Convolutional Networks for Large-Scale
+    Image Recognition", ICLR 2015, in the variant of the common CIFAR distillation zoo:
+    batch norm, a global average instead of the last max pool and one linear layer. The
+    max pool before the last stage is left out for images below 64 pixels. Kaiming
+    fan-out initialisation; the classifier starts normal with deviation 0.01.
+
+    The stages are numbered from 0, and the first has no feature.
 
     Attributes:
       convs: number of convolutions of each stage.
@@ -25,21 +30,24 @@ class VGG(Network):
 
     convs: tuple[int, int, int, int, int]
 
-    smallest = 8  # halved three times
+    # The image is halved three times.
+    min_image_size = 8
     initialisers = Initialisers(
-        kernel=nn.initializers.normal(0.01), bias=nn.initializers.zeros
+        classifier_kernel=nn.initializers.normal(0.01),
+        classifier_bias=nn.initializers.zeros,
     )
 
     def body(self, x: jax.Array, train: bool) -> jax.Array:
-        pools = 4 if min(x.shape[1:3]) >= LARGE else 3
-        for stage, (width, number) in enumerate(zip(WIDTHS, self.convs)):
-            for index in range(1, number + 1):
-                before = self.conv_norm(
-                    x, train, width, 3, bias=True, name=f"stage{stage}", index=index
+        num_pools = 4 if min(x.shape[1:3]) >= LARGE_IMAGE_SIZE else 3
+        for stage, (width, num_convs) in enumerate(zip(WIDTHS, self.convs)):
+            name = f"stage{stage}"
+            for index in range(1, num_convs + 1):
+                pre_relu = self.conv_norm(
+                    x, train, width, 3, bias=True, name=name, index=index
                 )
-                x = nn.relu(before)
+                x = nn.relu(pre_relu)
             if stage > 0:
-                self.keep(f"stage{stage}", before)
-            if stage < pools:
+                self.sow_feature(name, pre_relu)
+            if stage < num_pools:
                 x = nn.max_pool(x, (2, 2), strides=(2, 2))
         return x

@@ -1,1 +1,1 @@
-"""Training: the state, the one step, how it is spread over devices, the teacher's table, checkpoints."""
+"""Training: state, training steps, device parallelism, logit table, checkpoints."""

@@ -1,4 +1,7 @@
-"""The step whose loss weights are learned: `ltkd_jax.bilevel` with a student, its terms and a weight net in it."""
+"""The training step with learned loss weights: `ltkd_jax.bilevel`, with its parts.
+
+Those are the student, the loss terms of a method and a weight net.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -14,28 +17,34 @@ from ltkd_jax.groups import ClassGroups
 from ltkd_jax.methods import Objective, Predictions
 from ltkd_jax.models import Model, WeightNet
 from ltkd_jax.training.state import LearnedSums, TrainState
-from ltkd_jax.training.steps import Batch, apply_gradients, forward, sum_over_devices
+from ltkd_jax.training.steps import (
+    Batch,
+    apply_gradients,
+    make_predict_fn,
+    sum_over_devices,
+)
 
 
 @dataclasses.dataclass(frozen=True)
-class Weighting:
-    """How weights are learned.
+class LearnedWeighting:
+    """Describes how a weight net learns the weights of the loss terms.
 
     Attributes:
-      net: computes weights `[B, T]` from features `[B, F]`.
-      features: `predictions -> [B, F]`, see `methods.features`.
+      net: the weight net, from features `[B, F]` to weights `[B, T]`.
+      features_fn: `predictions -> [B, F]`, see `methods.features`.
       num_features: F.
-      outer_loss: `predictions -> [B]`, see `methods.outer_loss`.
+      outer_loss_fn: `predictions -> [B]`, the loss per example of the outer set, see
+        `methods.outer_loss`.
       scales: T constants by which the net's weights are multiplied.
-      optimizer: of the net.
-      update_every: k, iterations between its updates.
-      groups: by which the learned weights are summed up.
+      optimizer: of the weight net.
+      update_every: k, the number of steps between two updates of the weight net.
+      groups: the class groups for which the weights are reported.
     """
 
     net: WeightNet
-    features: Callable[[Predictions], jax.Array]
+    features_fn: Callable[[Predictions], jax.Array]
     num_features: int
-    outer_loss: Callable[[Predictions], jax.Array]
+    outer_loss_fn: Callable[[Predictions], jax.Array]
     scales: tuple[float, ...]
     optimizer: optax.GradientTransformation
     update_every: int
@@ -44,22 +53,31 @@ class Weighting:
     def __post_init__(self) -> None:
         if len(self.scales) != self.net.num_terms:
             raise ValueError(
-                f"scales={self.scales}: give one for each of the {self.net.num_terms} terms"
+                f"scales={self.scales}: give one for each of the "
+                f"{self.net.num_terms} terms"
             )
 
-    def weights(self, params: PyTree, features: jax.Array) -> jax.Array:
-        """Returns the weights `[B, T]` for features `[B, F]`."""
-        scales = jnp.asarray(self.scales, features.dtype)
-        return scales[None, :] * cast(
-            jax.Array, self.net.apply({"params": params}, features)
-        )
+    def compute_weights(self, meta_params: PyTree, features: jax.Array) -> jax.Array:
+        """Returns the weights `[B, T]` for features `[B, F]`.
 
-    def add_to(self, state: TrainState, seed: jax.Array | int) -> TrainState:
-        """Returns the state with a fresh weight net in it; the seed may be traced."""
-        key = jax.random.fold_in(
-            jax.random.key(seed), 1
-        )  # key(seed) itself is the student's
-        params = self.net.init(key, jnp.zeros((1, self.num_features)))["params"]
+        Args:
+          meta_params: of the weight net.
+          features: `[B, F]`.
+        """
+        scales = jnp.asarray(self.scales, features.dtype)[None, :]
+        weights = cast(jax.Array, self.net.apply({"params": meta_params}, features))
+        return scales * weights
+
+    def init_weight_net(self, state: TrainState, seed: jax.Array | int) -> TrainState:
+        """Returns the state with a new weight net and its sums in it.
+
+        Args:
+          state: of a new student, see `state.create`.
+          seed: int scalar, may be traced.
+        """
+        # `key(seed)` itself initialises the student.
+        key = jax.random.fold_in(jax.random.key(seed), 1)
+        meta_params = self.net.init(key, jnp.zeros((1, self.num_features)))["params"]
         num_groups = len(self.groups.names)
         learned = LearnedSums(
             outer_loss=jnp.zeros(()),
@@ -67,39 +85,45 @@ class Weighting:
             features=jnp.zeros((num_groups, self.num_features)),
             examples=jnp.zeros(num_groups),
         )
-        meta = bilevel.init(params, self.optimizer)
-        return state._replace(meta=meta, sums=state.sums._replace(learned=learned))
+        return state._replace(
+            meta=bilevel.init(meta_params, self.optimizer),
+            sums=state.sums._replace(learned=learned),
+        )
 
 
-def problem(
+def make_problem(
     batch_stats: PyTree,
     *,
     model: Model,
     objective: Objective,
-    weighting: Weighting,
+    weighting: LearnedWeighting,
     axis_name: str | None = None,
 ) -> bilevel.Problem:
-    """Returns student, terms and weight net as the callables of `ltkd_jax.bilevel`.
+    """Returns the two levels as the callables of `ltkd_jax.bilevel`.
 
-    Batch norm is in training mode throughout.
+    Batch norm is in training mode everywhere, in the virtual steps too.
 
     Args:
-      batch_stats: the student's at the step's start; only the real step's new ones are kept.
-      model, objective, weighting, axis_name: as `bilevel_step`.
+      batch_stats: the student's, before the step. The new ones are returned in
+        `Aux.extra`, after the predictions; those of virtual steps are not used.
+      model: the student.
+      objective: the loss terms.
+      weighting: the weight net, its features and the outer loss.
+      axis_name: see `bilevel_step`.
     """
-    predict = forward(model, batch_stats, axis_name)
+    predict = make_predict_fn(model, batch_stats, axis_name)
 
     def terms_fn(params: PyTree, batch: Batch) -> tuple[jax.Array, bilevel.Aux]:
         predictions, new_stats = predict(params, batch)
-        return objective(predictions), bilevel.Aux(
-            weighting.features(predictions), (predictions, new_stats)
-        )
+        terms = objective(predictions)
+        features = weighting.features_fn(predictions)
+        return terms, bilevel.Aux(features, (predictions, new_stats))
 
     def outer_fn(params: PyTree, batch: Batch) -> jax.Array:
         predictions, _ = predict(params, batch)
-        return weighting.outer_loss(predictions).mean()
+        return weighting.outer_loss_fn(predictions).mean()
 
-    return bilevel.Problem(terms_fn, outer_fn, weighting.weights, axis_name)
+    return bilevel.Problem(terms_fn, outer_fn, weighting.compute_weights, axis_name)
 
 
 def bilevel_step(
@@ -109,34 +133,44 @@ def bilevel_step(
     *,
     model: Model,
     objective: Objective,
-    weighting: Weighting,
+    weighting: LearnedWeighting,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     axis_name: str | None = None,
     update_weight_net: bool | None = None,
     unroll: bool = False,
 ) -> TrainState:
-    """Takes one step of SGD on mean_i Σ_t w_it · term_t(i), w from a weight net that learns beside it.
+    """Returns the state after one step of the weight net and of the student.
+
+    The student's loss is (1/B) Σ_i Σ_t w_it · l_it, on the first of the batches. The
+    weight net gives the weights w_it; `bilevel.step` trains it by K virtual steps of
+    the student, and then computes the gradient that the student's optimizer takes.
 
     Args:
-      state: with a weight net, see `Weighting.add_to`.
-      batches: leaves `[K, B, …]`: this step's batch and the K − 1 that the lookahead takes too; under `pmap` this
-        device's share, as of the next.
-      outer_batch: of the outer set, leaves `[B, …]`.
-      model, objective, optimizer, axis_name: as `steps.train_step`; the objective's static weights are not used.
+      state: before the step, with a weight net, see `LearnedWeighting.init_weight_net`.
+      batches: leaves `[K, B, …]`: the batch of this step, and those of the K − 1 next
+        steps, which only the virtual steps use. Under `pmap`, this device's share.
+      outer_batch: a batch of the balanced outer set, leaves `[B, …]`; under `pmap`,
+        this device's share.
+      model: the student.
+      objective: the loss terms; its static weights are not used.
       weighting: how the weights are learned.
-      schedule: the student's learning rate, of which the virtual steps take the current one.
-      update_weight_net: whether the weight net is updated in this step; None decides on the device.
-      unroll: as `bilevel.step`.
+      optimizer: of the student.
+      schedule: the student's learning rate. All virtual steps use its current value.
+      axis_name: the device axis under `pmap`, else None.
+      update_weight_net: whether the weight net is updated in this step, see
+        `bilevel.step`. None decides on the device.
+      unroll: see `bilevel.lookahead`.
     """
+    problem = make_problem(
+        state.batch_stats,
+        model=model,
+        objective=objective,
+        weighting=weighting,
+        axis_name=axis_name,
+    )
     result = bilevel.step(
-        problem(
-            state.batch_stats,
-            model=model,
-            objective=objective,
-            weighting=weighting,
-            axis_name=axis_name,
-        ),
+        problem,
         state.params,
         state.meta,
         batches,
@@ -148,7 +182,7 @@ def bilevel_step(
         unroll=unroll,
     )
     predictions, batch_stats = result.aux.extra
-    state = apply_gradients(
+    new_state = apply_gradients(
         state,
         result.gradient,
         result.terms,
@@ -158,36 +192,36 @@ def bilevel_step(
         optimizer=optimizer,
         axis_name=axis_name,
     )
-    group = jnp.asarray(weighting.groups.assignment)[predictions.labels]
-    learned = _add(state.sums.learned, group, result, axis_name)
-    return state._replace(meta=result.meta, sums=state.sums._replace(learned=learned))
+    groups = jnp.asarray(weighting.groups.assignment)[predictions.labels]
+    learned = _add_step(new_state.sums.learned, groups, result, axis_name)
+    return new_state._replace(
+        meta=result.meta, sums=new_state.sums._replace(learned=learned)
+    )
 
 
-def _add(
+def _add_step(
     sums: LearnedSums,
-    group: jax.Array,
+    groups: jax.Array,
     result: bilevel.StepResult,
     axis_name: str | None,
 ) -> LearnedSums:
+    """Returns the sums with one step added; `groups` is `[B]`, of the examples."""
+    num_groups = len(sums.examples)
     features = result.aux.features
 
-    def by_group(values: jax.Array) -> jax.Array:
-        return (
-            jnp.zeros((len(sums.examples), *values.shape[1:]), values.dtype)
-            .at[group]
-            .add(values)
-        )
+    def sum_by_group(values: jax.Array) -> jax.Array:
+        zeros = jnp.zeros((num_groups, *values.shape[1:]), values.dtype)
+        return zeros.at[groups].add(values)
 
-    batch_sums = LearnedSums(
+    device_sums = LearnedSums(
         outer_loss=result.outer_loss,
-        weights=by_group(result.weights),
-        features=by_group(features),
-        examples=by_group(jnp.ones_like(features[:, 0])),
+        weights=sum_by_group(result.weights),
+        features=sum_by_group(features),
+        examples=sum_by_group(jnp.ones_like(features[:, 0])),
     )
-    # The outer loss is an average over the devices already.
-    global_sums = sum_over_devices(batch_sums, axis_name)._replace(
-        outer_loss=result.outer_loss
-    )
+    global_sums = sum_over_devices(device_sums, axis_name)
+    # `bilevel.step` has averaged the outer loss over devices: it must not be summed.
+    global_sums = global_sums._replace(outer_loss=result.outer_loss)
     return jax.tree.map(
         lambda total, new: total + new.astype(total.dtype), sums, global_sums
     )

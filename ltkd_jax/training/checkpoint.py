@@ -1,4 +1,4 @@
-"""Checkpoints by Orbax, with what it lacks: a checksum, and a walk back to the newest one that is whole."""
+"""Checkpoints, stored by Orbax, with checksums and a fallback to an older one."""
 
 import hashlib
 import json
@@ -18,126 +18,165 @@ _log = logging.getLogger(__name__)
 
 
 class Checkpoints:
-    """The checkpoints of one run, the newest `keep` of them.
+    """Saves and restores the checkpoints of one run, of which it keeps the newest.
 
-    A step counts once its checksum is written, after Orbax is done: a kill in between leaves the one before.
+    The checkpoint of step n is the folder `step_n` and the file `step_n.sha256`. The
+    checksum is written last, in one rename: without it, or if it does not match the
+    folder, the checkpoint is not used. So if the process is killed while saving, the
+    previous checkpoint is restored.
 
     Args:
-      directory: made by the first save. Of several processes one alone may use it, see `hosts.run_on_primary`.
-      keep: how many to keep; at least 2 leave one to fall back on.
+      directory: created by the first save. Only one process may use it, see
+        `hosts.run_on_primary`.
+      keep: number of checkpoints to keep; with 2 or more there is one to fall back on.
     """
 
     def __init__(self, directory: str | os.PathLike[str], *, keep: int = 2) -> None:
-        self._dir = pathlib.Path(directory).resolve()
-        if self._dir.exists() and not self._dir.is_dir():
+        self._directory = pathlib.Path(directory).resolve()
+        if self._directory.exists() and not self._directory.is_dir():
             raise NotADirectoryError(
-                f"{self._dir} is a file where the folder of the checkpoints belongs: move it away"
+                f"{self._directory} is a file, but the checkpoints need a folder of "
+                "that name: move the file away"
             )
         self._keep = keep
-        # By itself Orbax would wait for the other processes, of which none comes.
-        alone = ocp.options.MultiprocessingOptions(
+        # By default, Orbax waits for all processes of `jax.distributed`; but only this
+        # one calls it.
+        this_process_only = ocp.options.MultiprocessingOptions(
             active_processes={jax.process_index()},
             primary_host=jax.process_index(),
             barrier_sync_key_prefix="ltkd_jax",
         )
-        handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
-        self._saver = ocp.Checkpointer(handler, multiprocessing_options=alone)
+        handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=this_process_only)
+        self._checkpointer = ocp.Checkpointer(
+            handler, multiprocessing_options=this_process_only
+        )
 
     def save(self, step: int, tree: Any, extra: dict[str, Any]) -> None:
-        """Saves a pytree of arrays, and `extra`, a dict for JSON, under a step. Returns when it is whole.
+        """Saves a checkpoint, and returns when it is complete.
 
-        Raises:
-          OSError: it could not be written, for a full disk say. What was saved before is untouched.
-        """
-        self._forget(step)
-        path = self._path(step)
-        tree = jax.tree.map(np.asarray, jax.device_get(tree))
-        try:
-            _reserve(path, sum(leaf.nbytes for leaf in jax.tree.leaves(tree)))
-            self._saver.save(path / "state", tree)
-            write_text(path / "extra.json", json.dumps(extra))
-            write_text(self._checksum_path(step), _checksum(path))
-        except Exception as error:  # Orbax raises whatever its storage raises
-            self._forget(step)
-            reason = ": ".join(str(error).strip().splitlines()[0].split(": ")[-2:])
-            raise OSError(
-                f"checkpoint {path} could not be written: {reason}; the last whole one is of step "
-                f"{next(iter(self.steps()), 0)}: mend that, such as by room on the disk, and the same command goes on"
-            ) from error
-        for old in self.steps()[self._keep :]:
-            self._forget(old)
-
-    def restore(self, like: Any) -> tuple[int, Any, dict[str, Any]] | None:
-        """The newest whole checkpoint as (step, tree, extra); None if there is none.
+        An earlier checkpoint of the same step is replaced; older ones beyond the number
+        to keep are deleted.
 
         Args:
-          like: a pytree of arrays, or of `jax.ShapeDtypeStruct`, that the checkpoint must match.
+          step: under which it is saved.
+          tree: a pytree of arrays.
+          extra: other values, stored as JSON.
 
         Raises:
-          ValueError: the checkpoint is whole, but of another structure or of other shapes.
+          OSError: it could not be written, for example because the disk is full. The
+            checkpoints of other steps are unchanged.
+        """
+        self._delete(step)
+        path = self._path(step)
+        # As NumPy arrays they have no sharding, so that a run on another number of
+        # devices can restore them.
+        tree = jax.tree.map(np.asarray, jax.device_get(tree))
+        num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+        try:
+            path.mkdir(parents=True)
+            _check_disk_space(path, num_bytes)
+            self._checkpointer.save(path / "state", tree)
+            write_text(path / "extra.json", json.dumps(extra))
+            # From this rename on, the checkpoint counts.
+            write_text(self._checksum_path(step), _checksum(path))
+        except Exception as error:  # Orbax raises whatever its storage raises
+            self._delete(step)
+            # The last two parts of a long message name the cause.
+            first_line = str(error).strip().splitlines()[0]
+            reason = ": ".join(first_line.split(": ")[-2:])
+            last_step = next(iter(self.steps()), 0)
+            raise OSError(
+                f"checkpoint {path} could not be written: {reason}; the last one is of "
+                f"step {last_step}: remove the cause, for example free disk space, and "
+                "rerun the command to resume"
+            ) from error
+        for old_step in self.steps()[self._keep :]:
+            self._delete(old_step)
+
+    def restore(self, target: Any) -> tuple[int, Any, dict[str, Any]] | None:
+        """Returns the newest intact checkpoint, (step, tree, extra), or None.
+
+        Damaged or incomplete ones are skipped, with a warning in the log.
+
+        Args:
+          target: a pytree of arrays or of `jax.ShapeDtypeStruct`, with the structure,
+            shapes and dtypes that the checkpoint must have.
+
+        Raises:
+          ValueError: the checkpoint is intact, but does not match `target`.
         """
         for step in self.steps():
             path = self._path(step)
-            if not self._is_whole(step):
-                _log.warning(
-                    "checkpoint %s is damaged or incomplete: passing it over for an older one",
-                    path,
-                )
-                continue
-            return (
-                step,
-                self._read(path, like),
-                json.loads((path / "extra.json").read_text()),
+            if self._is_intact(step):
+                tree = self._read_tree(path, target)
+                extra = json.loads((path / "extra.json").read_text())
+                return step, tree, extra
+            _log.warning(
+                "checkpoint %s is damaged or incomplete: trying an older one", path
             )
         return None
 
     def discard_after(self, step: int) -> None:
-        """Removes what is newer than the step that a run goes on from: damaged ones must not count as the newest."""
-        for newer in self.steps():
-            if newer > step:
-                self._forget(newer)
+        """Deletes the checkpoints of later steps, which `restore` has skipped.
+
+        Otherwise they would count among the newest ones to keep.
+
+        Args:
+          step: from which the run resumes.
+        """
+        for later_step in self.steps():
+            if later_step > step:
+                self._delete(later_step)
 
     def steps(self) -> list[int]:
-        """Steps of which there is something on disk, newest first."""
-        found = (
-            p.name.removeprefix("step_") for p in self._dir.glob("step_*") if p.is_dir()
-        )
-        return sorted((int(name) for name in found if name.isdecimal()), reverse=True)
+        """Returns the steps that have a folder, intact or not, newest first."""
+        steps = []
+        for path in self._directory.glob("step_*"):
+            number = path.name.removeprefix("step_")
+            if path.is_dir() and number.isdecimal():
+                steps.append(int(number))
+        return sorted(steps, reverse=True)
 
-    def _read(self, path: pathlib.Path, like: Any) -> Any:
+    def _read_tree(self, path: pathlib.Path, target: Any) -> Any:
+        """Returns the pytree of a checkpoint, in NumPy arrays that match `target`."""
+        template = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), target)
+        restore_args = jax.tree.map(
+            lambda _: ocp.RestoreArgs(restore_type=np.ndarray), target
+        )
         try:
-            restored = self._saver.restore(
-                path / "state",
-                item=jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like),
-                restore_args=jax.tree.map(
-                    lambda x: ocp.RestoreArgs(restore_type=np.ndarray), like
-                ),
+            tree = self._checkpointer.restore(
+                path / "state", item=template, restore_args=restore_args
             )
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"checkpoint {path} is of another model or optimizer: {error}"
             ) from error
-        for (where, want), got in zip(
-            jax.tree.leaves_with_path(like), jax.tree.leaves(restored), strict=True
+        # Orbax compares the structure, but returns arrays of any shape.
+        target_leaves = jax.tree.leaves_with_path(target)
+        for (key_path, expected), leaf in zip(
+            target_leaves, jax.tree.leaves(tree), strict=True
         ):
-            if tuple(want.shape) != got.shape or want.dtype != got.dtype:
-                name = jax.tree_util.keystr(where)
+            if leaf.shape != tuple(expected.shape) or leaf.dtype != expected.dtype:
                 raise ValueError(
-                    f"checkpoint {path}: {name} is {got.dtype}{list(got.shape)}, "
-                    f"expected {want.dtype}{list(want.shape)}: it is of another model"
+                    f"checkpoint {path} is of another model: "
+                    f"{jax.tree_util.keystr(key_path)} is "
+                    f"{leaf.dtype}{list(leaf.shape)}, expected "
+                    f"{expected.dtype}{list(expected.shape)}"
                 )
-        return restored
+        return tree
 
-    def _is_whole(self, step: int) -> bool:
-        path, checksum = self._path(step), self._checksum_path(step)
-        return (
-            path.is_dir()
-            and checksum.is_file()
-            and checksum.read_bytes() == _checksum(path).encode()
-        )
+    def _is_intact(self, step: int) -> bool:
+        """Returns whether the checkpoint has the content that was saved."""
+        path = self._path(step)
+        checksum_path = self._checksum_path(step)
+        if not path.is_dir() or not checksum_path.is_file():
+            return False
+        # As bytes, since a damaged file need not be text.
+        return checksum_path.read_bytes() == _checksum(path).encode()
 
-    def _forget(self, step: int) -> None:
-        # The checksum goes first, so that a half-removed checkpoint is never taken for a whole one.
+    def _delete(self, step: int) -> None:
+        """Deletes the checkpoint of a step, or what there is of it."""
+        # The checksum first: a half-deleted checkpoint must not have one.
         for path in (self._checksum_path(step), self._path(step)):
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
@@ -145,22 +184,30 @@ class Checkpoints:
                 path.unlink(missing_ok=True)
 
     def _path(self, step: int) -> pathlib.Path:
-        return self._dir / f"step_{step}"
+        return self._directory / f"step_{step}"
 
     def _checksum_path(self, step: int) -> pathlib.Path:
-        return self._dir / f"step_{step}.sha256"
+        return self._directory / f"step_{step}.sha256"
 
 
-def _reserve(path: pathlib.Path, size: int) -> None:
-    """Meets a full disk in one system call: met by Orbax's threads it is a page of their tracebacks."""
-    path.mkdir(parents=True)
-    reserve(path / "room", size)
-    (path / "room").unlink()
+def _check_disk_space(folder: pathlib.Path, num_bytes: int) -> None:
+    """Raises OSError if the disk has no room for so many bytes.
+
+    Without this check, Orbax would report a full disk by pages of tracebacks from its
+    threads.
+    """
+    placeholder = folder / "room"
+    reserve(placeholder, num_bytes)
+    placeholder.unlink()
 
 
-def _checksum(path: pathlib.Path) -> str:
+def _checksum(folder: pathlib.Path) -> str:
+    """Returns the SHA-256 over names, sizes and content of all files in a folder."""
     digest = hashlib.sha256()
-    for file in sorted(p for p in path.rglob("*") if p.is_file()):
-        digest.update(f"{file.relative_to(path)}\0{file.stat().st_size}\0".encode())
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    for file in files:
+        # With the size in front, no byte can pass for one of the next file.
+        header = f"{file.relative_to(folder)}\0{file.stat().st_size}\0"
+        digest.update(header.encode())
         digest.update(file.read_bytes())
     return digest.hexdigest()

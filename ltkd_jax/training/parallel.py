@@ -1,7 +1,12 @@
-"""One computation, many devices: `jit` over a data mesh (the default), or literally `jax.pmap`.
+"""Data parallelism: one function on many devices, by `jit` or by `jax.pmap`.
 
-Both are equal to a single device up to rounding, batch norm and group rebalancing included. Of several processes each
-gives and gets what its own devices hold.
+Under "jit", the default, the function is written for the global batch, and XLA splits
+the work by the sharding of the batch. Under "pmap", each device runs the function on
+its share of the batch, and the function calls collectives by `Parallel.axis_name`.
+
+Both compute the same as one device up to rounding, batch norm and group rebalancing
+included. With several processes, each passes in and gets back the values of its own
+devices only.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,21 +24,23 @@ _AXIS = "devices"
 
 
 class Parallel:
-    """How arrays are laid out over devices, and how a function of them is compiled.
+    """Places arrays on devices, and compiles functions of them.
 
     Args:
       mode: "jit" or "pmap".
-      devices: by default all, those of other processes too.
+      devices: by default all devices of all processes.
 
     Attributes:
-      axis_name: what a step, a model and a loss must be given: a name under "pmap"; None under "jit", where
-        every computation is written for the global batch.
-      num_devices: D.
+      axis_name: to be passed to steps, models and losses: the name of the device axis
+        under "pmap", None under "jit".
+      num_devices: D, over all processes.
 
     >>> import jax.numpy as jnp
     >>> parallel = Parallel("jit", jax.devices()[:1])
-    >>> total = parallel.compile(lambda scale, rows: scale * rows.sum(), batch_axis=0)
-    >>> float(parallel.first(total(parallel.replicate(jnp.float32(2)), parallel.shard(jnp.ones(4), 0))))
+    >>> scaled_sum = parallel.compile(lambda scale, x: scale * x.sum(), batch_axis=0)
+    >>> scale = parallel.replicate(jnp.float32(2))
+    >>> batch = parallel.shard(jnp.ones(4), batch_axis=0)
+    >>> float(parallel.unreplicate(scaled_sum(scale, batch)))
     8.0
     """
 
@@ -43,117 +50,160 @@ class Parallel:
         if mode not in MODES:
             raise ValueError(f"parallel={mode!r} must be one of {', '.join(MODES)}")
         self.mode = mode
-        # By process, so that each holds one run of positions.
+        # Sorted by process, so that the batch positions of a process are contiguous.
         self.devices = sorted(
             devices or jax.devices(),
             key=lambda device: (device.process_index, device.id),
         )
         self.num_devices = len(self.devices)
         self.axis_name = _AXIS if mode == "pmap" else None
-        self._local = [
+        self._local_devices = [
             device
             for device in self.devices
             if device.process_index == jax.process_index()
         ]
-        # `pmap` takes and gives the arrays of this process, `jit` those of all.
-        of_arrays = self._local if mode == "pmap" else self.devices
-        self._mesh = Mesh(np.asarray(of_arrays), (_AXIS,), axis_types=(AxisType.Auto,))
+        # A `pmap` function takes arrays with one entry for each local device. A `jit`
+        # function takes global arrays, whose mesh spans all processes.
+        mesh_devices = self._local_devices if mode == "pmap" else self.devices
+        # "Auto" axes leave it to XLA how intermediate values are sharded.
+        self._mesh = Mesh(
+            np.asarray(mesh_devices), (_AXIS,), axis_types=(AxisType.Auto,)
+        )
 
     def local_positions(self, batch_size: int) -> np.ndarray:
-        """Returns the positions of a global batch that this process's devices hold, in order.
+        """Returns the positions in the global batch that belong to this process.
+
+        Args:
+          batch_size: B, of the global batch.
 
         Raises:
-          ValueError: the devices do not divide the batch.
+          ValueError: B is not a multiple of the number of devices.
 
         >>> Parallel("jit", jax.devices()[:2]).local_positions(4).tolist()
         [0, 1, 2, 3]
         """
-        each, rest = divmod(batch_size, self.num_devices)
-        if rest:
+        if batch_size % self.num_devices:
             raise ValueError(
-                f"batch_size={batch_size} must be a multiple of the {self.num_devices} devices"
+                f"batch_size={batch_size} must be a multiple of the "
+                f"{self.num_devices} devices"
             )
-        first = self.devices.index(self._local[0])
-        return np.arange(first * each, (first + len(self._local)) * each)
+        per_device = batch_size // self.num_devices
+        first_device = self.devices.index(self._local_devices[0])
+        end_device = first_device + len(self._local_devices)
+        return np.arange(first_device * per_device, end_device * per_device)
 
     def replicate(self, tree: PyTree) -> PyTree:
-        """The tree, the same in every process, on every device.
+        """Returns the tree with a copy of each leaf on every device.
 
-        It stays as it is under "jit", and gets an axis for this process's devices in front under "pmap".
+        Shapes stay as they are under "jit". Under "pmap", leaves get a new first axis,
+        of this process's devices.
+
+        Args:
+          tree: leaves are arrays, equal in all processes.
         """
         if self.mode == "jit":
             return self._put(tree, P())
-        stacked = jax.tree.map(
-            lambda x: np.broadcast_to(np.asarray(x), (len(self._local), *np.shape(x))),
-            tree,
-        )
-        return self._put(stacked, P(_AXIS))
+        num_copies = len(self._local_devices)
 
-    def first(self, tree: PyTree) -> PyTree:
-        """A replicated tree as one copy."""
+        def stack(x: ArrayLike) -> np.ndarray:
+            return np.broadcast_to(np.asarray(x), (num_copies, *np.shape(x)))
+
+        return self._put(jax.tree.map(stack, tree), P(_AXIS))
+
+    def unreplicate(self, tree: PyTree) -> PyTree:
+        """Returns a replicated tree with its original shapes, as one copy."""
         if self.mode == "jit":
             return tree
-        # The first device's own copy: indexing the whole array would start a collective for each leaf.
+        # Reads the copy on the first local device. Indexing the stacked array, `x[0]`,
+        # would run a computation with collectives for every leaf.
         return jax.tree.map(lambda x: x.addressable_data(0)[0], tree)
 
     def shard(self, tree: PyTree, batch_axis: int) -> PyTree:
-        """Leaves split over the devices along `batch_axis`, of which each process gives its own positions."""
-        if self.mode == "pmap":
-            stacked = jax.tree.map(
-                lambda x: self._split(np.asarray(x), batch_axis), tree
-            )
-            return self._put(stacked, P(_AXIS))
-        return self._put(tree, self._spec(batch_axis), batch_axis)
+        """Returns the tree split over the devices along the batch axis.
+
+        Under "jit" the leaves become global arrays. Under "pmap", the batch axis is
+        split in two, and the axis of this process's devices is moved to the front.
+
+        Args:
+          tree: leaves hold this process's positions of the batch, see
+            `local_positions`.
+          batch_axis: the axis to split, in every leaf.
+        """
+        if self.mode == "jit":
+            return self._put(tree, self._batch_spec(batch_axis), batch_axis)
+
+        def split(x: ArrayLike) -> np.ndarray:
+            x = np.asarray(x)
+            per_device = (len(self._local_devices), -1)
+            shape = x.shape[:batch_axis] + per_device + x.shape[batch_axis + 1 :]
+            return np.moveaxis(x.reshape(shape), batch_axis, 0)
+
+        return self._put(jax.tree.map(split, tree), P(_AXIS))
 
     def compile(
         self,
         fn: Callable[..., PyTree],
         *,
         batch_axis: int,
-        donate: tuple[int, ...] = (),
+        donate_argnums: tuple[int, ...] = (),
     ) -> Callable[..., PyTree]:
-        """`fn(*replicated, batch)`, compiled: its last argument is sharded, its result replicated.
+        """Returns `fn(*replicated, batch)`, compiled for all devices.
+
+        Its last argument is a tree from `shard`, the others are from `replicate`. Its
+        result is replicated, see `unreplicate`.
 
         Args:
-          fn: a pure function; under "pmap" it sees its share of the batch and uses `axis_name`.
-          batch_axis: the axis of the last argument's leaves that is split over the devices.
-          donate: arguments whose memory the result may take.
+          fn: a pure function. Under "pmap" it gets this device's share of the batch,
+            and must itself average or sum over `axis_name` what it returns.
+          batch_axis: the axis along which the batch is split.
+          donate_argnums: positions of arguments whose memory the result may reuse; the
+            caller must not use these arrays again.
         """
         if self.mode == "pmap":
             return jax.pmap(
-                fn, axis_name=_AXIS, devices=self.devices, donate_argnums=donate
+                fn,
+                axis_name=_AXIS,
+                devices=self.devices,
+                donate_argnums=donate_argnums,
             )
-        replicated, batched = (
-            NamedSharding(self._mesh, P()),
-            NamedSharding(self._mesh, self._spec(batch_axis)),
+        replicated = NamedSharding(self._mesh, P())
+        batch_sharding = NamedSharding(self._mesh, self._batch_spec(batch_axis))
+
+        def constrained_fn(*args: PyTree) -> PyTree:
+            *others, batch = args
+            # A constraint, since `in_shardings` would need one entry for each argument,
+            # whose number is not known here.
+            batch = jax.lax.with_sharding_constraint(batch, batch_sharding)
+            return fn(*others, batch)
+
+        # From a sharded batch to a replicated result, XLA must insert the collectives.
+        return jax.jit(
+            constrained_fn, out_shardings=replicated, donate_argnums=donate_argnums
         )
 
-        def constrained(*args: PyTree) -> PyTree:
-            *rest, batch = args
-            return fn(*rest, jax.lax.with_sharding_constraint(batch, batched))
+    def _put(self, tree: PyTree, spec: P, split_axis: int | None = None) -> PyTree:
+        """Returns the tree as arrays on the mesh.
 
-        return jax.jit(constrained, out_shardings=replicated, donate_argnums=donate)
-
-    def _put(self, tree: PyTree, spec: P, spread_axis: int | None = None) -> PyTree:
-        """Arrays of the mesh; along `spread_axis` the leaves are this process's part of them."""
+        Args:
+          tree: leaves hold the values of this process.
+          spec: how the leaves are sharded over the mesh.
+          split_axis: the axis of which this process has only its part; None where it
+            has all values.
+        """
         sharding = NamedSharding(self._mesh, spec)
 
         def put(x: ArrayLike) -> jax.Array:
             x = np.asarray(x)
             shape = list(x.shape)
-            if spread_axis is not None:
-                shape[spread_axis] = (
-                    shape[spread_axis] * self.num_devices // len(self._local)
-                )
+            if split_axis is not None:
+                # JAX wants the global shape.
+                local_size = shape[split_axis]
+                num_local = len(self._local_devices)
+                shape[split_axis] = local_size * self.num_devices // num_local
             return jax.make_array_from_process_local_data(sharding, x, tuple(shape))
 
         return jax.tree.map(put, tree)
 
-    def _spec(self, batch_axis: int) -> P:
+    def _batch_spec(self, batch_axis: int) -> P:
+        """Returns the partition that splits the axis `batch_axis`, and no other."""
         return P(*([None] * batch_axis), _AXIS)
-
-    def _split(self, x: np.ndarray, batch_axis: int) -> np.ndarray:
-        shape = (
-            x.shape[:batch_axis] + (len(self._local), -1) + x.shape[batch_axis + 1 :]
-        )
-        return np.moveaxis(x.reshape(shape), batch_axis, 0)

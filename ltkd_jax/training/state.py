@@ -1,4 +1,4 @@
-"""The state of a run: what a step takes and gives back, and what a checkpoint holds."""
+"""The training state, which every step updates and every checkpoint holds."""
 
 from typing import Any, NamedTuple
 
@@ -11,14 +11,16 @@ from ltkd_jax.models import Model
 
 
 class EpochSums(NamedTuple):
-    """What is logged at an epoch's end, summed on the device so that no step waits for the host.
+    """Holds sums over the steps of an epoch, from which its log record is made.
+
+    They are kept on the device, so that no step waits for the host.
 
     Attributes:
       terms: float `[T]`, sum over steps of each term's batch mean.
       loss: float scalar, sum over steps of the batch mean of the weighted loss.
-      correct: float scalar, number of right predictions on training views.
-      steps: int scalar, steps summed.
-      bad_step: int scalar, the first step whose loss was not finite; −1 if there was none.
+      correct: float scalar, number of correct predictions on training images.
+      steps: int scalar, number of steps summed.
+      bad_step: int scalar, the first step whose loss was not finite; −1 if none.
       bad_terms: bool `[T]`, the terms that were not finite at that step.
       learned: `LearnedSums` where the weights are learned, else ().
     """
@@ -33,13 +35,13 @@ class EpochSums(NamedTuple):
 
 
 class LearnedSums(NamedTuple):
-    """What learned weights did, by group of the example's class; sums over examples.
+    """Holds sums about learned weights, over the examples of each class group.
 
     Attributes:
       outer_loss: float scalar, sum over steps.
       weights: float `[G, T]`.
       features: float `[G, F]`, the weight net's input.
-      examples: float `[G]`.
+      examples: float `[G]`, number of examples summed.
     """
 
     outer_loss: jax.Array
@@ -49,23 +51,35 @@ class LearnedSums(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """A pytree of arrays. Nothing random is in it: batches are a function of the seed and `step`."""
+    """Holds all that changes during training, as a pytree of arrays.
+
+    It has no random key: batches are a function of the seed and `step` alone, so that
+    a resumed run draws the same ones.
+
+    Attributes:
+      step: int scalar, number of steps taken.
+      params: the student's parameters.
+      batch_stats: its batch norm statistics.
+      opt_state: its optimizer's state.
+      sums: sums of the current epoch.
+      meta: `bilevel.MetaState` where the weights are learned, else ().
+    """
 
     step: jax.Array
     params: PyTree
     batch_stats: PyTree
     opt_state: PyTree
     sums: EpochSums
-    meta: Any = ()  # `bilevel.MetaState` where the weights are learned
+    meta: Any = ()
 
     @property
     def variables(self) -> dict[str, PyTree]:
-        """What `model.apply` takes."""
+        """Returns the student's variables, as `model.apply` expects them."""
         return {"params": self.params, "batch_stats": self.batch_stats}
 
 
-def zero_sums(num_terms: int) -> EpochSums:
-    """The sums of no step, for T static weights."""
+def init_sums(num_terms: int) -> EpochSums:
+    """Returns the sums before the first step, for T terms with static weights."""
     return EpochSums(
         terms=jnp.zeros(num_terms),
         loss=jnp.zeros(()),
@@ -76,11 +90,10 @@ def zero_sums(num_terms: int) -> EpochSums:
     )
 
 
-def cleared(sums: EpochSums) -> EpochSums:
-    """The sums at an epoch's start."""
-    return jax.tree.map(jnp.zeros_like, sums)._replace(
-        bad_step=-jnp.ones_like(sums.bad_step)
-    )
+def reset_sums(sums: EpochSums) -> EpochSums:
+    """Returns the sums at the start of an epoch, of the same shapes as `sums`."""
+    zeros = jax.tree.map(jnp.zeros_like, sums)
+    return zeros._replace(bad_step=-jnp.ones_like(sums.bad_step))
 
 
 def create(
@@ -90,34 +103,38 @@ def create(
     image_shape: tuple[int, ...],
     seed: jax.Array | int,
 ) -> TrainState:
-    """A fresh state.
+    """Returns the state of a new student, with static weights.
 
     Args:
-      model: a Linen module.
-      optimizer: an optax transformation.
-      num_terms: T, terms of the objective.
+      model: the student.
+      optimizer: of the student.
+      num_terms: T, the number of loss terms.
       image_shape: `(H, W, channels)`.
       seed: int scalar, may be traced.
     """
-    variables = model.init(
-        jax.random.key(seed), jnp.zeros((1, *image_shape)), train=False
-    )
+    key = jax.random.key(seed)
+    variables = model.init(key, jnp.zeros((1, *image_shape)), train=False)
     params = variables["params"]
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         batch_stats=variables.get("batch_stats", {}),
         opt_state=optimizer.init(params),
-        sums=zero_sums(num_terms),
+        sums=init_sums(num_terms),
     )
 
 
 def sgd(
     learning_rate: optax.ScalarOrSchedule, *, momentum: float, weight_decay: float
 ) -> optax.GradientTransformation:
-    """SGD as PyTorch has it: L2 on every parameter, added to the gradient before the momentum."""
+    """Returns SGD as in PyTorch: its weight decay is part of the gradient.
+
+    The decay applies to every parameter, biases and batch norm included.
+    """
     return optax.chain(
+        # Before the momentum, which therefore accumulates the decay too.
         optax.add_decayed_weights(weight_decay),
+        # For optax, a momentum of 0 is still a trace to be stored; None is none.
         optax.sgd(learning_rate, momentum=momentum or None),
     )
 
@@ -125,22 +142,34 @@ def sgd(
 def adam(
     learning_rate: optax.ScalarOrSchedule, *, weight_decay: float
 ) -> optax.GradientTransformation:
-    """Adam as PyTorch has it: L2 on every parameter, added to the gradient before the moments."""
+    """Returns Adam as in PyTorch (not AdamW): its weight decay is part of the gradient.
+
+    The decay applies to every parameter.
+    """
     return optax.chain(
-        optax.add_decayed_weights(weight_decay), optax.adam(learning_rate)
+        # Before the moments, which AdamW would leave without the decay.
+        optax.add_decayed_weights(weight_decay),
+        optax.adam(learning_rate),
     )
 
 
 def step_schedule(
     base: float, *, total_steps: int, milestones: tuple[float, ...], decay: float
 ) -> optax.Schedule:
-    """A learning rate that is multiplied by `decay` at each milestone, given as a fraction of all steps.
+    """Returns a learning rate that is multiplied by `decay` at each milestone.
+
+    Args:
+      base: the learning rate before the first milestone.
+      total_steps: of the run.
+      milestones: fractions of `total_steps`.
+      decay: the factor.
 
     >>> schedule = step_schedule(0.1, total_steps=100, milestones=(0.5,), decay=0.1)
     >>> [round(float(schedule(step)), 3) for step in (49, 50)]
     [0.1, 0.01]
     """
-    # optax would merge equal boundaries into one; scaling by each keeps a run of few steps right.
+    # In a short run two milestones may round to one step. A dict holds that step once,
+    # so its scale must be the product of both.
     scales: dict[int, float] = {}
     for milestone in milestones:
         boundary = round(milestone * total_steps)

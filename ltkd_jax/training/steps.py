@@ -1,4 +1,8 @@
-"""The training step, written once: it runs on one device, sharded by `jit`, or mapped by `pmap` with an `axis_name`."""
+"""The training step and the evaluation step, as pure functions.
+
+They are written once, for three uses: on one device, under `jit` with a sharded batch,
+and under `pmap` with an `axis_name`. `training.parallel` compiles them.
+"""
 
 import functools
 from collections.abc import Callable
@@ -15,17 +19,22 @@ from ltkd_jax.data.sampling import BatchIndices
 from ltkd_jax.data.streaming import StreamedBatch
 from ltkd_jax.methods import Mixup, Objective, Predictions
 from ltkd_jax.models import review
-from ltkd_jax.training.state import EpochSums, TrainState, cleared
+from ltkd_jax.training.state import EpochSums, TrainState, reset_sums
+
+# What a batch is made from: indices of images on the device, or streamed images.
+BatchSource = BatchIndices | StreamedBatch
 
 
 class TrainData(NamedTuple):
-    """A set of images that lives on the device; of a streamed one, only what its teacher needs.
+    """Holds what stays on the device for all steps.
 
     Attributes:
       images: uint8 `[N, H, W, channels]`; None where batches are streamed.
       labels: int32 `[N]`; None where batches are streamed.
-      teacher: whatever the run's `TeacherFn` reads: the table of logits, the teacher's variables, or None.
-      outer: the outer set of learned weights, a `TrainData`; None where weights are static.
+      teacher: what the run's `TeacherFn` reads: the table of logits, the teacher's
+        variables, or None.
+      outer: `TrainData` of the balanced outer set, where weights are learned; else
+        None.
     """
 
     images: jax.Array | None
@@ -35,146 +44,189 @@ class TrainData(NamedTuple):
 
 
 class StepInputs(NamedTuple):
-    """What steps read, leaves `[B, …]`, or `[S, B, …]` of the S steps of one call.
+    """Holds the inputs of one step, or of the S steps of one call.
+
+    Leaves are `[B, …]`, or `[S, B, …]`.
 
     Attributes:
-      train: the training batches; with weights learned through K lookahead steps `[B, K, …]`.
-      mixup: what those are mixed with, of the same shape; None without Mixup.
+      train: the training batches. Where weights are learned with K lookahead steps,
+        leaves are `[B, K, …]`.
+      mixup: the images that those are mixed with, of the same shape; None without
+        Mixup.
       outer: batches of the outer set; None where weights are static.
     """
 
-    train: BatchIndices | StreamedBatch
-    mixup: BatchIndices | StreamedBatch | None = None
-    outer: BatchIndices | StreamedBatch | None = None
+    train: BatchSource
+    mixup: BatchSource | None = None
+    outer: BatchSource | None = None
 
 
 class TeacherOutputs(NamedTuple):
-    """What a teacher computes for a batch; None where the method does not need it."""
+    """Holds what a teacher computes for a batch; None where a method needs none of it.
 
-    logits: jax.Array | None = None  # [B, C]
-    features: tuple[jax.Array, ...] | None = None  # float [B, H, W, channels] each
+    Attributes:
+      logits: float `[B, C]`.
+      features: float `[B, H, W, channels]` each.
+    """
+
+    logits: jax.Array | None = None
+    features: tuple[jax.Array, ...] | None = None
 
 
 class Batch(NamedTuple):
-    """A batch as a loss sees it."""
+    """Holds a batch as the loss needs it.
 
-    images: jax.Array  # float [B, H, W, channels]
-    labels: jax.Array  # int32 [B]
+    Attributes:
+      images: float `[B, H, W, channels]`, augmented and normalised.
+      labels: int32 `[B]`.
+      teacher: the teacher's outputs for these images.
+      mixup: labels and shares of the other images under Mixup, else None.
+    """
+
+    images: jax.Array
+    labels: jax.Array
     teacher: TeacherOutputs = TeacherOutputs()
     mixup: Mixup | None = None
 
 
 class EvalBatch(NamedTuple):
-    """A batch of an evaluation: identity views, padded to a full batch."""
+    """Holds a batch of an evaluation, of images that are not augmented.
 
-    images: jax.Array  # uint8 [B, H, W, channels]
-    labels: jax.Array  # int32 [B]
-    mask: jax.Array  # bool [B], false for padding
+    Attributes:
+      images: uint8 `[B, H, W, channels]`.
+      labels: int32 `[B]`.
+      mask: bool `[B]`, False for the padding that fills up the last batch.
+    """
+
+    images: jax.Array
+    labels: jax.Array
+    mask: jax.Array
 
 
-Preprocess = Callable[[jax.Array], jax.Array]  # uint8 images -> float images
-# (data.teacher, the batch's indices or streamed batch, images) -> what the teacher computes for them
+# uint8 images -> float images
+Preprocess = Callable[[jax.Array], jax.Array]
+# (data.teacher, source of the batch, float images) -> the teacher's outputs
 TeacherFn = Callable[[Any, Any, jax.Array], TeacherOutputs]
-Forward = Callable[
-    [PyTree, Batch], tuple[Predictions, PyTree]
-]  # (params, batch) -> predictions, batch statistics
+# (params, batch) -> (predictions, new batch statistics)
+PredictFn = Callable[[PyTree, Batch], tuple[Predictions, PyTree]]
+# (state, data, inputs of one step) -> new state
 StepFn = Callable[[TrainState, TrainData, StepInputs], TrainState]
 _T = TypeVar("_T")
 
 
-def no_teacher(
-    teacher: Any, batch: BatchIndices | StreamedBatch, images: jax.Array
-) -> TeacherOutputs:
-    """Returns nothing: the `TeacherFn` of a method without a teacher."""
+def no_teacher(teacher: Any, source: BatchSource, images: jax.Array) -> TeacherOutputs:
+    """Returns no outputs: the `TeacherFn` of a method without a teacher."""
     return TeacherOutputs()
 
 
 def table_teacher(
-    table: jax.Array, batch: BatchIndices, images: jax.Array
+    table: jax.Array, source: BatchIndices, images: jax.Array
 ) -> TeacherOutputs:
-    """Looks logits up in the teacher's table, `[N, views, C]`; a table of one view serves for all."""
-    return TeacherOutputs(table[batch.index, batch.view if table.shape[1] > 1 else 0])
+    """Returns logits from the teacher's table `[N, V, C]`.
+
+    A table of one view (V = 1) serves for all views of an image.
+    """
+    view = source.view if table.shape[1] > 1 else 0
+    return TeacherOutputs(table[source.index, view])
 
 
 def network_teacher(model: models.Model) -> TeacherFn:
-    """Returns the `TeacherFn` that runs the teacher, in evaluation mode, on the batch's images."""
-    return lambda variables, batch, images: TeacherOutputs(
-        model.apply(variables, images, train=False)
-    )
+    """Returns the `TeacherFn` that runs the teacher, in evaluation mode."""
+
+    def teacher_fn(
+        variables: PyTree, source: BatchSource, images: jax.Array
+    ) -> TeacherOutputs:
+        return TeacherOutputs(model.apply(variables, images, train=False))
+
+    return teacher_fn
 
 
 def feature_teacher(model: models.Model) -> TeacherFn:
-    """Returns `network_teacher` with the teacher's features too, from the first stage to the pooled vector."""
+    """Returns the `TeacherFn` that runs the teacher and returns its features too.
+
+    They are ordered from the first stage to the pooled vector, see
+    `models.review.feature_maps`.
+    """
 
     def teacher_fn(
-        variables: PyTree, batch: BatchIndices | StreamedBatch, images: jax.Array
+        variables: PyTree, source: BatchSource, images: jax.Array
     ) -> TeacherOutputs:
         logits, features, _ = models.apply_with_features(
             model, variables, images, train=False
         )
-        return TeacherOutputs(logits, review.maps(features))
+        return TeacherOutputs(logits, review.feature_maps(features))
 
     return teacher_fn
 
 
 def make_batch(
     data: TrainData,
-    batch: BatchIndices | StreamedBatch,
-    mixup: BatchIndices | StreamedBatch | None = None,
+    source: BatchSource,
+    mixup: BatchSource | None = None,
     *,
     views: augment.Views,
     preprocess: Preprocess,
     teacher_fn: TeacherFn,
     extra: augment.Extra = augment.NO_EXTRA,
 ) -> Batch:
-    """Returns augmented and normalised images, their labels, and what the teacher computes for them.
-
-    What is not streamed is first gathered from the data, cropped and flipped.
+    """Returns a batch: augmented, normalised, mixed, and with the teacher's outputs.
 
     Args:
-      data: the set.
-      batch: leaves `[B, …]`.
-      mixup: what each image is mixed with.
-      views: of images on the device.
-      preprocess: uint8 images to float ones.
-      teacher_fn: one of those above.
+      data: the images on the device, and what `teacher_fn` reads.
+      source: indices into `data`, whose images are then cropped and flipped, or
+        streamed images, which already are; leaves `[B, …]`.
+      mixup: source of the images to mix in.
+      views: the crops and flips that `source.view` numbers.
+      preprocess: converts uint8 images to normalised float images.
+      teacher_fn: see `table_teacher`, `network_teacher`, `feature_teacher` and
+        `no_teacher`.
       extra: augmentation beyond the views.
     """
-    images, labels = _augmented(data, batch, views, extra)
+    images, labels = _augment(data, source, views, extra)
     images = preprocess(images)
-    mixed_with = None
+    mixed_labels = None
     if mixup is not None:
-        assert batch.random_bits is not None  # Mixup has them drawn
-        others, other_labels = _augmented(data, mixup, views, extra)
-        lam = augment.mixup_lam(batch.random_bits, extra.mixup)
-        images = augment.mix(images, preprocess(others), lam)
-        mixed_with = Mixup(other_labels, lam)
-    return Batch(images, labels, teacher_fn(data.teacher, batch, images), mixed_with)
+        # They are drawn whenever Mixup is on.
+        assert source.random_bits is not None
+        other_images, other_labels = _augment(data, mixup, views, extra)
+        lam = augment.mixup_lam(source.random_bits, extra.mixup)
+        images = augment.mix(images, preprocess(other_images), lam)
+        mixed_labels = Mixup(other_labels, lam)
+    # Last, so that a teacher in the step sees the mixed images, as the student does.
+    teacher = teacher_fn(data.teacher, source, images)
+    return Batch(images, labels, teacher, mixed_labels)
 
 
-def _augmented(
+def _augment(
     data: TrainData,
-    batch: BatchIndices | StreamedBatch,
+    source: BatchSource,
     views: augment.Views,
     extra: augment.Extra,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns augmented uint8 images and their labels."""
-    if isinstance(batch, StreamedBatch):
-        images, labels = jnp.asarray(batch.images), jnp.asarray(batch.labels)
+    """Returns the augmented uint8 images of a source, and their labels."""
+    if isinstance(source, StreamedBatch):
+        # The host has cropped them already.
+        images = jnp.asarray(source.images)
+        labels = jnp.asarray(source.labels)
     else:
-        assert (
-            data.images is not None and data.labels is not None
-        )  # they are None for streams alone
-        images = augment.apply_views(data.images[batch.index], batch.view, views)
-        labels = data.labels[batch.index]
-    return augment.apply_extra(images, batch.random_bits, extra), labels
+        # They are None only where all batches are streamed.
+        assert data.images is not None
+        assert data.labels is not None
+        images = augment.apply_views(data.images[source.index], source.view, views)
+        labels = data.labels[source.index]
+    return augment.apply_extra(images, source.random_bits, extra), labels
 
 
-def forward(model: models.Model, batch_stats: PyTree, axis_name: str | None) -> Forward:
-    """Returns the student in training mode: `(params, batch) -> (Predictions, new batch statistics)`.
+def make_predict_fn(
+    model: models.Model, batch_stats: PyTree, axis_name: str | None
+) -> PredictFn:
+    """Returns the student in training mode, as a function of parameters and batch.
 
-    Features are computed only where the batch has the teacher's to compare them with; the model is then a
-    `models.review.Reviewed`.
+    Args:
+      model: the student. A batch with the teacher's features needs a
+        `models.review.StudentWithFusion`, whose features are compared with them.
+      batch_stats: the student's, before the step.
+      axis_name: the device axis under `pmap`, for the terms; else None.
     """
 
     def predict(params: PyTree, batch: Batch) -> tuple[Predictions, PyTree]:
@@ -185,18 +237,18 @@ def forward(model: models.Model, batch_stats: PyTree, axis_name: str | None) -> 
                 variables, batch.images, train=True, mutable=["batch_stats"]
             )
         else:
-            assert isinstance(model, review.Reviewed)
+            assert isinstance(model, review.StudentWithFusion)
             logits, features, updates = model.apply_with_features(
                 variables, batch.images
             )
         predictions = Predictions(
-            logits,
-            batch.teacher.logits,
-            batch.labels,
-            axis_name,
-            features,
-            batch.teacher.features,
-            batch.mixup,
+            student_logits=logits,
+            teacher_logits=batch.teacher.logits,
+            labels=batch.labels,
+            axis_name=axis_name,
+            student_features=features,
+            teacher_features=batch.teacher.features,
+            mixup=batch.mixup,
         )
         return predictions, updates["batch_stats"]
 
@@ -212,34 +264,37 @@ def train_step(
     optimizer: optax.GradientTransformation,
     axis_name: str | None = None,
 ) -> TrainState:
-    """Takes one step of SGD on mean_i Σ_t weight_t · term_t(i).
+    """Returns the state after one optimizer step on a batch.
+
+    The loss is (1/B) Σ_i Σ_t w_t · l_it, with the static weights w_t of the objective
+    at `state.step`.
 
     Args:
       state: before the step.
-      batch: under `pmap` this device's share.
-      model: a Linen module with batch norm.
-      objective: terms and weights.
-      optimizer: an optax transformation.
-      axis_name: the device axis under `pmap`; gradients are averaged over it.
+      batch: leaves `[B, …]`; under `pmap` this device's share of the batch.
+      model: the student.
+      objective: the loss terms and their weights.
+      optimizer: of the student.
+      axis_name: the device axis under `pmap`, over which gradients are averaged. None
+        on one device and under `jit`, where arrays are global.
     """
     weights = objective.weights(state.step)[None, :]
-    predict = forward(model, state.batch_stats, axis_name)
+    predict = make_predict_fn(model, state.batch_stats, axis_name)
 
     def loss_fn(
         params: PyTree,
     ) -> tuple[jax.Array, tuple[jax.Array, Predictions, PyTree]]:
         predictions, batch_stats = predict(params, batch)
         terms = objective(predictions)
-        # The local mean: a collective's value must not be returned to `grad`. Gradients are averaged below.
-        return jnp.mean(jnp.sum(terms * weights, axis=-1)), (
-            terms,
-            predictions,
-            batch_stats,
-        )
+        # The mean over this device's examples only. JAX differentiates the collectives
+        # inside the terms and batch norm as sums over devices, so each device gets the
+        # derivative of all local losses with respect to its copy of the parameters.
+        # The mean of these, below, is the gradient of the global loss.
+        loss = jnp.mean(jnp.sum(terms * weights, axis=-1))
+        return loss, (terms, predictions, batch_stats)
 
-    gradient, (terms, predictions, batch_stats) = jax.grad(loss_fn, has_aux=True)(
-        state.params
-    )
+    gradient, aux = jax.grad(loss_fn, has_aux=True)(state.params)
+    terms, predictions, batch_stats = aux
     gradient = mean_over_devices(gradient, axis_name)
     return apply_gradients(
         state,
@@ -264,22 +319,24 @@ def apply_gradients(
     optimizer: optax.GradientTransformation,
     axis_name: str | None,
 ) -> TrainState:
-    """Takes the optimizer's step along an averaged gradient, and adds the step to the state's sums.
+    """Returns the state after an optimizer step, with the batch added to its sums.
 
     Args:
       state: before the step.
-      gradient: by the parameters, the same on all devices.
-      terms: `[B, T]`.
+      gradient: of the loss, already averaged over devices.
+      terms: `[B, T]`, of this device's examples.
       weights: `[B, T]` or `[1, T]`.
       predictions: of the batch.
-      batch_stats: new ones; batch norm has already taken them over the global batch.
-      optimizer, axis_name: as `train_step`.
+      batch_stats: after the step. They are the same on all devices, since batch norm
+        takes its statistics over the global batch.
+      optimizer: of the student.
+      axis_name: see `train_step`.
     """
     loss = jnp.mean(jnp.sum(terms * weights, axis=-1))
-    correct = jnp.sum(
-        jnp.argmax(predictions.student_logits, axis=-1) == predictions.labels
-    )
-    loss, terms = mean_over_devices((loss, terms.mean(axis=0)), axis_name)
+    predicted_labels = jnp.argmax(predictions.student_logits, axis=-1)
+    correct = jnp.sum(predicted_labels == predictions.labels)
+    # Each device has as many examples, so the mean of its means is the global mean.
+    loss, mean_terms = mean_over_devices((loss, terms.mean(axis=0)), axis_name)
     correct = sum_over_devices(correct, axis_name)
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
     return state._replace(
@@ -287,35 +344,39 @@ def apply_gradients(
         params=optax.apply_updates(state.params, updates),
         batch_stats=batch_stats,
         opt_state=opt_state,
-        sums=_add(state.sums, terms, loss, correct, state.step),
+        sums=_add_step(state.sums, mean_terms, loss, correct, state.step),
     )
 
 
 def mean_over_devices(tree: _T, axis_name: str | None) -> _T:
-    """Returns the mean over a named device axis; under `jit` values are global already."""
+    """Returns the mean over the device axis; without one, the tree itself.
+
+    Under `jit` there is no axis: arrays are global, and XLA adds the collectives.
+    """
     return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
 
 
 def sum_over_devices(tree: _T, axis_name: str | None) -> _T:
-    """Returns the sum over a named device axis; under `jit` values are global already."""
+    """Returns the sum over the device axis; without one, the tree itself."""
     return tree if axis_name is None else jax.lax.psum(tree, axis_name)
 
 
-def _add(
+def _add_step(
     sums: EpochSums,
-    terms: jax.Array,
+    mean_terms: jax.Array,
     loss: jax.Array,
     correct: jax.Array,
     step: jax.Array,
 ) -> EpochSums:
-    first_bad = (sums.bad_step < 0) & ~jnp.isfinite(loss)
+    """Returns the sums with one step added; values are of the global batch."""
+    is_first_bad = (sums.bad_step < 0) & ~jnp.isfinite(loss)
     return sums._replace(
-        terms=sums.terms + terms,
+        terms=sums.terms + mean_terms,
         loss=sums.loss + loss,
         correct=sums.correct + correct,
         steps=sums.steps + 1,
-        bad_step=jnp.where(first_bad, step, sums.bad_step),
-        bad_terms=jnp.where(first_bad, ~jnp.isfinite(terms), sums.bad_terms),
+        bad_step=jnp.where(is_first_bad, step, sums.bad_step),
+        bad_terms=jnp.where(is_first_bad, ~jnp.isfinite(mean_terms), sums.bad_terms),
     )
 
 
@@ -327,27 +388,35 @@ def train_steps(
     step_fn: StepFn,
     steps_per_epoch: int,
 ) -> TrainState:
-    """Takes the S steps of `inputs`, leaves `[S, …]`, as one computation; an epoch's first step clears the sums.
+    """Returns the state after S steps, which are one computation on the device.
 
-    A single step is not put in a loop: XLA's convolutions inside one are several times slower on CPU.
+    The sums of `state` are reset before the first step of each epoch, so that after
+    its last step they still hold the whole epoch.
 
     Args:
       state: before the steps.
-      data, inputs: what `step_fn` takes; of `inputs` a step at a time.
-      step_fn: takes one step.
+      data: passed to every step.
+      inputs: leaves `[S, B, …]`; step s gets their s-th entries.
+      step_fn: computes one step.
       steps_per_epoch: of the run.
     """
 
     def body(state: TrainState, inputs: StepInputs) -> tuple[TrainState, None]:
-        at_start = state.step % steps_per_epoch == 0
-        sums = jax.tree.map(
-            functools.partial(jnp.where, at_start), cleared(state.sums), state.sums
-        )
+        # Selected on the device, where the step counter is.
+        is_new_epoch = state.step % steps_per_epoch == 0
+        select = functools.partial(jnp.where, is_new_epoch)
+        sums = jax.tree.map(select, reset_sums(state.sums), state.sums)
         return step_fn(state._replace(sums=sums), data, inputs), None
 
-    if jax.tree.leaves(inputs)[0].shape[0] == 1:
-        return body(state, jax.tree.map(lambda leaf: leaf[0], inputs))[0]
-    return jax.lax.scan(body, state, inputs)[0]
+    num_steps = jax.tree.leaves(inputs)[0].shape[0]
+    if num_steps == 1:
+        # Without the scan: on CPU, XLA's convolutions are several times slower inside a
+        # loop. On accelerators, one scan over many steps saves their dispatch.
+        step_inputs = jax.tree.map(lambda leaf: leaf[0], inputs)
+        new_state, _ = body(state, step_inputs)
+    else:
+        new_state, _ = jax.lax.scan(body, state, inputs)
+    return new_state
 
 
 def eval_step(
@@ -358,8 +427,15 @@ def eval_step(
     preprocess: Preprocess,
     axis_name: str | None = None,
 ) -> metrics.EvalSums:
-    """Returns `metrics.EvalSums` of one padded batch, over all devices."""
+    """Returns the evaluation sums of one padded batch, over all devices.
+
+    Args:
+      variables: of the model.
+      batch: leaves `[B, …]`; under `pmap` this device's share of the batch.
+      model: the model to evaluate.
+      preprocess: converts uint8 images to normalised float images.
+      axis_name: see `train_step`.
+    """
     logits = model.apply(variables, preprocess(batch.images), train=False)
-    return sum_over_devices(
-        metrics.eval_sums(logits, batch.labels, batch.mask), axis_name
-    )
+    sums = metrics.eval_sums(logits, batch.labels, batch.mask)
+    return sum_over_devices(sums, axis_name)

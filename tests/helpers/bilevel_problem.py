@@ -56,11 +56,11 @@ def create_problem(
     class_groups = groups.ClassGroups.from_counts(counts)
     objective = methods.create(method, counts, class_groups)
     num_terms = len(objective.terms)
-    weighting = bilevel_steps.Weighting(
+    weighting = bilevel_steps.LearnedWeighting(
         net=models.WeightNet(num_terms, hidden=(8,)),
-        features=methods.features(objective, ("student_ce", "teacher_ce")),
+        features_fn=methods.features(objective, ("student_ce", "teacher_ce")),
         num_features=2,
-        outer_loss=methods.outer_loss(objective, outer),
+        outer_loss_fn=methods.outer_loss(objective, outer),
         scales=(1.0,) * num_terms,
         optimizer=optax.adam(1e-2),
         update_every=1,
@@ -70,10 +70,10 @@ def create_problem(
     @jax.jit
     def create_state():
         state = states.create(model, optax.sgd(0.1), num_terms, shape, seed)
-        return weighting.add_to(state, seed)
+        return weighting.init_weight_net(state, seed)
 
     state = create_state()
-    problem = bilevel_steps.problem(
+    problem = bilevel_steps.make_problem(
         state.batch_stats, model=model, objective=objective, weighting=weighting
     )
     # A new weight net is nearly constant. The slopes of a larger one are wrong under a

@@ -1,6 +1,9 @@
-"""One of two processes of four devices each: `python -m helpers.process_pair HOST:PORT,INDEX,2 FOLDER`.
+"""One of two processes with four devices each.
 
-It does what both must do together, checks what one can check, and leaves the rest in the folder; see test_hosts.py.
+    python -m helpers.process_pair HOST:PORT,INDEX,2 FOLDER
+
+It checks what one process can check, and leaves the rest in the folder for
+tests/system/test_hosts.py.
 """
 
 import json
@@ -23,7 +26,8 @@ from ltkd_jax.training import hosts
 from ltkd_jax.training.checkpoint import Checkpoints
 from ltkd_jax.training.parallel import Parallel
 
-STEPS = 6  # a collective of eight virtual devices in two processes takes its time
+# Few, because a collective of eight virtual devices in two processes is slow.
+STEPS = 6
 TRAININGS = {
     "jit": ("ltkd", "jit"),
     "pmap": ("ltkd", "pmap"),
@@ -31,36 +35,45 @@ TRAININGS = {
 }
 
 
-def primitives(index):
-    """Checks what is done once, what all must agree on, and whose errors all get."""
-    large = hosts.run_on_primary(
+def check_hosts(index):
+    """Checks the functions of `hosts`, errors included."""
+    result = hosts.run_on_primary(
         lambda: {"array": np.arange(1000.0) + index, "index": index}
     )
-    assert large["index"] == 0 and (large["array"] == np.arange(1000.0)).all()
+    assert result["index"] == 0
+    assert (result["array"] == np.arange(1000.0)).all()
     calls = []
     hosts.run_on_primary(lambda: calls.append(1))
     assert len(calls) == (index == 0)
+    # Several calls, because each deletes what the one before has stored.
     for _ in range(3):
         assert hosts.all_gather(10 + index) == [10, 11]
     assert hosts.run_on_all(lambda: index) == index
-    for culprit in range(2):
+    for failing_index in range(2):
+        divisor = int(index != failing_index)
         with pytest.raises(ZeroDivisionError):
-            hosts.run_on_all(lambda: 1 // (index != culprit))
-    with pytest.raises(FileNotFoundError, match="/nowhere/at/all"):
-        hosts.run_on_primary(lambda: open("/nowhere/at/all"))
+            hosts.run_on_all(lambda divisor=divisor: 1 // divisor)
+    absent = pathlib.Path("/nowhere/at/all")
+    with pytest.raises(FileNotFoundError, match=str(absent)):
+        hosts.run_on_primary(absent.read_text)
 
-    class LocalError(Exception):  # pickle does not find a class of a function
-        pass
+    class LocalError(Exception):
+        """Cannot be pickled, because its class is local to a function."""
 
     def fail():
-        raise LocalError("it says why")
+        raise LocalError("the reason")
 
-    with pytest.raises(LocalError if index == 1 else RuntimeError, match="it says why"):
-        hosts.run_on_all(fail if index == 1 else lambda: None)
+    fn = fail if index == 1 else lambda: None
+    error_class = LocalError if index == 1 else RuntimeError
+    with pytest.raises(error_class, match="the reason"):
+        hosts.run_on_all(fn)
 
 
-def trainings(folder):
-    """Leaves checkpoints of trainings of the small net; one goes on from a checkpoint of one process."""
+def run_trainings(folder):
+    """Saves the states of trainings of the small net.
+
+    One of them resumes from a checkpoint that a single process has saved.
+    """
 
     def save(name, state):
         hosts.run_on_primary(lambda: Checkpoints(folder / name).save(STEPS, state, {}))
@@ -71,84 +84,89 @@ def trainings(folder):
             state = training.run(STEPS)
             save(name, state)
             if name == "jit":
-                step, start, _ = hosts.run_on_primary(
-                    lambda: Checkpoints(folder / "of_one").restore(state)
+                restored = hosts.run_on_primary(
+                    lambda state=state: Checkpoints(folder / "of_one").restore(state)
                 )
+                step, start, _ = restored
                 assert step == start.step == STEPS // 2
                 save("resumed", training.run(STEPS, start=start))
 
 
-def reading(index, folder, spec):
-    """Notes which records this process decodes, of two batches of a stream and of an evaluation."""
+def record_reads(index, folder, spec):
+    """Writes which records this process decodes.
+
+    They are those of two batches of a stream, and of an evaluation.
+    """
     student = trainer(spec.student_training("none"))
-    read = {"random_crop": [], "image": []}
-    for name, numbers in read.items():
+    reads = {"random_crop": [], "image": []}
+    for name, numbers in reads.items():
         original = getattr(Records, name)
 
-        def noting(self, number, *rest, original=original, numbers=numbers):
+        def recording(self, number, *args, original=original, numbers=numbers):
             numbers.append(int(number))
-            return original(self, number, *rest)
+            return original(self, number, *args)
 
-        setattr(Records, name, noting)
+        setattr(Records, name, recording)
     assert len(list(student.inputs(3, 0))) == student.total_steps == 2
     state = student.parallel.replicate(student.init(0))
-    counted = (
-        student.evaluate(state.variables, student.data.test)
-        .confusion.sum(axis=1)
-        .tolist()
-    )
-    notes = {**read, "train": len(student.data.train), "counted": counted}
-    (folder / f"read_{index}.json").write_text(json.dumps(notes))
+    sums = student.evaluate(state.variables, student.data.test)
+    report = {
+        **reads,
+        "train": len(student.data.train),
+        "counted": sums.confusion.sum(axis=1).tolist(),
+    }
+    (folder / f"read_{index}.json").write_text(json.dumps(report))
 
 
-def given_logits(folder):
-    """Checks that both get a teacher of logits from the file that the first one reads."""
+def check_logits_teacher(folder):
+    """Checks that both processes get a teacher of logits that process 0 reads."""
     path = folder / "teacher.npz"
     config = tiny(folder, "kd")
     source = dataset.load(resolve(config).data).source
     if hosts.is_primary():
-        logits = (
-            np.random.default_rng(0)
-            .normal(size=(len(source.train), 10))
-            .astype(np.float32)
-        )
+        rng = np.random.default_rng(0)
+        logits = rng.normal(size=(len(source.train), 10)).astype(np.float32)
         np.savez(path, train_logits=logits, train_labels=source.train.labels)
+    # The other process waits for the file.
     hosts.all_gather(None)
     with config.unlocked():
         config.teacher.checkpoint = str(path)
-    given = teacher.obtain(resolve(config), StopRequest())
-    assert isinstance(given, external_teacher.LogitsTeacher)
+    logits_teacher = teacher.obtain(resolve(config), StopRequest())
+    assert isinstance(logits_teacher, external_teacher.LogitsTeacher)
     with np.load(path) as file:
-        np.testing.assert_array_equal(given.logits[:, 0], file["train_logits"])
+        np.testing.assert_array_equal(logits_teacher.logits[:, 0], file["train_logits"])
 
 
-def refusals(index, folder, config):
-    """Checks that a difference between the processes ends both, before there is a work directory."""
-    absent = streamed(folder / "nowhere", folder, "ce")
-    for specs in (
-        [resolve(tiny(folder, argument)) for argument in ("kd", "ltkd")],
-        [resolve(config), resolve(absent)],
-    ):
-        with pytest.raises(
-            ConfigError, match="process 1 of 2 has another config, or other data"
-        ):
-            run.run(specs[index], folder / f"run{index}", command="the test")
-        assert not (folder / f"run{index}").exists()
+def check_different_configs(index, folder, config):
+    """Checks that processes with different configs or data write nothing and end."""
+    other_config = streamed(folder / "nowhere", folder, "ce")
+    pairs = (
+        (tiny(folder, "kd"), tiny(folder, "ltkd")),
+        (config, other_config),
+    )
+    for pair in pairs:
+        spec = [resolve(one) for one in pair][index]
+        workdir = folder / f"run{index}"
+        message = "process 1 of 2 has another config, or other data"
+        with pytest.raises(ConfigError, match=message):
+            run.run(spec, workdir, command="the test")
+        assert not workdir.exists()
 
 
 def main():
-    where, folder = sys.argv[1:]
-    folder = pathlib.Path(folder)
+    distributed, folder_name = sys.argv[1:]
+    folder = pathlib.Path(folder_name)
     jax.config.update("jax_numpy_rank_promotion", "raise")
-    hosts.start(where)
-    assert jax.device_count() == 8 and jax.local_device_count() == 4
+    hosts.start(distributed)
+    assert jax.device_count() == 8
+    assert jax.local_device_count() == 4
     index = jax.process_index()
-    primitives(index)
-    trainings(folder)
+    check_hosts(index)
+    run_trainings(folder)
     config = streamed(folder / "tfds", folder, "ce", **{"train.max_steps": 2})
-    refusals(index, folder, config)
-    given_logits(folder)
-    reading(index, folder, resolve(config))
+    check_different_configs(index, folder, config)
+    check_logits_teacher(folder)
+    record_reads(index, folder, resolve(config))
 
 
 if __name__ == "__main__":

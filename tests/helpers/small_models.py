@@ -1,7 +1,7 @@
 """Names of small models for tests."""
 
-# One of every class, and of every form of a class.
-_CIFAR = (
+# One of each class, and of each form of a class.
+SMALL_MODELS = (
     "resnet8",
     "wrn_16_1",
     "vgg8",
@@ -9,5 +9,6 @@ _CIFAR = (
     "shufflenetv1",
     "shufflenetv2",
     "resnet18",
+    "resnet18_imagenet",
+    "resnet50_imagenet",
 )
-SMALL_MODELS = (*_CIFAR, "resnet18_imagenet", "resnet50_imagenet")

@@ -10,7 +10,7 @@ from flax import serialization
 
 from ltkd_jax.models import convert
 
-# Modules and shapes of the zoo's smallest model with 10 classes, written out once.
+# Modules and shapes of the zoo's smallest model with 10 classes.
 CONVS = {
     "conv1": (16, 3, 3, 3),
     "layer1.0.conv1": (16, 16, 3, 3),
@@ -25,70 +25,66 @@ CONVS = {
 }
 NORMS = {
     "bn1": 16,
-    **{f"layer{stage}.0.bn{i}": 8 * 2**stage for stage in (1, 2, 3) for i in (1, 2)},
+    "layer1.0.bn1": 16,
+    "layer1.0.bn2": 16,
+    "layer2.0.bn1": 32,
+    "layer2.0.bn2": 32,
     "layer2.0.downsample.1": 32,
+    "layer3.0.bn1": 64,
+    "layer3.0.bn2": 64,
     "layer3.0.downsample.1": 64,
 }
 
 
 @functools.cache
 def _state_dict():
-    rng = np.random.default_rng(0)
-    shapes = {f"{module}.weight": shape for module, shape in CONVS.items()} | {
-        "fc.bias": (10,)
-    }
+    shapes = {f"{module}.weight": shape for module, shape in CONVS.items()}
+    shapes["fc.bias"] = (10,)
     for module, width in NORMS.items():
-        shapes |= {
-            f"{module}.{leaf}": (width,)
-            for leaf in ("weight", "bias", "running_mean", "running_var")
-        }
+        for leaf in ("weight", "bias", "running_mean", "running_var"):
+            shapes[f"{module}.{leaf}"] = (width,)
         shapes[f"{module}.num_batches_tracked"] = ()
+    rng = np.random.default_rng(0)
     return {
         key: rng.normal(size=shape).astype(np.float32) for key, shape in shapes.items()
     }
 
 
-def test_every_array_finds_its_place():
-    state = _state_dict()
-    variables = convert.from_torch("resnet8", state, 10)
+def test_from_torch_arrays():
+    state_dict = _state_dict()
+    variables = convert.from_torch("resnet8", state_dict, 10)
     leaves = jax.tree.leaves(variables)
-    assert sum(leaf.size for leaf in leaves) == sum(
-        x.size for k, x in state.items() if "num_batches" not in k
-    )
+    arrays = [x for key, x in state_dict.items() if "num_batches" not in key]
+    assert sum(leaf.size for leaf in leaves) == sum(x.size for x in arrays)
     assert {leaf.dtype for leaf in leaves} == {np.dtype(np.float32)}
-    assert not any(np.shares_memory(leaf, x) for leaf in leaves for x in state.values())
-    params, stats = variables["params"], variables["batch_stats"]
-    shortcut = state["layer2.0.downsample.0.weight"]
+    for leaf in leaves:
+        assert not any(np.shares_memory(leaf, x) for x in arrays)
+
+    params = variables["params"]
+    stem = np.einsum("oihw->hwio", state_dict["conv1.weight"])
+    shortcut = state_dict["layer2.0.downsample.0.weight"][..., 0, 0].T
+    np.testing.assert_array_equal(params["stem"]["kernel"], stem)
     np.testing.assert_array_equal(
-        params["stem"]["kernel"], np.einsum("oihw->hwio", state["conv1.weight"])
+        params["stage2_block1_conv3"]["kernel"][0, 0], shortcut
     )
     np.testing.assert_array_equal(
-        params["stage2_block1_conv3"]["kernel"][0, 0], shortcut[..., 0, 0].T
+        params["classifier"]["kernel"], state_dict["fc.weight"].T
     )
-    np.testing.assert_array_equal(params["classifier"]["kernel"], state["fc.weight"].T)
-    np.testing.assert_array_equal(
-        params["stage3_block1_norm2"]["scale"], state["layer3.0.bn2.weight"]
-    )
-    np.testing.assert_array_equal(
-        stats["stage3_block1_norm2"]["mean"], state["layer3.0.bn2.running_mean"]
-    )
-    np.testing.assert_array_equal(
-        stats["stage3_block1_norm2"]["var"], state["layer3.0.bn2.running_var"]
-    )
+    norm_params = params["stage3_block1_norm2"]
+    norm_stats = variables["batch_stats"]["stage3_block1_norm2"]
+    for actual, leaf in (
+        (norm_params["scale"], "weight"),
+        (norm_stats["mean"], "running_mean"),
+        (norm_stats["var"], "running_var"),
+    ):
+        np.testing.assert_array_equal(actual, state_dict[f"layer3.0.bn2.{leaf}"])
 
 
 def test_supported_models():
-    small = {
-        "resnet8",
-        "resnet14",
-        "resnet20",
-        "resnet32",
-        "resnet44",
-        "resnet56",
-        "resnet110",
-    }
+    narrow = {f"resnet{depth}" for depth in (8, 14, 20, 32, 44, 56, 110)}
+    wide = {"resnet8x4", "resnet32x4"}
     wrns = {"wrn_16_1", "wrn_16_2", "wrn_40_1", "wrn_40_2"}
-    assert set(convert.SUPPORTED) == small | wrns | {"resnet8x4", "resnet32x4"}
+    assert set(convert.SUPPORTED) == narrow | wide | wrns
 
 
 @pytest.mark.parametrize(
@@ -115,7 +111,7 @@ def test_supported_models():
             {"conv1.weight": np.zeros(16)},
             r"'conv1.weight'.* \[16\].* \[16, 3, 3, 3\]",
         ),
-        # In our order it would fit.
+        # In Flax's order of the axes it would fit.
         (
             "resnet8",
             {"conv1.weight": np.zeros((3, 3, 3, 16))},
@@ -124,12 +120,11 @@ def test_supported_models():
         ("wrn_16_1", {}, "wrn_16_1.* lacks 'block1.layer.0.bn1.bias', "),
     ],
 )
-def test_a_state_dict_of_something_else(name, change, message):
-    state = _state_dict() | change
+def test_from_torch_bad_state_dict(name, change, message):
+    changed = _state_dict() | change
+    state_dict = {key: x for key, x in changed.items() if x is not None}
     with pytest.raises(ValueError, match=message):
-        convert.from_torch(
-            name, {key: x for key, x in state.items() if x is not None}, 10
-        )
+        convert.from_torch(name, state_dict, 10)
 
 
 def _write(path, variables):
@@ -137,7 +132,7 @@ def _write(path, variables):
     return path
 
 
-def test_load_gives_back_what_was_written(tmp_path):
+def test_load_round_trip(tmp_path):
     variables = convert.from_torch("resnet8", _state_dict(), 10)
     loaded = convert.load(_write(tmp_path / "w", variables), "resnet8", 10)
     jax.tree.map(np.testing.assert_array_equal, loaded, variables)
@@ -159,7 +154,7 @@ def test_load_gives_back_what_was_written(tmp_path):
         ),
     ],
 )
-def test_load_checks_the_model(tmp_path, name, num_classes, message):
+def test_load_of_another_model(tmp_path, name, num_classes, message):
     path = _write(tmp_path / "w", convert.from_torch("resnet8", _state_dict(), 10))
     with pytest.raises(ValueError, match=message):
         convert.load(path, name, num_classes)
@@ -169,7 +164,7 @@ def test_load_checks_the_model(tmp_path, name, num_classes, message):
     "content",
     [b"", b"not msgpack", serialization.msgpack_serialize({"params": {}, "x": [1]})],
 )
-def test_load_of_another_file(tmp_path, content):
+def test_load_unreadable_file(tmp_path, content):
     (tmp_path / "w").write_bytes(content)
     with pytest.raises(ValueError, match="w"):
         convert.load(tmp_path / "w", "resnet8", 10)
@@ -177,36 +172,33 @@ def test_load_of_another_file(tmp_path, content):
         convert.load(tmp_path / "absent", "resnet8", 10)
 
 
-def test_without_torch_the_error_says_what_to_install(monkeypatch, capsys, tmp_path):
+def test_read_state_dict_without_torch(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(ModuleNotFoundError, match="pip install torch"):
-        convert.read("checkpoint.pth")
-    assert convert.main(["resnet8", "checkpoint.pth", str(tmp_path / "out")]) == 2
-    assert "pip install torch" in capsys.readouterr().err and not list(
-        tmp_path.iterdir()
-    )
+        convert.read_state_dict("checkpoint.pth")
+    out = tmp_path / "out"
+    assert convert.main(["resnet8", "checkpoint.pth", str(out)]) == 2
+    assert "pip install torch" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_the_command_line_writes_the_file_whole(monkeypatch, capsys, tmp_path):
+def test_command_line(monkeypatch, capsys, tmp_path):
+    """An error leaves the old file as it was; no temporary file remains."""
     out = tmp_path / "resnet8.msgpack"
     out.write_bytes(b"old")
-    monkeypatch.setattr(convert, "read", lambda path: _state_dict())
-    assert convert.main(["resnet8", "x.pth", str(out)]) == 2  # 10 classes are not 100
-    assert (
-        "'fc.bias' has shape [10]" in capsys.readouterr().err
-        and out.read_bytes() == b"old"
-    )
+    monkeypatch.setattr(convert, "read_state_dict", lambda path: _state_dict())
+    # The default is 100 classes.
+    assert convert.main(["resnet8", "x.pth", str(out)]) == 2
+    assert "'fc.bias' has shape [10]" in capsys.readouterr().err
+    assert out.read_bytes() == b"old"
+
     assert convert.main(["resnet8", "x.pth", str(out), "--num_classes=10"]) == 0
-    assert str(out) in capsys.readouterr().out and [
-        path.name for path in tmp_path.iterdir()
-    ] == [out.name]
-    loaded = convert.load(out, "resnet8", 10)
-    np.testing.assert_array_equal(
-        loaded["params"]["classifier"]["bias"], _state_dict()["fc.bias"]
-    )
-    assert (
-        convert.main(
-            ["resnet8", "x.pth", str(tmp_path / "absent" / "out"), "--num_classes=10"]
-        )
-        == 2
-    )
+    assert str(out) in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == [out.name]
+    variables = convert.load(out, "resnet8", 10)
+    bias = variables["params"]["classifier"]["bias"]
+    np.testing.assert_array_equal(bias, _state_dict()["fc.bias"])
+
+    out_in_absent_folder = str(tmp_path / "absent" / "out")
+    arguments = ["resnet8", "x.pth", out_in_absent_folder, "--num_classes=10"]
+    assert convert.main(arguments) == 2

@@ -1,4 +1,4 @@
-"""One device, eight by `jit`, eight by `pmap`: the same training."""
+"""Training and evaluation are the same on one device, by `jit` and by `pmap`."""
 
 import types
 
@@ -24,7 +24,7 @@ from ltkd_jax.training.parallel import Parallel
 
 @pytest.mark.parametrize("mode", ["jit", "pmap"])
 @pytest.mark.parametrize("case", ["ce", "ltkd", "one virtual step"])
-def test_eight_devices_are_one(case, mode):
+def test_eight_devices(case, mode):
     assert_eight_devices_are_one(case, mode)
 
 
@@ -34,21 +34,21 @@ def test_first_gradients_in_float32(mode):
 
 
 @pytest.mark.parametrize("mode", ["jit", "pmap"])
-@pytest.mark.parametrize("devices", [1, 3, 8])
-def test_evaluation_counts_every_image_once(devices, mode):
-    """Whatever the set's size and the number of devices, with the predictions of the network itself."""
-    parallel = Parallel(mode, jax.devices()[:devices])
-    whole = Images(IMAGES, LABELS, np.arange(N).astype(str))
-    data = types.SimpleNamespace(train=whole, test=whole, preprocess=preprocess)
+@pytest.mark.parametrize("num_devices", [1, 3, 8])
+def test_evaluation_counts(num_devices, mode):
+    """Every image counts once, whatever the size of the set."""
+    parallel = Parallel(mode, jax.devices()[:num_devices])
+    images = Images(IMAGES, LABELS, np.arange(N).astype(str))
+    data = types.SimpleNamespace(train=images, test=images, preprocess=preprocess)
     evaluator = Evaluator(SmallNet(), data, parallel, 16)
     variables = teacher_variables()
-    predicted = np.argmax(
-        SmallNet().apply(variables, preprocess(IMAGES), train=False), axis=-1
-    )
+    logits = SmallNet().apply(variables, preprocess(IMAGES), train=False)
+    predicted = np.argmax(logits, axis=-1)
     replicated = parallel.replicate(variables)
     for size in (1, 15, 16, 17, N):
         expected = np.zeros((CLASSES, CLASSES))
         np.add.at(expected, (LABELS[-size:], predicted[-size:]), 1)
-        sums = evaluator.evaluate(replicated, whole.subset(np.arange(N - size, N)))
+        subset = images.subset(np.arange(N - size, N))
+        sums = evaluator.evaluate(replicated, subset)
         np.testing.assert_array_equal(sums.confusion, expected)
         assert sums.mass.sum() == pytest.approx(size)

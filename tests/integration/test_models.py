@@ -1,4 +1,4 @@
-"""The models: published parameter counts, shapes, features, initialisation, precision."""
+"""The models: published sizes, shapes, features, initialisation, precision."""
 
 import functools
 
@@ -10,8 +10,8 @@ from helpers.small_models import SMALL_MODELS
 
 from ltkd_jax import models
 
-# Published: trainable parameters with 100 classes and 3 channels, as in the common CIFAR distillation zoo, and millions
-# of multiply-adds of one 32×32 image.
+# Trainable parameters with 100 classes and 3 channels, as published for the common
+# CIFAR distillation zoo, and millions of multiply-adds of one 32×32 image.
 PUBLISHED = {
     "resnet20": (278_324, 40.8),
     "resnet32": (472_756, 69.1),
@@ -28,12 +28,13 @@ PUBLISHED = {
     "shufflenetv2": (1_355_528, 44.5),
     "resnet18": (11_220_132, 555.5),
     "resnet50": (23_705_252, 1298.0),
-    # torchvision's, less 900 of its 1000 classes.
+    # As torchvision has them, without 900 of the 1000 classes.
     "resnet18_imagenet": (11_689_512 - 900 * 513, None),
     "resnet34_imagenet": (21_797_672 - 900 * 513, None),
     "resnet50_imagenet": (25_557_032 - 900 * 2049, None),
 }
-# Of a 32×32 image, by the beginning of the name; the first that fits. Sides and channels of the stages, and D.
+# Features of a 32×32 image: (side, channels) of each stage, and D. A key is the
+# beginning of a model's name; the first that fits counts.
 FEATURES = {
     "resnet18_imagenet": ([(8, 64), (4, 128), (2, 256), (1, 512)], 512),
     "resnet34_imagenet": ([(8, 64), (4, 128), (2, 256), (1, 512)], 512),
@@ -53,73 +54,83 @@ FEATURES = {
 }
 
 
-@functools.cache  # tracing a deep net takes as long as a second
+# Cached, because tracing a deep net takes up to a second.
+@functools.cache
 def trace(name):
-    """Returns the equations of `init` on a 32×32 image and the shapes of all that the model hands out."""
+    """Returns the equations of `init` on a 32×32 image, and its outputs' shapes."""
     model = models.create(name, 100)
     images = jnp.zeros((1, 32, 32, 3))
-    return jax.make_jaxpr(
-        lambda key: model.init_with_output(key, images, train=False, mutable=True),
-        return_shape=True,
-    )(jax.random.key(0))
+    init = functools.partial(model.init_with_output, train=False, mutable=True)
+    make_jaxpr = jax.make_jaxpr(lambda key: init(key, images), return_shape=True)
+    return make_jaxpr(jax.random.key(0))
 
 
 def multiply_adds(equation):
-    """Returns the multiply-adds of a jaxpr's equation, borders counted like the inside, as the zoo counts them."""
+    """Returns the multiply-adds of an equation.
+
+    At an image's borders, it counts as many as inside, as the zoo does.
+    """
     if equation.primitive.name not in ("conv_general_dilated", "dot_general"):
         return 0
-    out, weights = (
-        equation.outvars[0].aval.shape,
-        equation.invars[1].aval.shape,
-    )  # [h, w, in, out] or [in, out]
-    return np.prod(out) * np.prod(weights[:-1])
+    output_shape = equation.outvars[0].aval.shape
+    # [h, w, in, out] or [in, out]
+    kernel_shape = equation.invars[1].aval.shape
+    return np.prod(output_shape) * np.prod(kernel_shape[:-1])
+
+
+def expected_features(name, scale=1):
+    """Returns the shapes, without B, for images of `scale` times 32 pixels."""
+    prefix = next(prefix for prefix in FEATURES if name.startswith(prefix))
+    stages, pooled_width = FEATURES[prefix]
+    shapes = {"pooled": (pooled_width,)}
+    for stage, (side, channels) in enumerate(stages, start=1):
+        shapes[f"stage{stage}"] = (scale * side, scale * side, channels)
+    return shapes
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_size(name):
     jaxpr, (_, variables) = trace(name)
-    parameters, millions = PUBLISHED[name]
-    assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == parameters
+    num_parameters, millions = PUBLISHED[name]
+    leaves = jax.tree.leaves(variables["params"])
+    assert sum(leaf.size for leaf in leaves) == num_parameters
     if millions is not None:
-        assert sum(map(multiply_adds, jaxpr.eqns)) / 1e6 == pytest.approx(
-            millions, abs=0.1
-        )
+        total = sum(multiply_adds(equation) for equation in jaxpr.eqns)
+        assert total / 1e6 == pytest.approx(millions, abs=0.1)
 
 
 @pytest.mark.parametrize("name", models.REGISTRY)
 def test_logits_and_features(name):
     _, (logits, variables) = trace(name)
-    stages, width = next(
-        shape for start, shape in FEATURES.items() if name.startswith(start)
-    )
-    expected = {f"stage{n}": (h, h, c) for n, (h, c) in enumerate(stages, start=1)} | {
-        "pooled": (width,)
-    }
-    kept, variables = (
-        variables["intermediates"],
-        {key: variables[key] for key in ("params", "batch_stats")},
-    )
-    assert logits.shape == (1, 100) and logits.dtype == jnp.float32
-    assert {key: feature.shape[1:] for key, (feature,) in kept.items()} == expected
+    assert logits.shape == (1, 100)
+    assert logits.dtype == jnp.float32
+    features = variables["intermediates"]
+    shapes = {key: feature.shape[1:] for key, (feature,) in features.items()}
+    assert shapes == expected_features(name)
 
-    model, images = (
-        models.create(name, 100),
-        jax.ShapeDtypeStruct((5, 64, 64, 3), jnp.float32),
-    )
+
+@pytest.mark.parametrize("name", models.REGISTRY)
+def test_features_of_large_images(name):
+    _, (_, outputs) = trace(name)
+    variables = {key: outputs[key] for key in ("params", "batch_stats")}
     apply = functools.partial(
-        models.apply_with_features, model, train=True, mutable=("batch_stats",)
+        models.apply_with_features,
+        models.create(name, 100),
+        train=True,
+        mutable=("batch_stats",),
     )
+    images = jax.ShapeDtypeStruct((5, 64, 64, 3), jnp.float32)
     logits, features, updates = jax.eval_shape(apply, variables, images)
-    expected = {
-        f"stage{n}": (5, 2 * h, 2 * h, c) for n, (h, c) in enumerate(stages, start=1)
-    } | {"pooled": (5, width)}
-    if name.startswith("vgg"):
-        expected["stage4"] = (5, 4, 4, 512)  # a large image is pooled once more
     assert logits.shape == (5, 100)
-    assert {key: feature.shape for key, feature in features.items()} == expected
-    assert jax.tree.structure(updates) == jax.tree.structure(
-        {"batch_stats": variables["batch_stats"]}
-    )
+    expected = expected_features(name, scale=2)
+    if name.startswith("vgg"):
+        # A large image is pooled once more.
+        expected["stage4"] = (4, 4, 512)
+    assert {key: x.shape for key, x in features.items()} == {
+        key: (5, *shape) for key, shape in expected.items()
+    }
+    batch_stats = {"batch_stats": variables["batch_stats"]}
+    assert jax.tree.structure(updates) == jax.tree.structure(batch_stats)
 
 
 @pytest.mark.parametrize("name", SMALL_MODELS)
@@ -130,13 +141,12 @@ def test_small_grey_images(name):
     )
     assert set(variables) == {"params", "batch_stats"}
     images = jax.ShapeDtypeStruct((5, 28, 28, 1), jnp.float32)
-    assert jax.eval_shape(
-        lambda v, x: model.apply(v, x, train=False), variables, images
-    ).shape == (5, 100)
+    apply = functools.partial(model.apply, train=False)
+    assert jax.eval_shape(apply, variables, images).shape == (5, 100)
 
 
 @pytest.mark.parametrize(
-    "name, images, message",
+    "name, shape, message",
     [
         (
             "vgg8",
@@ -147,21 +157,19 @@ def test_small_grey_images(name):
         (
             "resnet8",
             (8, 8, 3),
-            r"CifarResNet takes images \[B, H, W, channels\] .* not an array of shape \[8, 8, 3\]",
+            r"CifarResNet takes images \[B, H, W, channels\] .* shape \[8, 8, 3\]",
         ),
     ],
 )
-def test_wrong_image_shape(name, images, message):
+def test_wrong_image_shape(name, shape, message):
+    init = functools.partial(models.create(name, 10).init, train=False)
     with pytest.raises(ValueError, match=message):
-        jax.eval_shape(
-            lambda: models.create(name, 10).init(
-                jax.random.key(0), jnp.zeros(images), train=False
-            )
-        )
+        jax.eval_shape(init, jax.random.key(0), jnp.zeros(shape))
 
 
+# Standard deviations of a convolution's kernel, the classifier's kernel and its bias.
 @pytest.mark.parametrize(
-    "name, layer, kernel, classifier, bias",
+    "name, layer, conv_std, kernel_std, bias_std",
     [
         (
             "resnet8x4",
@@ -170,13 +178,14 @@ def test_wrong_image_shape(name, images, message):
             (3 * 256) ** -0.5,
             (3 * 256) ** -0.5,
         ),
+        # A convolution of stride 2.
         (
             "resnet8x4",
             "stage2_block1_conv1",
             (2 / (9 * 128)) ** 0.5,
             (3 * 256) ** -0.5,
             (3 * 256) ** -0.5,
-        ),  # strided
+        ),
         (
             "wrn_16_2",
             "stage3_block1_conv2",
@@ -185,13 +194,8 @@ def test_wrong_image_shape(name, images, message):
             0,
         ),
         ("vgg8", "stage4_conv1", (2 / (9 * 512)) ** 0.5, 0.01, 0),
-        (
-            "mobilenetv2",
-            "group7_block1_conv2",
-            (2 / (9 * 480)) ** 0.5,
-            0.01,
-            0,
-        ),  # depthwise: fan-out of all channels
+        # A depthwise convolution, with the fan-out of all channels.
+        ("mobilenetv2", "group7_block1_conv2", (2 / (9 * 480)) ** 0.5, 0.01, 0),
         (
             "shufflenetv1",
             "stage3_block2_conv3",
@@ -215,92 +219,83 @@ def test_wrong_image_shape(name, images, message):
         ),
     ],
 )
-def test_standard_deviations_at_initialisation(name, layer, kernel, classifier, bias):
-    @jax.jit  # which compiles these layers' random numbers only
+def test_initial_standard_deviations(name, layer, conv_std, kernel_std, bias_std):
+    # Under `jit`, XLA drops the random numbers of all other layers.
+    @jax.jit
     def init(key):
-        params = models.create(name, 100).init(
-            key, jnp.zeros((1, 8, 8, 3)), train=False
-        )["params"]
-        return (
-            params[layer]["kernel"],
-            params["classifier"]["kernel"],
-            params["classifier"]["bias"],
-        )
+        images = jnp.zeros((1, 8, 8, 3))
+        params = models.create(name, 100).init(key, images, train=False)["params"]
+        classifier = params["classifier"]
+        return params[layer]["kernel"], classifier["kernel"], classifier["bias"]
 
-    leaves = init(jax.random.key(1))
-    np.testing.assert_allclose(
-        [leaf.std() for leaf in leaves[:2]], [kernel, classifier], rtol=0.02
-    )
-    assert float(leaves[2].std()) == pytest.approx(bias, rel=0.15)
-    if bias:  # uniform up to √3 deviations
-        assert all(float(jnp.abs(leaf).max()) <= 3**0.5 * bias for leaf in leaves[1:])
+    conv_kernel, kernel, bias = init(jax.random.key(1))
+    np.testing.assert_allclose(conv_kernel.std(), conv_std, rtol=0.02)
+    np.testing.assert_allclose(kernel.std(), kernel_std, rtol=0.02)
+    assert float(bias.std()) == pytest.approx(bias_std, rel=0.15)
+    if bias_std:
+        # A uniform distribution ends at √3 standard deviations.
+        bound = 3**0.5 * bias_std
+        assert float(jnp.abs(kernel).max()) <= bound
+        assert float(jnp.abs(bias).max()) <= bound
 
 
 @functools.cache
-def small():
-    """A small model's variables and images."""
+def small_model():
+    """Returns the variables and the images of a small model."""
     images = jax.random.normal(jax.random.key(0), (16, 8, 8, 1)) * 3 + 1
     init = jax.jit(functools.partial(models.create("resnet8", 10).init, train=False))
-    return init(
-        jax.random.key(1, impl="rbg"), images
-    ), images  # this generator compiles fast
+    # The generator "rbg" compiles fast.
+    return init(jax.random.key(1, impl="rbg"), images), images
 
 
 @functools.cache
 def forward(precision):
-    """Logits, features and updates of `small` in training."""
+    """Returns logits, features and updates of `small_model` in training mode."""
     model = models.create("resnet8", 10, precision=precision)
     apply = functools.partial(
         models.apply_with_features, model, train=True, mutable=("batch_stats",)
     )
-    return jax.jit(apply)(*small())
+    return jax.jit(apply)(*small_model())
 
 
 @pytest.mark.parametrize("precision", models.PRECISIONS)
 def test_precisions(precision):
+    variables, _ = small_model()
     logits, features, updates = forward(precision)
-    for leaf in jax.tree.leaves((small()[0], updates, logits, features["pooled"])):
+    for leaf in jax.tree.leaves((variables, updates, logits, features["pooled"])):
         assert leaf.dtype == jnp.float32
-    assert features["stage2"].dtype == (
-        jnp.bfloat16 if precision == "bfloat16" else jnp.float32
-    )
-    exact = forward("float32")[0]
-    np.testing.assert_allclose(
-        logits, exact, atol=0.2 if precision == "bfloat16" else 1e-5
-    )
+    exact_logits, _, _ = forward("float32")
     if precision == "bfloat16":
-        assert not np.array_equal(logits, exact)
+        assert features["stage2"].dtype == jnp.bfloat16
+        np.testing.assert_allclose(logits, exact_logits, atol=0.2)
+        assert not np.array_equal(logits, exact_logits)
+    else:
+        assert features["stage2"].dtype == jnp.float32
+        np.testing.assert_allclose(logits, exact_logits, atol=1e-5)
 
 
 def test_values_of_features():
     logits, features, updates = forward("float32")
-    variables, images = small()
-    plain = jax.jit(
-        functools.partial(
-            models.create("resnet8", 10).apply, train=True, mutable=["batch_stats"]
-        )
+    variables, images = small_model()
+    apply = functools.partial(
+        models.create("resnet8", 10).apply, train=True, mutable=["batch_stats"]
     )
-    plain_logits, plain_updates = plain(variables, images)
+    plain_logits, plain_updates = jax.jit(apply)(variables, images)
     assert set(plain_updates) == {"batch_stats"}
-    jax.tree.map(
-        np.testing.assert_array_equal, (plain_logits, plain_updates), (logits, updates)
-    )
-    assert all(
-        float(features[f"stage{n}"].min()) < 0 for n in (1, 2, 3)
-    )  # before the ReLU
+    np.testing.assert_array_equal(plain_logits, logits)
+    jax.tree.map(np.testing.assert_array_equal, plain_updates, updates)
+    # They are taken before the ReLU.
+    for stage in (1, 2, 3):
+        assert float(features[f"stage{stage}"].min()) < 0
     pooled = np.maximum(features["stage3"], 0).mean((1, 2))
     np.testing.assert_allclose(features["pooled"], pooled, rtol=1e-5, atol=1e-6)
     classifier = variables["params"]["classifier"]
-    np.testing.assert_allclose(
-        logits,
-        pooled @ classifier["kernel"] + classifier["bias"][None],
-        rtol=1e-4,
-        atol=1e-5,
-    )
+    expected_logits = pooled @ classifier["kernel"] + classifier["bias"][None]
+    np.testing.assert_allclose(logits, expected_logits, rtol=1e-4, atol=1e-5)
 
 
 def test_batch_norm_statistics():
-    variables, images = small()
+    variables, images = small_model()
     conv = jax.lax.conv_general_dilated(
         images,
         variables["params"]["stem"]["kernel"],
@@ -308,13 +303,12 @@ def test_batch_norm_statistics():
         [(1, 1), (1, 1)],
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
-    running = forward("float32")[-1]["batch_stats"]["stem_norm"]
-    np.testing.assert_allclose(
-        running["mean"], 0.1 * conv.mean((0, 1, 2)), rtol=1e-4, atol=1e-5
-    )
-    np.testing.assert_allclose(
-        running["var"], 0.9 + 0.1 * conv.var((0, 1, 2)), rtol=1e-4
-    )
+    _, _, updates = forward("float32")
+    running = updates["batch_stats"]["stem_norm"]
+    mean = 0.1 * conv.mean((0, 1, 2))
+    variance = 0.9 + 0.1 * conv.var((0, 1, 2))
+    np.testing.assert_allclose(running["mean"], mean, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(running["var"], variance, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -340,12 +334,10 @@ def test_unknown_precision():
 
 
 @pytest.mark.parametrize(
-    "name, module, message",
-    [("resnet8", "depth=9", "6n \\+ 2"), ("wrn_16_1", "depth=15", "6n \\+ 4")],
+    "name, depth, form", [("resnet8", 9, "6n \\+ 2"), ("wrn_16_1", 15, "6n \\+ 4")]
 )
-def test_impossible_depth(name, module, message):
-    model = models.create(name, 10).clone(depth=int(module.removeprefix("depth=")))
-    with pytest.raises(ValueError, match=f"{module} must be {message}"):
-        jax.eval_shape(
-            lambda: model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)), train=False)
-        )
+def test_impossible_depth(name, depth, form):
+    model = models.create(name, 10).clone(depth=depth)
+    init = functools.partial(model.init, train=False)
+    with pytest.raises(ValueError, match=f"depth={depth} must be {form}"):
+        jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))

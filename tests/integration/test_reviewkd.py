@@ -209,7 +209,7 @@ def assert_trees_equal(actual, expected):
 
 def reviewed():
     student, teacher = models.create("resnet8", 5), models.create("resnet14", 5)
-    return student, review.reviewed(student, teacher, (8, 8, 1))
+    return student, review.with_fusion(student, teacher, (8, 8, 1))
 
 
 def test_fusion_leaves_the_student_unchanged():
@@ -264,7 +264,7 @@ def test_fusion_leaves_the_student_unchanged():
 )
 def test_pairs_of_the_paper(student, teacher):
     pair = models.create(student, 100), models.create(teacher, 100)
-    both = review.reviewed(*pair, (32, 32, 3))
+    both = review.with_fusion(*pair, (32, 32, 3))
     images = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
     variables = jax.eval_shape(
         lambda x: both.init(jax.random.key(0), x, train=False), images
@@ -278,4 +278,4 @@ def test_pair_without_matching_stages():
     with pytest.raises(
         ValueError, match="the student has 3, the teacher 4: choose another pair"
     ):
-        review.reviewed(*pair, (32, 32, 3))
+        review.with_fusion(*pair, (32, 32, 3))

@@ -63,17 +63,17 @@ def test_command_line(tmp_path, wrap):
 
 def test_unreadable_checkpoints(tmp_path):
     with pytest.raises(ValueError, match="cannot read .*absent"):
-        convert.read(tmp_path / "absent")
+        convert.read_state_dict(tmp_path / "absent")
     for content in (b"", b"not a checkpoint"):
         (tmp_path / "broken").write_bytes(content)
         with pytest.raises(ValueError, match="cannot read .*broken"):
-            convert.read(tmp_path / "broken")
+            convert.read_state_dict(tmp_path / "broken")
     torch.save(
         {"model": {}, "options": tmp_path}, tmp_path / "objects"
     )  # a path is an object of another class
     with pytest.raises(ValueError, match='save its "model" alone'):
-        convert.read(tmp_path / "objects")
+        convert.read_state_dict(tmp_path / "objects")
     for content in ([1, 2], {}, {"model": {}}, {"model": {"epoch": 3}}, torch.zeros(3)):
         torch.save(content, tmp_path / "other")
         with pytest.raises(ValueError, match="holds no state dict"):
-            convert.read(tmp_path / "other")
+            convert.read_state_dict(tmp_path / "other")

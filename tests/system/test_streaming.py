@@ -24,7 +24,9 @@ def test_memory_over_three_epochs(tmp_path):
     )
     files |= pictures.by_class({f"class{i:02d}": 1 for i in range(20)}, folder="test/")
     pictures.write_folder(tmp_path / "images", files)
-    recipes.prepare(recipes.custom_recipe("many"), tmp_path / "tfds", tmp_path / "images")
+    recipes.prepare(
+        recipes.custom_recipe("many"), tmp_path / "tfds", tmp_path / "images"
+    )
     process = subprocess.run(
         [sys.executable, "-c", CODE, tmp_path / "tfds"], capture_output=True, text=True
     )
