@@ -1,4 +1,4 @@
-"""Splits the system tests into n parts of about the same duration: `--shard=k/n`."""
+"""Splits the system tests into n shards of about the same duration: `--shard=k/n`."""
 
 import argparse
 import collections
@@ -25,7 +25,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--shard",
         type=_parse_shard,
-        help="k/n: run the k-th of n parts of the system tests",
+        help="k/n: run the k-th of n shards of the system tests",
     )
     parser.addoption(
         "--store-durations",
@@ -70,8 +70,8 @@ def pytest_runtest_logreport(report):
 
 def pytest_sessionfinish(session):
     """Writes the durations if `--store-durations` is set."""
-    # Under xdist, the main process receives the reports of all tests; its workers each
-    # measure a part only and must not write.
+    # Under xdist, the main process receives the reports of all tests. A worker has only
+    # some of them, and must not write.
     is_worker = hasattr(session.config, "workerinput")
     if not session.config.option.store_durations or is_worker:
         return

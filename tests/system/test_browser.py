@@ -335,7 +335,7 @@ def test_tooltips_name_the_class_at_the_pointer(visit, report):
     "name", ["*_test-accuracy-by-class.svg", "settings_tail-against-head-*.svg"]
 )
 def test_figure_file(visit, report, name):
-    """A figure's file shows the methods in their colours, on white."""
+    """Shows the methods in their colours, on white."""
     path = next((report.parent / "elsewhere").glob(name))
     page = visit(path.as_uri(), 1000, height=500)
     assert page.complaints == []

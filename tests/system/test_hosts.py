@@ -238,7 +238,7 @@ def test_program(method, values, tmp_path):
 
 
 def test_stream_with_mixup(tmp_path):
-    """An image may be mixed with one that the other process reads."""
+    """Mixes images with images that may be read by the other process."""
     data_dir = small_runs.prepare_insects(tmp_path)
     values = {**small_runs.STREAMED, "data.dir": data_dir}
     argument = "folderlt.py:ce,name=insects,mixup=0.2"

@@ -18,7 +18,7 @@ def modification_times(folder):
 
 
 def test_queue_of_two_workers(tmp_path):
-    """Two workers share a queue and a teacher; stopped, it resumes by its command."""
+    """Shares a queue and a teacher between two workers; stops and resumes them."""
     shared_values = {
         **TINY,
         "teacher.dir": str(tmp_path / "teachers"),
@@ -71,7 +71,7 @@ def test_queue_of_two_workers(tmp_path):
 
 
 def test_sweep_is_extended(tmp_path, monkeypatch, capsys):
-    """A sweep with one method more makes only the new runs."""
+    """Adds a method to a sweep, which then makes only the new runs."""
     monkeypatch.chdir(tmp_path)
     values = {**TINY, "train.epochs": 1.0, "teacher.train.epochs": 1.0}
     # The sweep sets it by --imbalance.

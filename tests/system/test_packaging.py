@@ -80,7 +80,7 @@ def test_wheel_contents(built, tracked):
 
 
 def test_source_distribution(built, tracked, tmp_path):
-    """It holds the whole checkout, and its tests run in it."""
+    """Holds the entire checkout, so that its tests run in it."""
     sdist, _ = built
     with tarfile.open(sdist) as tar:
         tar.extractall(tmp_path, filter="data")
@@ -143,7 +143,7 @@ assert abs(sum(metrics.values()) - 1) < 1e-6
 
 
 def test_types_of_wheel(installed, tmp_path):
-    """A user's `mypy --strict` accepts the examples and reports wrong uses.
+    """Checks right and wrong uses by a user's `mypy --strict`.
 
     The wrong uses in `misuse` of the user's file have `type: ignore` comments, and the
     strict mode reports each that nothing needs.

@@ -35,7 +35,7 @@ def test_versions_agree():
 
 
 def test_hooks_run_installed_tools():
-    """A tool of another version than that of `make lint` would accept other files."""
+    """Ensures that hooks use the tool versions of `make lint`, and so agree with it."""
     yaml = pytest.importorskip("yaml")
     config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
     (repository,) = config["repos"]
@@ -84,7 +84,7 @@ def normalized_name(requirement):
 
 
 def test_imports_are_requirements():
-    """A new environment would lack any other package."""
+    """Ensures that a new environment has every imported package."""
     modules = set()
     for package in ("ltkd_jax", "experiments"):
         for path in (ROOT / package).rglob("*.py"):
