@@ -17,7 +17,7 @@ from ltkd_jax.training.checkpoint import Checkpoints
 EPOCHS = {"train.epochs": 12.0}
 # Seconds; ample, so that only a process that hangs reaches it.
 TIMEOUT = 300
-INSECTS = (
+STREAM_CONFIG = (
     "configs/folderlt.py:ce,name=insects,epochs=9000,student=resnet8,image_size=8,"
     "data.stream=True"
 )
@@ -202,7 +202,7 @@ def test_signal_to_process_group(tmp_path, signum):
     data_dir = prepare_insects(tmp_path)
     # A session of its own, so that the signal does not reach pytest.
     process = start(
-        f"--config={INSECTS}",
+        f"--config={STREAM_CONFIG}",
         "--config.data.num_workers=2",
         f"--config.data.dir={data_dir}",
         f"--workdir={tmp_path / 'run'}",

@@ -176,11 +176,8 @@ def program(argument, folder, address=None, **values):
     """
     index = address.split(",")[1] if address else "0"
     values["teacher.dir"] = folder / f"teachers{index}"
-    arguments = [
-        *("-m", "experiments.main"),
-        f"--config=configs/{argument}",
-        f"--workdir={folder / f'run{index}'}",
-    ]
+    arguments = ["-m", "experiments.main", f"--config=configs/{argument}"]
+    arguments.append(f"--workdir={folder / f'run{index}'}")
     arguments += [f"--config.{key}={value}" for key, value in values.items()]
     if address:
         arguments.append(f"--distributed={address}")

@@ -29,12 +29,9 @@ def test_queue_of_two_workers(tmp_path):
     queue = tmp_path / "queue.json"
     queue.write_text(json.dumps({"set": shared_values, "runs": runs}))
     results = tmp_path / "results"
-    command = [
-        *(sys.executable, "-m", "experiments.reproduce", str(queue)),
-        "--num_workers=2",
-        f"--results={results}",
-        f"--runs={tmp_path / 'runs'}",
-    ]
+    command = [sys.executable, "-m", "experiments.reproduce", str(queue)]
+    command += [f"--results={results}", f"--runs={tmp_path / 'runs'}"]
+    command += ["--num_workers=2"]
     options = {
         "stdout": subprocess.PIPE,
         "stderr": subprocess.PIPE,
