@@ -1,1 +1,1 @@
-"""What tests share: small networks and runs, independent formulas, pictures, a browser."""
+"""Code that tests share: small networks and runs, independent formulas, pictures."""

@@ -1,4 +1,4 @@
-"""The command `experiments.main`: errors in one line; runs killed, stopped and out of disk, and resumed."""
+"""The command `experiments.main`: one-line errors, and interrupted runs that resume."""
 
 import os
 import random
@@ -15,24 +15,30 @@ from experiments import runtime
 from ltkd_jax.training.checkpoint import Checkpoints
 
 EPOCHS = {"train.epochs": 12.0}
+# Seconds; ample, so that only a process that hangs reaches it.
+TIMEOUT = 300
+STREAM_CONFIG = (
+    "configs/folderlt.py:ce,name=insects,epochs=9000,student=resnet8,image_size=8,"
+    "data.stream=True"
+)
 
 
-def start(*words, **options):
-    environment = {
-        **os.environ,
-        "LTKD_CACHE": os.environ.get("LTKD_CACHE", str(ROOT / ".jax_cache")),
-    }
-    command = [sys.executable, "-m", "experiments.main", *words]
-    options = {
-        "stdout": subprocess.PIPE,
-        "stderr": subprocess.STDOUT,
-        "text": True,
+def start(*arguments, stderr=subprocess.STDOUT, **options):
+    """Starts `experiments.main`; its errors are part of its output by default."""
+    cache = os.environ.get("LTKD_CACHE", str(ROOT / ".jax_cache"))
+    return subprocess.Popen(
+        [sys.executable, "-m", "experiments.main", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "LTKD_CACHE": cache},
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
         **options,
-    }
-    return subprocess.Popen(command, cwd=ROOT, env=environment, **options)
+    )
 
 
 def start_run(folder, workdir):
+    """Starts a run that shares its teacher with the other runs of the folder."""
     values = {**TINY, **EPOCHS, "teacher.dir": folder / "teachers"}
     flags = [f"--config.{key}={value}" for key, value in values.items()]
     return start("--config=configs/digitslt.py:ltkd", f"--workdir={workdir}", *flags)
@@ -40,57 +46,78 @@ def start_run(folder, workdir):
 
 def finish(process):
     """Returns the output of a process that must succeed."""
-    output, _ = process.communicate(timeout=600)
+    output, _ = process.communicate(timeout=2 * TIMEOUT)
     assert process.returncode == 0, output
     return output
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    """The folder of a run that was not interrupted."""
-    folder = tmp_path_factory.mktemp("undisturbed")
+def uninterrupted(tmp_path_factory):
+    """Returns the folder of a run that was not interrupted, and of its teacher."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
     output = finish(start_run(folder, folder / "run"))
-    assert (folder / "run" / "report.html").exists() and "ltkd" in output
+    assert (folder / "run" / "report.html").exists()
+    assert "ltkd" in output
     return folder
 
 
-def wait_until(condition, process, seconds=300):
-    """Looks every millisecond, as long as the process lives."""
-    deadline = time.monotonic() + seconds
-    while not condition() and process.poll() is None and time.monotonic() < deadline:
+def wait_until(condition, process):
+    """Waits until the condition holds, or the process has ended.
+
+    It checks every millisecond, so that a signal can be sent in the middle of a save.
+    """
+    deadline = time.monotonic() + TIMEOUT
+    while process.poll() is None and time.monotonic() < deadline:
+        if condition():
+            return
         time.sleep(0.001)
 
 
-def interrupt(undisturbed, workdir, number, condition, meanwhile=lambda: None):
-    """Starts a run, sends it a signal once the condition holds, and returns its exit code and output.
+def interrupt(folder, workdir, signum, condition, while_paused=lambda: None):
+    """Starts a run and sends it a signal once a condition holds.
 
-    `meanwhile` is called before that, while the run is held.
+    The run is paused before the signal, and `while_paused` is called then.
+
+    Returns:
+      The run's exit code and its output.
     """
-    process = start_run(undisturbed, workdir)
+    process = start_run(folder, workdir)
     wait_until(condition, process)
+    # Paused, the run cannot finish what the condition has noticed before the signal.
     process.send_signal(signal.SIGSTOP)
-    meanwhile()
-    process.send_signal(number)
+    while_paused()
+    process.send_signal(signum)
+    # A stopped process acts on SIGTERM only once it continues.
     process.send_signal(signal.SIGCONT)
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=TIMEOUT)
     return process.returncode, output
 
 
-def assert_finishes_the_same(undisturbed, workdir):
-    """Runs the same command again and returns its output; what it leaves is bit for bit the undisturbed run's."""
-    output = finish(start_run(undisturbed, workdir))
-    assert_same_bits(tiny(undisturbed, **EPOCHS), workdir, undisturbed / "run")
+def resume(folder, workdir):
+    """Finishes a run by the same command, and returns its output.
+
+    Checks that it ends bit for bit as the uninterrupted run did.
+    """
+    output = finish(start_run(folder, workdir))
+    assert_same_bits(tiny(folder, **EPOCHS), workdir, folder / "run")
     return output
 
 
-def written_before(path, seconds):
-    """Returns a condition: the file has been written since now, and that was so many seconds ago."""
-    now = time.time()
-    return lambda: path.exists() and now < path.stat().st_mtime < time.time() - seconds
+def written_since_now(path, age):
+    """Returns a condition: the file was written after this call, `age` seconds ago."""
+    start_time = time.time()
+
+    def condition():
+        if not path.exists():
+            return False
+        written = path.stat().st_mtime
+        return start_time < written < time.time() - age
+
+    return condition
 
 
-def unfinished(workdir):
-    """Returns checkpoints that have begun and are not whole."""
+def incomplete_checkpoints(workdir):
+    """Returns the folders of checkpoints whose checksum is not written yet."""
     steps = (workdir / "checkpoints").glob("step_*")
     return [
         path
@@ -99,78 +126,83 @@ def unfinished(workdir):
     ]
 
 
-def test_killed_and_stopped(undisturbed, tmp_path):
-    """SIGKILL while it saves and at random moments, then SIGTERM; the run ends bit for bit the same.
+def test_killed_and_stopped(uninterrupted, tmp_path):
+    """Sends SIGKILL while a run saves and at random moments, and finally SIGTERM.
 
-    While it lives, no other run enters its work directory.
+    While it lives, no other run can use its work directory.
     """
     workdir = tmp_path / "run"
     code, _ = interrupt(
-        undisturbed, workdir, signal.SIGKILL, lambda: unfinished(workdir)
+        uninterrupted, workdir, signal.SIGKILL, lambda: incomplete_checkpoints(workdir)
     )
     assert code == -signal.SIGKILL
-    (half,) = unfinished(workdir)
+    (incomplete,) = incomplete_checkpoints(workdir)
 
     outputs = []
     for _ in range(3):
-        wait = random.uniform(0, 2.5)
-        print(f"killed {wait:.2f} s after it entered its work directory")
-        moment = written_before(workdir / "config.json", wait)
-        code, output = interrupt(undisturbed, workdir, signal.SIGKILL, moment)
+        delay = random.uniform(0, 2.5)
+        # pytest shows it if the test fails, so that the failure can be reproduced.
+        print(f"killed {delay:.2f} s after it wrote its config")
+        condition = written_since_now(workdir / "config.json", delay)
+        code, output = interrupt(uninterrupted, workdir, signal.SIGKILL, condition)
         assert code == -signal.SIGKILL
         outputs.append(output)
 
-    def start_another():
-        process = start_run(undisturbed, workdir)
-        output, _ = process.communicate(timeout=300)
-        assert process.returncode == 1 and "in use" in output and "--workdir" in output
+    def start_second_run():
+        process = start_run(uninterrupted, workdir)
+        output, _ = process.communicate(timeout=TIMEOUT)
+        assert process.returncode == 1
+        assert "in use" in output
+        assert "--workdir" in output
 
-    moment = written_before(workdir / "metrics.jsonl", 0)
+    condition = written_since_now(workdir / "metrics.jsonl", 0)
     code, output = interrupt(
-        undisturbed, workdir, signal.SIGTERM, moment, start_another
+        uninterrupted, workdir, signal.SIGTERM, condition, start_second_run
     )
-    assert code == runtime.STOPPED == 75 and "stopped by SIGTERM at step" in output, (
-        output
-    )
-    outputs += [output, assert_finishes_the_same(undisturbed, workdir)]
-    assert sum(f"{half} is damaged or incomplete" in output for output in outputs) == 1
+    assert code == runtime.STOPPED == 75
+    assert "stopped by SIGTERM at step" in output, output
+    outputs += [output, resume(uninterrupted, workdir)]
+    # The run that resumes first reports the incomplete checkpoint and removes it.
+    message = f"{incomplete} is damaged or incomplete"
+    assert sum(message in output for output in outputs) == 1
 
 
-def test_full_disk(undisturbed, tmp_path):
-    """No file may grow beyond 100 kB, in which the parameters have no place; with room the run continues."""
+def test_full_disk(uninterrupted, tmp_path):
+    """Limits files to 100 kB, too few for the parameters, and resumes without limit."""
     workdir = tmp_path / "run"
-    code, _ = interrupt(
-        undisturbed,
-        workdir,
-        signal.SIGTERM,
-        written_before(workdir / "metrics.jsonl", 0),
-    )
+    condition = written_since_now(workdir / "metrics.jsonl", 0)
+    code, _ = interrupt(uninterrupted, workdir, signal.SIGTERM, condition)
     assert code == 75
-    good, *_ = Checkpoints(workdir / "checkpoints").steps()
-    process = start_run(undisturbed, workdir)
-    resource.prlimit(
-        process.pid, resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY)
-    )
-    output, _ = process.communicate(timeout=300)
-    last = output.strip().splitlines()[-1]
-    assert (
-        process.returncode == 1
-        and last.startswith("error: checkpoint ")
-        and "File too large" in last
-    ), output
-    assert f"step {good}" in last and "Traceback" not in output
-    assert Checkpoints(workdir / "checkpoints").steps()[0] == good and not unfinished(
-        workdir
-    )
-    assert_finishes_the_same(undisturbed, workdir)
+    checkpoints = Checkpoints(workdir / "checkpoints")
+    last_step, *_ = checkpoints.steps()
+
+    process = start_run(uninterrupted, workdir)
+    # A write beyond the limit fails much as on a full disk. It is set from outside:
+    # `preexec_fn` is not safe in a process with threads, and jax has started some.
+    limits = (100_000, resource.RLIM_INFINITY)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, limits)
+    output, _ = process.communicate(timeout=TIMEOUT)
+    last_line = output.strip().splitlines()[-1]
+    assert process.returncode == 1, output
+    assert last_line.startswith("error: checkpoint "), output
+    assert "File too large" in last_line, output
+    assert f"step {last_step}" in last_line
+    assert "Traceback" not in output
+    assert checkpoints.steps()[0] == last_step
+    assert not incomplete_checkpoints(workdir)
+    resume(uninterrupted, workdir)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signal_to_the_process_group(tmp_path, number):
-    """As a terminal and as a scheduler send it: the run saves, and none of its workers is left."""
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_signal_to_process_group(tmp_path, signum):
+    """Signals a run with its workers: the run saves, and no worker is left.
+
+    Terminals and schedulers send signals in this way.
+    """
     data_dir = prepare_insects(tmp_path)
+    # A session of its own, so that the signal does not reach pytest.
     process = start(
-        "--config=configs/folderlt.py:ce,name=insects,epochs=9000,student=resnet8,image_size=8,data.stream=True",
+        f"--config={STREAM_CONFIG}",
         "--config.data.num_workers=2",
         f"--config.data.dir={data_dir}",
         f"--workdir={tmp_path / 'run'}",
@@ -178,9 +210,12 @@ def test_signal_to_the_process_group(tmp_path, number):
     )
     log = tmp_path / "run" / "metrics.jsonl"
     wait_until(lambda: log.exists() and log.read_text(), process)
-    os.killpg(process.pid, number)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 75 and "and saved" in output, output[-2000:]
+    os.killpg(process.pid, signum)
+    output, _ = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 75, output[-2000:]
+    assert "and saved" in output, output[-2000:]
+    # Signal 0 only asks whether the group still has a process. The workers may end up
+    # to a minute after the run.
     with pytest.raises(ProcessLookupError):
         for _ in range(600):
             os.killpg(process.pid, 0)
@@ -188,7 +223,7 @@ def test_signal_to_the_process_group(tmp_path, number):
 
 
 @pytest.mark.parametrize(
-    "words, message",
+    "arguments, message",
     [
         (["--config=configs/digitslt.py:ltkx"], "'ltkx'; did you mean 'ltkd'"),
         (["--config=configs/none.py"], "no config file 'configs/none.py'"),
@@ -202,17 +237,20 @@ def test_signal_to_the_process_group(tmp_path, number):
         (["--distributed=auto"], "distributed='auto'"),
     ],
 )
-def test_error_is_one_line(words, message):
-    process = start(*words, stderr=subprocess.PIPE)
-    _, errors = process.communicate(timeout=300)
-    lines = [
-        line for line in errors.strip().splitlines() if not line.startswith("waiting")
-    ]
-    assert process.returncode == 1 and len(lines) == 1, errors
-    assert lines[0].startswith("error: ") and message in lines[0]
+def test_error_is_one_line(arguments, message):
+    process = start(*arguments, stderr=subprocess.PIPE)
+    _, errors = process.communicate(timeout=TIMEOUT)
+    lines = errors.strip().splitlines()
+    # With --distributed, the process first says that it waits for the others.
+    lines = [line for line in lines if not line.startswith("waiting")]
+    assert process.returncode == 1, errors
+    assert len(lines) == 1, errors
+    assert lines[0].startswith("error: ")
+    assert message in lines[0]
 
 
 def test_help():
     process = start("--helpshort")
-    output, _ = process.communicate(timeout=300)
-    assert "METHOD[,key=value…]" in output and "--workdir" in output
+    output, _ = process.communicate(timeout=TIMEOUT)
+    assert "METHOD[,key=value…]" in output
+    assert "--workdir" in output

@@ -1,4 +1,4 @@
-"""One device, eight by `jit`, eight by `pmap`: the cases that take long to compile."""
+"""One device against eight by `jit` or `pmap`: the cases that take long to compile."""
 
 import pytest
 from helpers.small_net import assert_eight_devices_are_one, assert_same_first_gradients

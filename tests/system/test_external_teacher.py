@@ -1,4 +1,4 @@
-"""A file teaches as the teacher that it was made of."""
+"""A teacher from a file teaches as the teacher that the file was made of."""
 
 import json
 
@@ -16,72 +16,71 @@ from experiments.trainer.interrupts import StopRequest
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
-    """A run by a teacher that it trained, and that teacher as a file of variables and one of logits."""
+    """Returns a folder with a run and its teacher's files, the results and the logits.
+
+    The files hold the variables of the teacher that the run trained, and its logits.
+    """
     folder = tmp_path_factory.mktemp("original")
     config = tiny(folder, "kd", **{"teacher.table": "always", "train.epochs": 2.0})
     results = run(config, folder / "run")
     spec = resolve(config)
-    source = dataset.load(spec.data).source
+    train = dataset.load(spec.data).source.train
     teacher = teachers.obtain(spec, StopRequest())
-    (folder / "own.msgpack").write_bytes(
-        serialization.msgpack_serialize(teacher.variables)
-    )
-    everything = source.train.take(np.arange(len(source.train)))
+    variables = serialization.msgpack_serialize(teacher.variables)
+    (folder / "own.msgpack").write_bytes(variables)
+    images = train.take(np.arange(len(train)))
     arrays = {
-        "train_logits": teacher.table(everything, StopRequest()),
-        "train_labels": source.train.labels,
+        "train_logits": teacher.table(images, StopRequest()),
+        "train_labels": train.labels,
     }
     np.savez(folder / "own.npz", **arrays)
     return folder, results, arrays
 
 
 def curves(workdir):
-    records = [
-        json.loads(line)
-        for line in (workdir / "metrics.jsonl").read_text().splitlines()
-    ]
+    """Returns the training loss and the test accuracy of every record."""
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
     return [(record["loss"], record["test"]["all"]) for record in records]
 
 
 @pytest.mark.parametrize("kind", ["msgpack", "npz"])
-def test_file_teaches_as_its_teacher(original, tmp_path, kind):
-    folder, results, _ = original
+def test_same_run_from_file(original, tmp_path, kind):
+    folder, expected, _ = original
+    # Logits from a file are a table; with variables it has to be asked for.
     table = "auto" if kind == "npz" else "always"
     config = tiny(tmp_path, "kd", **{"teacher.table": table, "train.epochs": 2.0})
     config.teacher.checkpoint = str(folder / f"own.{kind}")
-    config.teacher_seed = 5  # has no effect
-    by_file = run(config, tmp_path / "run")
-    assert (
-        curves(tmp_path / "run") == curves(folder / "run")
-        and by_file["test"] == results["test"]
-    )
-    assert (
-        by_file["config_hash"] != results["config_hash"]
-        and by_file["seeds"]["teacher"] is None
-    )
+    config.teacher_seed = 5  # It has no effect on a teacher from a file.
+    results = run(config, tmp_path / "run")
+    assert curves(tmp_path / "run") == curves(folder / "run")
+    assert results["test"] == expected["test"]
+    assert results["config_hash"] != expected["config_hash"]
+    assert results["seeds"]["teacher"] is None
+    group_mass = results["teacher"]["group_mass"]
     if kind == "msgpack":
-        assert by_file["teacher"]["group_mass"] == results["teacher"]["group_mass"]
+        assert group_mass == expected["teacher"]["group_mass"]
     else:
-        assert by_file["teacher"]["group_mass"].keys() == {"long_tailed"}
+        # Without a network there are no logits of balanced images.
+        assert group_mass.keys() == {"long_tailed"}
     assert resolve(config).name.endswith("-own-resnet8-s0")
     assert inputs.read(tmp_path / "run").name == "kd resnet8"
 
 
-def test_logits_without_views_are_those_of_every_view(original, tmp_path):
+def test_logits_without_views_are_repeated(original, tmp_path):
     _, _, arrays = original
     config = tiny(tmp_path, "kd", **{"train.epochs": 1.0})
     views = dataset.load(resolve(config).data).source.views
-    one = arrays["train_logits"][:, views.identity]
+    logits = arrays["train_logits"][:, views.identity]
+    labels = arrays["train_labels"]
+
     config.teacher.checkpoint = str(tmp_path / "one.npz")
-    np.savez(
-        tmp_path / "one.npz", train_logits=one, train_labels=arrays["train_labels"]
-    )
+    np.savez(tmp_path / "one.npz", train_logits=logits, train_labels=labels)
     results = run(config, tmp_path / "one")
     assert results["teacher_logits"] == "table"
+
+    repeated = np.repeat(logits[:, None], views.num, axis=1)
     config.teacher.checkpoint = str(tmp_path / "all.npz")
-    np.savez(
-        tmp_path / "all.npz",
-        **arrays | {"train_logits": np.repeat(one[:, None], views.num, 1)},
-    )
+    np.savez(tmp_path / "all.npz", train_logits=repeated, train_labels=labels)
     run(config, tmp_path / "all")
     assert curves(tmp_path / "one") == curves(tmp_path / "all")

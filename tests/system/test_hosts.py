@@ -1,4 +1,4 @@
-"""Two processes with four devices each, over loopback, are one process with eight."""
+"""Two processes of four devices each, over loopback, agree with one of eight."""
 
 import json
 import os
@@ -24,23 +24,21 @@ from ltkd_jax.training.parallel import Parallel
 BATCH = small_runs.STREAMED["train.batch_size"]
 
 
-def start(words, devices):
-    """Starts a process with so many virtual devices."""
+def start(arguments, num_devices):
+    """Starts Python with virtual devices and the compilation cache of the tests."""
     cache = os.environ.get("LTKD_CACHE", str(ROOT / ".jax_cache"))
+    # The processes import the checkout and the helpers, as pytest's `pythonpath` does.
+    paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
     environment = {
         **os.environ,
         "LTKD_CACHE": cache,
         "JAX_COMPILATION_CACHE_DIR": cache,
-    }
-    environment |= {
-        "JAX_NUM_CPU_DEVICES": str(devices),
+        "JAX_NUM_CPU_DEVICES": str(num_devices),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+        "PYTHONPATH": os.pathsep.join(paths),
     }
-    environment["PYTHONPATH"] = os.pathsep.join(
-        [str(ROOT), str(ROOT / "tests"), environment.get("PYTHONPATH", "")]
-    )
     return subprocess.Popen(
-        [sys.executable, *words],
+        [sys.executable, *arguments],
         cwd=ROOT,
         env=environment,
         text=True,
@@ -49,16 +47,29 @@ def start(words, devices):
     )
 
 
-def start_pair(words):
-    """Starts two processes of four devices each, by `words(HOST:PORT,INDEX,2)`."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        where = f"127.0.0.1:{free.getsockname()[1]}"
-    return [start(words(f"{where},{index},2"), 4) for index in range(2)]
+def start_single(arguments):
+    """Starts one process with eight devices."""
+    return start(arguments, 8)
+
+
+def start_pair(arguments_fn):
+    """Starts two processes of four devices each.
+
+    Args:
+      arguments_fn: the command's arguments as a function of "HOST:PORT,INDEX,2".
+    """
+    # The system chooses a free port. It is closed again, so that jax can bind it.
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        _, port = listener.getsockname()
+    return [start(arguments_fn(f"127.0.0.1:{port},{index},2"), 4) for index in range(2)]
 
 
 def wait(processes):
-    """Returns exit codes and outputs; the time is bounded."""
+    """Returns the exit codes and the outputs of processes.
+
+    It takes at most ten minutes each: a pair may wait for each other forever.
+    """
     try:
         outputs = [process.communicate(timeout=600)[0] for process in processes]
     finally:
@@ -67,115 +78,132 @@ def wait(processes):
     return [process.returncode for process in processes], outputs
 
 
-def finish(processes, codes=None):
-    """Waits for processes that must end with these codes, by default 0; returns their outputs."""
-    actual, outputs = wait(processes)
-    assert actual == (codes or [0] * len(processes)), "\n".join(outputs)
+def finish(processes, code=0):
+    """Waits for processes that must all exit with `code`; returns their outputs."""
+    codes, outputs = wait(processes)
+    assert codes == [code] * len(processes), "\n".join(outputs)
     return outputs
 
 
-def trained_alone(case, num_steps):
-    """Returns what one process with eight devices computes."""
+def train_in_one_process(case, num_steps):
+    """Returns the state that one process with eight devices ends with."""
     with jax.enable_x64(True):
         return Training(parallel=Parallel("jit"), **CASES[case]).run(num_steps)
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """What two processes leave in a folder."""
+    """Returns the folder in which two processes left what they computed."""
     folder = tmp_path_factory.mktemp("pair")
-    Checkpoints(folder / "of_one").save(
-        STEPS // 2, trained_alone("ltkd", STEPS // 2), {}
-    )
+    half = STEPS // 2
+    state = train_in_one_process("ltkd", half)
+    Checkpoints(folder / "of_one").save(half, state, {})
     small_runs.prepare_insects(folder)
-    finish(start_pair(lambda where: ["-m", "helpers.process_pair", where, str(folder)]))
+    module = ["-m", "helpers.process_pair"]
+    finish(start_pair(lambda address: [*module, address, str(folder)]))
     return folder
 
 
 @pytest.mark.parametrize("case", ["ltkd", "one virtual step"])
 def test_trainings_of_two_processes(case, pair):
-    """To 1e-9 in float64; "resumed" is from a checkpoint that one process left after half of the steps."""
-    expected = trained_alone(case, STEPS)
-    names = [name for name, (of_case, _) in TRAININGS.items() if of_case == case]
-    for name in names + ["resumed"] * (case == "ltkd"):
+    """Compares the states in float64, to 1e-9.
+
+    The training "resumed" continues half-way from a checkpoint of one process.
+    """
+    expected = train_in_one_process(case, STEPS)
+    names = [
+        name for name, (trained_case, _) in TRAININGS.items() if trained_case == case
+    ]
+    if case == "ltkd":
+        names.append("resumed")
+    for name in names:
         with jax.enable_x64(True):
-            step, state, _ = Checkpoints(pair / name).restore(
-                jax.eval_shape(lambda: expected)
-            )
+            shapes = jax.eval_shape(lambda: expected)
+            step, state, _ = Checkpoints(pair / name).restore(shapes)
         assert step == state.step == STEPS
         assert_close(parameters(state), parameters(expected), rtol=1e-9, atol=1e-9)
 
 
-def test_each_process_reads_its_part(pair):
+def test_each_process_reads_its_share(pair):
     notes = [
         json.loads((pair / f"read_{index}.json").read_text()) for index in range(2)
     ]
     order = streaming.Order(seed=3, num_examples=notes[0]["train"], batch_size=BATCH)
-    for index, read in enumerate(notes):
-        positions = [
-            BATCH * step + i
-            for step in range(2)
-            for i in range(8 * index, 8 * index + 8)
-        ]
-        assert sorted(read["random_crop"]) == sorted(map(order.index, positions))
-        assert read["counted"] == [5] * len(
-            small_runs.INSECTS
-        )  # each test image once, the last batch filled up
-    assert (
-        len(set(notes[0]["image"]) & set(notes[1]["image"])) <= 1
-    )  # which fills the last batch up
+    half = BATCH // 2
+    for index, note in enumerate(notes):
+        # Of each of two batches, a process reads its half.
+        positions = []
+        for step in range(2):
+            first = BATCH * step + half * index
+            positions += range(first, first + half)
+        assert sorted(note["random_crop"]) == sorted(map(order.index, positions))
+        # Each test image is counted once, although the last batch is filled up.
+        assert note["counted"] == [5] * len(small_runs.INSECTS)
+    # Both read the image that fills up the last batch.
+    in_both = set(notes[0]["image"]) & set(notes[1]["image"])
+    assert len(in_both) <= 1
 
 
-def test_one_process_alone():
-    assert hosts.is_primary() and hosts.all_gather("x") == ["x"]
-    assert hosts.run_on_primary(lambda: 1) == hosts.run_on_all(lambda: 1) == 1
+def test_collectives_of_one_process():
+    assert hosts.is_primary()
+    assert hosts.all_gather("x") == ["x"]
+    assert hosts.run_on_primary(lambda: 1) == 1
+    assert hosts.run_on_all(lambda: 1) == 1
     with pytest.raises(ZeroDivisionError):
         hosts.run_on_all(lambda: 1 // 0)
 
 
 @pytest.mark.parametrize(
-    "where", ["", "10.0.0.1:99", "here,0,2", "10.0.0.1:99,2,2", "10.0.0.1:99,a,2"]
+    "address", ["", "10.0.0.1:99", "here,0,2", "10.0.0.1:99,2,2", "10.0.0.1:99,a,2"]
 )
-def test_bad_address(where):
+def test_bad_address(address):
     with pytest.raises(ValueError, match="HOST:PORT,INDEX,COUNT"):
-        hosts.start(where)
+        hosts.start(address)
 
 
-# The program. Each process has folders of its own, as hosts without a common disk have.
+# The tests below run the program. Each process has folders of its own, as hosts without
+# a shared file system have.
 
 
-def program(argument, folder, distributed=None, **values):
-    """Returns the words of a run's command."""
-    index = distributed.split(",")[1] if distributed else "0"
+def program(argument, folder, address=None, **values):
+    """Returns the arguments of a run's command.
+
+    Args:
+      argument: the config file in configs/ with its argument.
+      folder: where the process makes its folders.
+      address: HOST:PORT,INDEX,COUNT for one of several processes.
+      **values: of the config, by dotted keys.
+    """
+    index = address.split(",")[1] if address else "0"
     values["teacher.dir"] = folder / f"teachers{index}"
-    words = [
-        "-m",
-        "experiments.main",
-        f"--config=configs/{argument}",
-        f"--workdir={folder / f'run{index}'}",
-    ]
-    words += [f"--config.{key}={value}" for key, value in values.items()]
-    return words + ([f"--distributed={distributed}"] if distributed else [])
+    arguments = ["-m", "experiments.main", f"--config=configs/{argument}"]
+    arguments.append(f"--workdir={folder / f'run{index}'}")
+    arguments += [f"--config.{key}={value}" for key, value in values.items()]
+    if address:
+        arguments.append(f"--distributed={address}")
+    return arguments
 
 
-def digits(method, folder, distributed=None, **values):
-    return program(
-        f"digitslt.py:{method}", folder, distributed, **{**small_runs.TINY, **values}
-    )
+def digits(method, folder, address=None, **values):
+    """Returns the arguments of a small run on digits; see `program`."""
+    values = {**small_runs.TINY, **values}
+    return program(f"digitslt.py:{method}", folder, address, **values)
 
 
 def records(folder):
-    lines = [
-        json.loads(line)
-        for line in (folder / "run0" / "metrics.jsonl").read_text().splitlines()
-    ]
-    return [line["step"] for line in lines], [
-        [line["loss"], *line["terms"].values()] for line in lines
-    ]
+    """Returns the steps of a run's records, and the loss and its terms in each."""
+    lines = (folder / "run0" / "metrics.jsonl").read_text().splitlines()
+    parsed = [json.loads(line) for line in lines]
+    steps = [record["step"] for record in parsed]
+    losses = [[record["loss"], *record["terms"].values()] for record in parsed]
+    return steps, losses
 
 
 def assert_same_run(folder, expected_folder):
-    """Checks as far as float32 allows it over few steps: a sum over two processes is rounded in another order."""
+    """Compares two runs' records as closely as float32 allows over few steps.
+
+    Two processes add in another order than one does, and so round differently.
+    """
     steps, losses = records(folder)
     expected_steps, expected_losses = records(expected_folder)
     assert steps == expected_steps
@@ -193,40 +221,43 @@ def assert_same_run(folder, expected_folder):
     ],
 )
 def test_program(method, values, tmp_path):
-    """Teacher and its tables included; only the first process writes."""
+    """Includes the teacher and its tables; only the first process writes and prints."""
     values |= {"train.epochs": 1.0, "teacher.train.epochs": 1.0}
-    finish([start(digits(method, tmp_path / "one", **values), 8)])
-    outputs = finish(
-        start_pair(lambda where: digits(method, tmp_path / "two", where, **values))
-    )
-    assert_same_run(tmp_path / "two", tmp_path / "one")
-    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == [
-        "run0",
-        "teachers0",
-    ]
-    assert "classifies" in outputs[0] and "classifies" not in outputs[1]
+    one = tmp_path / "one"
+    two = tmp_path / "two"
+    finish([start_single(digits(method, one, **values))])
+    pair = start_pair(lambda address: digits(method, two, address, **values))
+    first_output, second_output = finish(pair)
+    assert_same_run(two, one)
+    assert {path.name for path in two.iterdir()} == {"run0", "teachers0"}
+    assert "classifies" in first_output
+    assert "classifies" not in second_output
 
 
 def test_stream_with_mixup(tmp_path):
-    """An image may be mixed with one that another process reads."""
-    values = {**small_runs.STREAMED, "data.dir": small_runs.prepare_insects(tmp_path)}
+    """Mixes images with images that may be read by the other process."""
+    data_dir = small_runs.prepare_insects(tmp_path)
+    values = {**small_runs.STREAMED, "data.dir": data_dir}
     argument = "folderlt.py:ce,name=insects,mixup=0.2"
-    finish([start(program(argument, tmp_path / "one", **values), 8)])
-    finish(
-        start_pair(lambda where: program(argument, tmp_path / "two", where, **values))
-    )
-    assert_same_run(tmp_path / "two", tmp_path / "one")
+    one = tmp_path / "one"
+    two = tmp_path / "two"
+    finish([start_single(program(argument, one, **values))])
+    finish(start_pair(lambda address: program(argument, two, address, **values)))
+    assert_same_run(two, one)
 
 
 def last_step(folder):
-    """Returns the step of the last whole record; 0 if there is none."""
+    """Returns the step of the last complete record, or 0 if there is none."""
     path = folder / "run0" / "metrics.jsonl"
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    if not path.exists():
+        return 0
+    # The text after the last line break is a record that is being written.
+    *lines, _ = path.read_text().split("\n")
     return json.loads(lines[-1])["step"] if lines else 0
 
 
 def wait_for_record(folder, processes, after=0):
-    """Waits until a run has written a record of a later step."""
+    """Waits until a run has written a record of a step later than `after`."""
     deadline = time.monotonic() + 300
     while last_step(folder) <= after and time.monotonic() < deadline:
         assert all(process.poll() is None for process in processes)
@@ -235,30 +266,29 @@ def wait_for_record(folder, processes, after=0):
 
 
 def test_interrupted_pair(tmp_path):
-    """One of two is killed, one of the next two gets a signal, and one process with eight devices finishes the run.
-
-    The process that is left ends by its missing heartbeat; the signal makes both save at the same step.
-    """
-    one, two = tmp_path / "one", tmp_path / "two"
+    """Kills one of two processes, stops a second pair, and finishes in one process."""
+    one = tmp_path / "one"
+    two = tmp_path / "two"
     values = {"train.epochs": 6.0, "teacher.train.epochs": 1.0}
-    finish([start(digits("ltkd", one, **values), 8)])
+    finish([start_single(digits("ltkd", one, **values))])
 
-    def start_two():
-        return start_pair(lambda where: digits("ltkd", two, where, **values))
+    def start_digits_pair():
+        return start_pair(lambda address: digits("ltkd", two, address, **values))
 
-    processes = start_two()
+    # Without heartbeats of the killed process, jax ends the other one, too.
+    processes = start_digits_pair()
     wait_for_record(two, processes)
     processes[1].kill()
     codes, outputs = wait(processes)
-    assert codes[0] not in (0, None) and codes[1] == -signal.SIGKILL, "\n".join(outputs)
+    assert codes[0] not in (0, None), "\n".join(outputs)
+    assert codes[1] == -signal.SIGKILL, "\n".join(outputs)
 
+    # A signal to one process makes both save at the same step.
     killed_at = last_step(two)
-    processes = start_two()
+    processes = start_digits_pair()
     wait_for_record(two, processes, after=killed_at)
     processes[1].send_signal(signal.SIGTERM)
-    outputs = finish(processes, codes=[75, 75])
-    assert all("stopped by SIGTERM at step" in output for output in outputs), "\n".join(
-        outputs
-    )
-    finish([start(digits("ltkd", two, **values), 8)])
+    for output in finish(processes, code=75):
+        assert "stopped by SIGTERM at step" in output, output
+    finish([start_single(digits("ltkd", two, **values))])
     assert_same_run(two, one)

@@ -44,7 +44,7 @@ def test_it_installs_trains_and_shows_the_report(tmp_path, monkeypatch):
     client = nbclient.NotebookClient(
         notebook, timeout=600, kernel_name="fresh", resources=resources
     )
-    client.execute(env=environments.clean())
+    client.execute(env=environments.isolated_variables())
     printed = "".join(
         output.get("text", "")
         for cell in notebook.cells

@@ -1,4 +1,4 @@
-"""Whole small runs in the modes of execution: none changes more than rounding."""
+"""Small runs in every mode of execution agree but for rounding."""
 
 import time
 
@@ -10,6 +10,7 @@ from experiments.config.spec import resolve
 from experiments.trainer.interrupts import Stopped, StopRequest
 
 AUGMENTED = {"augment.cutout": 3, "augment.mixup": 0.2}
+LEARNED = {"data.outer_per_class": 4, "loss_weighting.update_every": 1}
 
 
 @pytest.fixture(scope="module")
@@ -19,18 +20,18 @@ def data_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory):
-    """The folder of a run with learned weights, on one device."""
+    """Returns the folder of a run with learned weights, on one device."""
     folder = tmp_path_factory.mktemp("learned")
     run(tiny(folder, "bikd", devices=1), folder / "run")
     return folder
 
 
-def first_records(*workdirs):
-    return [small_runs.records(workdir)[0] for workdir in workdirs]
+def first_record(workdir):
+    return small_runs.records(workdir)[0]
 
 
 @pytest.mark.parametrize(
-    "argument, values, source",
+    "argument, values, teacher_logits",
     [
         (
             "ltkd",
@@ -39,30 +40,25 @@ def first_records(*workdirs):
         ),
         (
             "bikd,terms=ltkd",
-            {**AUGMENTED, "data.stream": True, "loss_weighting.lookahead": 2},
+            {
+                **AUGMENTED,
+                **LEARNED,
+                "data.stream": True,
+                "loss_weighting.lookahead": 2,
+            },
             "network",
         ),
-        ("bikd,terms=reviewkd", {"data.stream": False}, "features"),
+        ("bikd,terms=reviewkd", {**LEARNED, "data.stream": False}, "features"),
     ],
 )
-def test_one_device_and_pmap_agree(data_dir, tmp_path, argument, values, source):
-    learned = (
-        {"data.outer_per_class": 4, "loss_weighting.update_every": 1}
-        if "bikd" in argument
-        else {}
-    )
+def test_one_device_and_pmap(data_dir, tmp_path, argument, values, teacher_logits):
+    values = {**values, "train.epochs": 1.0}
     for name, execution in (("one", {"devices": 1}), ("pmap", {"parallel": "pmap"})):
-        config = streamed(
-            data_dir,
-            tmp_path,
-            argument,
-            **values,
-            **learned,
-            **execution,
-            **{"train.epochs": 1.0},
-        )
-        assert run(config, tmp_path / name)["teacher_logits"] == source
-    one, pmap = first_records(tmp_path / "one", tmp_path / "pmap")
+        config = streamed(data_dir, tmp_path, argument, **values, **execution)
+        results = run(config, tmp_path / name)
+        assert results["teacher_logits"] == teacher_logits
+    one = first_record(tmp_path / "one")
+    pmap = first_record(tmp_path / "pmap")
     assert one["loss"] == pytest.approx(pmap["loss"], rel=1e-3)
     for term, value in one["terms"].items():
         assert value == pytest.approx(pmap["terms"][term], rel=5e-3)
@@ -72,32 +68,33 @@ def test_one_device_and_pmap_agree(data_dir, tmp_path, argument, values, source)
     "values, tolerance",
     [({"teacher.table": "always"}, 1e-3), ({"precision": "bfloat16"}, 0.2)],
 )
-def test_learned_weights_agree(learned, tmp_path, values, tolerance):
-    """With tables of the training and the outer images, and in bfloat16."""
+def test_learned_weights(learned, tmp_path, values, tolerance):
+    """Uses tables of the training and the outer images, and bfloat16."""
+    with_table = "teacher.table" in values
     results = run(tiny(learned, "bikd", devices=1, **values), tmp_path / "run")
-    assert results["teacher_logits"] == (
-        "table" if "teacher.table" in values else "network"
-    )
-    reference, record = first_records(learned / "run", tmp_path / "run")
+    assert results["teacher_logits"] == ("table" if with_table else "network")
+    expected = first_record(learned / "run")
+    actual = first_record(tmp_path / "run")
     for key in ("loss", "outer_loss"):
-        assert record[key] == pytest.approx(reference[key], rel=tolerance)
+        assert actual[key] == pytest.approx(expected[key], rel=tolerance)
     for term in ("ce", "kd"):
-        assert record["weights"][term] == pytest.approx(
-            reference["weights"][term], rel=tolerance
-        )
-    if "teacher.table" in values:
+        weight = expected["weights"][term]
+        assert actual["weights"][term] == pytest.approx(weight, rel=tolerance)
+    if with_table:
+        # One table of the training images, one of the outer images.
         assert len(list((learned / "teachers").glob("*/table-*.npy"))) == 2
 
 
 def test_workers_change_nothing(data_dir, tmp_path):
-    """In a whole run, and in one that continues with them where another stopped."""
+    """Uses workers in an entire run, and in one that resumes a run without workers."""
     config = streamed(data_dir, tmp_path, "ce")
     with_workers = streamed(data_dir, tmp_path, "ce", **{"data.num_workers": 2})
     assert resolve(with_workers).hash == resolve(config).hash
     run(config, tmp_path / "without")
-    run(with_workers, tmp_path / "whole")
+    run(with_workers, tmp_path / "entire")
+    # The deadline has passed already: the run stops at its first opportunity.
     with pytest.raises(Stopped):
         run(config, tmp_path / "resumed", stop=StopRequest(time.monotonic()))
     run(with_workers, tmp_path / "resumed")
-    for name in ("whole", "resumed"):
+    for name in ("entire", "resumed"):
         assert_same_bits(config, tmp_path / name, tmp_path / "without")

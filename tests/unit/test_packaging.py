@@ -1,4 +1,4 @@
-"""The metadata of the checkout: one version, hooks that run this environment's tools, lazy modules, requirements."""
+"""The checkout's metadata: its version, hooks, lazily loaded modules, requirements."""
 
 import ast
 import re
@@ -11,96 +11,90 @@ from helpers.environments import ROOT
 
 import ltkd_jax
 
-INTERNAL = {
-    "files",
-    "names",
-    "signals",
-}  # modules below `ltkd_jax` that are not part of its interface
-# Packages of the checkout, and those that jax, ml_collections and Jinja2 require themselves.
+# Modules of `ltkd_jax` that are not part of its interface.
+INTERNAL = {"files", "names", "signals"}
+# Packages of the checkout, and those that jax, ml_collections and Jinja2 require.
 PROVIDED = {"ltkd_jax", "experiments", "configs", "numpy", "absl", "markupsafe"}
+# Distributions whose name differs from that of their module.
 DISTRIBUTIONS = {
     "PIL": "pillow",
     "sklearn": "scikit_learn",
     "orbax": "orbax_checkpoint",
-}  # by module, of another name
+}
 
 
-def test_version_is_one():
+def test_versions_agree():
     yaml = pytest.importorskip("yaml")
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["version"] == ltkd_jax.__version__
     assert f"## [{ltkd_jax.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
-    arxiv = {
-        identifier["value"]
-        for paper in citation["references"]
-        for identifier in paper["identifiers"]
-    }
+    arxiv = set()
+    for paper in citation["references"]:
+        arxiv |= {identifier["value"] for identifier in paper["identifiers"]}
     assert arxiv == {"arXiv:2506.18496", "arXiv:2605.17839"}
 
 
-def test_hooks_run_this_environments_tools():
-    """A tool of another version than `make lint` has would accept other files."""
+def test_hooks_run_installed_tools():
+    """Ensures that hooks use the tool versions of `make lint`, and so agree with it."""
     yaml = pytest.importorskip("yaml")
-    (repository,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())[
-        "repos"
-    ]
-    assert {hook["id"] for hook in repository["hooks"]} >= {
-        "ruff-check",
-        "ruff-format",
-        "mypy",
-    }
-    assert all(hook["entry"].startswith(".venv/bin/") for hook in repository["hooks"])
+    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
+    (repository,) = config["repos"]
+    hooks = repository["hooks"]
+    assert {hook["id"] for hook in hooks} >= {"ruff-check", "ruff-format", "mypy"}
+    assert all(hook["entry"].startswith(".venv/bin/") for hook in hooks)
 
 
 def test_modules_load_on_first_use():
-    script = (
+    # Another process, because jax is loaded in this one.
+    code = (
         "import sys, ltkd_jax; print(*dir(ltkd_jax)); assert 'jax' not in sys.modules"
     )
-    listed = subprocess.run(
-        [sys.executable, "-c", script],
+    process = subprocess.run(
+        [sys.executable, "-c", code],
         cwd=ROOT,
         check=True,
         capture_output=True,
         text=True,
-    ).stdout
+    )
+    listed = set(process.stdout.split())
     modules = {path.stem for path in (ROOT / "ltkd_jax").glob("*.py")}
     modules |= {path.parent.name for path in (ROOT / "ltkd_jax").glob("*/__init__.py")}
-    assert (
-        set(ltkd_jax.__all__)
-        == modules - INTERNAL - {"__init__"}
-        <= set(listed.split())
-    )
+    public = modules - INTERNAL - {"__init__"}
+    assert set(ltkd_jax.__all__) == public
+    assert public <= listed
     with pytest.raises(AttributeError, match="loses"):
-        ltkd_jax.loses
+        _ = ltkd_jax.loses
+
+
+def imported_modules(path):
+    """Returns the modules that a file imports, in functions too."""
+    modules = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            modules.add(node.module)
+    return modules
+
+
+def normalized_name(requirement):
+    """Returns the name of a requirement's distribution in the form of a module's."""
+    name = re.match(r"[\w-]+", requirement).group()
+    return name.lower().replace("-", "_")
 
 
 def test_imports_are_requirements():
-    """A fresh environment would lack any other package."""
-    paths = [*(ROOT / "ltkd_jax").rglob("*.py"), *(ROOT / "experiments").rglob("*.py")]
-    nodes = [node for path in paths for node in ast.walk(ast.parse(path.read_text()))]
-    modules = {
-        alias.name
-        for node in nodes
-        if isinstance(node, ast.Import)
-        for alias in node.names
-    }
-    modules |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
-    packages = (
-        {module.partition(".")[0] for module in modules}
-        - set(sys.stdlib_module_names)
-        - PROVIDED
-    )
+    """Ensures that a new environment has every imported package."""
+    modules = set()
+    for package in ("ltkd_jax", "experiments"):
+        for path in (ROOT / package).rglob("*.py"):
+            modules |= imported_modules(path)
+    packages = {module.partition(".")[0] for module in modules}
+    packages -= set(sys.stdlib_module_names) | PROVIDED
+    distributions = {DISTRIBUTIONS.get(name, name.lower()) for name in packages}
+
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = project["optional-dependencies"]
-    lines = [
-        *project["dependencies"],
-        *extras["train"],
-        *extras["torch"],
-        *extras["tensorboard"],
-    ]
-    required = {
-        re.match(r"[\w-]+", line).group().lower().replace("-", "_") for line in lines
-    }
-    assert {
-        DISTRIBUTIONS.get(package, package.lower()) for package in packages
-    } <= required
+    requirements = list(project["dependencies"])
+    for extra in ("train", "torch", "tensorboard"):
+        requirements += project["optional-dependencies"][extra]
+    assert distributions <= {normalized_name(line) for line in requirements}
