@@ -56,7 +56,7 @@ def test_added_method(tmp_path):
         assert results["test"]["all"] > 0
 
 
-# Stands in for wandb: prints each record.
+# Replaces wandb: prints each record.
 TRACKER = """
 import contextlib, json, types
 

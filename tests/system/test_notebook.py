@@ -25,7 +25,7 @@ def test_committed_without_outputs():
 def test_it_installs_trains_and_shows_the_report(tmp_path, monkeypatch):
     """Clones and installs the project; in the clone, the install cell finds it."""
     if not (ROOT / ".git").exists():
-        pytest.skip("the notebook clones a git repository, and this is none")
+        pytest.skip("the notebook clones a git repository; this is not one")
     python = environments.create(tmp_path / "env")
     prefix = python.parent.parent
     environments.run(
