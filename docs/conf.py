@@ -41,6 +41,8 @@ nb_execution_raise_on_error = True
 nb_execution_timeout = 600
 nb_execution_show_tb = True
 nb_merge_streams = True
+nb_code_prompt_show = "Show the code"
+nb_code_prompt_hide = "Hide the code"
 
 # Kernels inherit this environment's `python`, the checkout's packages and a compilation
 # cache. Figures are SVG with a transparent background; custom.css inverts them on dark
