@@ -1,4 +1,4 @@
-"""The site: Sphinx with MyST Markdown; every page with code cells is a notebook that is run when the site is built."""
+"""Configures Sphinx; pages with code cells are notebooks, run at each build."""
 
 import hashlib
 import importlib.util
@@ -41,9 +41,12 @@ nb_execution_raise_on_error = True
 nb_execution_timeout = 600
 nb_execution_show_tb = True
 nb_merge_streams = True
+nb_code_prompt_show = "Show the code"
+nb_code_prompt_hide = "Hide the code"
 
-# What a kernel inherits: this environment's `python`, the checkout's packages, a compilation cache, and figures that
-# are SVG with a transparent ground (custom.css turns their ink around on dark pages).
+# Kernels inherit this environment's `python`, the checkout's packages and a compilation
+# cache. Figures are SVG with a transparent background; custom.css inverts them on dark
+# pages.
 os.environ["PATH"] = os.pathsep.join(
     [str(pathlib.Path(sys.executable).parent), os.environ["PATH"]]
 )
@@ -58,25 +61,30 @@ os.environ["IPYTHONDIR"] = str(BUILD / "ipython")
 profile = BUILD / "ipython" / "profile_default"
 profile.mkdir(parents=True, exist_ok=True)
 (profile / "ipython_kernel_config.py").write_text(
-    'c = get_config()\nc.InlineBackend.figure_formats = {"svg"}\nc.IPKernelApp.log_level = 40\n'
+    "c = get_config()\n"
+    'c.InlineBackend.figure_formats = {"svg"}\n'
+    "c.IPKernelApp.log_level = 40\n"
 )
-logging.getLogger("traitlets").setLevel(logging.WARNING)  # or each page is told twice
+# At INFO, traitlets reports the execution of each page a second time.
+logging.getLogger("traitlets").setLevel(logging.WARNING)
 
-# The reference. Single backticks of a docstring are code, and a link where they name something.
+# The API reference. Single backticks in docstrings are code, and a link if they name an
+# object.
 
 default_role = "py:obj"
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
-autodoc_typehints = "none"  # docstrings tell shapes, which say more than ArrayLike does
+autodoc_typehints = "none"  # docstrings give shapes; most type hints are ArrayLike
 napoleon_custom_sections = [("Attributes", "params_style")]
 add_module_names = False
 napoleon_use_rtype = False
 python_maximum_signature_line_length = 100
 
-# The look.
+# Appearance.
 
 html_theme = "furo"
-# MathJax lies in the site, so that a page needs no network. As an extension the package would forbid `-j`.
+# MathJax is part of the site, so that pages need no network. As a Sphinx extension the
+# package would not allow a parallel build (`-j`).
 mathjax = pathlib.Path(importlib.util.find_spec("sphinx-mathjax-offline").origin).parent
 html_static_path = ["_static", str(mathjax / "static")]
 mathjax_path = "mathjax/tex-chtml.js"
@@ -88,44 +96,44 @@ copybutton_exclude = ".linenos, .gp, .go"
 
 
 def _markup(app, what, name, obj, options, lines):
-    """A docstring is plain text: an indented paragraph is a formula, shown as it is typed; bars and asterisks stay."""
+    """Marks up plain-text docstrings: indented paragraphs are verbatim formulas."""
     marked_up = []
-    last = ""
-    formula = False
-    example = False
+    previous = ""  # the last line that is not blank
+    in_formula = False
+    in_example = False
     for line in lines:
         if line.strip():
-            begins = (
-                line.startswith("    ")
-                and last
-                and not last.startswith(" ")
-                and not marked_up[-1].strip()
+            indented = line.startswith("    ")
+            after_blank = bool(marked_up) and not marked_up[-1].strip()
+            formula_begins = (
+                indented and after_blank and previous and not previous.startswith(" ")
             )
-            marked_up += [".. code-block:: text", ""] if begins else []
-            formula = bool(begins) or (formula and line.startswith("    "))
-            last = line
-        example = line.lstrip().startswith(">>>") or (example and bool(line.strip()))
-        marked_up.append(
-            line
-            if formula or example
-            else line.replace("|", r"\|").replace("**", r"\*\*")
+            if formula_begins:
+                marked_up += [".. code-block:: text", ""]
+            in_formula = bool(formula_begins) or (in_formula and indented)
+            previous = line
+        in_example = line.lstrip().startswith(">>>") or (
+            in_example and bool(line.strip())
         )
+        if not in_formula and not in_example:
+            # Else `|x|` would be a substitution and `**2` the start of bold text.
+            line = line.replace("|", r"\|").replace("**", r"\*\*")
+        marked_up.append(line)
     lines[:] = marked_up
 
 
 def _skip_fields(app, what, name, obj, skip, options):
-    """A named tuple's fields stand in its docstring."""
+    """Skips the fields of named tuples, which their docstrings describe."""
     return True if type(obj).__name__ == "_tuplegetter" else None
 
 
 def _library():
-    """A hash of the code that the pages run: where it changes, all of them are run again."""
-    files = (
-        path
-        for room in ("ltkd_jax", "experiments", "configs")
-        for path in sorted((ROOT / room).rglob("*.py"))
-    )
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+    """Returns a hash of the code; a change of this config value rebuilds all pages."""
+    digest = hashlib.sha256()
+    for package in ("ltkd_jax", "experiments", "configs"):
+        for path in sorted((ROOT / package).rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def setup(app):

@@ -13,18 +13,21 @@ _OPTION = re.compile(r":[\w-]+:")
 
 
 def blocks(page, *kinds):
-    """Yields the code of a page's blocks of these kinds ("code-cell", "python", "bash", …) without their options."""
+    """Yields the code of the blocks of some kinds ("code-cell", "python", "bash", …).
+
+    The code is without the block's options.
+    """
     for _, role, language, body in _BLOCK.findall(page.read_text()):
-        if {role.strip("{}"), language} & set(kinds):
+        if role.strip("{}") in kinds or language in kinds:
             lines = body.splitlines(keepends=True)
             yield "".join(line for line in lines if not _OPTION.match(line))
 
 
 def captioned(page):
-    """Returns a page's blocks that have a caption, as `{caption: code}`."""
+    """Returns the blocks of a page that have a caption, as `{caption: code}`."""
     captions = {}
     for *_, body in _BLOCK.findall(page.read_text()):
-        first, _, code = body.partition("\n")
-        if first.startswith(":caption: "):
-            captions[first.removeprefix(":caption: ")] = code.lstrip("\n")
+        first_line, _, code = body.partition("\n")
+        if first_line.startswith(":caption: "):
+            captions[first_line.removeprefix(":caption: ")] = code.lstrip("\n")
     return captions

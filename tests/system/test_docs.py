@@ -1,4 +1,4 @@
-"""The site builds, its pages refer to what exists, and what its pages say to type works."""
+"""The site builds, its links have targets, and the code of its pages runs."""
 
 import functools
 import html.parser
@@ -19,93 +19,105 @@ import ltkd_jax
 REFERENCE = ("losses", "groups", "bilevel", "methods", "metrics")
 
 
-def test_added_method(tmp_path):
-    """The code of docs/add_a_method.md, in the files that its captions name: tested, listed, and trained.
+def add_captioned_code(page, checkout):
+    """Inserts the captioned blocks of a page into the files that the captions name.
 
-    With static and with learned weights, which share a teacher.
+    A caption is "FILE, below: LINE", "FILE, at the end" or, for a new file, "FILE".
     """
-    copy = environments.copy_checkout(tmp_path / "checkout")
-    for caption, code in captioned(DOCS / "add_a_method.md").items():
+    for caption, code in captioned(page).items():
         name, _, anchor = caption.partition(", below: ")
-        path = copy / name.removesuffix(", at the end")
+        path = checkout / name.removesuffix(", at the end")
         text = path.read_text() if path.exists() else ""
-        assert text.count(f"{anchor}\n") == 1 or not anchor, f"{name}: {anchor}"
-        path.write_text(
-            text.replace(f"{anchor}\n", f"{anchor}\n{code}")
-            if anchor
-            else f"{text}\n\n{code}"
-        )
-    python = functools.partial(environments.run, sys.executable, "-m", cwd=copy)
+        if anchor:
+            assert text.count(f"{anchor}\n") == 1, f"{name}: {anchor}"
+            path.write_text(text.replace(f"{anchor}\n", f"{anchor}\n{code}"))
+        else:
+            path.write_text(f"{text}\n\n{code}")
+
+
+def test_added_method(tmp_path):
+    """Tests, lists and trains the method of docs/add_a_method.md.
+
+    The two runs, with static and with learned weights, share a teacher.
+    """
+    checkout = environments.copy_checkout(tmp_path / "checkout")
+    add_captioned_code(DOCS / "add_a_method.md", checkout)
+    python = functools.partial(environments.run, sys.executable, "-m", cwd=checkout)
     python("pytest", "-q", "-p", "no:cacheprovider", "tests/unit/test_methods.py")
-    listed = python("experiments.reproduce", "experiments/queues/mine.json", "--list")
-    assert listed.count("kd_adjusted") == 6 and listed.count('{"method.tau": 0.5}') == 3
+    queue = python("experiments.reproduce", "experiments/queues/mine.json", "--list")
+    assert queue.count("kd_adjusted") == 6
+    assert queue.count('{"method.tau": 0.5}') == 3
     for argument in ("kd_adjusted", "bikd,terms=kd_adjusted"):
-        python(
-            "experiments.main",
-            f"--config=configs/digitslt.py:{argument},smoke",
-            "--workdir",
-            copy / argument,
-        )
-        results = json.loads((copy / argument / "results.json").read_text())
-        assert (
-            results["config"]["method"]["name"] == "kd_adjusted"
-            and results["test"]["all"] > 0
-        )
+        config = f"--config=configs/digitslt.py:{argument},smoke"
+        workdir = checkout / argument
+        python("experiments.main", config, "--workdir", workdir)
+        results = json.loads((workdir / "results.json").read_text())
+        assert results["config"]["method"]["name"] == "kd_adjusted"
+        assert results["test"]["all"] > 0
 
 
+# Replaces wandb: prints each record.
 TRACKER = """
 import contextlib, json, types
-log = lambda record, step: print("LOGGED", json.dumps([step, record]))
-init = lambda **about: contextlib.nullcontext(types.SimpleNamespace(summary={}, log=log))
+
+def log(record, step):
+    print("LOGGED", json.dumps([step, record]))
+
+def init(**settings):
+    return contextlib.nullcontext(types.SimpleNamespace(summary={}, log=log))
 """
 
 
 def test_hook_gets_every_record(tmp_path):
-    """docs/logging.md's script as it stands, in a smoke run, with a tracker that prints."""
+    """Runs the wandb script of docs/logging.md with a tracker that prints."""
     (tmp_path / "wandb.py").write_text(TRACKER)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    script = next(
-        code for code in blocks(DOCS / "logging.md", "python") if "import wandb" in code
-    )
-    (tmp_path / "my_script.py").write_text(
-        script.replace("digitslt.py:ltkd", "digitslt.py:ltkd,smoke")
-    )
-    printed = environments.run(
+    scripts = blocks(DOCS / "logging.md", "python")
+    script = next(code for code in scripts if "import wandb" in code)
+    script = script.replace("digitslt.py:ltkd", "digitslt.py:ltkd,smoke")
+    (tmp_path / "my_script.py").write_text(script)
+    output = environments.run(
         sys.executable, "my_script.py", cwd=tmp_path, PYTHONPATH=str(ROOT)
     )
-    logged = [
-        json.loads(line[7:])
-        for line in printed.splitlines()
-        if line.startswith("LOGGED ")
-    ]
-    written = (tmp_path / "runs" / "tracked" / "metrics.jsonl").read_text().splitlines()
-    assert [record for _, record in logged] == [json.loads(line) for line in written]
+    logged = []
+    for line in output.splitlines():
+        if line.startswith("LOGGED "):
+            logged.append(json.loads(line.removeprefix("LOGGED ")))
+    metrics = (tmp_path / "runs" / "tracked" / "metrics.jsonl").read_text()
+    records = [json.loads(line) for line in metrics.splitlines()]
+    assert [record for _, record in logged] == records
     assert logged[-1][0] == 20
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """The site as `make docs` builds it, in a copy of the checkout; a warning is an error, and every cell runs."""
-    copy = environments.copy_checkout(tmp_path_factory.mktemp("site") / "checkout")
-    (copy / ".venv").mkdir()
-    (copy / ".venv" / "docs.stamp").touch()  # the environment is this one
-    tools = pathlib.Path(sys.executable).parent
-    environments.run("make", "docs", f"BIN={tools}", cwd=copy, PYTHONPATH=str(copy))
-    return copy / "docs" / "_build" / "html"
+    """Builds the site by `make docs` in a copy of the checkout; warnings are errors."""
+    checkout = environments.copy_checkout(tmp_path_factory.mktemp("site") / "checkout")
+    # The stamp keeps make from creating .venv: the packages of this environment do.
+    (checkout / ".venv").mkdir()
+    (checkout / ".venv" / "docs.stamp").touch()
+    bin_folder = pathlib.Path(sys.executable).parent
+    environments.run(
+        "make", "docs", f"BIN={bin_folder}", cwd=checkout, PYTHONPATH=str(checkout)
+    )
+    return checkout / "docs" / "_build" / "html"
 
 
 @pytest.fixture(scope="module")
 def pages(site):
-    """Every page of the site, parsed, by its path."""
+    """Returns every page of the site, parsed, by its path."""
     return {path.resolve(): Page(path) for path in site.rglob("*.html")}
 
 
 class Page(html.parser.HTMLParser):
-    """A page's links, what it loads, its anchors, and the classes of its elements."""
+    """A page's links, loaded files, anchors, and the classes of its elements."""
 
     def __init__(self, path):
         super().__init__()
-        self.links, self.loads, self.anchors, self.classes = [], [], set(), []
+        self.links = []
+        self.loads = []
+        self.anchors = set()
+        self.classes = []
         self.text = path.read_text()
         self.feed(self.text)
 
@@ -113,77 +125,69 @@ class Page(html.parser.HTMLParser):
         attributes = dict(attrs)
         self.anchors.add(attributes.get("id"))
         self.classes += (attributes.get("class") or "").split()
-        addresses = [
-            attributes[key] for key in ("href", "src", "srcset") if attributes.get(key)
-        ]
-        (self.links if tag == "a" else self.loads).extend(addresses)
+        addresses = self.links if tag == "a" else self.loads
+        for key in ("href", "src", "srcset"):
+            if attributes.get(key):
+                addresses.append(attributes[key])
 
 
 def test_every_cell_ran(site, pages):
     for source in PAGES:
-        cells = [*blocks(source, "code-cell")]
-        if cells:
-            page = pages[
-                (site / source.relative_to(DOCS).with_suffix(".html")).resolve()
-            ]
-            assert "cell_output" in page.classes and not {"traceback", "stderr"} & {
-                *page.classes
-            }, source
-            figures = sum("plt.subplots(" in cell for cell in cells)
-            assert len(re.findall(r'<img [^>]*\.svg"', page.text)) == figures, source
+        cells = list(blocks(source, "code-cell"))
+        if not cells:
+            continue
+        path = site / source.relative_to(DOCS).with_suffix(".html")
+        page = pages[path.resolve()]
+        assert "cell_output" in page.classes, source
+        assert not {"traceback", "stderr"} & set(page.classes), source
+        num_figures = sum("plt.subplots(" in cell for cell in cells)
+        assert len(re.findall(r'<img [^>]*\.svg"', page.text)) == num_figures, source
 
 
 def test_site_needs_no_network(site, pages):
-    remote = [
-        (path, load)
-        for path, page in pages.items()
-        for load in page.loads
-        if re.match(r"(https?:)?//", load)
-    ]
+    remote = []
+    for path, page in pages.items():
+        for address in page.loads:
+            if re.match(r"(https?:)?//", address):
+                remote.append((path, address))
     assert not remote
+    remote_import = re.compile(r"(@import|url\()\s*['\"]?(https?:)?//")
     for sheet in site.rglob("*.css"):
-        assert not re.search(
-            r"(@import|url\()\s*['\"]?(https?:)?//", sheet.read_text()
-        ), sheet
+        assert not remote_import.search(sheet.read_text()), sheet
 
 
 def test_every_internal_link_has_a_target(pages):
     assert len(pages) > 40
     for path, page in pages.items():
         for link in page.links:
-            if not re.match(r"\w+:", link):
-                relative, _, anchor = link.partition("#")
-                target = (path.parent / relative).resolve() if relative else path
-                assert target.exists(), f"{path}: {link}"
-                assert (
-                    not anchor or target not in pages or anchor in pages[target].anchors
-                ), f"{path}: {link}"
+            if re.match(r"\w+:", link):
+                continue
+            relative, _, anchor = link.partition("#")
+            target = (path.parent / relative).resolve() if relative else path
+            assert target.exists(), f"{path}: {link}"
+            if anchor and target in pages:
+                assert anchor in pages[target].anchors, f"{path}: {link}"
 
 
-def public(module):
-    """Returns the names in `__all__`, or those that the module itself defines."""
-    imported = (types.ModuleType, typing.TypeVar)
-    own = {
-        name: x
-        for name, x in vars(module).items()
-        if name[0] != "_" and not isinstance(x, imported)
-    }
-    defined = [
-        name
-        for name, x in own.items()
-        if getattr(x, "__module__", module.__name__) == module.__name__
-    ]
-    return getattr(module, "__all__", defined)
+def public_names(module):
+    """Returns `__all__`, or the names that the module itself defines."""
+    if hasattr(module, "__all__"):
+        return module.__all__
+    names = []
+    for name, value in vars(module).items():
+        is_imported = isinstance(value, types.ModuleType | typing.TypeVar)
+        origin = getattr(value, "__module__", module.__name__)
+        if name[0] != "_" and not is_imported and origin == module.__name__:
+            names.append(name)
+    return names
 
 
 def test_reference_lists_every_public_name(site):
-    names = {
-        f"ltkd_jax.{module}.{name}"
-        for module in REFERENCE
-        for name in public(getattr(ltkd_jax, module))
-    }
-    text = "".join(
-        (site / "api" / f"{module}.html").read_text() for module in REFERENCE
-    )
-    assert "ltkd_jax.methods.create" in names
-    assert not [name for name in names if f'id="{name}"' not in text]
+    missing = []
+    for module in REFERENCE:
+        text = (site / "api" / f"{module}.html").read_text()
+        for name in public_names(getattr(ltkd_jax, module)):
+            if f'id="ltkd_jax.{module}.{name}"' not in text:
+                missing.append(f"{module}.{name}")
+    assert "create" in public_names(ltkd_jax.methods)
+    assert not missing

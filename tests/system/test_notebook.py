@@ -1,4 +1,4 @@
-"""The notebook: executed from its first cell to the report, as in Colab."""
+"""The Colab notebook runs from its first cell to the report."""
 
 import html
 
@@ -12,23 +12,20 @@ NOTEBOOK = ROOT / "experiments" / "colab_tpu.ipynb"
 
 
 def test_committed_without_outputs():
-    cells = [
-        cell
-        for cell in nbformat.read(NOTEBOOK, as_version=4).cells
-        if cell.cell_type == "code"
-    ]
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert not any(cell.outputs or cell.execution_count for cell in cells)
     settings = {}
     exec(cells[0].source, settings)
-    assert (ROOT / settings["CONFIG"].partition(":")[0]).exists() and settings[
-        "REPOSITORY"
-    ] == ""
+    config_file, _, _ = settings["CONFIG"].partition(":")
+    assert (ROOT / config_file).exists()
+    assert settings["REPOSITORY"] == ""
 
 
 def test_it_installs_trains_and_shows_the_report(tmp_path, monkeypatch):
-    """The project is cloned and installed; in the clone, the cell that installs it finds it."""
+    """Clones and installs the project; in the clone, the install cell finds it."""
     if not (ROOT / ".git").exists():
-        pytest.skip("the project is cloned from its git repository, and this is none")
+        pytest.skip("the notebook clones a git repository; this is not one")
     python = environments.create(tmp_path / "env")
     prefix = python.parent.parent
     environments.run(
@@ -36,25 +33,26 @@ def test_it_installs_trains_and_shows_the_report(tmp_path, monkeypatch):
     )
     monkeypatch.setenv("JUPYTER_PATH", str(prefix / "share" / "jupyter"))
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    settings, install = notebook.cells[1], notebook.cells[3]
-    settings.source = settings.source.replace(
-        'REPOSITORY = ""', f"REPOSITORY = 'file://{ROOT}'"
-    )
+    settings = notebook.cells[1]
+    install = notebook.cells[3]
+    repository = f"REPOSITORY = 'file://{ROOT}'"
+    settings.source = settings.source.replace('REPOSITORY = ""', repository)
     resources = {"metadata": {"path": str(tmp_path)}}
     client = nbclient.NotebookClient(
         notebook, timeout=600, kernel_name="fresh", resources=resources
     )
     client.execute(env=environments.isolated_variables())
-    printed = "".join(
-        output.get("text", "")
-        for cell in notebook.cells
-        for output in cell.get("outputs", [])
-    )
-    assert "ltkd classifies" in printed and "CpuDevice" in printed
-    shown = html.unescape(notebook.cells[-2].outputs[0]["data"]["text/html"])
-    assert shown.startswith("<iframe") and "digits" in shown and shown.count("<svg") > 3
+    outputs = []
+    for cell in notebook.cells:
+        outputs += cell.get("outputs", [])
+    text = "".join(output.get("text", "") for output in outputs)
+    assert "ltkd classifies" in text
+    assert "CpuDevice" in text
+    report = html.unescape(notebook.cells[-2].outputs[0]["data"]["text/html"])
+    assert report.startswith("<iframe")
+    assert "digits" in report
+    assert report.count("<svg") > 3
     checkout = tmp_path / "ltkd_jax"
-    again = environments.run(
-        python, "-c", 'REPOSITORY = ""\n' + install.source, cwd=checkout / "experiments"
-    )
-    assert again.split()[0] == str(checkout)
+    code = 'REPOSITORY = ""\n' + install.source
+    printed = environments.run(python, "-c", code, cwd=checkout / "experiments")
+    assert printed.split()[0] == str(checkout)
