@@ -104,7 +104,7 @@ def restore(folder, *, data_dir: str = "", subset: str = "") -> Restored:
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{folder} cannot be restored: {error}") from error
     last_step = (
-        trainer.total_steps if is_student else identity.teacher_results(folder)["step"]
+        trainer.total_steps if is_student else identity.read_teacher_results(folder)["step"]
     )
     if restored is None or restored[0] != last_step:
         at = f"step {restored[0]}" if restored else "none"

@@ -70,7 +70,7 @@ def run(
 def _check_same_everywhere(spec):
     """Raises ConfigError, in every process, unless all were started with the same config, folders apart."""
     folders = ("data.dir", "data.num_workers", "teacher.dir", "teacher.checkpoint")
-    own_hash = identity.hash_of(
+    own_hash = identity.hash_tree(
         {"identity": spec.identity, "config": without(spec.config, folders)}
     )
     hashes = hosts.all_gather(own_hash)
@@ -114,7 +114,7 @@ def _check_same_run(path, spec, remedy):
     if recorded.get("config_hash") == spec.hash:
         return
     try:
-        recorded_values = flatten(identity.of_results(recorded))
+        recorded_values = flatten(identity.recorded_identity(recorded))
     except (AttributeError, KeyError, TypeError):
         raise ConfigError(
             f"{path} is of another version of this program: {remedy}"

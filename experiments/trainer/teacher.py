@@ -92,7 +92,7 @@ class Teacher:
         of_images = {"data": data.source.name, "keys": images.keys.tolist()}
         if self.spec.content["data"]:
             of_images["content"] = self.spec.content["data"]
-        name = f"table-{identity.hash_of(of_images)}-{'x'.join(map(str, shape))}-float32.npy"
+        name = f"table-{identity.hash_tree(of_images)}-{'x'.join(map(str, shape))}-float32.npy"
         path = self.folder / name
         checksum = path.with_suffix(".sha256")
 
@@ -341,7 +341,7 @@ def _load(spec, folder):
 
 def _read(spec, folder, like):
     """Returns the results and the variables of a finished teacher, which must fit the run."""
-    results = identity.teacher_results(folder)
+    results = identity.read_teacher_results(folder)
     data = datasets.load(spec.data)
     wanted = {
         "model": spec.teacher.model,

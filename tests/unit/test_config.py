@@ -337,7 +337,7 @@ def test_results_hold_the_whole_config(argument, tmp_path):
     for field in dataclasses.fields(spec):
         if field.name != "data":
             assert getattr(again, field.name) == getattr(spec, field.name), field.name
-    assert identity.hash_of(identity.of_results(results)) == again.hash == spec.hash
+    assert identity.hash_tree(identity.recorded_identity(results)) == again.hash == spec.hash
 
 
 def test_identity_without_what_is_off():
