@@ -239,7 +239,10 @@ def bikd_recipe(*, n_max: int, outer_per_class: int) -> dict[str, Any]:
       outer_per_class: images of each class in the outer set.
     """
     sgd = dict(batch_size=100, epochs=120.0, lr=0.1, milestones=(80 / 120, 100 / 120))
-    values = {"data.n_max": n_max, "data.outer_per_class": outer_per_class}
+    values: dict[str, Any] = {
+        "data.n_max": n_max,
+        "data.outer_per_class": outer_per_class,
+    }
     for role in ("train", "teacher.train"):
         for key, value in sgd.items():
             values[f"{role}.{key}"] = value

@@ -39,7 +39,7 @@ def main(argv):
     from experiments.config.validation import ConfigError
     from experiments.reporting import load, report_page, tables
     from experiments.trainer import run
-    from experiments.trainer.interrupts import Stopped
+    from experiments.trainer.interrupts import StoppedError
     from experiments.trainer.loop import DivergedError
     from ltkd_jax.training import hosts
 
@@ -58,7 +58,7 @@ def main(argv):
             print(f"\n{workdir / 'results.json'}   {workdir / 'report.html'}")
     except (ConfigError, DivergedError, load.ReportError, OSError) as error:
         sys.exit(f"error: {error}")
-    except Stopped as stopped:
+    except StoppedError as stopped:
         print(f"{stopped}. The same command resumes there.", file=sys.stderr)
         sys.exit(runtime.STOPPED)
 

@@ -12,7 +12,7 @@ from experiments.config.spec import RunSpec
 from experiments.config.validation import ConfigError
 from experiments.jobs.queue_entry import QueueEntry
 from experiments.trainer import run
-from experiments.trainer.interrupts import Stopped, StopRequest
+from experiments.trainer.interrupts import StoppedError, StopRequest
 from experiments.trainer.loop import DivergedError
 from ltkd_jax import files
 
@@ -170,7 +170,7 @@ def run_missing(queue: Queue, stop: StopRequest, *, poll_seconds: float = 5.0) -
                 except run.InUseError:
                     is_done = False
                     any_in_use = True
-                except Stopped as stopped:
+                except StoppedError as stopped:
                     _report(f"{stopped}; the same command continues")
                     return failed
                 except (ConfigError, DivergedError, OSError) as error:

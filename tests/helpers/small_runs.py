@@ -11,9 +11,9 @@ import pytest
 
 from experiments.config.spec import resolve
 from experiments.trainer import run as runs
-from experiments.trainer.interrupts import Stopped, StopRequest
+from experiments.trainer.interrupts import StoppedError, StopRequest
 from experiments.trainer.loop import DivergedError
-from experiments.trainer.trainer import trainer
+from experiments.trainer.trainer import get_trainer
 from helpers import pictures
 from ltkd_jax.data.prepare import recipes
 from ltkd_jax.training.checkpoint import Checkpoints
@@ -84,7 +84,7 @@ def run(config, workdir, **options):
 
 def run_one_call(config, workdir):
     """Starts a run that is stopped after the first call of the compiled steps."""
-    with pytest.raises(Stopped):
+    with pytest.raises(StoppedError):
         run(config, workdir, stop=StopRequest(time.monotonic()))
 
 
@@ -95,7 +95,7 @@ def run_with_stops(config, workdir):
             return run(
                 config, workdir, stop=StopRequest(time.monotonic() + 0.01)
             ), stops
-        except Stopped:
+        except StoppedError:
             pass
     raise AssertionError("the run makes no progress")
 
@@ -111,7 +111,7 @@ def records(workdir):
 def parameters(workdir, config=None):
     """Returns every byte of the newest checkpoint."""
     spec = resolve(config or tiny(workdir))
-    like = jax.eval_shape(trainer(spec.student_training("none")).init, 0)
+    like = jax.eval_shape(get_trainer(spec.student_training("none")).init, 0)
     _, state, _ = Checkpoints(workdir / "checkpoints").restore(like)
     return [leaf.tobytes() for leaf in jax.tree.leaves(state)]
 

@@ -8,7 +8,7 @@ from helpers.small_runs import changed, config_of
 from experiments.config.spec import resolve
 from experiments.config.validation import ConfigError
 from experiments.trainer import dataset, teacher
-from experiments.trainer.trainer import teacher_model, trainer
+from experiments.trainer.trainer import get_trainer, teacher_model
 from ltkd_jax.data import augment, datasets, records, streaming
 from ltkd_jax.training import steps
 
@@ -78,7 +78,7 @@ def data_shapes(student, teacher):
     """Returns the `TrainData` of a trainer as shapes; `teacher` is what it holds of one."""
 
     def of(images, **outer):
-        if student.data.streams:
+        if student.data.is_streamed:
             return steps.TrainData(None, None, teacher, **outer)
         images_and_labels = (
             array(images.images.shape, np.uint8),
@@ -92,7 +92,7 @@ def data_shapes(student, teacher):
 
 def input_shapes(student):
     """Returns the inputs of one step as shapes."""
-    if not student.data.streams:
+    if not student.data.is_streamed:
         _, inputs = next(student.inputs(0, 0))
         return inputs
 
@@ -148,9 +148,9 @@ def test_step_keeps_its_shapes(name, argument, side, source, black):
         )
     )
     data = dataset.load(spec.data)
-    assert data.streams is (name == "imagenetlt") and data.image_shape[0] == side
+    assert data.is_streamed is (name == "imagenetlt") and data.image_shape[0] == side
     assert teacher.choose_source(spec, data) == source
-    student = trainer(spec.student_training(source))
+    student = get_trainer(spec.student_training(source))
     network = teacher_model(student.spec, data)
     images = array((2, *data.image_shape), np.float32)
     variables = jax.eval_shape(
@@ -165,7 +165,7 @@ def test_step_keeps_its_shapes(name, argument, side, source, black):
     )
     assert_keeps_shapes(student, table if source == "table" else variables)
     if argument != "bikd":
-        assert_keeps_shapes(trainer(spec.teacher_training()), None)
+        assert_keeps_shapes(get_trainer(spec.teacher_training()), None)
 
 
 @pytest.mark.parametrize(
@@ -181,4 +181,4 @@ def test_parts_that_do_not_fit(argument, source, message, black, monkeypatch):
     monkeypatch.setitem(STORED, "birds", (4, *STORED["birds"][1:]))
     spec = resolve(config_of("folderlt", f"name=birds,subset=exponential,{argument}"))
     with pytest.raises(ConfigError, match=message):
-        trainer(spec.student_training(source))
+        get_trainer(spec.student_training(source))

@@ -6,7 +6,7 @@ from helpers import small_runs
 from helpers.small_runs import assert_same_bits, run, tiny
 
 from experiments.config.spec import resolve
-from experiments.trainer.trainer import trainer
+from experiments.trainer.trainer import get_trainer
 
 WEIGHTED = {"loss_weighting.update_every": 2, "train.epochs": 2.0, "devices": 1}
 
@@ -59,7 +59,7 @@ def test_resume_is_bit_for_bit(learned, tmp_path):
     folder, results = learned
     config = tiny(folder, "bikd", **WEIGHTED, checkpoint_every=100)
     resumed, stops = small_runs.run_with_stops(config, tmp_path / "run")
-    assert stops == trainer(resolve(config).student_training("network")).total_steps - 1
+    assert stops == get_trainer(resolve(config).student_training("network")).total_steps - 1
     assert (
         resumed["test"] == results["test"]
         and resumed["loss_weighting"] == results["loss_weighting"]
@@ -86,7 +86,7 @@ def test_state_that_is_not_finite(learned, tmp_path, monkeypatch, change, messag
     workdir = tmp_path / "run"
     small_runs.run_one_call(config, workdir)
     small_runs.spoil(
-        monkeypatch, trainer(resolve(config).student_training("network")), change
+        monkeypatch, get_trainer(resolve(config).student_training("network")), change
     )
     message = f"{message}.* not finite.* step 1$"
     small_runs.assert_diverges(workdir, message, lambda: run(config, workdir))

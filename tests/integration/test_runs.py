@@ -14,9 +14,9 @@ from experiments.config.validation import ConfigError
 from experiments.trainer import dataset
 from experiments.trainer import run as runs
 from experiments.trainer import teacher as teachers
-from experiments.trainer.interrupts import Stopped, StopRequest
+from experiments.trainer.interrupts import StoppedError, StopRequest
 from experiments.trainer.metrics_log import MetricsLog
-from experiments.trainer.trainer import trainer
+from experiments.trainer.trainer import get_trainer
 from ltkd_jax import files
 from ltkd_jax.training import teacher_table
 from ltkd_jax.training.checkpoint import Checkpoints
@@ -126,7 +126,7 @@ def test_finished_run_is_not_repeated(done):
 def test_workdir_of_another_config(done):
     folder, _ = done
     with pytest.raises(
-        ConfigError, match="another config .*method.*'ltkd' there, 'kd' here.*--workdir"
+        ConfigError, match="another config .*method.*'ltkd' recorded, 'kd' now.*--workdir"
     ):
         run(tiny(folder, "kd"), folder / "run")
 
@@ -241,7 +241,7 @@ def test_numbers_that_are_not_finite(tmp_path, part, at_step, message, monkeypat
     config = tiny(tmp_path, "ce")
     workdir = tmp_path / "run"
     small_runs.run_one_call(config, workdir)
-    student = trainer(resolve(config).student_training("none"))
+    student = get_trainer(resolve(config).student_training("none"))
 
     def change(state):
         return state._replace(**{part: small_runs.with_infinity(getattr(state, part))})
@@ -314,7 +314,7 @@ def test_teacher_from_elsewhere_is_part_of_the_identity(copied_teacher, tmp_path
 def test_stop_while_waiting_for_a_teacher(tmp_path, capsys):
     spec = resolve(tiny(tmp_path, "kd"))
     lock = (tmp_path / "teachers" / spec.teacher_hash).with_suffix(".lock")
-    with files.lock(lock), pytest.raises(Stopped, match="waiting for the teacher"):
+    with files.lock(lock), pytest.raises(StoppedError, match="waiting for the teacher"):
         teachers.obtain(spec, StopRequest(deadline=0))
     assert "waiting for the teacher" in capsys.readouterr().err
 
@@ -360,7 +360,7 @@ def test_table_that_is_damaged_stopped_or_without_room(
         build(*arguments, start=start, **options)
 
     monkeypatch.setattr(teacher_table, "build", build_noting_start)
-    with pytest.raises(Stopped, match="table.* of 2700"):
+    with pytest.raises(StoppedError, match="table.* of 2700"):
         table(deadline=0)
     continued = np.array(table())
     assert starts[0] == 0 and 0 < starts[1] < 2700

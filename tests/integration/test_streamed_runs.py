@@ -12,7 +12,7 @@ from helpers.small_runs import INSECTS, assert_same_bits, prepare_insects, run, 
 from experiments.config.spec import resolve
 from experiments.config.validation import ConfigError
 from experiments.trainer import dataset, input_pipeline
-from experiments.trainer.trainer import trainer
+from experiments.trainer.trainer import get_trainer
 from ltkd_jax.data import sampling
 from ltkd_jax.data.prepare import recipes
 
@@ -65,7 +65,7 @@ def test_resume_is_bit_for_bit(done, data_dir, tmp_path):
     folder, _ = done
     config = streamed(data_dir, folder)
     _, stops = small_runs.run_with_stops(config, tmp_path / "run")
-    assert stops >= trainer(resolve(config).student_training("network")).total_steps - 1
+    assert stops >= get_trainer(resolve(config).student_training("network")).total_steps - 1
     assert_same_bits(config, tmp_path / "run", folder / "run")
 
 
@@ -184,7 +184,7 @@ def test_random_bits(data_dir, tmp_path):
     config = streamed(
         data_dir, tmp_path, **{"data.stream": False, "augment.mixup": 0.3}
     )
-    _, inputs = next(trainer(resolve(config).student_training("network")).inputs(0, 0))
+    _, inputs = next(get_trainer(resolve(config).student_training("network")).inputs(0, 0))
     bits = inputs.train.random_bits
     assert bits.shape == inputs.train.index.shape and len(np.unique(bits)) == bits.size
     jax.tree.map(

@@ -15,7 +15,7 @@ from experiments.config.validation import ConfigError
 from experiments.jobs import queue_runner, workers
 from experiments.jobs.queue_entry import QueueEntry, read_queue
 from experiments.trainer import run
-from experiments.trainer.interrupts import Stopped, StopRequest
+from experiments.trainer.interrupts import StoppedError, StopRequest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 DIGITS = "configs/digitslt.py"
@@ -223,7 +223,7 @@ def test_runs_of_another_process_are_left_to_it_and_taken_over(tmp_path, fake_ru
 def test_exit_status_of_a_stopped_queue(tmp_path, fake_run, options, status):
     def stopped(spec):
         signal.raise_signal(signal.SIGTERM)
-        raise Stopped("stopped by SIGTERM")
+        raise StoppedError("stopped by SIGTERM")
 
     fake_run(stopped)
     assert (
