@@ -1,21 +1,37 @@
-"""CIFAR-100-LT by the recipes of both papers: ResNet32x4 → ResNet8x4 at γ = 100.
+r"""CIFAR-100-LT by the recipes of both papers: ResNet32x4 → ResNet8x4 at γ = 100.
 
-    python -m ltkd_jax.data.prepare cifar100 --data_dir=DIR             # once
-    python -m experiments.main --config=configs/cifar100lt.py:ltkd --config.data.dir=DIR
-    python -m experiments.main --config=configs/cifar100lt.py:kd,imbalance=20,seed=1 --config.data.dir=DIR
-    python -m experiments.main --config=configs/cifar100lt.py:bikd --config.data.dir=DIR              # BiKD
-    python -m experiments.main --config=configs/cifar100lt.py:bikd,terms=ltkd --config.data.dir=DIR   # over LTKD's terms
-    python -m experiments.main --config=configs/cifar100lt.py:kd,recipe=bikd --config.data.dir=DIR    # a baseline of BiKD's
-    python -m experiments.main --config=configs/cifar100lt.py:ltkd,smoke --config.data.dir=DIR
+Prepare the data set once:
 
-The argument is METHOD[,key=value…][,smoke]: configs/common.py has the methods, the short keys and all other keys.
+    python -m ltkd_jax.data.prepare cifar100 --data_dir=DIR
 
-Recipes: LTKD's, 240 epochs of batch 64 on 10,847 images; BiKD's (for bikd, or by recipe=bikd), 120 epochs of batch 100
-on 10,626 images, since 10 images of each class are set aside as the outer set before the tail is cut (n_max 490).
+LTKD, KD, BiKD, BiKD over LTKD's terms, a baseline by BiKD's recipe, a smoke test:
 
-Hardware: one GPU (float32; `--config.precision=tf32` or `bfloat16` for speed); `smoke` on 2 CPU cores in under
-3 minutes. Expected, published: 51.08 all / 27.21 tail for LTKD; not yet run here.
-LTKD's temperature, α, β and warm-up are not published: these are this library's defaults, not the paper's.
+    python -m experiments.main --config=configs/cifar100lt.py:ltkd \
+        --config.data.dir=DIR
+    python -m experiments.main --config=configs/cifar100lt.py:kd,imbalance=20,seed=1 \
+        --config.data.dir=DIR
+    python -m experiments.main --config=configs/cifar100lt.py:bikd \
+        --config.data.dir=DIR
+    python -m experiments.main --config=configs/cifar100lt.py:bikd,terms=ltkd \
+        --config.data.dir=DIR
+    python -m experiments.main --config=configs/cifar100lt.py:kd,recipe=bikd \
+        --config.data.dir=DIR
+    python -m experiments.main --config=configs/cifar100lt.py:ltkd,smoke \
+        --config.data.dir=DIR
+
+The argument is METHOD[,key=value…][,smoke]; configs/common.py has the methods, the
+short keys and all other keys.
+
+Recipes: LTKD's has 240 epochs of batch 64 on 10,847 images. BiKD's (for bikd, or by
+recipe=bikd) has 120 epochs of batch 100 on 10,626 images, since it holds out 10 images
+of each class as the outer set before it cuts the tail (n_max 490).
+
+Hardware: one GPU (float32; `--config.precision=tf32` or `bfloat16` for speed). `smoke`
+takes under 3 minutes on 2 CPU cores.
+
+Expected: LTKD publishes 51.08 all / 27.21 tail; this config has not been run yet.
+LTKD's temperature, α, β and warm-up are not published: these are this library's
+defaults, not the paper's.
 """
 
 from configs import common

@@ -1,13 +1,22 @@
-"""CIFAR-10-LT by BiKD's recipe, unless recipe=base (LTKD's) is given: ResNet32x4 → ResNet8x4 at ρ = 50.
+r"""CIFAR-10-LT by BiKD's recipe: ResNet32x4 → ResNet8x4 at ρ = 50.
 
-    python -m ltkd_jax.data.prepare cifar10 --data_dir=DIR             # once
+Prepare the data set once, then train:
+
+    python -m ltkd_jax.data.prepare cifar10 --data_dir=DIR
     python -m experiments.main --config=configs/cifar10lt.py:bikd --config.data.dir=DIR
-    python -m experiments.main --config=configs/cifar10lt.py:bikd,terms=ltkd,imbalance=100 --config.data.dir=DIR
+    python -m experiments.main \
+        --config=configs/cifar10lt.py:bikd,terms=ltkd,imbalance=100 \
+        --config.data.dir=DIR
     python -m experiments.main --config=configs/cifar10lt.py:bkd --config.data.dir=DIR
 
-The argument is METHOD[,key=value…][,smoke]: configs/common.py has the methods, the short keys and all other keys.
+The argument is METHOD[,key=value…][,smoke]; configs/common.py has the methods, the
+short keys and all other keys. All methods use BiKD's recipe here; recipe=base selects
+LTKD's.
 
-Hardware: one GPU. Expected, published at ρ = 50 (second-hand): bikd 82.45, bkd 81.67, dive 80.79; not yet run here.
+Hardware: one GPU.
+
+Expected: published at ρ = 50 (second-hand) are bikd 82.45, bkd 81.67, dive 80.79; this
+config has not been run yet.
 """
 
 from configs import common

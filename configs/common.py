@@ -1,18 +1,21 @@
-"""What every config shares: the defaults, and the argument after the colon, `METHOD[,key=value…][,smoke]`.
+"""The defaults that all configs share, and the argument after a config file's colon.
 
-METHOD is a row of the table of methods (`ltkd_jax.methods`), or bikd: the terms of a method (`terms=kd` unless given)
-with learned weights.
+The argument is `METHOD[,key=value…][,smoke]`. METHOD is a row of the table of methods
+(`ltkd_jax.methods`), or bikd: the terms of a method (`terms=kd` by default) with
+learned weights.
 """
 
 import ast
 import re
+from typing import Any
 
 import ml_collections
 
 from ltkd_jax import methods, names
 
-# Short keys of the argument, and the config keys they stand for. Any other key is a hyperparameter of the method
-# (`alpha=2`, `temperature=2`) or a full path (`train.epochs=60`).
+# Short keys of the argument, and the config keys that they stand for. Any other key is
+# a hyperparameter of the method (`alpha=2`, `temperature=2`) or a full path
+# (`train.epochs=60`).
 SHORT = {
     "name": "data.name",
     "imbalance": "data.imbalance",
@@ -32,7 +35,7 @@ SHORT = {
     "outer_loss": "loss_weighting.outer_loss",
 }
 
-# Keys of version 0.1, short and long, and what they are called now.
+# Keys of version 0.1, short and long, and their new names.
 RENAMED = {
     "seed_split": "split_seed",
     "seed_teacher": "teacher_seed",
@@ -52,32 +55,40 @@ RENAMED = {
     "weighting": "loss_weighting",
 }
 
-# Epochs over which methods are warmed up in their own recipes of 240.
+# Warm-up of the methods whose authors warm them up, over 20 of 240 epochs.
 WARMUPS = {"dkd": dict(warmup_epochs=20.0), "reviewkd": dict(warmup_epochs=20.0)}
 
 
 def new_name(key: str) -> str | None:
-    """Returns the present name of a key of version 0.1, None for any other key.
+    """Returns the new name of a key of version 0.1, None for any other key.
 
     >>> new_name("seed_split"), new_name("weighting.hidden"), new_name("seed")
     ('split_seed', 'loss_weighting.hidden', None)
     """
     if key in RENAMED:
         return RENAMED[key]
-    section, _, rest = key.partition(".")
-    return f"{RENAMED[section]}.{rest}" if rest and section in RENAMED else None
+    section, _, subkey = key.partition(".")
+    if subkey and section in RENAMED:
+        return f"{RENAMED[section]}.{subkey}"
+    return None
 
 
-def recipe(**values) -> ml_collections.ConfigDict:
-    """Returns SGD with momentum and L2; the learning rate is multiplied by `lr_decay` at each milestone."""
+def recipe(**values: Any) -> ml_collections.ConfigDict:
+    """Returns a recipe of SGD with momentum and L2 regularisation.
+
+    Args:
+      **values: keys of the recipe that differ from the defaults.
+    """
     defaults = dict(
         batch_size=64,
         epochs=240.0,
-        max_steps=0,  # stop after this many steps; 0 runs all epochs
+        # Stop after this number of steps; 0: after all epochs.
+        max_steps=0,
         lr=0.05,
         momentum=0.9,
         weight_decay=5e-4,
-        milestones=(0.625, 0.75, 0.875),  # fractions of all steps
+        # Fractions of all steps; at each, the learning rate is multiplied by lr_decay.
+        milestones=(0.625, 0.75, 0.875),
         lr_decay=0.1,
     )
     return ml_collections.ConfigDict({**defaults, **values})
@@ -86,36 +97,64 @@ def recipe(**values) -> ml_collections.ConfigDict:
 def base(
     dataset: str, *, teacher: str, student: str, imbalance: float
 ) -> ml_collections.ConfigDict:
-    """Returns a config with every key there is, at its default."""
+    """Returns a config with all keys at their defaults.
+
+    Args:
+      dataset: the name of a data set.
+      teacher: the name of the teacher's model.
+      student: the name of the student's model.
+      imbalance: images of the most frequent class / images of the rarest.
+    """
     config = ml_collections.ConfigDict()
-    config.seed = 0  # the student's: initialisation, order and views
+    # The student's seed: initialisation, order of the images and augmentation.
+    config.seed = 0
+    # The seed of the draw of the training set and the held-out sets.
     config.split_seed = 0
+    # The seed of the teacher's training.
     config.teacher_seed = 0
     config.data = ml_collections.ConfigDict(
         dict(
             name=dataset,
-            dir="",  # a TFDS directory; TFDS's own default if empty
-            subset="exponential",  # exponential: made long-tailed by imbalance; all: as it is; or a list's path
+            # The TFDS directory; empty: TFDS's own default.
+            dir="",
+            # exponential: make it long-tailed by `imbalance`; all: take all images;
+            # or the path of a list of images.
+            subset="exponential",
             imbalance=imbalance,
-            n_max=0,  # training images of the most frequent class; 0 takes what the smallest class has left
-            outer_per_class=0,  # balanced images set aside for the outer loss of learned weights
-            validation_per_class=0,  # balanced images set aside for choosing hyperparameters
-            test_images=0,  # evaluate on this many, balanced, rounded to the classes; 0 takes all
-            image_size=0,  # side to which images are resized; 0 leaves them as they are stored
-            stream=False,  # images stay on disk, and training views are random resized crops
-            num_workers=0,  # processes that read a stream; 0 reads by threads, which on few cores is faster
+            # Training images of the most frequent class; 0: the size of the smallest
+            # class, less its held-out images.
+            n_max=0,
+            # Images of each class held out for the outer loss of learned weights.
+            outer_per_class=0,
+            # Images of each class held out for the choice of hyperparameters.
+            validation_per_class=0,
+            # Evaluate on this number of test images, the same for each class; 0: all.
+            test_images=0,
+            # Resize images to this side length; 0: leave them as they are stored.
+            image_size=0,
+            # Leave images on disk; training views are then random resized crops.
+            stream=False,
+            # Processes that read a stream; 0: threads, faster where cores are few.
+            num_workers=0,
         )
     )
-    # For teacher and student alike, beyond crops and flips. With any of it there is no teacher's table.
+    # Augmentation of teacher and student beyond crops and flips. With any of it there
+    # can be no table of the teacher's logits.
     config.augment = ml_collections.ConfigDict(
         dict(
-            policy="none",  # none | autoaugment (CIFAR's policy)
-            cutout=0,  # side of a blackened square; 16 is usual for CIFAR-10, 8 for CIFAR-100
-            mixup=0.0,  # α of Beta(α, α); 0.2 is usual
+            # none | autoaugment (the policy for CIFAR)
+            policy="none",
+            # Side of a blackened square; 16 is usual for CIFAR-10, 8 for CIFAR-100.
+            cutout=0,
+            # α of Beta(α, α); 0.2 is usual.
+            mixup=0.0,
         )
     )
+    # Fractions of the classes in each group, from the most frequent class on.
     config.groups = ml_collections.ConfigDict(dict(fractions=(0.33, 0.34, 0.33)))
+    # The method with its hyperparameters, see `set_method`.
     config.method = ml_collections.ConfigDict(dict(name="ltkd", warmup_epochs=0.0))
+    # static | bilevel (see `bilevel`)
     config.loss_weighting = ml_collections.ConfigDict(dict(name="static"))
     config.student = ml_collections.ConfigDict(dict(model=student))
     config.train = recipe()
@@ -123,240 +162,303 @@ def base(
         dict(
             model=teacher,
             train=recipe(),
-            dir="runs/teachers",  # where trained teachers are kept, for all runs
-            checkpoint="",  # a trained teacher's folder, FILE.msgpack (variables) or FILE.npz (logits) in its place
-            table="auto",  # auto | always | never
-            table_memory=0.4,  # share of the device's memory that the table may take
-            table_runs=1,  # runs that will share it
+            # Trained teachers are kept here, and shared by all runs.
+            dir="runs/teachers",
+            # An external teacher: the folder of a trained one, FILE.msgpack (its
+            # variables) or FILE.npz (its logits); empty: train one.
+            checkpoint="",
+            # Look the teacher's logits up in a table: auto (if worthwhile) | always |
+            # never.
+            table="auto",
+            # The largest fraction of the device's memory that the table may take.
+            table_memory=0.4,
+            # Number of runs that will share the table.
+            table_runs=1,
         )
     )
-    config.precision = "float32"  # float32 | tf32 | bfloat16
-    config.platform = (
-        ""  # cpu | gpu | tpu: stop where there is none; empty takes whatever there is
-    )
-    config.devices = 0  # how many to use; 0 takes all
-    config.parallel = "jit"  # jit | pmap
-    config.steps_per_call = 0  # 0: one on CPU, an epoch on accelerators
+    # float32 | tf32 | bfloat16
+    config.precision = "float32"
+    # cpu | gpu | tpu: stop if jax has no such device; empty: use what there is.
+    config.platform = ""
+    # Number of devices; 0: all.
+    config.devices = 0
+    # jit | pmap
+    config.parallel = "jit"
+    # Steps in one compiled call; 0: one on CPU, an epoch on accelerators.
+    config.steps_per_call = 0
     config.eval_batch_size = 500
-    config.eval_every = 10  # epochs
-    config.checkpoint_every = 10  # epochs
+    # In epochs.
+    config.eval_every = 10
+    # In epochs.
+    config.checkpoint_every = 10
+    # Whether this is a short test run, see `_make_smoke_test`.
     config.smoke = False
     return config
 
 
-def bilevel(**values) -> dict:
-    """Returns `loss_weighting` for weights that a net learns; BiKD's for CIFAR-100 (arXiv 2605.17839) by default."""
+def bilevel(**values: Any) -> dict[str, Any]:
+    """Returns `loss_weighting` for weights that a net learns.
+
+    The defaults are BiKD's for CIFAR-100 (arXiv 2605.17839).
+
+    Args:
+      **values: keys that differ from the defaults.
+    """
     defaults = dict(
         name="bilevel",
-        lookahead=1,  # K, virtual steps through which the weight net's gradient goes
-        update_every=5,  # k, gradients accumulated for one update of the weight net
-        outer_loss="hard",  # hard | soft | mix: the loss on the outer set
-        features=(
-            "student_ce",
-            "teacher_ce",
-        ),  # per-example losses that the weight net sees; terms by name too
+        # K, virtual steps that the weight net's gradient goes through.
+        lookahead=1,
+        # k, gradients accumulated for one update of the weight net.
+        update_every=5,
+        # The loss on the outer set: hard | soft | mix.
+        outer_loss="hard",
+        # Losses of each example that the weight net sees; also terms by their names.
+        features=("student_ce", "teacher_ce"),
+        # Sizes of the weight net's hidden layers.
         hidden=(64, 64),
-        scales=(),  # constants that multiply the weights, one a term; () is 1 for each
+        # Constants that multiply the learned weights, one for each term; (): all 1.
+        scales=(),
         lr=1e-3,
         weight_decay=1e-4,
-        lr_decay=0.8,  # at the milestones of config.train
+        # Applied at the milestones of config.train.
+        lr_decay=0.8,
     )
     return {**defaults, **values}
 
 
-def bikd_recipe(*, n_max: int, outer_per_class: int) -> dict:
-    """Returns BiKD's recipe as config values: 120 epochs of batch 100, the outer set taken before the tail is cut.
+def bikd_recipe(*, n_max: int, outer_per_class: int) -> dict[str, Any]:
+    """Returns BiKD's recipe as config values: 120 epochs of batch 100.
 
-    Source: the official code of arXiv 2605.17839. How its teacher was trained is not known: it gets the student's recipe.
+    The outer set is held out before the tail is cut. How BiKD's teacher was trained is
+    not known: here it gets the student's recipe.
+
+    Source: the official code of arXiv 2605.17839.
+
+    Args:
+      n_max: training images of the most frequent class.
+      outer_per_class: images of each class in the outer set.
     """
     sgd = dict(batch_size=100, epochs=120.0, lr=0.1, milestones=(80 / 120, 100 / 120))
-    values = {"data.n_max": n_max, "data.outer_per_class": outer_per_class}
+    values: dict[str, Any] = {
+        "data.n_max": n_max,
+        "data.outer_per_class": outer_per_class,
+    }
     for role in ("train", "teacher.train"):
-        values |= {f"{role}.{key}": value for key, value in sgd.items()}
+        for key, value in sgd.items():
+            values[f"{role}.{key}"] = value
     return values
 
 
 def set_method(
-    config, name: str, *, loss_weighting: dict | None = None, **defaults
+    config: ml_collections.ConfigDict,
+    name: str,
+    *,
+    loss_weighting: dict[str, Any] | None = None,
+    **defaults: float,
 ) -> None:
-    """Puts a method's hyperparameters into `config.method`.
+    """Puts a method and its hyperparameters into `config.method`.
 
     Args:
       config: from `base`.
       name: of the method.
-      loss_weighting: from `bilevel`; weights are then learned, and the method keeps the hyperparameters of its terms.
-      **defaults: hyperparameters of methods, of which this one takes its own.
+      loss_weighting: from `bilevel`. The weights are then learned, and the method has
+        only the hyperparameters of its terms.
+      **defaults: hyperparameters that differ from the library's defaults; those that
+        the method does not have are ignored.
     """
-    hyperparameters = methods.hyperparameters(
-        name, learned_weights=loss_weighting is not None
-    )
+    learned = loss_weighting is not None
+    hyperparameters = methods.hyperparameters(name, learned_weights=learned)
     if loss_weighting:
         config.loss_weighting = ml_collections.ConfigDict(loss_weighting)
     else:
-        # A warm-up is of static weights; learned ones replace it.
+        # Only static weights are warmed up.
         hyperparameters = {"warmup_epochs": 0.0, **hyperparameters}
-    values = {key: value for key, value in defaults.items() if key in hyperparameters}
-    config.method = ml_collections.ConfigDict(
-        {"name": name, **hyperparameters, **values}
-    )
+    for key, value in defaults.items():
+        if key in hyperparameters:
+            hyperparameters[key] = value
+    config.method = ml_collections.ConfigDict({"name": name, **hyperparameters})
 
 
 def split(argument: str) -> list[str]:
-    """Returns the parts of an argument; a comma inside brackets belongs to a tuple.
+    """Returns the items of an argument; a comma within brackets belongs to a tuple.
 
     >>> split("bikd, scales=(1.0,2.0),smoke")
     ['bikd', 'scales=(1.0,2.0)', 'smoke']
     """
-    return [
-        part.strip() for part in re.split(r",(?![^(]*\))", argument) if part.strip()
-    ]
+    # Within brackets the next bracket after a comma is a closing one.
+    items = [item.strip() for item in re.split(r",(?![^(]*\))", argument)]
+    return [item for item in items if item]
 
 
 def apply_argument(
-    config,
+    config: ml_collections.ConfigDict,
     argument: str | None,
     *,
-    bikd: dict,
-    loss_weighting: dict,
-    method_defaults: dict | None = None,
+    bikd: dict[str, Any],
+    loss_weighting: dict[str, Any],
+    method_defaults: dict[str, dict[str, float]] | None = None,
     default_recipe: str = "base",
 ) -> ml_collections.ConfigDict:
-    """Returns the config with the argument's method and values in it.
+    """Returns the config with the method and the values of its argument.
+
+    The argument has two keys of its own. `terms=METHOD` names the method whose terms
+    bikd weighs. `recipe=bikd` sets the values of `bikd` for any method; `recipe=base`
+    leaves the config's own.
 
     Args:
-      config: from `base`.
-      argument: `METHOD[,key=value…][,smoke]`, each part optional.
-      bikd: config values that make the recipe BiKD's: `recipe=bikd` sets them, `recipe=base` leaves the config's.
+      config: from `base`; it is changed.
+      argument: `METHOD[,key=value…][,smoke]`; each item is optional, in any order.
+      bikd: BiKD's recipe for this data set, by config keys.
       loss_weighting: from `bilevel`, for bikd.
-      method_defaults: hyperparameters by method, where this data set's differ from the library's.
-      default_recipe: of the other methods; bikd's own is "bikd".
+      method_defaults: hyperparameters by method that differ from the library's defaults
+        on this data set.
+      default_recipe: the recipe of all methods but bikd, whose default is "bikd".
 
     Raises:
-      ValueError: an unknown method, key or a value of the wrong type.
+      ValueError: an unknown method or key, or a value of the wrong type.
     """
-    name, smoke, pairs = _parse_argument(argument or "")
-    learned = name == "bikd"
-    terms = pairs.pop("terms", "kd") if learned else name
-    recipe_name = pairs.pop("recipe", "bikd" if learned else default_recipe)
-    if terms not in methods.METHODS:
+    method, smoke, values = _parse_argument(argument or "")
+    learned = method == "bikd"
+    if learned:
+        method = values.pop("terms", "kd")
+        recipe_name = values.pop("recipe", "bikd")
+    else:
+        recipe_name = values.pop("recipe", default_recipe)
+    if method not in methods.METHODS:
         choices = [*methods.METHODS] if learned else [*methods.METHODS, "bikd"]
-        raise ValueError(names.unknown("method", terms, choices))
+        raise ValueError(names.unknown("method", method, choices))
     if recipe_name not in ("base", "bikd"):
         raise ValueError(f"recipe={recipe_name!r} must be one of base, bikd")
 
-    # Later lines win: the method's defaults, the recipe, the smoke test, and what the argument says itself.
-    defaults = (method_defaults or {}).get(terms, {})
+    # Each of these may overwrite the values of those before it, so the argument's own
+    # values come last.
     set_method(
-        config, terms, loss_weighting=loss_weighting if learned else None, **defaults
+        config,
+        method,
+        loss_weighting=loss_weighting if learned else None,
+        **(method_defaults or {}).get(method, {}),
     )
     if recipe_name == "bikd":
         config.update_from_flattened_dict(bikd)
     if smoke:
-        _shrink(config)
-    for key, text in pairs.items():
-        _set(config, key, text)
-    if "imbalance" in pairs and config.data.subset != "exponential":
+        _make_smoke_test(config)
+    for key, text in values.items():
+        _set_value(config, key, text)
+
+    if "imbalance" in values and config.data.subset != "exponential":
         raise ValueError(
-            f"imbalance={pairs['imbalance']} does nothing where subset={config.data.subset!r}: add subset=exponential"
+            f"imbalance={values['imbalance']} has no effect with "
+            f"subset={config.data.subset!r}: add subset=exponential"
         )
     return config
 
 
-def _parse_argument(argument):
-    """Returns the method's name, whether it is a smoke test, and {key: text} of the rest."""
+def _parse_argument(argument: str) -> tuple[str, bool, dict[str, str]]:
+    """Returns the method, whether it is a smoke test, and the values as text by key."""
     words = []
-    pairs = {}
-    for part in split(argument):
-        key, equals, text = (word.strip() for word in part.partition("="))
+    values: dict[str, str] = {}
+    paths = set()
+    for item in split(argument):
+        key, equals, text = (word.strip() for word in item.partition("="))
         if not equals:
-            words.append(part)
+            words.append(item)
             continue
-        if SHORT.get(key, key) in {SHORT.get(other, other) for other in pairs}:
-            raise ValueError(f"the config's argument gives {key!r} twice; give it once")
-        pairs[key] = text
+        # `epochs` and `train.epochs` are the same key.
+        path = SHORT.get(key, key)
+        if path in paths:
+            raise ValueError(f"the config's argument has {key!r} twice; give it once")
+        paths.add(path)
+        values[key] = text
     method_names = [word for word in words if word != "smoke"]
     if len(method_names) > 1:
         raise ValueError(
-            f"the config's argument names several methods: {', '.join(method_names)}; give one"
+            "the config's argument names several methods: "
+            f"{', '.join(method_names)}; give one"
         )
-    return (method_names or ["ltkd"])[0], "smoke" in words, pairs
+    method = method_names[0] if method_names else "ltkd"
+    return method, "smoke" in words, values
 
 
-def _set(config, key, text):
-    path = SHORT.get(key) or (f"method.{key}" if key in config.method else key)
+def _set_value(config: ml_collections.ConfigDict, key: str, text: str) -> None:
+    """Sets a config value from a key of the argument and its text."""
+    if key in SHORT:
+        path = SHORT[key]
+    elif key in config.method:
+        path = f"method.{key}"
+    else:
+        path = key
     *sections, leaf = path.split(".")
-    node = config
+    node: Any = config
     for section in sections:
-        node = (
-            node[section]
-            if isinstance(node, ml_collections.ConfigDict) and section in node
-            else None
-        )
-    is_value = isinstance(node, ml_collections.ConfigDict) and leaf in node
-    if not is_value or isinstance(node[leaf], ml_collections.ConfigDict):
+        exists = isinstance(node, ml_collections.ConfigDict) and section in node
+        node = node[section] if exists else None
+    exists = isinstance(node, ml_collections.ConfigDict) and leaf in node
+    if not exists or isinstance(node[leaf], ml_collections.ConfigDict):
         raise ValueError(_unknown_key(config, key))
-    node[leaf] = _parse(key, text, node[leaf])
+    node[leaf] = _parse_value(key, text, node[leaf])
 
 
-def _unknown_key(config, key):
-    """Returns the message about a key of the argument that the config does not have."""
+def _unknown_key(config: ml_collections.ConfigDict, key: str) -> str:
+    """Returns the error message for a key that the config does not have."""
     learned = config.loss_weighting.name == "bilevel"
     if new_name(key):
         return f"key {key!r} of the config's argument is now called {new_name(key)!r}"
     if learned and key in methods.STATIC_WEIGHTS:
-        return f"{key!r} is a static weight, which bikd learns instead; loss_weighting.scales multiplies it"
-    short = [
-        short
-        for short, path in SHORT.items()
-        if learned or not path.startswith("loss_weighting.")
-    ]
-    hyperparameters = [name for name in config.method if name != "name"]
-    choices = ["recipe", *short, *hyperparameters]
+        return (
+            f"{key!r} is a static weight, which bikd learns instead; "
+            "loss_weighting.scales multiplies it"
+        )
+    choices = ["recipe"]
+    for short, path in SHORT.items():
+        if learned or not path.startswith("loss_weighting."):
+            choices.append(short)
+    choices += [name for name in config.method if name != "name"]
     hint = names.suggestion(key, choices) or "."
     return (
-        f"unknown key {key!r} in the config's argument{hint} Short keys: {', '.join(choices)}; "
-        "any other key of the config by its full path, such as train.lr"
+        f"unknown key {key!r} in the config's argument{hint} Short keys: "
+        f"{', '.join(choices)}; any other key of the config by its full path, such as "
+        "train.lr"
     )
 
 
-def _parse(key, text, old):
-    """Returns the text as a value of the old one's type."""
-    if isinstance(old, str):
+def _parse_value(key: str, text: str, default: Any) -> Any:
+    """Returns the text as a value of its default's type."""
+    if isinstance(default, str):
         return text
+    if text in ("true", "false"):
+        text = text.capitalize()
     try:
-        value = ast.literal_eval(
-            text.capitalize() if text in ("true", "false") else text
-        )
-    except (
-        ValueError,
-        TypeError,
-        SyntaxError,
-        MemoryError,
-        RecursionError,
-    ):  # the last two where it is nested deep
+        value = ast.literal_eval(text)
+    # The last two are raised for deeply nested text.
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         value = None
-    parts = value if isinstance(value, tuple) else (value,)
-    if not all(_is_plain(part) for part in parts):
+    items = value if isinstance(value, tuple) else (value,)
+    if not all(_is_storable(item) for item in items):
         value = None
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if isinstance(old, float) and is_number:
+    if isinstance(default, float) and is_number:
         return float(value)
-    if type(value) is not type(old):
+    if type(value) is not type(default):
         raise ValueError(
-            f"{key}={text!r} must be of type {type(old).__name__}, like its default {old!r}"
+            f"{key}={text!r} must be of type {type(default).__name__}, like its "
+            f"default {default!r}"
         )
     return value
 
 
-def _is_plain(value):
-    """Returns whether JSON and 64 bits hold the value."""
-    return isinstance(value, (str, float)) or (
-        isinstance(value, int) and abs(value) < 2**63
-    )
+def _is_storable(value: Any) -> bool:
+    """Returns whether JSON can store the value, and 64 bits an integer."""
+    if isinstance(value, int):
+        return abs(value) < 2**63
+    return isinstance(value, (str, float))
 
 
-def _shrink(config):
-    """Takes the same path in seconds: 20 steps, small models, at most 1,000 test images, small crops of a stream."""
+def _make_smoke_test(config: ml_collections.ConfigDict) -> None:
+    """Shortens a run to a test of seconds.
+
+    It trains small models for 20 steps, and evaluates on at most 1,000 images. Streamed
+    images get smaller crops and batches.
+    """
     config.smoke = True
     config.teacher.model = "resnet14"
     config.student.model = "resnet8"

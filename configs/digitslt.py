@@ -1,15 +1,21 @@
-"""Digits-LT: scikit-learn's 1,797 real 8×8 digits, made long-tailed. No download, minutes on a CPU.
+r"""Digits-LT: scikit-learn's 1,797 real 8×8 digits, made long-tailed.
+
+It needs no download, and minutes on a CPU.
 
     python -m experiments.main --config=configs/digitslt.py            # LTKD
     python -m experiments.main --config=configs/digitslt.py:kd,seed=1
     python -m experiments.main --config=configs/digitslt.py:bikd,terms=ltkd
 
-The argument is METHOD[,key=value…][,smoke]: configs/common.py has the methods, the short keys and all other keys.
-For bikd 8 images of each digit are set aside as the outer set; the training images are the same, since n_max is given.
-Its weight net is the paper's for ten classes (CIFAR-10).
+The argument is METHOD[,key=value…][,smoke]; configs/common.py has the methods, the
+short keys and all other keys.
 
-Hardware: 2 CPU cores. Expected over student seeds 0-2 (results/README.md): ltkd 79.0 ± 1.1 all, 46.4 ± 1.8 tail; bikd
-75.3 ± 0.7 all, 26.8 ± 0.7 tail. `make demo` fills that table.
+For bikd, 8 images of each digit are held out as the outer set. The training images stay
+the same, since n_max is set. Its weight net is the paper's for ten classes (CIFAR-10).
+
+Hardware: 2 CPU cores.
+
+Expected over student seeds 0-2 (results/README.md): ltkd 79.0 ± 1.1 all, 46.4 ± 1.8
+tail; bikd 75.3 ± 0.7 all, 26.8 ± 0.7 tail. `make demo` fills that table.
 """
 
 from configs import common

@@ -1,15 +1,25 @@
-"""Fashion-MNIST-LT at γ = 100: ResNet20 → ResNet8 on 28×28 grey images. Neither paper has it; small enough for a laptop.
+r"""Fashion-MNIST-LT at γ = 100: ResNet20 → ResNet8 on 28×28 grey images.
 
-    python -m ltkd_jax.data.prepare fashion_mnist --data_dir=DIR             # once; --source=FOLDER without a network
-    python -m experiments.main --config=configs/fashionmnistlt.py:ltkd --config.data.dir=DIR
-    python -m experiments.main --config=configs/fashionmnistlt.py:bikd,imbalance=50 --config.data.dir=DIR
-    python -m experiments.main --config=configs/fashionmnistlt.py:ltkd,smoke --config.data.dir=DIR
+Neither paper has it; it is small enough for a laptop. Prepare the data set once (with
+--source=FOLDER if there is no network), then train:
 
-The argument is METHOD[,key=value…][,smoke]: configs/common.py has the methods, the short keys and all other keys.
+    python -m ltkd_jax.data.prepare fashion_mnist --data_dir=DIR
+    python -m experiments.main --config=configs/fashionmnistlt.py:ltkd \
+        --config.data.dir=DIR
+    python -m experiments.main --config=configs/fashionmnistlt.py:bikd,imbalance=50 \
+        --config.data.dir=DIR
+    python -m experiments.main --config=configs/fashionmnistlt.py:ltkd,smoke \
+        --config.data.dir=DIR
 
-Recipe: LTKD's for CIFAR, with 60 epochs; for bikd BiKD's for ten classes, with 100 images of each class set aside.
+The argument is METHOD[,key=value…][,smoke]; configs/common.py has the methods, the
+short keys and all other keys.
 
-Hardware: one GPU, or patience; `smoke` on 2 CPU cores in under a minute. Expected: nothing is published; not yet run here.
+Recipe: LTKD's for CIFAR, with 60 epochs. bikd uses BiKD's for ten classes, and holds
+out 100 images of each class.
+
+Hardware: one GPU, or patience. `smoke` takes under a minute on 2 CPU cores.
+
+Expected: nothing is published; this config has not been run yet.
 """
 
 from configs import common
@@ -19,7 +29,8 @@ def get_config(argument: str = ""):
     config = common.base(
         "fashion_mnist", teacher="resnet20", student="resnet8", imbalance=100.0
     )
-    config.train.epochs = config.teacher.train.epochs = 60.0
+    config.train.epochs = 60.0
+    config.teacher.train.epochs = 60.0
     return common.apply_argument(
         config,
         argument,

@@ -1,21 +1,41 @@
-"""ImageNet-LT: ResNet34 → ResNet18 on a stream of 224×224 crops; LTKD's exponential subsample, or a list of your own.
+r"""ImageNet-LT: ResNet34 → ResNet18 on a stream of 224×224 crops.
 
-    python -m ltkd_jax.data.prepare imagenet2012 --source=FOLDER --data_dir=DIR      # once; FOLDER/train/WNID, FOLDER/val
-    python -m experiments.main --config=configs/imagenetlt.py:ltkd --config.data.dir=DIR                  # γ = 10
-    python -m experiments.main --config=configs/imagenetlt.py:ltkd,imbalance=20 --config.data.dir=DIR     # 5, 10, 20
-    python -m experiments.main --config=configs/imagenetlt.py:ltkd,subset=ImageNet_LT_train.txt --config.data.dir=DIR
-    python -m experiments.main --config=configs/imagenetlt.py:ltkd,smoke --config.data.dir=DIR
+Prepare the data set once; FOLDER has train/WNID and val:
 
-The argument is METHOD[,key=value…][,smoke]: configs/common.py has the methods, the short keys and all other keys.
+    python -m ltkd_jax.data.prepare imagenet2012 --source=FOLDER --data_dir=DIR
 
-`subset` is exponential (LTKD's: n_c = 732 · γ^(−c/999), since the smallest class has 732 images; the paper's n_max is not
-known), or the path of a list with a line "relative/path label" for each image, such as the usual ImageNet-LT's
-(115,846 images). The test is ImageNet's validation set. For bikd 10 images of each class are set aside.
+Train at γ = 10 (LTKD reports 5, 10 and 20), at γ = 20, on a list of images, or a smoke
+test:
 
-Images stay on disk: random resized crops and flips by threads or `data.num_workers` processes, so there is no teacher's table. Recipe: the
-usual 100 epochs of batch 256, lr 0.1, ×0.1 at 30, 60 and 90, weight decay 1e-4 (the paper's is not known).
+    python -m experiments.main --config=configs/imagenetlt.py:ltkd \
+        --config.data.dir=DIR
+    python -m experiments.main --config=configs/imagenetlt.py:ltkd,imbalance=20 \
+        --config.data.dir=DIR
+    python -m experiments.main \
+        --config=configs/imagenetlt.py:ltkd,subset=ImageNet_LT_train.txt \
+        --config.data.dir=DIR
+    python -m experiments.main --config=configs/imagenetlt.py:ltkd,smoke \
+        --config.data.dir=DIR
 
-Hardware: GPUs. Expected: LTKD reports this data set, but its numbers are not known here; not yet run here.
+The argument is METHOD[,key=value…][,smoke]; configs/common.py has the methods, the
+short keys and all other keys.
+
+`subset` is "exponential" or the path of a list. The former is LTKD's: n_c =
+732 · γ^(−c/999), since the smallest class has 732 images (the paper's n_max is not
+known). A list has a line "relative/path label" for each image, such as the usual
+ImageNet-LT's (115,846 images). The test set is ImageNet's validation set. For bikd, 10
+images of each class are held out.
+
+Images stay on disk; threads or `data.num_workers` processes read, crop and flip them.
+So there is no table of the teacher's logits.
+
+Recipe: the usual 100 epochs of batch 256, lr 0.1, × 0.1 at 30, 60 and 90, weight decay
+1e-4 (the paper's is not known).
+
+Hardware: GPUs.
+
+Expected: LTKD reports this data set, but its numbers are not known here; this config
+has not been run yet.
 """
 
 from configs import common
@@ -28,7 +48,8 @@ def get_config(argument: str = ""):
         student="resnet18_imagenet",
         imbalance=10.0,
     )
-    config.data.stream, config.data.image_size = True, 224
+    config.data.stream = True
+    config.data.image_size = 224
     config.train = common.recipe(
         batch_size=256,
         epochs=100.0,

@@ -1,11 +1,14 @@
-"""Trains one row of a table: a teacher (once), then a student by the method of the config.
+r"""Trains one row of a table: a teacher (once), then a student by the config's method.
 
-    python -m experiments.main                                       # LTKD on long-tailed digits, no download
-    python -m experiments.main --config=configs/cifar100lt.py:ltkd,imbalance=100 --config.data.dir=DIR
+    python -m experiments.main            # LTKD on long-tailed digits, no download
+    python -m experiments.main --config=configs/cifar100lt.py:ltkd,imbalance=100 \
+        --config.data.dir=DIR
 
-The config's argument is METHOD[,key=value…][,smoke]; any key can be set by --config.KEY=VALUE.
-The work directory gets config.json, metrics.jsonl, checkpoints, results.json and report.html. The same command
-resumes an interrupted run, exactly.
+The config's argument is METHOD[,key=value…][,smoke]. Any key can be set by
+--config.KEY=VALUE.
+
+The work directory gets config.json, metrics.jsonl, checkpoints, results.json and
+report.html. The same command resumes an interrupted run, exactly.
 """
 
 import pathlib
@@ -19,27 +22,29 @@ _DEFAULT = "configs/digitslt.py"
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
     None,
-    f"The config file, with its argument after a colon; {_DEFAULT} unless given.",
+    f"The config file, with its argument after a colon; {_DEFAULT} by default.",
     lock_config=True,
 )
 _DISTRIBUTED = flags.DEFINE_string(
     "distributed",
     None,
-    "One of several processes: auto (TPU pod, Slurm, …), or HOST:PORT,INDEX,COUNT of process 0.",
+    "How one of several processes joins the others: auto (TPU pod, Slurm, …), or "
+    "HOST:PORT,INDEX,COUNT with the address of process 0.",
 )
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Where the run lives; runs/<what is trained> unless given."
+    "workdir", None, "The work directory; runs/<what is trained> by default."
 )
 
 
-def main(argv):
-    # Imported after the flags are read, so that --help is quick.
+def main(argv: list[str]) -> None:
+    """Does the run that the flags describe."""
+    # Imported after the flags are parsed: --help need not wait for jax.
     from experiments import runtime
     from experiments.config.spec import resolve
     from experiments.config.validation import ConfigError
     from experiments.reporting import load, report_page, tables
     from experiments.trainer import run
-    from experiments.trainer.interrupts import Stopped
+    from experiments.trainer.interrupts import StoppedError
     from experiments.trainer.loop import DivergedError
     from ltkd_jax.training import hosts
 
@@ -47,46 +52,54 @@ def main(argv):
     try:
         spec = hosts.run_on_all(lambda: resolve(_CONFIG.value))
         workdir = pathlib.Path(_WORKDIR.value or pathlib.Path("runs") / spec.name)
-        results = run.run(
-            spec,
-            workdir,
-            command=runtime.command_line("experiments.main", sys.argv[1:]),
-        )
+        command = runtime.command_line("experiments.main", sys.argv[1:])
+        results = run.run(spec, workdir, command=command)
         if hosts.is_primary():
             report_page.write_report([load.load(workdir)], workdir / "report.html")
             print(tables.console([results]))
             print(f"\n{workdir / 'results.json'}   {workdir / 'report.html'}")
     except (ConfigError, DivergedError, load.ReportError, OSError) as error:
         sys.exit(f"error: {error}")
-    except Stopped as stopped:
-        print(f"{stopped}. The same command resumes there.", file=sys.stderr)
+    except StoppedError as error:
+        print(f"{error}. The same command resumes there.", file=sys.stderr)
         sys.exit(runtime.STOPPED)
 
 
-def parse_flags(argv):
-    """Parses the flags, with a config's own error in one line in place of a traceback."""
-    if not any(word.lstrip("-").split("=")[0] == "config" for word in argv[1:]):
+def parse_flags(argv: list[str]) -> list[str]:
+    """Parses the flags; an error of the config is reported in one line.
+
+    Returns:
+      The arguments that are no flags: the program's name alone.
+    """
+    flag_names = [word.lstrip("-").partition("=")[0] for word in argv[1:]]
+    if "config" not in flag_names:
         argv = [argv[0], f"--config={_DEFAULT}", *argv[1:]]
     try:
-        rest = flags.FLAGS(argv)
-        _CONFIG.value.lock()  # a file that could not be loaded only says so when it is used
+        arguments = flags.FLAGS(argv)
+        # The flag keeps an error of loading its file until its value is first used.
+        _CONFIG.value.lock()
     except (flags.Error, OSError, SyntaxError, ImportError) as error:
-        last = str(error).strip().splitlines()[-1].strip()
-        missing = re.search(r"No such file or directory: '(.+)'", last)
-        if missing:
-            from experiments.config.load import missing_file
-
-            last = missing_file(missing[1])
-        sys.exit(f"error: {last.removeprefix('ValueError: ')}")
+        sys.exit(f"error: {_one_line(error)}")
     except (AttributeError, KeyError, TypeError) as error:
         sys.exit(f"error: {_unknown_key(argv, error)}")
-    if len(rest) > 1:
-        sys.exit(f"error: unexpected argument {rest[1]!r}; --help has the flags")
-    return rest
+    if len(arguments) > 1:
+        sys.exit(f"error: unexpected argument {arguments[1]!r}; --help has the flags")
+    return arguments
 
 
-def _unknown_key(argv, error):
-    """Returns the message about a --config.KEY that the config does not have."""
+def _one_line(error: Exception) -> str:
+    """Returns the last line of an error, which has the cause."""
+    message = str(error).strip().splitlines()[-1].strip()
+    path = re.search(r"No such file or directory: '(.+)'", message)
+    if path:
+        from experiments.config.load import missing_file
+
+        message = missing_file(path[1])
+    return message.removeprefix("ValueError: ")
+
+
+def _unknown_key(argv: list[str], error: Exception) -> str:
+    """Returns the error message for a --config.KEY that the config does not have."""
     from configs.common import new_name
 
     overrides = [word for word in argv if word.startswith("--config.")]
@@ -94,9 +107,13 @@ def _unknown_key(argv, error):
         key = word.removeprefix("--config.").partition("=")[0]
         if new_name(key):
             return f"config key {key!r} is now called {new_name(key)!r}"
-    close = re.search(r'mean "(\w+)"', str(error))
-    hint = f"did you mean {close[1]!r}? " if close else ""
-    return f"the config has no such key: {' '.join(overrides)}; {hint}configs/common.py has all of them"
+    # ml_collections suggests the closest key.
+    suggestion = re.search(r'mean "(\w+)"', str(error))
+    hint = f"did you mean {suggestion[1]!r}? " if suggestion else ""
+    return (
+        f"the config has no such key: {' '.join(overrides)}; {hint}configs/common.py "
+        "has all keys"
+    )
 
 
 if __name__ == "__main__":

@@ -1,17 +1,23 @@
-"""Where a result comes from: device, versions, commit."""
+"""The origin of a result: device, versions and commit."""
 
 import importlib.metadata
 import os
 import pathlib
 import subprocess
+from typing import Any
 
 import jax
 
 _PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
-def describe(precision: str, num_devices: int) -> dict:
-    """`device`, `precision`, `versions` and `commit`, for `results.json`."""
+def describe(precision: str, num_devices: int) -> dict[str, Any]:
+    """Returns `device`, `precision`, `versions` and `commit`, for `results.json`.
+
+    Args:
+      precision: the config's.
+      num_devices: the number of devices used.
+    """
     return {
         "device": _device(num_devices),
         "precision": precision,
@@ -21,31 +27,34 @@ def describe(precision: str, num_devices: int) -> dict:
 
 
 def short() -> str:
-    """One line for a benchmark: device, jax, commit."""
-    found = describe("", 1)
-    return (
-        f"{found['device']}, jax {found['versions']['jax']}, commit {found['commit']}"
-    )
+    """Returns device, version of jax and commit in one line, for a benchmark."""
+    origin = describe(precision="", num_devices=1)
+    versions = origin["versions"]
+    return f"{origin['device']}, jax {versions['jax']}, commit {origin['commit']}"
 
 
-def _device(num_devices):
+def _device(num_devices: int) -> str:
     device = jax.devices()[0]
     if device.platform == "cpu":
+        # The cores that this process may use, of which the machine may have more.
         return f"{len(os.sched_getaffinity(0))}-core CPU"
     return f"{num_devices} × {device.device_kind}"
 
 
-def _commit():
-    """The checkout's commit, marked if there are changes; "unknown" outside of one."""
+def _commit() -> str:
+    """Returns the checkout's commit, marked if it has changes, or "unknown"."""
     root = pathlib.Path(__file__).parent
 
-    def git(*words):
-        return subprocess.run(
+    def git(*words: str) -> str:
+        process = subprocess.run(
             ["git", *words], cwd=root, capture_output=True, text=True, check=True
-        ).stdout.strip()
+        )
+        return process.stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--", "../ltkd_jax", "../configs", ".")
-        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")
+        # Only changes of the code count, not those of pages or results.
+        changes = git("status", "--porcelain", "--", "../ltkd_jax", "../configs", ".")
+        commit = git("rev-parse", "--short=12", "HEAD")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+    return f"{commit}+changes" if changes else commit

@@ -1,24 +1,33 @@
-"""Turns work directories and result files into a page, tables for a paper, or the results page of the repository.
+"""Turns results into a page, tables for a paper, or the repository's results page.
 
-    python -m experiments.report PATH… [--output report.html] [--title TITLE] [--table text|markdown|latex]
+    python -m experiments.report PATH… [--output report.html] [--title TITLE]
     python -m experiments.report PATH… --table latex > tables.tex
     python -m experiments.report --results results/ [--queue experiments/queues/*.json]
 
-PATH is a work directory, a result file, or a folder of either. The page is one file that needs no network; the folder
-report_files/ beside it has its figures as SVG files and its tables as Markdown and LaTeX. --table chooses the form in
-which the tables are printed. The last form writes README.md into the results folder: the papers' numbers beside ours.
+PATH is a work directory, a result file, or a folder of either. The page is one file
+that needs no network. The folder report_files/ beside it has its figures as SVG files
+and its tables as Markdown and LaTeX. --table (text, markdown or latex) chooses how the
+tables are printed.
+
+The last form writes README.md into the results folder: the papers' numbers beside ours.
 """
 
 import argparse
+import os
 import sys
+from typing import Any
 
 from experiments.jobs import queue_entry
 from experiments.reporting import load, report_page, results_page, tables, writers
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m experiments.report", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+def main(argv: list[str] | None = None) -> None:
+    """Writes the page that the arguments describe, and prints its tables."""
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument(
         "paths",
         nargs="*",
@@ -38,52 +47,58 @@ def main(argv=None):
         "--table",
         default="text",
         choices=writers.FORMS,
-        help="what is printed (default: text)",
+        help="how tables are printed (default: text)",
     )
     parser.add_argument(
         "--results",
         metavar="FOLDER",
         help="write README.md into this folder of result files instead",
     )
-    parser.add_argument("--queue", nargs="*", default=[], metavar="FILE",
-                        help="queues, for --results: what is not run yet is listed as such")  # fmt: skip
-    args = parser.parse_args(argv)
-    if bool(args.paths) == bool(args.results):
+    parser.add_argument(
+        "--queue",
+        nargs="*",
+        default=[],
+        metavar="FILE",
+        help="queues, for --results: their runs without a result are listed, too",
+    )
+    options = parser.parse_args(argv)
+    if bool(options.paths) == bool(options.results):
         parser.error("give either PATHs or --results")
     try:
-        if args.results:
-            planned = [run for path in args.queue for run in planned_runs(path)]
-            print(results_page.write_results(args.results, planned))
+        if options.results:
+            planned: list[dict[str, Any]] = []
+            for path in options.queue:
+                planned += planned_runs(path)
+            print(results_page.write_results(options.results, planned))
             return
-        runs = load.find(args.paths)
+        runs = load.find(options.paths)
         if not runs:
-            raise load.ReportError(f"no runs in {', '.join(args.paths)}")
-        report_page.write_report(runs, args.output, args.title)
-    except (
-        ValueError,
-        OSError,
-    ) as error:  # of a file to read, a queue, or a place to write
+            raise load.ReportError(f"no runs in {', '.join(options.paths)}")
+        report_page.write_report(runs, options.output, options.title)
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    print(tables.console(runs, args.table))
-    print(f"\n{args.output}", file=sys.stderr)  # so that only the tables go into a file
+    print(tables.console(runs, options.table))
+    # To stderr, so that > writes only the tables.
+    print(f"\n{options.output}", file=sys.stderr)
 
 
-def planned_runs(path):
-    """Returns the runs of a queue as `results_page.render_results` takes them."""
+def planned_runs(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Returns the runs of a queue file, for `results_page.render_results`."""
     runs = []
     for entry in queue_entry.read_queue(path):
         spec = entry.resolve()
-        run = {
-            "data": spec.data.name,
-            "imbalance": spec.data.imbalance,
-            "epochs": spec.train.epochs,
-        }
-        run |= {
-            "teacher": spec.teacher.model,
-            "student": spec.student_model,
-            "method": spec.label,
-        }
-        runs.append(run | {"set": entry.set, "group": entry.group})
+        runs.append(
+            {
+                "data": spec.data.name,
+                "imbalance": spec.data.imbalance,
+                "epochs": spec.train.epochs,
+                "teacher": spec.teacher.model,
+                "student": spec.student_model,
+                "method": spec.label,
+                "set": entry.set,
+                "group": entry.group,
+            }
+        )
     return runs
 
 

@@ -1,15 +1,27 @@
-"""Does the runs of a queue file that have no result yet, one JSON a run into a results folder.
+r"""Does the runs of a queue file that have no result yet, each into a result JSON.
 
-    python -m experiments.reproduce experiments/queues/demo.json --results=runs/demo/results
-    python -m experiments.reproduce experiments/queues/gpu.json --time_limit=25 --data_dir=DIR
-    python -m experiments.report --results=results --queue experiments/queues/*.json   # the table, beside the papers'
+    python -m experiments.reproduce experiments/queues/demo.json \
+        --results=runs/demo/results
+    python -m experiments.reproduce experiments/queues/gpu.json --time_limit=25 \
+        --data_dir=DIR
 
-A queue is JSON: {"about": …, "set": {…}, "runs": [{"config": "configs/x.py:METHOD,…", "set": {"train.epochs": 60},
-"seeds": [0, 1, 2], "group": …, "best_of": …}]}. A run with "best_of" takes its hyperparameters (of the method and of
-learned weights) from the run of that group with the best balanced validation accuracy, and waits until all of that
-group are done.
-A result is found by the hash of its config, so a changed default is a run to do again.
-The exit status is 1 where a run failed, and 75 where a signal stopped it before all was done.
+The table of the results, beside those of the papers:
+
+    python -m experiments.report --results=results --queue experiments/queues/*.json
+
+A queue is JSON:
+
+    {"about": …, "set": {…}, "runs": [
+      {"config": "configs/x.py:METHOD,…", "set": {"train.epochs": 60},
+       "seeds": [0, 1, 2], "group": …, "best_of": …}]}
+
+A run with "best_of" takes its hyperparameters (of the method and of learned weights)
+from the run of that group with the best balanced validation accuracy; it waits until
+all runs of the group are done. A result is looked up by the hash of its config, so
+after a change of a default the run is done again.
+
+The exit status is 1 if a run failed, and 75 if a signal stopped the queue before all
+was done.
 """
 
 import argparse
@@ -21,10 +33,14 @@ from experiments.jobs import command
 from experiments.reporting.load import ReportError
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m experiments.reproduce", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     parents=[command.options()])  # fmt: skip
+def main(argv: list[str] | None = None) -> None:
+    """Does the runs of the queue that the arguments name, and exits."""
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.reproduce",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[command.parent_parser()],
+    )
     parser.add_argument(
         "queue", help="a queue file, such as experiments/queues/demo.json"
     )
@@ -38,9 +54,12 @@ def main(argv=None):
     folder = options.runs or pathlib.Path("runs") / pathlib.Path(options.queue).stem
     try:
         machine = command.set_up(options)
-        sys.exit(command.run(options.queue, options.results, folder, options, machine))
+        status = command.run_queue(
+            options.queue, options.results, folder, options, machine
+        )
     except (ConfigError, ReportError, OSError) as error:
         sys.exit(f"error: {error}")
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What every command does first."""
+"""The set-up that every command needs before it computes anything."""
 
 import importlib.metadata
 import logging
@@ -10,32 +10,34 @@ import jax
 
 from ltkd_jax.training import hosts
 
-STOPPED = (
-    75  # exit status of a command that a signal or its time limit stopped, after saving
-)
+# Exit status of a command that saved and stopped, by a signal or its time limit.
+STOPPED = 75
 
-# On CPU all but convolutions may go to YNNPACK, as XLA would have it; those go to Eigen, which is faster, by 19 times
-# for the gradient of a 3×3 kernel at 32×32 pixels (docs/performance.md). XLA ends the process at a flag that it does
-# not know, so only releases that are known to accept this one get it.
+# On CPU, XLA gives most operations to YNNPACK by default. Without this flag it would do
+# so with convolutions, too, which Eigen computes faster: by 19 times for the gradient
+# of a 3×3 kernel at 32×32 pixels (docs/performance.md).
 _NO_YNN_CONVOLUTIONS = (
     "--xla_cpu_experimental_ynn_fusion_type=-LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION"
 )
-_ACCEPTING = ("0.10.", "0.11.")  # of jaxlib
+# XLA aborts the process if it does not know a flag, so the flag is set only for the
+# releases of jaxlib that are known to accept it.
+_JAXLIB_WITH_FLAG = ("0.10.", "0.11.")
 
 
 def initialize(distributed: str | None = None) -> None:
-    """Keeps compiled programs on disk between runs, in $LTKD_CACHE or .jax_cache, and the log to warnings; sets XLA up.
+    """Sets up XLA, logging and the cache of compiled programs.
+
+    The cache is on disk, in $LTKD_CACHE or .jax_cache, and shared by all runs.
 
     Args:
-      distributed: for one of several processes, as `hosts.start`.
+      distributed: how this process joins other ones, see `hosts.start`; None for a
+        single process.
     """
     set_xla_flags()
     logging.getLogger().setLevel(logging.WARNING)
     logging.getLogger("absl").setLevel(logging.WARNING)
-    jax.config.update(
-        "jax_compilation_cache_dir",
-        os.path.abspath(os.environ.get("LTKD_CACHE", ".jax_cache")),
-    )
+    cache_dir = os.path.abspath(os.environ.get("LTKD_CACHE", ".jax_cache"))
+    jax.config.update("jax_compilation_cache_dir", cache_dir)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     if distributed:
         print(
@@ -49,23 +51,31 @@ def initialize(distributed: str | None = None) -> None:
 
 
 def set_xla_flags() -> None:
-    """Adds this program's flags to XLA_FLAGS, which XLA reads when the first device is asked for."""
+    """Adds this program's flags to the environment variable XLA_FLAGS.
+
+    XLA reads the variable once, when jax uses its first device. A value that the user
+    has set for the same flag is kept.
+    """
     flags = os.environ.get("XLA_FLAGS", "")
-    jaxlib = importlib.metadata.version("jaxlib")
-    if (
-        jaxlib.startswith(_ACCEPTING)
-        and _NO_YNN_CONVOLUTIONS.split("=")[0] not in flags
-    ):
+    jaxlib_version = importlib.metadata.version("jaxlib")
+    flag_name = _NO_YNN_CONVOLUTIONS.partition("=")[0]
+    if jaxlib_version.startswith(_JAXLIB_WITH_FLAG) and flag_name not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {_NO_YNN_CONVOLUTIONS}".strip()
 
 
 def command_line(module: str, arguments: list[str]) -> str:
-    """The command that repeats a run, without what differs between machines."""
-    kept, words = [], iter(arguments)
-    for word in words:
-        name, equals, _ = word.lstrip("-").partition("=")
-        if name not in ("config.data.dir", "distributed"):
-            kept.append(word)
+    """Returns the command that repeats a run, without what differs between machines.
+
+    >>> command_line("experiments.main", ["--config.data.dir=x", "--workdir", "y"])
+    'python -m experiments.main --workdir y'
+    """
+    portable = []
+    remaining = iter(arguments)
+    for word in remaining:
+        flag, equals, _ = word.lstrip("-").partition("=")
+        if flag not in ("config.data.dir", "distributed"):
+            portable.append(word)
         elif not equals:
-            next(words, None)  # its value, as a word of its own
-    return shlex.join(["python", "-m", module, *kept])
+            # The flag's value is the next word.
+            next(remaining, None)
+    return shlex.join(["python", "-m", module, *portable])

@@ -1,12 +1,19 @@
-"""Compares methods over settings and seeds: writes a queue, and does it as `experiments.reproduce` does.
+r"""Compares methods over settings and seeds.
 
-    python -m experiments.sweep --config=configs/digitslt.py --methods=ce,kd,ltkd,bikd --imbalance=10,100 --seeds=3
-    python -m experiments.sweep --methods=kd,ltkd,alpha=0.5,ltkd,alpha=2,bikd,terms=ltkd --student=resnet8,resnet20
+It writes a queue and does its runs, see `experiments.reproduce`.
 
-A method may be followed by its own key=value. What all runs share stands in the config's argument, as in
---config=configs/digitslt.py:epochs=20 or :smoke. The folder (runs/sweep-<config> unless --name is given) gets
-queue.json, results/, a work directory for each run, and the page that compares them. The same command continues where
-it was; with more methods, settings or seeds it runs what is missing.
+    python -m experiments.sweep --config=configs/digitslt.py \
+        --methods=ce,kd,ltkd,bikd --imbalance=10,100 --seeds=3
+    python -m experiments.sweep --student=resnet8,resnet20 \
+        --methods=kd,ltkd,alpha=0.5,ltkd,alpha=2,bikd,terms=ltkd
+
+In the list of methods, key=value belongs to the method before it. The config's argument
+has the values that all runs share, as in --config=configs/digitslt.py:epochs=20 or
+:smoke.
+
+The folder (runs/sweep-<config> unless --name is given) gets queue.json, results/, a
+work directory for each run, and the page that compares them. The same command continues
+an interrupted sweep; with more methods, settings or seeds it does the missing runs.
 """
 
 import argparse
@@ -24,23 +31,25 @@ from experiments.jobs import command
 from experiments.reporting.load import ReportError
 from ltkd_jax import files
 
+# Keys of a setting, with example values for --help.
 _AXES = {
     "imbalance": "10,100",
     "teacher": "resnet20,resnet32",
     "student": "resnet8,resnet20",
-}  # with examples
+}
+_Runs = list[tuple[str, spec.RunSpec]]
 
 
 def split_methods(text: str) -> list[list[str]]:
-    """Returns the methods of a list, each followed by what is set for it alone.
+    """Returns the methods of a list, each followed by the values that it alone has.
 
     Raises:
-      ConfigError: no method, or a value before any.
+      ConfigError: there is no method, or a value before the first one.
 
     >>> split_methods("kd,ltkd,alpha=2,beta=1")
     [['kd'], ['ltkd', 'alpha=2', 'beta=1']]
     """
-    methods = []
+    methods: list[list[str]] = []
     for word in common.split(text):
         if "=" not in word:
             methods.append([word])
@@ -48,13 +57,15 @@ def split_methods(text: str) -> list[list[str]]:
             methods[-1].append(word)
         else:
             raise ConfigError(
-                f"--methods={text}: {word!r} follows no method; for all runs, put it into --config"
+                f"--methods={text}: {word!r} follows no method; for all runs, put it "
+                "into --config"
             )
     if not methods:
         raise ConfigError(f"--methods={text}: give at least one, such as ce,kd,ltkd")
     if ["smoke"] in methods:
         raise ConfigError(
-            f"--methods={text}: smoke is for all runs, put it into --config=configs/….py:smoke"
+            f"--methods={text}: smoke is for all runs, put it into "
+            "--config=configs/….py:smoke"
         )
     return methods
 
@@ -62,99 +73,103 @@ def split_methods(text: str) -> list[list[str]]:
 def plan(
     config: str, methods: str, axes: dict[str, str | None]
 ) -> dict[str, spec.RunSpec]:
-    """Returns the runs of a sweep by their configs, `{"configs/x.py:argument": specification}`.
+    """Returns the runs of a sweep: their specifications by "configs/x.py:argument".
 
     Args:
-      config: "configs/x.py", or with an argument that all runs share: "configs/x.py:epochs=20,smoke".
+      config: "configs/x.py", or with values that all runs share:
+        "configs/x.py:epochs=20,smoke".
       methods: a list, see `split_methods`.
-      axes: short keys of the argument, each with a list of values, or None for the config's own.
+      axes: short keys of the argument, each with a list of values, or None for the
+        config's own value.
 
     Raises:
-      ConfigError: a config that cannot be, or the same run twice.
+      ConfigError: a config is not allowed, or two of them describe the same run.
     """
-    path, _, shared = config.partition(":")
-    values = [
-        [f"{key}={value.strip()}" for value in text.split(",")]
-        for key, text in axes.items()
-        if text is not None
-    ]
-    specs, references = {}, {}
-    for setting in itertools.product(*values):
-        for reference, run in _with_one_recipe(
-            path, split_methods(methods), [*setting, *common.split(shared)]
-        ):
-            if run.hash in references:
+    path, _, shared_argument = config.partition(":")
+    shared_values = common.split(shared_argument)
+    axis_values = []
+    for key, text in axes.items():
+        if text is not None:
+            axis_values.append([f"{key}={value.strip()}" for value in text.split(",")])
+    specs: dict[str, spec.RunSpec] = {}
+    reference_of: dict[str, str] = {}  # by the run's hash
+    for setting in itertools.product(*axis_values):
+        values = [*setting, *shared_values]
+        for reference, run in _comparable_runs(path, split_methods(methods), values):
+            if run.hash in reference_of:
                 raise ConfigError(
-                    f"{reference} is the same run as {references[run.hash]}: give it once"
+                    f"{reference} is the same run as {reference_of[run.hash]}: give it "
+                    "once"
                 )
-            references[run.hash] = reference
+            reference_of[run.hash] = reference
             specs[reference] = run
     return specs
 
 
-def _with_one_recipe(path, methods, rest):
-    """Returns a (config, specification) for each method of a setting.
+def _comparable_runs(path: str, methods: list[list[str]], values: list[str]) -> _Runs:
+    """Returns the config and the specification of each method of a setting.
 
-    Methods are compared over the same images, steps and teacher: where bikd's recipe differs from that of the other
-    methods, all get it, unless a recipe was asked for or they would differ all the same.
+    Methods should be compared on the same images, steps and teacher. If bikd is among
+    them and its recipe differs from that of the others, all of them get bikd's. This is
+    not done if the user has chosen recipes, or if they would still differ.
     """
-    own_recipes = _resolved(path, methods, rest)
-    is_chosen = any(
-        word.startswith("recipe=") for word in itertools.chain(rest, *methods)
-    )
-    learns_weights = any(method[0] == "bikd" for method in methods)
-    if is_chosen or not learns_weights or _are_comparable(own_recipes):
-        return own_recipes
-    one_recipe = [
-        method if method[0] == "bikd" else [*method, "recipe=bikd"]
-        for method in methods
-    ]
-    resolved = _resolved(path, one_recipe, rest)
-    return resolved if _are_comparable(resolved) else own_recipes
+    runs = _resolve_runs(path, methods, values)
+    words = itertools.chain(values, *methods)
+    has_recipe = any(word.startswith("recipe=") for word in words)
+    has_bikd = any(method[0] == "bikd" for method in methods)
+    if has_recipe or not has_bikd or _are_comparable(runs):
+        return runs
+    with_recipe = []
+    for method in methods:
+        is_bikd = method[0] == "bikd"
+        with_recipe.append(method if is_bikd else [*method, "recipe=bikd"])
+    runs_with_recipe = _resolve_runs(path, with_recipe, values)
+    return runs_with_recipe if _are_comparable(runs_with_recipe) else runs
 
 
-def _resolved(path, methods, rest):
-    references = [f"{path}:{','.join([*method, *rest])}" for method in methods]
+def _resolve_runs(path: str, methods: list[list[str]], values: list[str]) -> _Runs:
+    references = [f"{path}:{','.join([*method, *values])}" for method in methods]
     for reference in references:
         if re.search(r"[:,]\s*seed\s*=", reference):
-            raise ConfigError(f"{reference}: a sweep's seeds are given by --seeds")
+            raise ConfigError(f"{reference}: set a sweep's seeds by --seeds")
     return [
         (reference, spec.resolve(load.load_config(reference)))
         for reference in references
     ]
 
 
-def _are_comparable(resolved):
-    return (
-        len(
-            {(run.teacher_hash, json.dumps(run.config["train"])) for _, run in resolved}
-        )
-        == 1
-    )
+def _are_comparable(runs: _Runs) -> bool:
+    """Returns whether all runs have the same teacher and the same recipe."""
+    conditions = set()
+    for _, run in runs:
+        conditions.add((run.teacher_hash, json.dumps(run.config["train"])))
+    return len(conditions) == 1
 
 
 def summary(specs: dict[str, spec.RunSpec], seeds: int) -> str:
-    """Returns how many runs and teachers a sweep has.
+    """Returns the numbers of runs and teachers of a sweep.
 
     >>> summary({}, 3)
     '0 runs, 0 teachers'
     """
     teachers = {run.teacher_hash for run in specs.values() if run.needs_teacher}
-    counts = {"run": seeds * len(specs), "teacher": len(teachers)}
-    return ", ".join(
-        f"{number} {word}{'' if number == 1 else 's'}"
-        for word, number in counts.items()
+    num_runs = seeds * len(specs)
+    runs_word = "run" if num_runs == 1 else "runs"
+    teachers_word = "teacher" if len(teachers) == 1 else "teachers"
+    return f"{num_runs} {runs_word}, {len(teachers)} {teachers_word}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.sweep",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[command.parent_parser()],
     )
-
-
-def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m experiments.sweep", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     parents=[command.options()])  # fmt: skip
     parser.add_argument(
         "--config",
         default="configs/digitslt.py",
-        help="a config file, with what all runs share",
+        help="a config file, with the values that all runs share",
     )
     parser.add_argument(
         "--methods", required=True, help="such as ce,kd,ltkd,alpha=2,bikd"
@@ -167,16 +182,21 @@ def main(argv=None):
         "--seeds",
         type=int,
         default=3,
-        help="how many student seeds, from 0 (default: 3)",
+        help="number of student seeds, from 0 (default: 3)",
     )
     parser.add_argument(
         "--name", help="of the folder, runs/NAME (default: sweep-<config>)"
     )
-    options = parser.parse_args(argv)
-    name = (
-        options.name or f"sweep-{pathlib.Path(options.config.partition(':')[0]).stem}"
-    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Does the sweep that the arguments describe, and exits."""
+    options = _parser().parse_args(argv)
+    config_name = pathlib.Path(options.config.partition(":")[0]).stem
+    name = options.name or f"sweep-{config_name}"
     folder = pathlib.Path("runs") / name
+    queue_path = folder / "queue.json"
     try:
         if not re.fullmatch(r"\w[\w .+-]*", name):
             raise ConfigError(f"--name={name!r} must be the name of one folder")
@@ -185,32 +205,26 @@ def main(argv=None):
                 f"--seeds={options.seeds} must be at least 1, a number of seeds"
             )
         machine = command.set_up(options)
-        specs = plan(
-            options.config,
-            options.methods,
-            {key: getattr(options, key) for key in _AXES},
-        )
-        about = runtime.command_line(
-            "experiments.sweep", sys.argv[1:] if argv is None else argv
-        )
-        runs = [
-            {"config": reference, "seeds": list(range(options.seeds))}
-            for reference in specs
-        ]
+        axes = {key: getattr(options, key) for key in _AXES}
+        specs = plan(options.config, options.methods, axes)
+        arguments = sys.argv[1:] if argv is None else argv
+        about = runtime.command_line("experiments.sweep", arguments)
+        seeds = list(range(options.seeds))
+        runs = [{"config": reference, "seeds": seeds} for reference in specs]
         folder.mkdir(parents=True, exist_ok=True)
-        files.write_json(folder / "queue.json", {"about": about, "runs": runs})
-        print(f"{folder / 'queue.json'}: {summary(specs, options.seeds)}")
+        files.write_json(queue_path, {"about": about, "runs": runs})
+        print(f"{queue_path}: {summary(specs, options.seeds)}")
         if any("recipe=bikd" in reference for reference in specs):
             print(
-                "All with BiKD's images and schedule (recipe=bikd), so that they can be compared."
+                "All with BiKD's images and schedule (recipe=bikd), so that they can "
+                "be compared."
             )
-        sys.exit(
-            command.run(
-                folder / "queue.json", folder / "results", folder, options, machine
-            )
+        status = command.run_queue(
+            queue_path, folder / "results", folder, options, machine
         )
     except (ConfigError, ReportError, OSError) as error:
         sys.exit(f"error: {error}")
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""Writes the metrics of work directories as TensorBoard event files (needs `pip install -e ".[tensorboard]"`).
+"""Writes the metrics of work directories as TensorBoard event files.
+
+It needs `pip install -e ".[tensorboard]"`.
 
     python -m experiments.tensorboard runs/… --output=runs/tensorboard
     tensorboard --logdir=runs/tensorboard
 
-It reads metrics.jsonl, which an interrupted and resumed run writes exactly once.
+It reads metrics.jsonl, which has each epoch once, however often the run was resumed.
 """
 
 import argparse
@@ -14,7 +16,8 @@ import sys
 from experiments.reporting import load, tensorboard
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
+    """Writes the event files of the work directories that the arguments name."""
     parser = argparse.ArgumentParser(
         prog="python -m experiments.tensorboard", description=__doc__.splitlines()[0]
     )
@@ -22,25 +25,25 @@ def main(argv=None):
         "paths", nargs="+", metavar="PATH", help="work directories, or folders of them"
     )
     parser.add_argument("--output", default="runs/tensorboard", metavar="DIR")
-    args = parser.parse_args(argv)
+    options = parser.parse_args(argv)
     try:
-        runs = [
-            run for run in load.find(args.paths) if run["metrics"]
-        ]  # a result file alone has none
+        # A result file by itself has no metrics.
+        runs = [run for run in load.find(options.paths) if run["metrics"]]
         if not runs:
             raise load.ReportError(
-                f"no work directory with a metrics.jsonl in {', '.join(args.paths)}"
+                f"no work directory with a metrics.jsonl in {', '.join(options.paths)}"
             )
-        name, count = collections.Counter(run["source"] for run in runs).most_common(1)[
-            0
-        ]
+        counts = collections.Counter(run["source"] for run in runs)
+        name, count = counts.most_common(1)[0]
         if count > 1:
             raise load.ReportError(
-                f"several runs are called {name!r}: give them one at a time, each its own --output"
+                f"several runs are called {name!r}: give them one at a time, each with "
+                "an --output of its own"
             )
         for run in runs:
-            folder = pathlib.Path(args.output) / run["source"]
-            print(f"{folder}: {tensorboard.write(run, folder)} epochs")
+            folder = pathlib.Path(options.output) / run["source"]
+            num_epochs = tensorboard.write(run, folder)
+            print(f"{folder}: {num_epochs} epochs")
     except ModuleNotFoundError:
         sys.exit(
             'error: tensorboardX is not installed: pip install -e ".[tensorboard]"'

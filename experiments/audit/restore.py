@@ -13,7 +13,7 @@ from experiments.config.spec import RunSpec, resolve
 from experiments.config.validation import ConfigError
 from experiments.trainer import dataset as datasets
 from experiments.trainer.evaluator import padded_batches
-from experiments.trainer.trainer import trainer as make_trainer
+from experiments.trainer.trainer import get_trainer
 from ltkd_jax.data.logits import Logits, from_arrays
 from ltkd_jax.data.records import Images, Records
 from ltkd_jax.training.checkpoint import Checkpoints
@@ -97,14 +97,16 @@ def restore(folder, *, data_dir: str = "", subset: str = "") -> Restored:
         training = (
             spec.student_training("none") if is_student else spec.teacher_training()
         )
-        trainer = make_trainer(training)
+        trainer = get_trainer(training)
         restored = Checkpoints(folder / "checkpoints").restore(
             jax.eval_shape(trainer.init, 0)
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{folder} cannot be restored: {error}") from error
     last_step = (
-        trainer.total_steps if is_student else identity.teacher_results(folder)["step"]
+        trainer.total_steps
+        if is_student
+        else identity.read_teacher_results(folder)["step"]
     )
     if restored is None or restored[0] != last_step:
         at = f"step {restored[0]}" if restored else "none"

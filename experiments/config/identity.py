@@ -1,4 +1,8 @@
-"""What a result depends on, and its hash: the name under which results and teachers are found again."""
+"""Identities: what a result or a teacher depends on, and the hash that names it.
+
+A finished run or teacher is looked up by the hash of its identity. Two configs with the
+same identity compute the same thing, however they are executed.
+"""
 
 import dataclasses
 import functools
@@ -12,9 +16,9 @@ from experiments.config.validation import SUBSETS, ConfigError
 from ltkd_jax import files
 from ltkd_jax.data import augment, datasets, longtail, records
 
-# How a run is executed, not what it computes: no part of a result's identity. A given teacher is part of it by the
-# hash of its file, not by its path.
-EXECUTION = (
+# These keys decide how a run is executed, not what it computes, so they are no part of
+# an identity. An external teacher enters it by the hash of its file, not by its path.
+EXECUTION_KEYS = (
     "data.dir",
     "data.num_workers",
     "teacher.dir",
@@ -31,9 +35,9 @@ EXECUTION = (
     "checkpoint_every",
     "smoke",
 )
-# Options that are off unless chosen. At these values they are no part of an identity, so that a new option changes no
-# older result's hash.
-OFF = {
+# Options with the values at which they have no effect. Such options are no part of an
+# identity, so a new option leaves the hashes of all earlier results as they are.
+NO_EFFECT = {
     "loss_weighting": {"name": "static"},
     "augment": dataclasses.asdict(augment.NO_EXTRA),
     "data.image_size": 0,
@@ -41,55 +45,69 @@ OFF = {
     "data.stream": False,
     "method.num_groups": 0,
 }
+# A teacher depends on these sections, and on its own.
 _TEACHER_KEYS = ("data", "groups", "augment", "split_seed", "teacher_seed", "precision")
 
 
-def content_of(config: dict) -> dict:
-    """Returns hashes of the files that a config names: {"teacher", "subset", "data"}, None where there is none.
+def content_hashes(config: dict) -> dict[str, str | None]:
+    """Returns hashes of the files that a config names.
 
-    A data set of the user's own is known by its content, as far as it is prepared; the names of the others say it.
+    A data set of the library is identified by its name, a custom one by its content.
+
+    Args:
+      config: the complete config, nested.
+
+    Returns:
+      `{"teacher", "subset", "data"}`: the hashes of the external teacher, of the list
+      of training images and of a custom data set. Each is None if the config names no
+      such file, or if the custom data set is not prepared yet.
 
     Raises:
       ConfigError: a file cannot be read.
     """
     data = config["data"]
     checkpoint = config["teacher"]["checkpoint"]
-    content = {"teacher": None, "subset": None, "data": None}
+    content: dict[str, str | None] = {"teacher": None, "subset": None, "data": None}
     if teacher_kind(checkpoint) == "folder":
-        content["teacher"] = teacher_results(checkpoint)["hash"]
+        content["teacher"] = read_teacher_results(checkpoint)["hash"]
     elif checkpoint:
-        content["teacher"] = _file_hash_of(checkpoint)
+        content["teacher"] = _hash_checkpoint(checkpoint)
     if data["subset"] not in SUBSETS:
-        listed = longtail.read_list(data["subset"])
-        content["subset"] = hash_of({"paths": listed.paths, "labels": listed.labels})
+        image_list = longtail.read_list(data["subset"])
+        content["subset"] = hash_tree(
+            {"paths": image_list.paths, "labels": image_list.labels}
+        )
     if data["name"] not in datasets.NAMES:
         fingerprint = records.fingerprint(data["name"], data["dir"] or None)
         content["data"] = fingerprint and fingerprint[:12]
     return content
 
 
-def identity_of(config: dict, content: dict) -> dict:
-    """Returns what a result depends on: the config without `EXECUTION` and `OFF`, and the content of its files.
+def run_identity(config: dict, content: dict) -> dict:
+    """Returns what the result of a run depends on.
 
-    Where the training set is not drawn by imbalance, the options of that draw are left out.
+    This is the config without `EXECUTION_KEYS` and without options of no effect, with
+    hashes in place of file names. If the training set is not drawn by imbalance, the
+    options of that draw are left out.
 
     Args:
-      config: the whole config, nested.
-      content: from `content_of`.
+      config: the complete config, nested.
+      content: from `content_hashes`.
     """
-    off = [path for path, value in OFF.items() if at(config, path) == value]
-    tree = without(config, (*EXECUTION, *off))
-    data = config["data"]
-    if data["subset"] != "exponential":
+    no_effect = [path for path, value in NO_EFFECT.items() if at(config, path) == value]
+    tree = without(config, (*EXECUTION_KEYS, *no_effect))
+    if config["data"]["subset"] != "exponential":
         tree["data"] = without(tree["data"], ("imbalance", "n_max"))
     if content["subset"]:
         tree["data"]["subset"] = f"list {content['subset']}"
     if content["data"]:
         tree["data"]["content"] = content["data"]
+
     kind = teacher_kind(config["teacher"]["checkpoint"])
     if kind == "folder":
         tree["teacher"]["checkpoint"] = content["teacher"]
     elif kind == "variables":
+        # Nobody knows how such a teacher was trained, so its recipe is left out.
         tree["teacher"] = {
             "model": config["teacher"]["model"],
             "variables": content["teacher"],
@@ -99,79 +117,88 @@ def identity_of(config: dict, content: dict) -> dict:
     return tree
 
 
-def of_results(results: dict) -> dict:
-    """Returns the identity of a finished run from its `results.json`."""
-    return identity_of(results["config"], results["content"])
+def recorded_identity(results: dict) -> dict:
+    """Returns the identity that a `results.json` or `config.json` records."""
+    return run_identity(results["config"], results["content"])
 
 
 def teacher_identity(config: dict, identity: dict) -> dict:
-    """Returns what the teacher depends on: data, split, model, recipe and precision, and nothing of the student.
+    """Returns what a teacher depends on: data, split, model, recipe and precision.
 
-    Images held out are taken from the draw's other end: where n_max is given, they change no training image. Of a set
-    that is taken as it is they do.
+    The student is no part of it, so all methods and student seeds share a teacher.
 
     Args:
-      config: the whole config.
-      identity: its identity.
+      config: the complete config, nested.
+      identity: from `run_identity`.
     """
     tree = {key: identity[key] for key in _TEACHER_KEYS if key in identity}
+    # With n_max set, held-out images come from those that the draw does not use, so
+    # the training images stay the same. In all other cases holding out changes them.
     if config["data"]["subset"] == "exponential" and config["data"]["n_max"]:
         tree["data"] = tree["data"] | {"outer_per_class": 0, "validation_per_class": 0}
     return {**tree, "teacher": without(identity["teacher"], ["checkpoint"])}
 
 
 def teacher_kind(checkpoint: str) -> str:
-    """Returns what `teacher.checkpoint` is: a "folder", a file of "variables" or of "logits"; "trained" if empty."""
+    """Returns what `teacher.checkpoint` names.
+
+    Returns:
+      "folder" (of a finished teacher), "variables" or "logits" (a file of them), or
+      "trained" if it is empty: then the run trains its teacher itself.
+    """
     if not checkpoint:
         return "trained"
-    return {".msgpack": "variables", ".npz": "logits"}.get(
-        pathlib.Path(checkpoint).suffix.lower(), "folder"
-    )
+    suffix = pathlib.Path(checkpoint).suffix.lower()
+    return {".msgpack": "variables", ".npz": "logits"}.get(suffix, "folder")
 
 
-def teacher_results(folder) -> dict:
+def read_teacher_results(folder: str | os.PathLike[str]) -> dict:
     """Returns the `results.json` of a finished teacher.
 
     Raises:
-      ConfigError: the folder holds none.
+      ConfigError: the folder has none.
     """
     path = pathlib.Path(folder) / "results.json"
     remedy = (
-        "if it lies in config.teacher.dir, remove it, and the teacher is trained again"
+        "if it is in config.teacher.dir, remove it, and the teacher is trained again"
     )
     results = read_json(path, remedy) if path.is_file() else {}
     if not {"hash", "model", "step"} <= set(results):
         raise ConfigError(
-            f"{folder} holds no finished teacher: give config.teacher.checkpoint a folder of config.teacher.dir, a "
-            f"file of variables (.msgpack) or of logits (.npz); {remedy}"
+            f"{folder} holds no finished teacher: set config.teacher.checkpoint to a "
+            "folder of config.teacher.dir, a file of variables (.msgpack) or of logits "
+            f"(.npz); {remedy}"
         )
     return results
 
 
-def read_json(path, remedy: str = "remove it") -> dict:
-    """Returns `files.read_json`, with a damaged file as a ConfigError."""
+def read_json(path: str | os.PathLike[str], remedy: str = "remove it") -> dict:
+    """Returns `files.read_json(path)`, and raises ConfigError for a damaged file."""
     try:
         return files.read_json(path, remedy)
     except ValueError as error:
         raise ConfigError(str(error)) from None
 
 
-def hash_of(tree: dict) -> str:
-    """Returns twelve hexadecimal digits of the SHA-256 of a tree, as JSON."""
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
+def hash_tree(tree: dict) -> str:
+    """Returns twelve hexadecimal digits of the SHA-256 of a tree, written as JSON."""
+    # Sorted, so that the order in which keys were set does not matter.
+    text = json.dumps(tree, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _file_hash_of(path):
+def _hash_checkpoint(path: str) -> str:
     try:
         stat = os.stat(path)
-        return _cached_file_hash(str(path), stat.st_mtime_ns, stat.st_size)
+        return _hash_file(path, stat.st_mtime_ns, stat.st_size)
     except OSError as error:
         raise ConfigError(
-            f"config.teacher.checkpoint={str(path)!r} cannot be read: {error.strerror}"
+            f"config.teacher.checkpoint={path!r} cannot be read: {error.strerror}"
         ) from None
 
 
 @functools.lru_cache(maxsize=8)
-def _cached_file_hash(path, *_changed):
-    # Time and size are part of the cache's key, so that a file that was written anew is read anew.
+def _hash_file(path: str, *_version: int) -> str:
+    # Time and size are arguments only to be part of the cache's key: a file that has
+    # been rewritten is hashed again.
     return files.sha256(path)[:12]

@@ -1,4 +1,4 @@
-"""Config keys of version 0.1, which are refused with their present names."""
+"""Config keys of version 0.1, which are refused with a hint at their new names."""
 
 from configs.common import new_name
 from experiments.config.validation import ConfigError
@@ -7,6 +7,6 @@ __all__ = ["check_key", "new_name"]
 
 
 def check_key(key: str) -> None:
-    """Raises ConfigError if a config key is one of version 0.1, naming its present name."""
+    """Raises ConfigError with the new name of a config key, if it was renamed."""
     if new_name(key):
         raise ConfigError(f"config key {key!r} is now called {new_name(key)!r}")

@@ -1,6 +1,8 @@
-"""The frozen specification of a run: a config is resolved once, here, and below nothing takes a config.
+"""The frozen specification of a run.
 
-The parts that a compiled training depends on are hashable, so that runs which differ in their seeds share it.
+A config is resolved once, by `resolve`; nothing below takes a config. Whatever a
+compiled training depends on is hashable, so runs that differ only in their seeds share
+it.
 """
 
 import dataclasses
@@ -8,6 +10,7 @@ import functools
 import json
 import pathlib
 from collections.abc import Mapping
+from typing import Any
 
 import ml_collections
 
@@ -24,7 +27,7 @@ from ltkd_jax.groups import ClassGroups
 
 @dataclasses.dataclass(frozen=True)
 class DatasetSpec:
-    """What is drawn of which data set; see `data` in configs/common.py."""
+    """Describes a long-tailed data set; see `data` in configs/common.py."""
 
     name: str
     dir: str
@@ -42,7 +45,7 @@ class DatasetSpec:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """SGD and its schedule; see `recipe` in configs/common.py."""
+    """Describes SGD and its schedule; see `recipe` in configs/common.py."""
 
     batch_size: int
     epochs: float
@@ -54,14 +57,21 @@ class Recipe:
     lr_decay: float
 
     def total_steps(self, steps_per_epoch: int) -> int:
-        """Returns the steps of the whole run."""
+        """Returns the number of steps of the complete run."""
         steps = max(1, round(self.epochs * steps_per_epoch))
-        return min(steps, self.max_steps or steps)
+        return min(steps, self.max_steps) if self.max_steps else steps
 
 
 @dataclasses.dataclass(frozen=True)
 class MethodSpec:
-    """A method of `ltkd_jax.methods` with its hyperparameters, as (name, value) pairs."""
+    """Describes a method of `ltkd_jax.methods`.
+
+    Attributes:
+      name: of the method.
+      values: its hyperparameters as (name, value) pairs, which unlike a dict are
+        hashable.
+      warmup_epochs: epochs over which its static weights are warmed up.
+    """
 
     name: str
     values: tuple[tuple[str, float], ...] = ()
@@ -69,33 +79,35 @@ class MethodSpec:
 
     @property
     def hyperparameters(self) -> dict[str, float]:
+        """The hyperparameters by name."""
         return dict(self.values)
 
     @property
     def needs_teacher(self) -> bool:
+        """Whether a term compares with a teacher."""
         return methods.METHODS[self.name].needs_teacher
 
     @property
     def needs_features(self) -> bool:
+        """Whether a term compares with the teacher's features."""
         return methods.METHODS[self.name].needs_features
 
     def objective(
-        self, class_counts, groups: ClassGroups, steps_per_epoch: int
+        self, class_counts: Any, groups: ClassGroups, steps_per_epoch: int
     ) -> methods.Objective:
-        """Returns the terms and their weights for a training set."""
-        warmup_steps = round(self.warmup_epochs * steps_per_epoch)
+        """Returns the loss terms and their static weights for a training set."""
         return methods.create(
             self.name,
             class_counts,
             groups,
-            warmup_steps=warmup_steps,
+            warmup_steps=round(self.warmup_epochs * steps_per_epoch),
             **self.hyperparameters,
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class LearnedWeights:
-    """How a weight net learns the weights of the terms; see `bilevel` in configs/common.py."""
+    """Describes weights that a net learns; see `bilevel` in configs/common.py."""
 
     lookahead: int
     update_every: int
@@ -109,12 +121,13 @@ class LearnedWeights:
 
     @property
     def outer_loss_needs_teacher(self) -> bool:
+        """Whether the loss on the outer set compares with the teacher."""
         return self.outer_loss != "hard"
 
 
 @dataclasses.dataclass(frozen=True)
 class Execution:
-    """How a training is executed, not what it computes (but for the precision)."""
+    """Describes how a training is executed; only `precision` affects its results."""
 
     precision: str
     devices: int
@@ -126,11 +139,14 @@ class Execution:
 
 @dataclasses.dataclass(frozen=True)
 class TrainingSpec:
-    """One network's training, seed apart: equal ones share their compiled functions.
+    """Describes the training of one network, without its seed.
+
+    Equal specifications share their compiled functions.
 
     Attributes:
-      teacher_source: where the teacher's outputs come from: "none", "table" (looked up), "network" (in the step) or
-        "features" (in the step, with its features).
+      teacher_source: where the step reads the teacher's outputs. "none": it reads none;
+        "table": looked up by image and view; "network": the teacher runs in the step;
+        "features": it runs in the step and returns its features too.
     """
 
     model: str
@@ -146,7 +162,7 @@ class TrainingSpec:
 
 @dataclasses.dataclass(frozen=True)
 class TeacherSpec:
-    """The teacher and where it comes from; see `teacher` in configs/common.py."""
+    """Describes the teacher and its origin; see `teacher` in configs/common.py."""
 
     model: str
     train: Recipe
@@ -158,17 +174,21 @@ class TeacherSpec:
 
     @property
     def kind(self) -> str:
-        """Where it comes from: "trained" here, a "folder", a file of "variables" or of "logits"."""
+        """Its origin: "trained", "folder", "variables" or "logits".
+
+        See `identity.teacher_kind`.
+        """
         return identities.teacher_kind(self.checkpoint)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RunSpec:
-    """A run: a student, and the teacher that it needs.
+    """Describes a run: a student, and the teacher if the method needs one.
 
     Attributes:
-      config: the whole config, nested, for `results.json`; but for `data.dir`, which is of one machine.
-      content: hashes of the files that it names, see `identity.content_of`.
+      config: the complete config, nested, for `results.json`. `data.dir` is empty,
+        since it differs between machines.
+      content: hashes of the files that the config names, see `identity.content_hashes`.
       identity: what the result depends on.
       teacher_identity: what the teacher depends on.
     """
@@ -192,11 +212,13 @@ class RunSpec:
 
     @functools.cached_property
     def hash(self) -> str:
-        return identities.hash_of(self.identity)
+        """The hash of the identity, by which a result is looked up."""
+        return identities.hash_tree(self.identity)
 
     @functools.cached_property
     def teacher_hash(self) -> str:
-        return identities.hash_of(self.teacher_identity)
+        """The hash of the teacher's identity, by which a teacher is looked up."""
+        return identities.hash_tree(self.teacher_identity)
 
     @property
     def label(self) -> str:
@@ -205,34 +227,40 @@ class RunSpec:
 
     @property
     def name(self) -> str:
-        """The run's folder: <data>-<imbalance>-<method>-<teacher>-<student>-s<seed>, and -smoke for a smoke run.
+        """The name of the run's folder.
 
-        Of a set that was not drawn by imbalance, "all" or the list's name stands in its place.
+        It is <data>-<imbalance>-<method>-<teacher>-<student>-s<seed>, with -smoke at
+        the end of a smoke run. Unless the training set is drawn by imbalance, "all" or
+        the name of the list replaces the imbalance.
         """
-        data = self.data
-        drawn = (
-            f"{data.imbalance:g}"
-            if data.subset == "exponential"
-            else pathlib.Path(data.subset).stem
-        )
-        is_file = self.teacher.kind in ("variables", "logits")
-        teacher = (
-            pathlib.Path(self.teacher.checkpoint).stem
-            if is_file
-            else self.teacher.model
-        )
-        method = self.label.replace(" over ", "-")
-        name = (
-            f"{data.name}-{drawn}-{method}-{teacher}-{self.student_model}-s{self.seed}"
-        )
-        return f"{name}-smoke" if self.config["smoke"] else name
+        if self.data.subset == "exponential":
+            subset = f"{self.data.imbalance:g}"
+        else:
+            subset = pathlib.Path(self.data.subset).stem
+        if self.teacher.kind in ("variables", "logits"):
+            teacher = pathlib.Path(self.teacher.checkpoint).stem
+        else:
+            teacher = self.teacher.model
+        fields = [
+            self.data.name,
+            subset,
+            self.label.replace(" over ", "-"),
+            teacher,
+            self.student_model,
+            f"s{self.seed}",
+        ]
+        if self.config["smoke"]:
+            fields.append("smoke")
+        return "-".join(fields)
 
     @property
     def needs_teacher(self) -> bool:
+        """Whether a term of the method compares with a teacher."""
         return self.method.needs_teacher
 
     @property
     def outer_loss_needs_teacher(self) -> bool:
+        """Whether there is an outer loss that compares with the teacher."""
         return (
             self.loss_weighting is not None
             and self.loss_weighting.outer_loss_needs_teacher
@@ -244,7 +272,7 @@ class RunSpec:
         return self.needs_teacher and validation.no_table(self.config) is None
 
     def student_training(self, teacher_source: str) -> TrainingSpec:
-        """Returns the student's training, with a `TrainingSpec.teacher_source`."""
+        """Returns the student's training; see `TrainingSpec` for `teacher_source`."""
         return TrainingSpec(
             model=self.student_model,
             recipe=self.train,
@@ -258,7 +286,7 @@ class RunSpec:
         )
 
     def teacher_training(self) -> TrainingSpec:
-        """Returns the teacher's: plain cross-entropy on the same long-tailed data."""
+        """Returns the teacher's training: plain cross-entropy on the same data."""
         return dataclasses.replace(
             self.student_training("none"),
             model=self.teacher.model,
@@ -272,33 +300,28 @@ def resolve(config: ml_collections.ConfigDict | Mapping) -> RunSpec:
     """Checks a config and returns the specification of its run.
 
     Args:
-      config: from a config file, or the `config` of a `results.json` (with a `data.dir` of this machine).
+      config: from a config file, or the `config` of a `results.json` (with a `data.dir`
+        of this machine).
 
     Raises:
-      ConfigError: naming the key, its value and the remedy.
+      ConfigError: with the key, its value and the remedy.
     """
-    tree = _with_tuples(
-        config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
-    )
+    if isinstance(config, ml_collections.ConfigDict):
+        config = config.to_dict()
+    tree = _with_tuples(config)
     _check_keys(tree)
     validation.validate(tree)
     try:
-        content = identities.content_of(tree)
+        content = identities.content_hashes(tree)
     except ConfigError:
         raise
     except ValueError as error:  # a list of images that cannot be read
         raise ConfigError(str(error)) from error
-    # As JSON has it, so that it equals what was read from a file.
-    identity = json.loads(json.dumps(identities.identity_of(tree, content)))
-    data = without(tree["data"], ["num_workers"])
-    method = dict(tree["method"])
+    # Tuples become lists, as in JSON, so that it equals an identity read from a file.
+    identity = json.loads(json.dumps(identities.run_identity(tree, content)))
+
     weighting = without(tree["loss_weighting"], ["name"])
-    teacher = tree["teacher"]
-    execution_keys = [
-        field.name
-        for field in dataclasses.fields(Execution)
-        if field.name != "num_workers"
-    ]
+    teacher = {**tree["teacher"], "train": Recipe(**tree["teacher"]["train"])}
     return RunSpec(
         config=tree | {"data": tree["data"] | {"dir": ""}},
         content=content,
@@ -307,22 +330,23 @@ def resolve(config: ml_collections.ConfigDict | Mapping) -> RunSpec:
         seed=tree["seed"],
         teacher_seed=tree["teacher_seed"],
         data=DatasetSpec(
-            **data,
+            **without(tree["data"], ["num_workers"]),
             split_seed=tree["split_seed"],
             group_fractions=tree["groups"]["fractions"],
         ),
         augment=augment.Extra(**tree["augment"]),
-        method=MethodSpec(
-            name=method.pop("name"),
-            warmup_epochs=method.pop("warmup_epochs", 0.0),
-            values=tuple(sorted(method.items())),
-        ),
+        method=_method_spec(tree["method"]),
+        # Static weights have no key but their name.
         loss_weighting=LearnedWeights(**weighting) if weighting else None,
         student_model=tree["student"]["model"],
         train=Recipe(**tree["train"]),
-        teacher=TeacherSpec(**{**teacher, "train": Recipe(**teacher["train"])}),
+        teacher=TeacherSpec(**teacher),
         execution=Execution(
-            **{key: tree[key] for key in execution_keys},
+            precision=tree["precision"],
+            devices=tree["devices"],
+            parallel=tree["parallel"],
+            steps_per_call=tree["steps_per_call"],
+            eval_batch_size=tree["eval_batch_size"],
             num_workers=tree["data"]["num_workers"],
         ),
         eval_every=tree["eval_every"],
@@ -330,10 +354,20 @@ def resolve(config: ml_collections.ConfigDict | Mapping) -> RunSpec:
     )
 
 
-def method_label(config: Mapping) -> str:
-    """Returns the name of a config's method; terms whose weights are learned are named after BiKD.
+def _method_spec(section: dict) -> MethodSpec:
+    hyperparameters = without(section, ["name", "warmup_epochs"])
+    return MethodSpec(
+        name=section["name"],
+        values=tuple(sorted(hyperparameters.items())),
+        warmup_epochs=section.get("warmup_epochs", 0.0),
+    )
 
-    >>> method_label({"method": {"name": "ltkd"}, "loss_weighting": {"name": "bilevel"}})
+
+def method_label(config: Mapping) -> str:
+    """Returns the name of a config's method in tables; with learned weights it is BiKD.
+
+    >>> weighting = {"name": "bilevel"}
+    >>> method_label({"method": {"name": "ltkd"}, "loss_weighting": weighting})
     'bikd over ltkd'
     """
     name = config["method"]["name"]
@@ -342,55 +376,56 @@ def method_label(config: Mapping) -> str:
     return "bikd" if name == "kd" else f"bikd over {name}"
 
 
-def _check_keys(tree):
-    """Refuses a config that lacks a key of configs/common.py, or has another, such as one of an older version."""
-    expected = flatten(common.base("", teacher="", student="", imbalance=1.0).to_dict())
-    by_name = (
-        "method.",
-        "loss_weighting.",
-    )  # their keys depend on the name of the method or weighting
+def _check_keys(tree: dict) -> None:
+    """Raises ConfigError unless the keys and types are those of configs/common.py."""
+    config = common.base("", teacher="", student="", imbalance=1.0)
+    defaults = flatten(config.to_dict())
+    # The keys of these sections depend on the name of the method or the weighting, and
+    # are checked where those are.
+    open_sections = ("method", "loss_weighting")
+    prefixes = tuple(f"{section}." for section in open_sections)
     keys = set(flatten(tree))
-    for key in sorted(keys - set(expected)):
+    for key in sorted(keys - set(defaults)):
         check_key(key)
-        if not key.startswith(by_name):
-            raise ConfigError(
-                f"the config has an unknown key {key!r}{names.suggestion(key, expected)}"
-            )
-    missing = sorted(key for key in set(expected) - keys if not key.startswith(by_name))
-    missing += [
-        f"{section}.name"
-        for section in ("method", "loss_weighting")
-        if f"{section}.name" not in keys
-    ]
+        if not key.startswith(prefixes):
+            hint = names.suggestion(key, defaults)
+            raise ConfigError(f"the config has an unknown key {key!r}{hint}")
+    required = {key for key in defaults if not key.startswith(prefixes)}
+    missing = sorted(required - keys)
+    for section in open_sections:
+        if f"{section}.name" not in keys:
+            missing.append(f"{section}.name")
     if missing:
         raise ConfigError(
-            f"the config lacks the key {missing[0]!r}: configs/common.py has all keys and defaults"
+            f"the config lacks the key {missing[0]!r}: configs/common.py has all keys "
+            "and defaults"
         )
-    _check_types(flatten(tree), expected)
+    _check_types(flatten(tree), defaults)
 
 
-def _check_types(values, defaults):
-    """Refuses values that are not of their default's type, which no config file but a dictionary can hold."""
-    of_learned_weights = {
-        f"loss_weighting.{key}": value for key, value in common.bilevel().items()
-    }
-    defaults = defaults | of_learned_weights | {"method.num_groups": 0}
+def _check_types(values: dict, defaults: dict) -> None:
+    """Raises ConfigError for a value whose type differs from its default's.
+
+    A ConfigDict refuses such values itself; a plain dictionary does not.
+    """
+    weighting = {f"loss_weighting.{key}": x for key, x in common.bilevel().items()}
+    defaults = defaults | weighting | {"method.num_groups": 0}
     for key, value in values.items():
-        expected = type(
-            defaults.get(key, 0.0)
-        )  # the other hyperparameters of methods are floats
+        # All other hyperparameters of methods are floats.
+        expected = type(defaults.get(key, 0.0))
         if type(value) is not expected:
             raise ConfigError(
                 f"config.{key}={value!r} must be of type {expected.__name__}"
             )
 
 
-def _with_tuples(value):
-    """Returns nested mappings as dicts and sequences as tuples, which JSON does not know."""
+def _with_tuples(value: Any) -> Any:
+    """Returns nested mappings as dicts and sequences as tuples.
+
+    JSON has lists for tuples, but the specification must be hashable.
+    """
     if isinstance(value, Mapping):
         return {key: _with_tuples(item) for key, item in value.items()}
-    return (
-        tuple(_with_tuples(item) for item in value)
-        if isinstance(value, (list, tuple))
-        else value
-    )
+    if isinstance(value, (list, tuple)):
+        return tuple(_with_tuples(item) for item in value)
+    return value

@@ -1,7 +1,8 @@
-"""What the commands `reproduce` and `sweep` share: the options of a queue, and doing it."""
+"""The common part of the commands `reproduce` and `sweep`: they work on a queue."""
 
 import argparse
 import json
+import os
 import pathlib
 import sys
 import time
@@ -17,7 +18,7 @@ from experiments.reporting import load, report_page, tables
 from experiments.trainer.interrupts import StopRequest
 
 
-def _positive(text):
+def _positive_int(text: str) -> int:
     if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(
             f"{text!r} must be a whole number of at least 1"
@@ -25,15 +26,25 @@ def _positive(text):
     return int(text)
 
 
-def options() -> argparse.ArgumentParser:
-    """Returns a parser of the options of any queue, to be another's parent."""
+def parent_parser() -> argparse.ArgumentParser:
+    """Returns a parser of the common options, for `parents` of another parser."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--data_dir", default="", help="TFDS directory, for every run")
-    parser.add_argument("--time_limit", type=float, default=0, metavar="MINUTES",
-                        help="save and stop after this time (default: never)")  # fmt: skip
-    parser.add_argument("--num_workers", type=_positive, default=1, metavar="N",
-                        help="processes that share the queue, each on a device of its own (default: 1, which does one "
-                        "run at a time on all devices)")  # fmt: skip
+    parser.add_argument(
+        "--time_limit",
+        type=float,
+        default=0,
+        metavar="MINUTES",
+        help="save and stop after this time (default: never)",
+    )
+    parser.add_argument(
+        "--num_workers",
+        type=_positive_int,
+        default=1,
+        metavar="N",
+        help="processes that share the queue, each on a device of its own (default: 1, "
+        "which does one run at a time on all devices)",
+    )
     parser.add_argument(
         "--list", action="store_true", help="only print what is missing"
     )
@@ -41,10 +52,16 @@ def options() -> argparse.ArgumentParser:
 
 
 def set_up(options: argparse.Namespace) -> workers.Machine | None:
-    """Does what comes before anything that computes; returns the machine whose devices several workers share.
+    """Sets up jax before its first use.
+
+    Args:
+      options: parsed by `parent_parser`.
+
+    Returns:
+      The machine whose devices several workers share, None for a single process.
 
     Raises:
-      ConfigError: more workers than devices.
+      ConfigError: there are more workers than devices.
     """
     runtime.initialize()
     if options.num_workers == 1 or options.list:
@@ -52,34 +69,40 @@ def set_up(options: argparse.Namespace) -> workers.Machine | None:
     machine = workers.count_devices()
     if options.num_workers > machine.slots:
         raise ConfigError(
-            f"--num_workers={options.num_workers}: each worker needs a device of its own, and there are {machine.slots}"
+            f"--num_workers={options.num_workers}: each worker needs a device of its "
+            f"own, and there are {machine.slots}"
         )
-    jax.config.update("jax_platforms", "cpu")  # the devices are the workers'
+    # This process must not open the devices, which are for the workers.
+    jax.config.update("jax_platforms", "cpu")
     return machine
 
 
-def run(
-    path,
-    results_folder,
-    folder,
+def run_queue(
+    path: str | os.PathLike[str],
+    results_folder: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
     options: argparse.Namespace,
     machine: workers.Machine | None,
 ) -> int:
-    """Does the runs of a queue file that have no result yet, prints the table, and writes the page.
+    """Does the runs of a queue file that have no result yet.
+
+    Then it prints the table of all results, and writes the report.
 
     Args:
       path: the queue file.
       results_folder: the folder of result JSONs.
-      folder: the folder of work directories, and of report.html.
-      options: what the parser of `options` parsed.
-      machine: what `set_up` returned.
+      folder: for work directories and report.html.
+      options: parsed by `parent_parser`.
+      machine: from `set_up`.
 
     Returns:
-      The exit status: 1 where a run failed, and 75 where a signal stopped it before all was done.
+      The exit status: 1 if a run failed, 75 if a signal stopped the queue before all
+      was done, else 0.
     """
-    stop = StopRequest(
-        time.monotonic() + 60 * options.time_limit if options.time_limit else None
-    )
+    deadline = None
+    if options.time_limit:
+        deadline = time.monotonic() + 60 * options.time_limit
+    stop = StopRequest(deadline)
     folder = pathlib.Path(folder)
     queue = Queue(read_queue(path), Results(results_folder), folder, options.data_dir)
     if options.list:
@@ -88,17 +111,20 @@ def run(
         return 0
     if machine is None or not queue.missing():
         with stop.listening():
-            failed = run_missing(queue, stop)
+            num_failed = run_missing(queue, stop)
     else:
-        words = [
+        # Each worker is a single process on the same queue and folders.
+        command = [
+            sys.executable,
+            "-m",
+            "experiments.reproduce",
             str(path),
             f"--results={results_folder}",
             f"--runs={folder}",
             f"--data_dir={options.data_dir}",
+            f"--time_limit={options.time_limit}",
         ]
-        words += [f"--time_limit={options.time_limit}"]
-        command = [sys.executable, "-m", "experiments.reproduce", *words]
-        failed = workers.run(
+        num_failed = workers.run(
             command,
             machine,
             options.num_workers,
@@ -106,13 +132,18 @@ def run(
             lambda: len(queue.missing()),
             stop,
         )
-    if results := queue.results():
-        print(tables.console(results))
-    if workdirs := queue.workdirs():
-        report_page.write_report(
-            [load.load(path) for path in workdirs], folder / "report.html"
-        )
-        print(f"\n{folder / 'report.html'}")
-    if failed:
+    _report(queue, folder)
+    if num_failed:
         return 1
     return runtime.STOPPED if stop.signal and queue.missing() else 0
+
+
+def _report(queue: Queue, folder: pathlib.Path) -> None:
+    results = queue.results()
+    if results:
+        print(tables.console(results))
+    workdirs = queue.workdirs()
+    if workdirs:
+        path = folder / "report.html"
+        report_page.write_report([load.load(workdir) for workdir in workdirs], path)
+        print(f"\n{path}")

@@ -2,9 +2,12 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 import re
 import shlex
+from collections.abc import Mapping
+from typing import Any
 
 from experiments.config import load, names, spec
 from experiments.config.validation import ConfigError
@@ -14,35 +17,40 @@ _KEYS = {"config", "set", "seeds", "group", "best_of"}
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class QueueEntry:
-    """One run of a queue.
+    """Describes one run of a queue.
 
     Attributes:
-      config: "configs/x.py:argument", as `--config` takes it.
+      config: "configs/x.py:argument", the syntax of `--config`.
       set: values of config keys, which are dotted paths.
-      seed: the student's.
-      group: the name by which other entries refer to this one's result.
-      best_of: the group whose best result gives this run its method's hyperparameters.
+      seed: the student's seed.
+      group: a name for `best_of` of other entries.
+      best_of: the group whose best run provides the hyperparameters of this run.
     """
 
     config: str
-    set: dict
+    set: dict[str, Any]
     seed: int
     group: str | None = None
     best_of: str | None = None
 
-    def resolve(self, best: dict | None = None, **execution) -> spec.RunSpec:
+    def resolve(
+        self,
+        best: Mapping[str, Any] | None = None,
+        overrides: Mapping[str, Any] | None = None,
+    ) -> spec.RunSpec:
         """Returns the specification of this run.
 
         Args:
-          best: the result whose hyperparameters it takes, those of learned weights too, but for what the entry sets.
-          **execution: values of further config keys, such as `**{"data.dir": folder}`.
+          best: a result. Its hyperparameters, of the method and of learned weights, are
+            used unless the entry sets them.
+          overrides: values of config keys that say how the run is executed.
 
         Raises:
-          ConfigError: a config that cannot be loaded, or a key or value that it does not accept.
+          ConfigError: the config cannot be loaded, or a key or value is not allowed.
         """
         config = load.load_config(self.config)
-        values = _chosen(best["config"], config) if best else {}
-        values |= {**self.set, "seed": self.seed, **execution}
+        values = _hyperparameters(best["config"], config) if best else {}
+        values |= {**self.set, "seed": self.seed, **(overrides or {})}
         try:
             config.update_from_flattened_dict(values)
         except (KeyError, TypeError, ValueError) as error:
@@ -50,31 +58,40 @@ class QueueEntry:
         return spec.resolve(config)
 
     def command(self, run_spec: spec.RunSpec) -> str:
-        """Returns the command that repeats this run alone; `run_spec` is what `resolve` returned."""
+        """Returns the command that repeats this run alone.
+
+        Args:
+          run_spec: from `resolve`.
+        """
         values = {**self.set, "seed": self.seed}
         if self.best_of:
-            values |= _chosen(run_spec.config, run_spec.config)
+            # Repeated alone, the run cannot look the best result up.
+            values |= _hyperparameters(run_spec.config, run_spec.config)
         words = [f"--config.{key}={value}" for key, value in values.items()]
         return shlex.join(
             ["python", "-m", "experiments.main", f"--config={self.config}", *words]
         )
 
 
-def _chosen(source, config):
-    """Returns the hyperparameters of `source` that `config` has too: the method's, and those of learned weights."""
-    return {
-        f"{section}.{key}": source[section][key]
-        for section in ("method", "loss_weighting")
-        for key in config[section]
-        if key != "name" and key in source.get(section, {})
-    }
+def _hyperparameters(
+    source: Mapping[str, Any], config: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns those hyperparameters of one config that another config has, too."""
+    values = {}
+    for section in ("method", "loss_weighting"):
+        source_section = source.get(section, {})
+        for key in config[section]:
+            if key != "name" and key in source_section:
+                values[f"{section}.{key}"] = source_section[key]
+    return values
 
 
-def read_queue(path) -> list[QueueEntry]:
-    """Returns the entries of a queue file, one for each seed, in order.
+def read_queue(path: str | os.PathLike[str]) -> list[QueueEntry]:
+    """Returns the entries of a queue file, one for each seed of each run, in order.
 
     Raises:
-      ConfigError: the file cannot be read, has an unknown or a renamed key, or a `best_of` that cannot be chosen.
+      ConfigError: the file cannot be read, has an unknown or renamed key, or an entry
+        cannot choose from the group that its `best_of` names.
     """
     entries = []
     try:
@@ -85,50 +102,57 @@ def read_queue(path) -> list[QueueEntry]:
                 raise ValueError(f"unknown key {unknown[0]!r} in {json.dumps(run)}")
             values = {**queue.get("set", {}), **run.get("set", {})}
             for seed in run.get("seeds", [0]):
-                entries.append(
-                    QueueEntry(
-                        run["config"],
-                        values,
-                        seed,
-                        run.get("group"),
-                        run.get("best_of"),
-                    )
+                entry = QueueEntry(
+                    config=run["config"],
+                    set=values,
+                    seed=seed,
+                    group=run.get("group"),
+                    best_of=run.get("best_of"),
                 )
+                entries.append(entry)
+    # AttributeError and TypeError come from JSON of another structure.
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"cannot read the queue {path}: {error}") from None
     except KeyError as error:
         raise ConfigError(f"the queue {path} lacks the key {error}") from None
     try:
-        _check(entries)
+        _check_entries(entries)
     except ConfigError as error:
         raise ConfigError(f"queue {path}: {error}") from None
     return entries
 
 
-def _check(entries):
+def _check_entries(entries: list[QueueEntry]) -> None:
     groups = {entry.group for entry in entries}
-    chosen_from = {entry.best_of for entry in entries} - {None}
+    chosen_groups = {entry.best_of for entry in entries} - {None}
     for entry in entries:
-        is_reference = isinstance(entry.config, str) and entry.config.partition(":")[
-            0
-        ].endswith(".py")
-        if not is_reference or not all(
-            isinstance(name, str | None) for name in (entry.group, entry.best_of)
-        ):
-            raise ConfigError(
-                f"{entry.config!r}: the config must be configs/….py:ARGUMENT, group and best_of names"
-            )
+        _check_types(entry)
         if "seed" in entry.set or re.search(r"[:,]\s*seed\s*=", entry.config):
             raise ConfigError(
-                f"{entry.config!r}: seeds of the student are given by the key 'seeds', a list"
+                f"{entry.config!r}: set the student's seeds by the key 'seeds', a list"
             )
         for key in entry.set:
             names.check_key(key)
-        if entry.best_of and entry.group in chosen_from:
+        # Chains of choices are not supported.
+        if entry.best_of and entry.group in chosen_groups:
             raise ConfigError(
-                f"a run of group {entry.group!r} cannot be best_of another: it is what others choose from"
+                f"a run of group {entry.group!r} cannot be best_of another group: "
+                "other runs choose from it"
             )
         if entry.best_of and entry.best_of not in groups:
             raise ConfigError(
                 f"best_of names {entry.best_of!r}, which is no run's group"
             )
+
+
+def _check_types(entry: QueueEntry) -> None:
+    # The type hints promise more than JSON does.
+    path = str(entry.config).partition(":")[0]
+    is_config = isinstance(entry.config, str) and path.endswith(".py")
+    group_names = (entry.group, entry.best_of)
+    are_names = all(isinstance(name, str | None) for name in group_names)
+    if not is_config or not are_names:
+        raise ConfigError(
+            f"{entry.config!r}: the config must be configs/….py:ARGUMENT, group and "
+            "best_of names"
+        )

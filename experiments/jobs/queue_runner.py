@@ -1,9 +1,12 @@
 """Does the runs of a queue that have no result yet, alone or beside other processes."""
 
 import collections
+import enum
+import os
 import pathlib
 import sys
 import time
+from typing import Any
 
 import tqdm
 
@@ -12,19 +15,23 @@ from experiments.config.spec import RunSpec
 from experiments.config.validation import ConfigError
 from experiments.jobs.queue_entry import QueueEntry
 from experiments.trainer import run
-from experiments.trainer.interrupts import Stopped, StopRequest
+from experiments.trainer.interrupts import StoppedError, StopRequest
 from experiments.trainer.loop import DivergedError
 from ltkd_jax import files
 
 
 class Results:
-    """A folder of results, one JSON a run, found by the hash of the run's config."""
+    """Stores results in a folder, one JSON file for each run.
 
-    def __init__(self, folder):
+    A result is looked up by the hash of its config's identity, so after a change of a
+    default the run counts as new.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]):
         self._folder = pathlib.Path(folder)
 
-    def find(self, spec: RunSpec) -> dict | None:
-        """Returns the result of a run; None if there is none.
+    def find(self, spec: RunSpec) -> dict[str, Any] | None:
+        """Returns the result of a run, None if there is none.
 
         Raises:
           ConfigError: its file is damaged.
@@ -32,73 +39,93 @@ class Results:
         path = self._path(spec)
         return identity.read_json(path) if path.exists() else None
 
-    def add(self, spec: RunSpec, results: dict, group: str | None) -> None:
-        """Writes the result of a run, with its entry's group."""
+    def add(self, spec: RunSpec, results: dict[str, Any], group: str | None) -> None:
+        """Writes the result of a run, with the group of its entry."""
         self._folder.mkdir(parents=True, exist_ok=True)
         files.write_json(self._path(spec), {**results, "group": group})
 
-    def _path(self, spec):
+    def _path(self, spec: RunSpec) -> pathlib.Path:
         return self._folder / f"{spec.name}-{spec.hash}.json"
 
 
 class Queue:
-    """The runs of a queue: their specifications, results and work directories.
+    """Resolves the entries of a queue to runs, and finds their results.
 
     Args:
-      entries: as `read_queue` returns them.
-      results: the folder of results.
-      folder: gets a work directory for each run.
-      data_dir: the TFDS directory of every run; each config's own if empty.
+      entries: from `read_queue`.
+      results: where results are stored.
+      folder: for a work directory of each run.
+      data_dir: the TFDS directory of all runs; if empty, that of each config.
     """
 
     def __init__(
-        self, entries: list[QueueEntry], results: Results, folder, data_dir: str = ""
+        self,
+        entries: list[QueueEntry],
+        results: Results,
+        folder: str | os.PathLike[str],
+        data_dir: str = "",
     ):
         self._entries = entries
         self._results = results
         self._folder = pathlib.Path(folder)
-        self._data_dir = {"data.dir": data_dir} if data_dir else {}
-        self._specs = {}
-        # A first time without the chosen hyperparameters, on which no teacher depends.
-        specs = {entry: entry.resolve(**self._data_dir) for entry in entries}
-        sharing = collections.Counter(
-            spec.teacher_hash
-            for spec in specs.values()
-            if spec.needs_teacher and spec.can_use_table
+        self._overrides = {"data.dir": data_dir} if data_dir else {}
+        self._specs: dict[QueueEntry, RunSpec] = {}
+        self._table_runs = self._count_table_runs()
+
+    def _count_table_runs(self) -> dict[QueueEntry, int]:
+        """Returns for each entry the number of runs that share its teacher's table."""
+        # Resolved without the hyperparameters of `best_of`, which may not be known yet:
+        # no teacher depends on them.
+        specs = {entry: entry.resolve(None, self._overrides) for entry in self._entries}
+        num_runs = collections.Counter(
+            spec.teacher_hash for spec in specs.values() if spec.can_use_table
         )
-        self._table_runs = {
-            entry: max(1, sharing[spec.teacher_hash]) for entry, spec in specs.items()
+        return {
+            entry: max(1, num_runs[spec.teacher_hash]) for entry, spec in specs.items()
         }
 
     def spec(self, entry: QueueEntry) -> RunSpec | None:
-        """Returns the specification of an entry's run; None while the group that it chooses from is not done."""
+        """Returns the specification of an entry's run.
+
+        It is None while its `best_of` names a group with runs that have no result.
+        """
         if entry not in self._specs:
-            best = self.best_of(entry.best_of) if entry.best_of else None
-            if entry.best_of and best is None:
-                return None
-            values = {**self._data_dir, "teacher.table_runs": self._table_runs[entry]}
-            self._specs[entry] = entry.resolve(best, **values)
+            best = None
+            if entry.best_of:
+                best = self.best_of(entry.best_of)
+                if best is None:
+                    return None
+            overrides = {
+                **self._overrides,
+                "teacher.table_runs": self._table_runs[entry],
+            }
+            self._specs[entry] = entry.resolve(best, overrides)
         return self._specs[entry]
 
-    def best_of(self, group: str) -> dict | None:
-        """Returns a group's result with the best balanced validation accuracy; None while one is missing.
+    def best_of(self, group: str) -> dict[str, Any] | None:
+        """Returns a group's result with the best balanced validation accuracy.
+
+        It is None while a run of the group has no result.
 
         Raises:
-          ConfigError: a result of the group without a validation set.
+          ConfigError: a run of the group has no validation set.
         """
-        results = [
-            self.result(entry) for entry in self._entries if entry.group == group
-        ]
-        if any(result is None for result in results):
-            return None
+        results = []
+        for entry in self._entries:
+            if entry.group == group:
+                result = self.result(entry)
+                if result is None:
+                    return None
+                results.append(result)
         if any(result["validation"] is None for result in results):
             raise ConfigError(
-                f"group {group!r} has runs without validation images: set data.validation_per_class"
+                f"group {group!r} has runs without validation images: set "
+                "data.validation_per_class"
             )
         return max(results, key=lambda result: result["validation"]["all"])
 
-    def result(self, entry: QueueEntry) -> dict | None:
-        """Returns the result of an entry's run; None if there is none."""
+    def result(self, entry: QueueEntry) -> dict[str, Any] | None:
+        """Returns the result of an entry's run, None if there is none."""
         spec = self.spec(entry)
         return None if spec is None else self._results.find(spec)
 
@@ -106,93 +133,128 @@ class Queue:
         """Returns the entries without a result, in order."""
         return [entry for entry in self._entries if self.result(entry) is None]
 
-    def results(self) -> list[dict]:
-        """Returns the results that there are, in the queue's order."""
+    def results(self) -> list[dict[str, Any]]:
+        """Returns the results that exist, in the order of the queue."""
         results = [self.result(entry) for entry in self._entries]
         return [result for result in results if result is not None]
 
     def workdirs(self) -> list[pathlib.Path]:
-        """Returns the work directories of finished runs, which hold their training curves too."""
-        specs = [self.spec(entry) for entry in self._entries]
-        folders = {self._workdir(spec) for spec in specs if spec is not None}
+        """Returns the work directories of finished runs, with their training curves."""
+        folders = set()
+        for entry in self._entries:
+            spec = self.spec(entry)
+            if spec is not None:
+                folders.add(self._workdir(spec))
         return sorted(
             folder for folder in folders if (folder / "results.json").exists()
         )
 
     def run(self, entry: QueueEntry, stop: StopRequest) -> bool:
-        """Does one run and adds its result; returns False where the group that it chooses from is not done.
+        """Does the run of an entry and stores its result.
+
+        Returns:
+          False if the run cannot start yet, see `spec`.
 
         Raises:
-          Stopped, DivergedError, ConfigError: as `experiments.trainer.run.run`.
+          StoppedError, DivergedError, ConfigError: see `experiments.trainer.run.run`.
         """
         spec = self.spec(entry)
         if spec is None:
             return False
-        if (
-            self._results.find(spec) is None
-        ):  # another process may have done it meanwhile
+        # Another process may have done it since the queue was read.
+        if self._results.find(spec) is None:
             results = run.run(
                 spec, self._workdir(spec), command=entry.command(spec), stop=stop
             )
             self._results.add(spec, results, entry.group)
         return True
 
-    def _workdir(self, spec):
+    def _workdir(self, spec: RunSpec) -> pathlib.Path:
         return self._folder / f"{spec.name}-{spec.hash}"
 
 
-def run_missing(queue: Queue, stop: StopRequest, *, poll_seconds: float = 5.0) -> int:
-    """Does the runs without a result until it is asked to stop, and reports on stderr what went wrong.
+class _Outcome(enum.Enum):
+    """What happened when a run was tried."""
 
-    Other processes may do the same with the same folders: this one leaves to them what they have begun, and takes
-    over what they leave unfinished.
+    DONE = enum.auto()
+    FAILED = enum.auto()
+    STOPPED = enum.auto()
+    # Another process is doing it.
+    IN_USE = enum.auto()
+    # The group that it chooses from is not done.
+    WAITING = enum.auto()
+
+
+def run_missing(queue: Queue, stop: StopRequest, *, poll_seconds: float = 5.0) -> int:
+    """Does the runs without a result until all are done or it is asked to stop.
+
+    Errors of runs are printed to stderr, and the other runs go on.
+
+    Several processes may work on the same queue and folders. Each skips the runs that
+    another has begun, and tries them again later: if that process has ended without a
+    result, this one continues its run.
+
+    Args:
+      queue: the runs.
+      stop: checked before each run, and within it.
+      poll_seconds: between two passes over runs that are all in use.
 
     Returns:
-      The number of runs that failed or could not be chosen.
+      The number of runs that failed, or that wait for a group with a failed run.
     """
-    failed = 0
-    todo = queue.missing()
+    num_failed = 0
+    pending = queue.missing()
     with tqdm.tqdm(
-        total=len(todo), desc="queue", unit="run", dynamic_ncols=True, position=0
+        total=len(pending), desc="queue", unit="run", dynamic_ncols=True, position=0
     ) as bar:
-        while todo:
-            remaining = []
-            any_in_use = False
-            for entry in todo:
-                bar.set_postfix_str(
-                    f"{entry.config.rpartition('/')[2]}, seed {entry.seed}"
-                )
-                if stop.reason:
-                    _report(f"stopped by {stop.reason}; the same command continues")
-                    return failed
-                try:
-                    is_done = queue.run(entry, stop)
-                except run.InUseError:
-                    is_done = False
-                    any_in_use = True
-                except Stopped as stopped:
-                    _report(f"{stopped}; the same command continues")
-                    return failed
-                except (ConfigError, DivergedError, OSError) as error:
-                    _report(f"error: {entry.config}, seed {entry.seed}: {error}")
-                    failed += 1
-                    is_done = True
-                if is_done:
+        while pending:
+            outcomes = {}
+            for entry in pending:
+                config_name = entry.config.rpartition("/")[2]
+                bar.set_postfix_str(f"{config_name}, seed {entry.seed}")
+                outcome = _try_run(queue, entry, stop)
+                if outcome is _Outcome.STOPPED:
+                    return num_failed
+                if outcome is _Outcome.FAILED:
+                    num_failed += 1
+                if outcome in (_Outcome.DONE, _Outcome.FAILED):
                     bar.update()
                 else:
-                    remaining.append(entry)
-            if len(remaining) == len(todo):
-                if not any_in_use:
-                    for entry in remaining:
-                        _report(
-                            f"{entry.config} waits for all runs of group {entry.best_of!r}"
-                        )
-                    return failed + len(remaining)
+                    outcomes[entry] = outcome
+            # Without progress, only another process can help.
+            if len(outcomes) == len(pending):
+                if _Outcome.IN_USE not in outcomes.values():
+                    _report_waiting(pending)
+                    return num_failed + len(pending)
                 bar.set_postfix_str("waiting for runs of other processes")
                 time.sleep(poll_seconds)
-            todo = remaining
-    return failed
+            pending = list(outcomes)
+    return num_failed
 
 
-def _report(text):
+def _try_run(queue: Queue, entry: QueueEntry, stop: StopRequest) -> _Outcome:
+    """Does a run, and prints an error if there is one."""
+    if stop.reason:
+        _report(f"stopped by {stop.reason}; the same command continues")
+        return _Outcome.STOPPED
+    try:
+        done = queue.run(entry, stop)
+    except run.InUseError:
+        return _Outcome.IN_USE
+    except StoppedError as error:
+        _report(f"{error}; the same command continues")
+        return _Outcome.STOPPED
+    except (ConfigError, DivergedError, OSError) as error:
+        _report(f"error: {entry.config}, seed {entry.seed}: {error}")
+        return _Outcome.FAILED
+    return _Outcome.DONE if done else _Outcome.WAITING
+
+
+def _report_waiting(entries: list[QueueEntry]) -> None:
+    for entry in entries:
+        _report(f"{entry.config} waits for all runs of group {entry.best_of!r}")
+
+
+def _report(text: str) -> None:
+    # Printed above the progress bar, not into it.
     tqdm.tqdm.write(text, file=sys.stderr)

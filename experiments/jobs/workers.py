@@ -1,6 +1,7 @@
-"""Processes that share a queue, each of which sees one device of this machine.
+"""Starts processes that share a queue; each of them sees one device of this machine.
 
-The process that starts them uses no device itself: one that is taken cannot be given to another process.
+The process that starts them uses no device itself: a device that a process has opened
+may not be available to another one.
 """
 
 import contextlib
@@ -11,7 +12,8 @@ import pathlib
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import FrameType
 
 import tqdm
 
@@ -20,9 +22,12 @@ from experiments.runtime import STOPPED
 from experiments.trainer.interrupts import StopRequest
 from ltkd_jax import signals
 
-_FIRST_PORT = 8476  # of processes on one TPU host, one each
-_COUNT_SECONDS = 30.0  # between counts of the runs that are left, for the progress bar
-# On some TPUs two devices make a chip, which one process has as a whole.
+# The processes on a TPU host need a port each.
+_FIRST_PORT = 8476
+# Between two counts of the missing runs, for the progress bar.
+_COUNT_SECONDS = 30.0
+# On some TPUs a chip has two devices (with the same coordinates), which only one
+# process can use.
 _COUNT_DEVICES = """
 import jax, json
 devices = jax.devices()
@@ -33,20 +38,26 @@ print(json.dumps([devices[0].platform, len(slots)]))
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """The devices of this machine.
+    """Describes the devices of this machine.
 
     Attributes:
       platform: "cpu", "gpu" or "tpu".
-      slots: how many processes can have a device of their own.
+      slots: the number of processes that can have a device of their own.
     """
 
     platform: str
     slots: int
 
-    def environment(self, slot: int, environment) -> dict[str, str]:
-        """Returns the environment of a process that sees the device of one slot alone."""
+    def environment(self, slot: int, environment: Mapping[str, str]) -> dict[str, str]:
+        """Returns the environment variables of a process that sees only one device.
+
+        Args:
+          slot: number of the device.
+          environment: the variables of this process.
+        """
         if self.platform == "gpu":
             name = "CUDA_VISIBLE_DEVICES"
+            # This process may itself be restricted to some devices.
             visible = [word for word in environment.get(name, "").split(",") if word]
             return {**environment, name: visible[slot] if visible else str(slot)}
         if self.platform == "tpu":
@@ -63,18 +74,18 @@ class Machine:
 
 
 def count_devices() -> Machine:
-    """Returns this machine's devices, which a short child process counts.
+    """Returns this machine's devices, counted by a child process that exits at once.
 
     Raises:
-      ConfigError: jax finds none.
+      ConfigError: jax has no device.
     """
     child = subprocess.run(
         [sys.executable, "-c", _COUNT_DEVICES], capture_output=True, text=True
     )
     if child.returncode:
-        raise ConfigError(
-            f"jax finds no device: {child.stderr.strip().rpartition(chr(10))[2]}"
-        )
+        last_line = child.stderr.strip().rpartition("\n")[2]
+        raise ConfigError(f"jax finds no device: {last_line}")
+    # jax may print warnings before it.
     platform, slots = json.loads(child.stdout.splitlines()[-1])
     return Machine(platform, slots)
 
@@ -87,23 +98,25 @@ def run(
     count_missing: Callable[[], int],
     stop: StopRequest,
 ) -> int:
-    """Starts workers on a queue and waits until all have ended; a signal is passed on to them, and they save.
+    """Starts workers on a queue, and waits until all have ended.
+
+    A signal is passed on to the workers, which save and end.
 
     Args:
-      command: of one worker.
+      command: of each worker.
       machine: this machine.
       num_workers: at most its slots.
-      folder: gets `device-0.log` and so on.
+      folder: for the logs, `device-0.log` and so on.
       count_missing: counts the runs to do, for the progress bar.
-      stop: gets the signal, if one comes.
+      stop: records a signal.
 
     Returns:
       The number of workers that failed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    workers = []
+    workers: list[subprocess.Popen] = []
 
-    def pass_on(number, frame):
+    def pass_on(number: int, _frame: FrameType | None) -> None:
         stop.signal = number
         for worker in workers:
             if worker.poll() is None:
@@ -112,27 +125,39 @@ def run(
     with signals.use_handler(pass_on), contextlib.ExitStack() as logs:
         for slot in range(num_workers):
             log = logs.enter_context(open(folder / f"device-{slot}.log", "a"))
-            environment = machine.environment(slot, os.environ)
+            # A signal may arrive between two starts.
             if stop.signal is None:
-                # In a session of its own a worker gets Ctrl-C from here, and once.
-                options = dict(
-                    env=environment, stdout=log, stderr=log, start_new_session=True
+                # The terminal sends Ctrl-C to all processes of a session. In a session
+                # of its own, a worker gets it once, by `pass_on`.
+                worker = subprocess.Popen(
+                    command,
+                    env=machine.environment(slot, os.environ),
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
                 )
-                workers.append(subprocess.Popen(command, **options))
+                workers.append(worker)
         try:
             _wait(workers, folder, count_missing)
         except BaseException:
-            # Left alone they would go on, and keep the devices.
+            # Otherwise they would continue without this process and keep the devices.
             for worker in workers:
                 worker.terminate()
                 worker.wait()
             raise
-    # A worker that is not yet, or no longer, in a run ends by the signal itself.
-    expected = {0, STOPPED, -(stop.signal or 0)}
+    # A worker that is between two runs has no handler, and is ended by the signal.
+    expected = {0, STOPPED}
+    if stop.signal is not None:
+        expected.add(-stop.signal)
     return sum(worker.returncode not in expected for worker in workers)
 
 
-def _wait(workers, folder, count_missing):
+def _wait(
+    workers: list[subprocess.Popen],
+    folder: pathlib.Path,
+    count_missing: Callable[[], int],
+) -> None:
+    """Shows progress until all workers have ended."""
     total = count_missing()
     with tqdm.tqdm(
         total=total,

@@ -223,7 +223,7 @@ def gather(runs):
 
 
 def _setting_key(run):
-    config = identity.of_results(run)
+    config = identity.recorded_identity(run)
     models = config["teacher"]["model"], config["student"]["model"]
     sizes = (
         run["seeds"].get("split") or 0,
@@ -272,7 +272,7 @@ def _differing_keys(runs):
 def _flat_identity(run):
     return {
         key: str(v)
-        for key, v in flatten(identity.of_results(run)).items()
+        for key, v in flatten(identity.recorded_identity(run)).items()
         if key not in _SEEDS
     }
 

@@ -1,4 +1,4 @@
-"""The images of a run: what is drawn of a data set, in memory or still on disk."""
+"""The images of a run, in memory or on disk."""
 
 import dataclasses
 import functools
@@ -16,7 +16,20 @@ from ltkd_jax.data.records import Images, Records
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dataset:
-    """A long-tailed training set, balanced held-out sets, and how its classes are grouped; on the host or on disk."""
+    """Holds the sets of images of a run, and the groups of its classes.
+
+    A set is an `Images` in the host's memory, or a `Records` on disk.
+
+    Attributes:
+      source: the data set that they are drawn from.
+      train: the long-tailed training set.
+      outer: balanced images, held out of it for the outer loss of learned weights.
+      validation: balanced images, held out of it for the choice of hyperparameters.
+      test: the test set, or a balanced part of it.
+      class_counts: `[C]`, training images of each class.
+      groups: head, medium and tail by these counts.
+      shots: masks `[C]` of the classes with many, medium and few images, by name.
+    """
 
     source: datasets.Source
     train: Images | Records
@@ -29,44 +42,52 @@ class Dataset:
 
     @property
     def num_classes(self) -> int:
+        """C, the number of classes."""
         return self.source.num_classes
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
+        """(height, width, channels) of an image."""
         return self.train.shape
 
     @property
-    def streams(self) -> bool:
+    def is_streamed(self) -> bool:
         """Whether images stay on disk."""
         return isinstance(self.train, Records)
 
-    def preprocess(self, images):
+    def preprocess(self, images: jax.Array) -> jax.Array:
         """Returns uint8 images as normalised float images."""
         return augment.normalize(images, self.source.mean, self.source.std)
 
 
+# Runs of one process share the data sets loaded last.
 @functools.lru_cache(maxsize=2)
 def load(spec: DatasetSpec) -> Dataset:
-    """Returns the data; the last ones are kept, so that runs in one process share them.
+    """Draws the sets of images of a run.
 
     Raises:
-      ConfigError: unknown or unprepared data, or a split that the data cannot give.
+      ConfigError: an unknown or unprepared data set, or one with too few images for
+        the draw.
     """
     try:
         source = datasets.load(
             spec.name, spec.dir or None, size=spec.image_size, margin=spec.stream
         )
         split = _split(spec, source)
+        test_indices = _balanced_indices(
+            source.test, spec.test_images, source.num_classes
+        )
+        train, outer, validation, test = _read(
+            [
+                (source.train, split.train),
+                (source.train, split.outer),
+                (source.train, split.validation),
+                (source.test, test_indices),
+            ],
+            spec.stream,
+        )
         class_counts = np.bincount(
             source.train.labels[split.train], minlength=source.num_classes
-        )
-        test = _balanced_part(source.test, spec.test_images, source.num_classes)
-        parts = [
-            (source.train, part)
-            for part in (split.train, split.outer, split.validation)
-        ]
-        train, outer, validation, test = _read(
-            [*parts, (source.test, test)], spec.stream
         )
         class_groups = groups.ClassGroups.from_counts(
             class_counts, fractions=spec.group_fractions
@@ -74,54 +95,76 @@ def load(spec: DatasetSpec) -> Dataset:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return Dataset(
-        source,
-        train,
-        outer,
-        validation,
-        test,
-        class_counts,
-        class_groups,
-        groups.shots(class_counts),
+        source=source,
+        train=train,
+        outer=outer,
+        validation=validation,
+        test=test,
+        class_counts=class_counts,
+        groups=class_groups,
+        shots=groups.shots(class_counts),
     )
 
 
-def _split(spec, source) -> longtail.Split:
-    labels, keys = source.train.labels, source.train.keys
-    options = dict(
+def _split(spec: DatasetSpec, source: datasets.Source) -> longtail.Split:
+    """Returns the indices of the training, outer and validation sets."""
+    labels = source.train.labels
+    keys = source.train.keys
+    if spec.subset not in SUBSETS:
+        return longtail.split_by_list(
+            longtail.read_list(spec.subset),
+            labels,
+            keys,
+            num_classes=source.num_classes,
+            seed=spec.split_seed,
+            outer_per_class=spec.outer_per_class,
+            validation_per_class=spec.validation_per_class,
+        )
+    return longtail.split(
+        labels,
+        keys,
         num_classes=source.num_classes,
+        imbalance=spec.imbalance if spec.subset == "exponential" else None,
+        n_max=spec.n_max,
         seed=spec.split_seed,
         outer_per_class=spec.outer_per_class,
         validation_per_class=spec.validation_per_class,
     )
-    if spec.subset not in SUBSETS:
-        return longtail.split_by_list(
-            longtail.read_list(spec.subset), labels, keys, **options
-        )
-    imbalance = spec.imbalance if spec.subset == "exponential" else None
-    return longtail.split(
-        labels, keys, imbalance=imbalance, n_max=spec.n_max, **options
-    )
 
 
-def _read(parts, streams: bool):
-    """Returns the images of each (images, indices), in memory or, for a stream, still on disk."""
-    if streams:
-        if not all(isinstance(images, Records) for images, _ in parts):
-            raise ValueError(
-                "data.stream=True: this data set has no files to stream from: leave it False"
-            )
-        return [images.subset(indices) for images, indices in parts]
-    size = sum(len(indices) * int(np.prod(images.shape)) for images, indices in parts)
+def _read(
+    selections: list[tuple[Images | Records, np.ndarray]], stream: bool
+) -> list[Images | Records]:
+    """Returns the selected images, in memory unless they are streamed."""
+    if stream:
+        subsets: list[Images | Records] = []
+        for images, indices in selections:
+            if not isinstance(images, Records):
+                raise ValueError(
+                    "data.stream=True: this data set has no files to stream from: set "
+                    "it to False"
+                )
+            subsets.append(images.subset(indices))
+        return subsets
+    size = 0
+    for images, indices in selections:
+        size += len(indices) * int(np.prod(images.shape))
+    # The other half is for the network, its optimizer and the teacher's table.
     if size > device_memory() / 2:
         raise ValueError(
-            f"the images take {size / 2**30:.1f} GiB, more than half of the device's memory: set data.stream=True, "
-            "or a smaller data.image_size"
+            f"the images take {size / 2**30:.1f} GiB, more than half of the device's "
+            "memory: set data.stream=True, or a smaller data.image_size"
         )
-    return [images.take(indices) for images, indices in parts]
+    return [images.take(indices) for images, indices in selections]
 
 
-def _balanced_part(images, number, num_classes):
-    """Returns the indices of a fixed, balanced part of the images; of all if `number` is 0 or at least as many."""
+def _balanced_indices(
+    images: Images | Records, number: int, num_classes: int
+) -> np.ndarray:
+    """Returns the indices of about `number` images, the same number of each class.
+
+    They are always the same ones; 0 takes all images.
+    """
     if not 0 < number < len(images):
         return np.arange(len(images))
     per_class = max(number // num_classes, 1)
@@ -131,7 +174,11 @@ def _balanced_part(images, number, num_classes):
 
 
 def device_memory() -> int:
-    """Returns the bytes of this process's first device's memory; of the machine's where a device does not say."""
+    """Returns the bytes of memory of this process's first device.
+
+    A device that does not report its memory, such as a CPU, counts as having all of the
+    machine's.
+    """
     stats = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" in stats:
         return stats["bytes_limit"]

@@ -1,12 +1,13 @@
-"""Evaluation of a model on a set of images, batch by batch, each example counted once."""
+"""Evaluates a model on a set of images, batch by batch; each image counts once."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
 
 from experiments.trainer.dataset import Dataset
-from ltkd_jax import metrics
+from ltkd_jax import metrics, models
 from ltkd_jax.data import streaming
 from ltkd_jax.data.records import Images, Records
 from ltkd_jax.training import steps
@@ -14,21 +15,25 @@ from ltkd_jax.training.parallel import Parallel
 
 
 class Evaluator:
-    """Evaluates one model on any set of a data set.
+    """Evaluates one model on the sets of a data set.
 
     Args:
       model: without a device axis.
       data: for its preprocessing and sizes.
       parallel: the devices.
-      batch_size: at most; rounded up to a multiple of the devices.
+      batch_size: the largest global batch, rounded up to a multiple of the devices.
     """
 
-    def __init__(self, model, data: Dataset, parallel: Parallel, batch_size: int):
+    def __init__(
+        self, model: models.Model, data: Dataset, parallel: Parallel, batch_size: int
+    ):
         self._parallel = parallel
-        largest = min(batch_size, max(len(data.train), len(data.test)))
-        self._batch_size = -(-largest // parallel.num_devices) * parallel.num_devices
+        # A batch larger than the largest set would be padding.
+        size = min(batch_size, max(len(data.train), len(data.test)))
+        num_devices = parallel.num_devices
+        self._batch_size = -(-size // num_devices) * num_devices
 
-        def eval_step(variables, batch):
+        def eval_step(variables: Any, batch: steps.EvalBatch) -> metrics.EvalSums:
             return steps.eval_step(
                 variables,
                 batch,
@@ -38,29 +43,37 @@ class Evaluator:
             )
 
         self._eval_step = parallel.compile(eval_step, batch_axis=0)
-        self._on_device = {}
+        self._cache: dict[int, tuple[Images, list[steps.EvalBatch]]] = {}
 
-    def evaluate(self, variables, images: Images | Records) -> metrics.EvalSums:
-        """Returns the sums over a set; `variables` are replicated."""
-        sums = [
-            self._parallel.unreplicate(self._eval_step(variables, batch))
-            for batch in self._batches(images)
-        ]
-        return jax.tree.map(
-            lambda *parts: np.sum([np.asarray(x, np.float64) for x in parts], axis=0),
-            *sums,
-        )
+    def evaluate(self, variables: Any, images: Images | Records) -> metrics.EvalSums:
+        """Returns the sums over a set of images.
 
-    def _batches(self, images):
-        """Returns the batches on the devices, where images of the memory stay from the first call on."""
+        Args:
+          variables: of the model, replicated.
+          images: the set.
+        """
+        sums = []
+        for batch in self._batches(images):
+            sums.append(self._parallel.unreplicate(self._eval_step(variables, batch)))
+
+        def add(*batch_sums: jax.Array) -> np.ndarray:
+            # In float64: float32 would lose counts above 2²⁴.
+            return np.sum([np.asarray(x, np.float64) for x in batch_sums], axis=0)
+
+        return jax.tree.map(add, *sums)
+
+    def _batches(self, images: Images | Records) -> Iterable[steps.EvalBatch]:
+        """Returns the batches on the devices; images in memory are sent there once."""
         if isinstance(images, Records):
             return self._put_batches(images)
-        if id(images) not in self._on_device:
-            # The images are held too: were they freed, another set could get their id.
-            self._on_device[id(images)] = images, list(self._put_batches(images))
-        return self._on_device[id(images)][1]
+        if id(images) not in self._cache:
+            # The entry refers to the images, too: if they were freed, another set could
+            # get the same id.
+            self._cache[id(images)] = images, list(self._put_batches(images))
+        _, batches = self._cache[id(images)]
+        return batches
 
-    def _put_batches(self, images):
+    def _put_batches(self, images: Images | Records) -> Iterator[steps.EvalBatch]:
         positions = self._parallel.local_positions(self._batch_size)
         for batch in padded_batches(images, self._batch_size, positions):
             yield self._parallel.shard(batch, 0)
@@ -69,19 +82,26 @@ class Evaluator:
 def padded_batches(
     images: Images | Records, batch_size: int, positions: np.ndarray
 ) -> Iterator[steps.EvalBatch]:
-    """Yields a set in full batches, the last one padded with images that are masked out.
+    """Yields a set of images in full batches; the last one is padded and masked.
 
     Args:
       images: the set.
       batch_size: of the global batch.
-      positions: of each batch that are read, such as those of one of several processes.
+      positions: the positions of each global batch to read, such as those on the
+        devices of this process.
     """
-    count = len(images)
-    indices = np.arange(0, count, batch_size)[:, None] + positions[None, :]
-    clipped = np.minimum(indices, count - 1)
+    num_examples = len(images)
+    starts = np.arange(0, num_examples, batch_size)
+    indices = starts[:, None] + positions[None, :]
+    # The last image serves as padding.
+    clipped = np.minimum(indices, num_examples - 1)
+    batches: Iterable[Any]
     if isinstance(images, Records):
         batches = streaming.evaluation_batches(images, clipped)
     else:
-        batches = ((images.images[row], images.labels[row]) for row in clipped)
-    for mask, batch in zip(indices < count, batches):
-        yield steps.EvalBatch(*batch, mask)
+        batches = (
+            (images.images[batch_indices], images.labels[batch_indices])
+            for batch_indices in clipped
+        )
+    for mask, (batch_images, labels) in zip(indices < num_examples, batches):
+        yield steps.EvalBatch(batch_images, labels, mask)

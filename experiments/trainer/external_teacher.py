@@ -1,17 +1,27 @@
-"""Reads teachers from files: variables of a network of the library, or the logits of any model.
+"""Reads external teachers: the variables of a network, or the logits of any model.
 
-`teacher.checkpoint` names the file: FILE.msgpack, as `ltkd_jax.models.convert` writes it, or FILE.npz (see
-`ltkd_jax.data.logits`) with `train_logits` `[N, C]` or `[N, views, C]` and `train_labels` `[N]` of all training images
-of the data set, sorted by key, and optionally `logits` `[M, C]` and `labels` `[M]` of its test images, for the report.
-The labels show whether the order of the images is right; `train_keys` and `keys`, where they exist, show it surely.
+`teacher.checkpoint` names the file. FILE.msgpack holds the variables of a network of
+the library, as `ltkd_jax.models.convert` writes it. FILE.npz (see
+`ltkd_jax.data.logits`) holds
+
+- `train_logits` `[N, C]` or `[N, views, C]`, and `train_labels` `[N]`, of all training
+  images of the data set (not only of the long-tailed draw), sorted by key;
+- optionally `logits` `[M, C]` and `labels` `[M]` of its test images, for the report;
+- optionally `train_keys` and `keys`.
+
+The order of the images is checked by the labels, and exactly by the keys if there are
+any.
 """
 
 import dataclasses
 import os
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from experiments.trainer.dataset import Dataset
+from experiments.trainer.interrupts import StopRequest
 from ltkd_jax import files, metrics
 from ltkd_jax.data.logits import TRAIN_PREFIX, Logits, LogitsError, LogitsFile
 from ltkd_jax.data.records import Images, Records
@@ -19,16 +29,18 @@ from ltkd_jax.models import convert
 from ltkd_jax.training import hosts
 
 
-def read_variables(path: str | os.PathLike, model_name: str, dataset: Dataset) -> dict:
+def read_variables(
+    path: str | os.PathLike[str], model_name: str, dataset: Dataset
+) -> dict:
     """Returns the variables in a msgpack file.
 
     Args:
-      path: of the file, `teacher.checkpoint`.
-      model_name: of the network, `teacher.model`.
-      dataset: on which it teaches.
+      path: the file, `teacher.checkpoint`.
+      model_name: the network's name, `teacher.model`.
+      dataset: the data set that it teaches.
 
     Raises:
-      ValueError: the file is of another model or number of classes, or cannot be read.
+      ValueError: the file cannot be read, or has another model or number of classes.
     """
     try:
         return convert.load(
@@ -42,13 +54,14 @@ def read_variables(path: str | os.PathLike, model_name: str, dataset: Dataset) -
 
 @dataclasses.dataclass(frozen=True)
 class LogitsTeacher:
-    """A teacher of which only logits exist, with what a run needs of a `Teacher`.
+    """Holds the logits of a teacher without a network, in place of a `Teacher`.
 
     Attributes:
-      logits: float32 `[N, views or 1, C]` of all training images of the data set.
-      keys: `[N]`, of those images, sorted.
+      logits: float32 `[N, V, C]` of all training images of the data set, V views of
+        each; V = 1 serves for all views.
+      keys: `[N]`, of these images, sorted.
       results: its part of `results.json`.
-      variables: None; there is no network.
+      variables: None, since there is no network.
     """
 
     logits: np.ndarray
@@ -56,20 +69,23 @@ class LogitsTeacher:
     results: dict
     variables: None = None
 
-    def table(self, images: Images | Records, stop=None) -> np.ndarray:
-        """Returns the logits of images, `[n, views or 1, C]`."""
+    def table(
+        self, images: Images | Records, stop: StopRequest | None = None
+    ) -> np.ndarray:
+        """Returns the logits of some of the images, `[N, V, C]`, in their order."""
         return self.logits[np.searchsorted(self.keys, images.keys)]
 
 
-def load_logits(path: str | os.PathLike, dataset: Dataset) -> LogitsTeacher:
-    """Returns the teacher in an npz file; of several processes, the first one reads it.
+def load_logits(path: str | os.PathLike[str], dataset: Dataset) -> LogitsTeacher:
+    """Returns the teacher in an npz file, which only the primary process reads.
 
     Args:
-      path: of the file, `teacher.checkpoint`.
-      dataset: on which it teaches.
+      path: the file, `teacher.checkpoint`.
+      dataset: the data set that it teaches.
 
     Raises:
-      LogitsError: the file cannot be read, lacks an array, or its images are not the data set's.
+      LogitsError: the file cannot be read, lacks an array, or has other images than the
+        data set.
     """
     try:
         logits, results = hosts.run_on_primary(lambda: _read_logits(path, dataset))
@@ -78,64 +94,69 @@ def load_logits(path: str | os.PathLike, dataset: Dataset) -> LogitsTeacher:
     return LogitsTeacher(logits, dataset.source.train.keys, results)
 
 
-def _read_logits(path, dataset: Dataset) -> tuple[np.ndarray, dict]:
+def _read_logits(
+    path: str | os.PathLike[str], dataset: Dataset
+) -> tuple[np.ndarray, dict]:
+    """Returns the training logits `[N, V, C]`, and the teacher's results."""
     source = dataset.source
+    num_classes = dataset.num_classes
     file = LogitsFile(path)
     train = file.logits(TRAIN_PREFIX, views=True)
-    _check_images(
-        train, source.train, (len(source.train), dataset.num_classes), source.views.num
-    )
-    logits = train.to_logits().reshape(len(train), -1, dataset.num_classes)
-    # Bias is measured on the images themselves, not on views of them.
-    identity = source.views.identity if logits.shape[1] > 1 else 0
-    train_sums = _eval_sums(logits[:, identity], source.train, dataset.train)
+    num_train = len(source.train)
+    views_shape = (num_train, source.views.num, num_classes)
+    _check_images(train, source.train, [(num_train, num_classes), views_shape])
+    logits = train.to_logits().reshape(num_train, -1, num_classes)
+
+    # Bias is measured on the images as they are, not on crops and flips of them.
+    identity_view = source.views.identity if logits.shape[1] > 1 else 0
+    train_sums = _eval_sums(logits[:, identity_view], source.train, dataset.train)
+    group_mass = {"long_tailed": metrics.group_mass(train_sums, dataset.groups)}
     file_hash = files.sha256(path)[:12]
-    results = {
+    results: dict[str, Any] = {
         "hash": file_hash,
         "model": f"logits {file_hash}",
-        "group_mass": {"long_tailed": metrics.group_mass(train_sums, dataset.groups)},
+        "group_mass": group_mass,
     }
     if file.has_logits():
         test = file.logits()
-        _check_images(test, source.test, (len(source.test), dataset.num_classes))
+        _check_images(test, source.test, [(len(source.test), num_classes)])
         test_sums = _eval_sums(test.to_logits(), source.test, dataset.test)
         results["test"] = metrics.summarize(test_sums, dataset.groups, dataset.shots)
-        results["group_mass"]["balanced"] = metrics.group_mass(
-            test_sums, dataset.groups
-        )
+        group_mass["balanced"] = metrics.group_mass(test_sums, dataset.groups)
     return logits, results
 
 
 def _check_images(
-    logits: Logits,
-    images: Images | Records,
-    shape: tuple[int, int],
-    num_views: int | None = None,
-):
-    """Checks that logits are of the data set's images, in their order."""
-    number, num_classes = shape
-    allowed = (
-        [shape] if num_views is None else [shape, (number, num_views, num_classes)]
-    )
-    if logits.values.shape not in allowed:
-        shapes = " or ".join(str(list(shape)) for shape in allowed)
+    logits: Logits, images: Images | Records, allowed_shapes: list[tuple[int, ...]]
+) -> None:
+    """Raises LogitsError unless the logits are of these images, in their order."""
+    shape = logits.values.shape
+    if shape not in allowed_shapes:
+        shapes = " or ".join(str(list(allowed)) for allowed in allowed_shapes)
         raise LogitsError(
-            f"{logits.source}: {logits.array_name} is of shape {list(logits.values.shape)}, but must be {shapes}"
+            f"{logits.source}: {logits.array_name} is of shape {list(shape)}, but must be "
+            f"{shapes}"
         )
     if not np.array_equal(logits.labels, images.labels):
         raise LogitsError(
-            f"{logits.source}: the labels of {logits.array_name} are not those of the data set, so the logits are not in its "
-            "order: sort the images by their keys, for CIFAR the order of the original files"
+            f"{logits.source}: the labels of {logits.array_name} are not those of the data "
+            "set, so the logits are not in its order: sort the images by their keys, "
+            "for CIFAR the order of the original files"
         )
     if logits.keys is not None and not np.array_equal(logits.keys, images.keys):
         raise LogitsError(
-            f"{logits.source}: the keys of {logits.array_name} are not those of the data set, sorted: sort the rows by them"
+            f"{logits.source}: the keys of {logits.array_name} are not those of the data "
+            "set, sorted: sort the rows by their keys"
         )
 
 
 def _eval_sums(
     logits: np.ndarray, all_images: Images | Records, images: Images | Records
 ) -> metrics.EvalSums:
-    """Returns the evaluation of some of all images, of which the logits are."""
+    """Returns the evaluation on `images`, which are some of those of the logits."""
     indices = np.searchsorted(all_images.keys, images.keys)
-    return metrics.eval_sums(logits[indices], images.labels, np.ones(len(images), bool))
+    return metrics.eval_sums(
+        jnp.asarray(logits[indices]),
+        jnp.asarray(images.labels),
+        jnp.ones(len(images), bool),
+    )

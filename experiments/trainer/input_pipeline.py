@@ -1,13 +1,19 @@
-"""What the steps of a run read, in order: indices into images on the device, or batches of images that stay on disk.
+"""The inputs of a run's steps, in order.
 
-Of each global batch a process reads the positions of its own devices. A call of the compiled function takes several
-steps at a time, `call_sizes`, none beyond an epoch's end.
+If the images are on the device, the inputs are indices of images; if they stay on disk,
+the inputs are the images themselves. Each process reads only its devices' positions of
+a global batch.
+
+A call of the compiled function takes several steps. `call_sizes` has the number of
+steps of each call; no call goes beyond the end of an epoch.
 """
 
 import collections
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,12 +25,13 @@ from ltkd_jax.training.steps import StepInputs
 
 @dataclasses.dataclass(frozen=True)
 class BatchShard:
-    """This process's part of a global batch.
+    """Describes this process's part of each global batch.
 
-    With Mixup each image is mixed with its left neighbour in the batch, so that the first one's is read too.
+    Mixup mixes each image with its left neighbour in the global batch. The neighbour of
+    the part's first image belongs to another process's part, so it is read, too.
 
     Attributes:
-      positions: of this process's devices in the global batch, one run of numbers.
+      positions: this process's positions in the global batch, consecutive numbers.
       batch_size: B, of the global batch.
       mixup: whether images are mixed.
     """
@@ -35,51 +42,60 @@ class BatchShard:
 
     @property
     def to_read(self) -> np.ndarray:
-        """The positions to read: with the neighbour of the first in front, where images are mixed."""
+        """The positions to read: `positions`, after the left neighbour under Mixup."""
         if not self.mixup:
             return self.positions
-        return (
-            np.concatenate([self.positions[:1] - 1, self.positions]) % self.batch_size
-        )
+        # Modulo B: the left neighbour of a batch's first image is its last.
+        neighbour = (self.positions[:1] - 1) % self.batch_size
+        return np.concatenate([neighbour, self.positions])
 
-    def inputs(self, train, outer=None) -> StepInputs:
-        """Returns the steps' inputs from leaves `[S, len(to_read), …]`."""
+    def inputs(self, train: Any, outer: Any = None) -> StepInputs:
+        """Returns the inputs of S steps.
+
+        Args:
+          train: training batches, leaves `[S, len(to_read), …]`.
+          outer: batches of the outer set, leaves `[S, len(positions), …]`.
+        """
         if not self.mixup:
             return StepInputs(train, outer=outer)
-        own = jax.tree.map(lambda x: x[:, 1:], train)
         neighbours = jax.tree.map(lambda x: x[:, :-1], train)
-        return StepInputs(own, mixup=neighbours, outer=outer)
+        train = jax.tree.map(lambda x: x[:, 1:], train)
+        return StepInputs(train, mixup=neighbours, outer=outer)
 
 
 def from_memory(
-    epoch_fn: Callable,
+    epoch_fn: Callable[[int, int], tuple[Any, Any]],
     seed: int,
     step: int,
     call_sizes: Sequence[int],
     *,
     steps_per_epoch: int,
     shard: BatchShard,
-) -> Iterator[StepInputs]:
-    """Yields the inputs of each call, on the host.
+) -> Generator[StepInputs, None, None]:
+    """Yields the inputs of each call, as arrays on the host.
 
     Args:
-      epoch_fn: `(seed, epoch) -> (training indices, those of the outer set or None)`, of the global batch, with leaves
-        `[S, B, …]` for the S steps of an epoch.
+      epoch_fn: `(seed, epoch) -> (training indices, outer indices or None)` of the
+        global batches, with leaves `[S, B, …]` for the S steps of an epoch.
       seed: of the run.
-      step: from which on.
-      call_sizes: steps of each call.
+      step: the first step.
+      call_sizes: the number of steps of each call.
       steps_per_epoch: of the run.
       shard: this process's part of each batch.
     """
-    drawn_epoch = None
+    inputs = None
+    inputs_epoch = None
     for size in call_sizes:
-        epoch, first = divmod(step, steps_per_epoch)
-        if epoch != drawn_epoch:
+        epoch, start = divmod(step, steps_per_epoch)
+        if epoch != inputs_epoch:
+            # Copied to the host: slicing on the device would compile for every start.
             train, outer = jax.tree.map(np.asarray, epoch_fn(seed, epoch))
             train = jax.tree.map(lambda x: x[:, shard.to_read], train)
             outer = jax.tree.map(lambda x: x[:, shard.positions], outer)
-            inputs, drawn_epoch = shard.inputs(train, outer), epoch
-        yield jax.tree.map(lambda x, part=slice(first, first + size): x[part], inputs)
+            inputs = shard.inputs(train, outer)
+            inputs_epoch = epoch
+        steps = slice(start, start + size)
+        yield jax.tree.map(lambda x, steps=steps: x[steps], inputs)
         step += size
 
 
@@ -93,67 +109,82 @@ def from_disk(
     shard: BatchShard,
     lookahead: int = 1,
     num_workers: int = 0,
-) -> Iterator[StepInputs]:
-    """Yields the inputs of each call, on the host, with the images in them.
+) -> Generator[StepInputs, None, None]:
+    """Yields the inputs of each call, with their images, as arrays on the host.
 
     Args:
-      train, outer: the sets; `outer` is None where weights are static.
-      seed, step, call_sizes, shard: as `from_memory`.
-      lookahead: K, batches that a step with learned weights looks at.
-      num_workers: processes that decode, for each set.
+      train: the training set.
+      outer: the outer set; None if weights are static.
+      seed, step, call_sizes, shard: see `from_memory`.
+      lookahead: K, the number of batches that a step with learned weights reads.
+      num_workers: the number of processes that decode, for each set.
     """
     num_steps = sum(call_sizes)
-    reading = dict(
-        first_step=step, batch_size=shard.batch_size, num_workers=num_workers
-    )
     with contextlib.ExitStack() as stack:
 
-        def batches(records, **options):
-            return stack.enter_context(streaming.batches(records, **reading, **options))
+        def read(
+            records: Records, seed: int, num_steps: int, positions: np.ndarray
+        ) -> Iterator[streaming.StreamedBatch]:
+            return stack.enter_context(
+                streaming.batches(
+                    records,
+                    seed=seed,
+                    batch_size=shard.batch_size,
+                    first_step=step,
+                    num_steps=num_steps,
+                    num_workers=num_workers,
+                    positions=positions.tolist(),
+                )
+            )
 
-        num_read = num_steps + lookahead - 1
-        train_batches = batches(
-            train, seed=seed, num_steps=num_read, positions=shard.to_read
-        )
+        # The last step looks K − 1 batches ahead.
+        batches = read(train, seed, num_steps + lookahead - 1, shard.to_read)
         if outer is None:
             for size in call_sizes:
-                yield shard.inputs(_stack([next(train_batches) for _ in range(size)]))
+                yield shard.inputs(_stack_next(batches, size))
             return
+        # The outer set has a random sequence of its own.
         outer_seed = int(np.random.SeedSequence((seed, 2)).generate_state(1)[0])
-        outer_batches = batches(
-            outer, seed=outer_seed, num_steps=num_steps, positions=shard.positions
-        )
-        window = collections.deque(
-            (next(train_batches) for _ in range(lookahead - 1)), maxlen=lookahead
-        )
+        outer_batches = read(outer, outer_seed, num_steps, shard.positions)
+        windows = _windows(batches, lookahead)
         for size in call_sizes:
-            windows = []
-            for _ in range(size):
-                window.append(next(train_batches))
-                windows.append(_stack(list(window), axis=1))
             yield shard.inputs(
-                _stack(windows), _stack([next(outer_batches) for _ in range(size)])
+                _stack_next(windows, size), _stack_next(outer_batches, size)
             )
 
 
-def _stack(batches, axis=0):
-    # Copies, so that no array of a worker's shared memory is kept.
-    return jax.tree.map(lambda *parts: np.stack(parts, axis=axis), *batches)
+def _windows(batches: Iterator[Any], length: int) -> Iterator[Any]:
+    """Yields each batch with those that follow it, leaves `[B, length, …]`."""
+    window = collections.deque(itertools.islice(batches, length - 1), maxlen=length)
+    for batch in batches:
+        window.append(batch)
+        yield _stack(window, axis=1)
+
+
+def _stack_next(batches: Iterator[Any], number: int) -> Any:
+    return _stack(itertools.islice(batches, number), axis=0)
+
+
+def _stack(batches: Any, axis: int) -> Any:
+    # np.stack copies, so no array in a worker's shared memory outlives the worker.
+    return jax.tree.map(lambda *leaves: np.stack(leaves, axis=axis), *batches)
 
 
 def prefetch(
-    inputs: Iterator[StepInputs],
+    inputs: Generator[StepInputs, None, None],
     call_sizes: Sequence[int],
     put: Callable[[StepInputs], StepInputs],
-) -> Iterator[tuple[int, StepInputs]]:
-    """Yields (steps, inputs on the devices) of each call; the next one is sent while the last is computed.
+) -> Generator[tuple[int, StepInputs], None, None]:
+    """Yields the number of steps and the inputs of each call, on the devices.
+
+    The inputs of the next call are sent while the last call is computed.
 
     Args:
       inputs: of each call, on the host; closed at the end.
-      call_sizes: steps of each call.
-      put: host -> devices.
+      call_sizes: the number of steps of each call.
+      put: sends inputs to the devices.
     """
-    queue = collections.deque()
+    queue: collections.deque[tuple[int, StepInputs]] = collections.deque()
     with contextlib.closing(inputs):
         for size, call_inputs in zip(call_sizes, inputs):
             queue.append((size, put(call_inputs)))

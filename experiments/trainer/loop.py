@@ -1,11 +1,13 @@
-"""The one training loop, for teacher and student alike."""
+"""The training loop, of teacher and student alike."""
 
 import contextlib
 import dataclasses
+import functools
 import pathlib
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,29 +15,35 @@ import numpy as np
 import tqdm
 
 from experiments.config.validation import ConfigError
-from experiments.trainer.interrupts import Stopped, StopRequest
+from experiments.trainer.interrupts import StoppedError, StopRequest
 from experiments.trainer.metrics_log import MetricsLog
 from experiments.trainer.trainer import Trainer
 from ltkd_jax import metrics
 from ltkd_jax.training import hosts
 from ltkd_jax.training.checkpoint import Checkpoints
 from ltkd_jax.training.state import TrainState
+from ltkd_jax.training.steps import TrainData
 
-_GRID = 16  # points of an axis of the map from features to weights
+_GRID_SIZE = 16  # points on each axis of the map from features to weights
 
 
 class DivergedError(Exception):
-    """A loss or a parameter is not finite; the last good checkpoint is untouched."""
+    """Reports a loss or a parameter that is not finite.
+
+    No checkpoint has such values: the last one is from before.
+    """
 
 
 @dataclasses.dataclass(frozen=True)
 class LoopOptions:
-    """What the loop does beside the steps.
+    """Holds what the loop does besides training.
 
     Attributes:
-      label: of the progress bar.
-      eval_every, checkpoint_every: in epochs.
-      on_record: called with each record of `metrics.jsonl` as it is written; on the primary process only.
+      label: of the progress bar and in messages.
+      eval_every: epochs between evaluations.
+      checkpoint_every: epochs between checkpoints.
+      on_record: called with each record of `metrics.jsonl` when it is written, on the
+        primary process only.
     """
 
     label: str
@@ -46,28 +54,28 @@ class LoopOptions:
 
 def fit(
     trainer: Trainer,
-    data,
+    data: TrainData,
     seed: int,
     workdir: pathlib.Path,
     stop: StopRequest,
     options: LoopOptions,
 ) -> tuple[TrainState, dict]:
-    """Trains a network to its last step, from its newest checkpoint if there is one.
+    """Trains a network to its last step, starting from its newest intact checkpoint.
 
     Args:
       trainer: of the network.
-      data: its `TrainData`, on the devices.
+      data: from `trainer.device_data`.
       seed: of initialisation, order and views.
-      workdir: gets `metrics.jsonl` and `checkpoints/`.
-      stop: asked between two calls of the compiled steps.
+      workdir: the folder for `metrics.jsonl` and `checkpoints/`.
+      stop: checked after each call of the compiled steps.
       options: of the loop.
 
     Returns:
-      The final state, replicated, and a dict of timings.
+      The final state, replicated, and the timing for `results.json`.
 
     Raises:
-      Stopped: after saving.
-      DivergedError: before anything good is overwritten.
+      StoppedError: after it has saved a checkpoint.
+      DivergedError: before it saves one.
     """
     checkpoints = Checkpoints(workdir / "checkpoints")
     log = MetricsLog(workdir / "metrics.jsonl", options.on_record)
@@ -75,72 +83,88 @@ def fit(
     step, state, clock = _resume(trainer, checkpoints, log, seed)
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(_progress_bar(trainer.total_steps, step, label))
-        inputs_of_calls = stack.enter_context(
-            contextlib.closing(trainer.inputs(seed, step))
-        )
-        for num_steps, inputs in inputs_of_calls:
-            epoch = step // trainer.steps_per_epoch
+        calls = stack.enter_context(contextlib.closing(trainer.inputs(seed, step)))
+        for num_steps, inputs in calls:
             state = trainer.train_steps(step, state, data, inputs)
-            # Without this the host would run ahead: signals would wait, and the bar would lie.
+            # JAX returns before the device is done. Without waiting, the host would
+            # issue calls far ahead: it would act on a signal late, and the progress bar
+            # would count steps that are not done.
             jax.block_until_ready(state.step)
             if not clock.warm:
                 bar.set_postfix_str("")
-            clock.tick(num_steps)
+            clock.count_call(num_steps)
             step += num_steps
             bar.update(num_steps)
 
-            stop_reason = stop.reason_of_any()
             done = step == trainer.total_steps
+            stop_reason = stop.any_reason()
             epoch_ends = done or step % trainer.steps_per_epoch == 0
             if epoch_ends or stop_reason:
                 _check_finite(trainer, state, checkpoints, label)
             if epoch_ends:
-                record = _epoch_record(trainer, state, step, options, bar)
-                hosts.run_on_primary(lambda: log.write(record))
-            checkpoint_due = epoch_ends and (
-                done or (epoch + 1) % options.checkpoint_every == 0
-            )
-            if checkpoint_due or stop_reason:
-                saved = trainer.parallel.unreplicate(state)
-                hosts.run_on_primary(
-                    lambda: checkpoints.save(step, saved, clock.as_dict())
+                record = _epoch_record(trainer, state, step, options.eval_every)
+                _show_test_accuracy(bar, trainer, record)
+                hosts.run_on_primary(functools.partial(log.write, record))
+            if stop_reason or _checkpoint_is_due(trainer, step, options):
+                save = functools.partial(
+                    checkpoints.save,
+                    step,
+                    trainer.parallel.unreplicate(state),
+                    clock.as_dict(),
                 )
+                hosts.run_on_primary(save)
             if stop_reason and not done:
-                raise Stopped(
-                    f"{label}: stopped by {stop_reason} at step {step} of {trainer.total_steps}, and saved"
+                raise StoppedError(
+                    f"{label}: stopped by {stop_reason} at step {step} of "
+                    f"{trainer.total_steps}, and saved"
                 )
     return state, clock.timing(trainer.recipe.batch_size)
 
 
-def _resume(trainer, checkpoints, log, seed):
-    """Returns step, replicated state and clock of the newest intact checkpoint, or of a fresh start."""
-    fresh = trainer.init(seed)
+def _resume(
+    trainer: Trainer, checkpoints: Checkpoints, log: MetricsLog, seed: int
+) -> tuple[int, TrainState, "Clock"]:
+    """Returns the step, the replicated state and the clock to start from.
 
-    def restore():
+    They are those of the newest intact checkpoint, or of a new run. Whatever was
+    written after that checkpoint is removed: the run repeats it.
+    """
+    initial_state = trainer.init(seed)
+    template = jax.eval_shape(lambda: initial_state)
+
+    def restore() -> tuple[int, TrainState, dict] | None:
         try:
-            restored = checkpoints.restore(jax.eval_shape(lambda: fresh))
-        except ValueError as error:  # of another model
+            checkpoint = checkpoints.restore(template)
+        except ValueError as error:  # a checkpoint of another model
             raise ConfigError(str(error)) from error
-        step = restored[0] if restored else 0
+        step = checkpoint[0] if checkpoint else 0
         checkpoints.discard_after(step)
         log.truncate(step, step // trainer.steps_per_epoch)
-        return restored
+        return checkpoint
 
-    step, state, elapsed = hosts.run_on_primary(restore) or (
-        0,
-        fresh,
-        {"seconds": 0.0, "first_call_seconds": 0.0},
-    )
+    checkpoint = hosts.run_on_primary(restore)
+    if checkpoint is None:
+        clock = Clock(seconds=0.0, first_call_seconds=0.0)
+        return 0, trainer.parallel.replicate(initial_state), clock
+    step, state, elapsed = checkpoint
     return step, trainer.parallel.replicate(state), Clock(**elapsed)
 
 
-def _progress_bar(total_steps, step, label):
+def _checkpoint_is_due(trainer: Trainer, step: int, options: LoopOptions) -> bool:
+    epoch, steps_into_epoch = divmod(step, trainer.steps_per_epoch)
+    return step == trainer.total_steps or (
+        steps_into_epoch == 0 and epoch % options.checkpoint_every == 0
+    )
+
+
+def _progress_bar(total_steps: int, step: int, label: str) -> Any:
     bar = tqdm.tqdm(
         total=total_steps,
         initial=step,
         desc=label,
         unit="step",
         dynamic_ncols=True,
+        # In a log file every update is a line of its own.
         mininterval=0.2 if sys.stderr.isatty() else 20,
         disable=not hosts.is_primary(),
     )
@@ -149,181 +173,233 @@ def _progress_bar(total_steps, step, label):
 
 
 class Clock:
-    """Wall time of a run's steps and evaluations; the first call, which compiles, is kept apart."""
+    """Measures the wall time of a run's steps and evaluations.
+
+    The time until the end of the first call, which includes compilation, is also
+    recorded by itself.
+
+    Args:
+      seconds: measured before the run was resumed.
+      first_call_seconds: the part of `seconds` until the end of first calls.
+    """
 
     def __init__(self, seconds: float, first_call_seconds: float):
         self._seconds = seconds
-        self._first_call = first_call_seconds
+        self._first_call_seconds = first_call_seconds
         self._start = time.monotonic()
-        self._warm_since = None
+        self._warm_since: float | None = None
         self._warm_steps = 0
 
     @property
     def warm(self) -> bool:
-        """Whether the first call is over."""
+        """Whether the first call has ended."""
         return self._warm_since is not None
 
-    def tick(self, steps: int) -> None:
+    def count_call(self, steps: int) -> None:
         """Counts the steps of a call that has just ended."""
-        now = time.monotonic()
         if self._warm_since is None:
-            self._warm_since = now
-            self._first_call += now - self._start
+            self._warm_since = time.monotonic()
+            self._first_call_seconds += self._warm_since - self._start
         else:
             self._warm_steps += steps
 
-    def as_dict(self) -> dict:
-        """Returns what a checkpoint keeps."""
+    def as_dict(self) -> dict[str, float]:
+        """Returns the arguments of a clock that continues this one."""
         return {
             "seconds": self._seconds + time.monotonic() - self._start,
-            "first_call_seconds": self._first_call,
+            "first_call_seconds": self._first_call_seconds,
         }
 
-    def timing(self, batch_size: int) -> dict:
-        """Returns the timing for `results.json`; images per second after the first call, evaluation included."""
-        rate = (
-            batch_size * self._warm_steps / (time.monotonic() - self._warm_since)
-            if self._warm_steps
-            else None
-        )
+    def timing(self, batch_size: int) -> dict[str, float | None]:
+        """Returns the timing for `results.json`.
+
+        Images per second are measured after the first call, including evaluation; None
+        if there was only one call.
+        """
+        rate = None
+        if self._warm_since is not None and self._warm_steps:
+            seconds = time.monotonic() - self._warm_since
+            rate = batch_size * self._warm_steps / seconds
         return {**self.as_dict(), "images_per_second": rate}
 
 
-def _check_finite(trainer, state, checkpoints, label):
-    """Raises DivergedError unless losses, parameters and the optimizer's state are finite."""
+def _check_finite(
+    trainer: Trainer, state: TrainState, checkpoints: Checkpoints, label: str
+) -> None:
+    """Raises DivergedError unless losses, parameters and optimizer state are finite."""
+    problem = _nonfinite_value(trainer, state)
+    if problem is None:
+        return
+    last_step = next(iter(checkpoints.steps()), None)
+    if last_step is None:
+        last_checkpoint = "there is no checkpoint yet"
+    else:
+        last_checkpoint = f"the last checkpoint is of step {last_step}"
+    raise DivergedError(
+        f"{label}: {problem}: lower its learning rate; {last_checkpoint}"
+    )
+
+
+def _nonfinite_value(trainer: Trainer, state: TrainState) -> str | None:
+    """Returns which value of a state is not finite, or None if all are."""
+    # The step records the first bad one on the device, so that the host need not fetch
+    # the loss of each step.
     sums = trainer.parallel.unreplicate(state.sums)
     bad_step = int(sums.bad_step)
-    last_step = next(iter(checkpoints.steps()), None)
-    last = (
-        "there is no checkpoint yet"
-        if last_step is None
-        else f"the last checkpoint is of step {last_step}"
-    )
-    remedy = f"lower its learning rate; {last}"
     if bad_step >= 0:
-        bad_terms = [
-            name
-            for name, bad in zip(trainer.objective.names, np.asarray(sums.bad_terms))
-            if bad
-        ]
+        is_bad = np.asarray(sums.bad_terms)
+        bad_terms = [name for name, bad in zip(trainer.objective.names, is_bad) if bad]
         terms = ", ".join(bad_terms) or "only their weighted sum"
-        raise DivergedError(
-            f"{label}: the loss of step {bad_step} is not finite (terms: {terms}): {remedy}"
-        )
+        return f"the loss of step {bad_step} is not finite (terms: {terms})"
     if trainer.loss_weighting is not None and not np.isfinite(sums.learned.outer_loss):
-        raise DivergedError(
-            f"{label}: the outer loss, that of the outer set, is not finite: {remedy}"
-        )
-    saved = {
-        name: getattr(state, name)
-        for name in ("params", "batch_stats", "opt_state", "meta")
+        return "the outer loss, that of the outer set, is not finite"
+
+    arrays = {
+        "params": state.params,
+        "batch_stats": state.batch_stats,
+        "opt_state": state.opt_state,
+        "meta": state.meta,
     }
-    saved = trainer.parallel.unreplicate(saved)
-    if not _all_finite(saved):
-        leaves = jax.tree.leaves_with_path(saved)
-        bad = [
-            jax.tree_util.keystr(path)
-            for path, leaf in leaves
-            if not np.isfinite(leaf).all()
-        ]
-        step = int(trainer.parallel.unreplicate(state.step))
-        raise DivergedError(
-            f"{label}: after step {step}, {bad[0]} is not finite ({len(bad)} such arrays): {remedy}"
-        )
+    arrays = trainer.parallel.unreplicate(arrays)
+    # One scalar from the device is enough if all is well.
+    if _all_finite(arrays):
+        return None
+    bad_paths = []
+    for path, leaf in jax.tree.leaves_with_path(arrays):
+        if not np.isfinite(leaf).all():
+            bad_paths.append(jax.tree_util.keystr(path))
+    step = int(trainer.parallel.unreplicate(state.step))
+    return (
+        f"after step {step}, {bad_paths[0]} is not finite "
+        f"({len(bad_paths)} such arrays)"
+    )
 
 
 @jax.jit
-def _all_finite(tree):
+def _all_finite(tree: Any) -> jax.Array:
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
 
-def _epoch_record(trainer, state, step, options, bar):
-    """Returns one line of `metrics.jsonl`: no clock in it, so that a resumed run writes the same."""
+def _epoch_record(
+    trainer: Trainer, state: TrainState, step: int, eval_every: int
+) -> dict[str, Any]:
+    """Returns the record of an epoch for `metrics.jsonl`.
+
+    It has no time in it, so that a resumed run writes the same record.
+    """
     sums = jax.device_get(trainer.parallel.unreplicate(state.sums))
     num_steps = int(sums.steps)
+    num_examples = num_steps * trainer.recipe.batch_size
     epoch = step / trainer.steps_per_epoch
-    names = trainer.objective.names
-    record = {
+    terms = trainer.objective.names
+    record: dict[str, Any] = {
         "step": step,
         "epoch": round(epoch, 4),
         "lr": float(trainer.schedule(step - 1)),
         "loss": float(sums.loss) / num_steps,
-        "terms": dict(zip(names, (sums.terms / num_steps).tolist())),
-        "train_accuracy": 100
-        * float(sums.correct)
-        / (num_steps * trainer.recipe.batch_size),
+        "terms": dict(zip(terms, (sums.terms / num_steps).tolist())),
+        "train_accuracy": 100 * float(sums.correct) / num_examples,
     }
     if trainer.loss_weighting is not None:
         learned = sums.learned
         record["outer_loss"] = float(learned.outer_loss) / num_steps
         record["weights"] = _means_by_group(
-            trainer, learned.weights, learned.examples, names
+            trainer, learned.weights, learned.examples, terms
         )
-    if step == trainer.total_steps or round(epoch) % options.eval_every == 0:
-        for name in ("test", "validation"):
-            images = getattr(trainer.data, name)
+    if step == trainer.total_steps or round(epoch) % eval_every == 0:
+        data = trainer.data
+        for name, images in (("test", data.test), ("validation", data.validation)):
             if len(images):
                 summary = summarize(trainer, trainer.evaluate(state.variables, images))
                 record[name] = {key: summary[key] for key in ("all", "groups")}
-        tail = trainer.data.groups.names[-1]
-        test = record["test"]
-        bar.set_postfix_str(
-            f"test {test['all']:.2f} %, {tail} {test['groups'][tail]:.2f} %"
-        )
     return record
 
 
-def _means_by_group(trainer, totals, examples, names):
-    """Returns {name: {group: mean}} of sums `[G, len(names)]`; None for a group without an example."""
-    means = {}
-    for name, column in zip(names, totals.T):
-        by_group = zip(trainer.data.groups.names, column, examples)
-        means[name] = {
-            group: float(total / n) if n else None for group, total, n in by_group
-        }
+def _show_test_accuracy(bar: Any, trainer: Trainer, record: dict[str, Any]) -> None:
+    """Shows the accuracy of a record in the progress bar, if the epoch has one."""
+    test = record.get("test")
+    if test is None:
+        return
+    tail = trainer.data.groups.names[-1]
+    bar.set_postfix_str(
+        f"test {test['all']:.2f} %, {tail} {test['groups'][tail]:.2f} %"
+    )
+
+
+def _means_by_group(
+    trainer: Trainer, sums: np.ndarray, num_examples: np.ndarray, names: Any
+) -> dict[str, dict[str, float | None]]:
+    """Returns `{name: {group: mean}}`; None for a group without an example.
+
+    Args:
+      trainer: for its groups.
+      sums: `[G, len(names)]`, sums over the examples of each group.
+      num_examples: `[G]`.
+      names: of the columns.
+    """
+    means: dict[str, dict[str, float | None]] = {}
+    for name, column in zip(names, sums.T):
+        means[name] = {}
+        for group, total, number in zip(
+            trainer.data.groups.names, column, num_examples
+        ):
+            means[name][group] = float(total / number) if number else None
     return means
 
 
-def learned_weights(trainer: Trainer, state: TrainState) -> dict:
-    """Returns what the weight net of a final state does, for `results.json`.
+def learned_weights(trainer: Trainer, state: TrainState) -> dict[str, Any]:
+    """Returns a description of the weight net's final state, for `results.json`.
 
     Args:
       trainer: with learned weights.
       state: replicated.
 
     Returns:
-      Mean weights and features by group over the last epoch; and, for two features, the weights over a grid from 0 to
-      twice the cross-entropy of chance (or twice the mean, where that is more): `map[term][i][j]` at `axes[0][i]`,
-      `axes[1][j]`.
+      The mean weights and features of each group over the last epoch. With two
+      features, also the weights on a grid of feature values: `map[term][i][j]` at
+      `axes[0][i]` and `axes[1][j]`. Each axis goes from 0 to twice the cross-entropy of
+      uniform predictions, or to twice the mean feature if that is larger.
     """
+    assert trainer.spec.loss_weighting is not None
     state = jax.device_get(trainer.parallel.unreplicate(state))
     learned = state.sums.learned
     features = trainer.spec.loss_weighting.features
     terms = trainer.objective.names
-    summary = {
+    summary: dict[str, Any] = {
         "weights": _means_by_group(trainer, learned.weights, learned.examples, terms),
         "features": _means_by_group(
             trainer, learned.features, learned.examples, features
         ),
     }
     if len(features) == 2:
-        mean = learned.features.sum(axis=0) / learned.examples.sum()
-        highest = 2 * np.maximum(
-            mean.astype(np.float64), np.log(trainer.data.num_classes)
-        )
-        axes = np.linspace(0.0, highest, _GRID, axis=-1)
-        grid = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 2)
-        weights = trainer.loss_weighting.compute_weights(
-            state.meta.params, jnp.asarray(grid, jnp.float32)
-        )
-        weights = np.asarray(weights, np.float64).reshape(_GRID, _GRID, -1).round(4)
-        summary["axes"] = axes.round(4).tolist()
-        summary["map"] = {
-            name: weights[..., t].tolist() for t, name in enumerate(terms)
-        }
+        mean_features = learned.features.sum(axis=0) / learned.examples.sum()
+        summary |= _weight_map(trainer, state.meta.params, mean_features)
     return summary
 
 
-def summarize(trainer: Trainer, sums: metrics.EvalSums) -> dict:
-    """Returns `metrics.summarize` with the trainer's classes."""
+def _weight_map(
+    trainer: Trainer, meta_params: Any, mean_features: np.ndarray
+) -> dict[str, Any]:
+    """Returns the weights on a grid of two features; see `learned_weights`."""
+    assert trainer.loss_weighting is not None
+    uniform_entropy = np.log(trainer.data.num_classes)
+    highest = 2 * np.maximum(mean_features.astype(np.float64), uniform_entropy)
+    axes = np.linspace(0.0, highest, _GRID_SIZE, axis=-1)
+    grid = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 2)
+    weights = trainer.loss_weighting.weights(
+        meta_params, jnp.asarray(grid, jnp.float32)
+    )
+    weights_map = np.asarray(weights, np.float64).reshape(_GRID_SIZE, _GRID_SIZE, -1)
+    weights_map = weights_map.round(4)
+    return {
+        "axes": axes.round(4).tolist(),
+        "map": {
+            term: weights_map[..., t].tolist()
+            for t, term in enumerate(trainer.objective.names)
+        },
+    }
+
+
+def summarize(trainer: Trainer, sums: metrics.EvalSums) -> dict[str, Any]:
+    """Returns the accuracies of `metrics.summarize` for the trainer's groups."""
     return metrics.summarize(sums, trainer.data.groups, trainer.data.shots)

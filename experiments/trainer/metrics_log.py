@@ -1,4 +1,7 @@
-"""`metrics.jsonl`: a JSON line for each epoch, each written once however often a run is interrupted."""
+"""`metrics.jsonl`: one JSON line for each epoch of a run.
+
+Each line is written once, however often the run is interrupted.
+"""
 
 import json
 import logging
@@ -11,11 +14,11 @@ _log = logging.getLogger(__name__)
 
 
 class MetricsLog:
-    """The log of one run.
+    """Writes the log of one run.
 
     Args:
       path: of the file.
-      on_record: called with each record as it is written.
+      on_record: called with each record that is written.
     """
 
     def __init__(
@@ -25,23 +28,27 @@ class MetricsLog:
         self._on_record = on_record
 
     def truncate(self, step: int, epochs: int) -> None:
-        """Drops records after the checkpoint that a run resumes from, and lines that are torn or no record.
+        """Drops the records after a step, and lines that are incomplete or no record.
 
-        It warns of missing epochs until that step; the results do not need them.
+        It logs a warning if records before that step are missing: the results do not
+        depend on them.
+
+        Args:
+          step: of the checkpoint that the run resumes from.
+          epochs: the number of epochs until that step.
         """
         text = self._path.read_text(errors="replace") if self._path.exists() else ""
-        kept = [
-            line for line in text.splitlines(keepends=True) if _step_of(line) <= step
-        ]
-        if len(kept) < epochs:
+        lines = text.splitlines(keepends=True)
+        lines = [line for line in lines if _step_of(line) <= step]
+        if len(lines) < epochs:
             _log.warning(
                 "%s has %d of the %d epochs until step %d",
                 self._path,
-                len(kept),
+                len(lines),
                 epochs,
                 step,
             )
-        files.write_text(self._path, "".join(kept))
+        files.write_text(self._path, "".join(lines))
 
     def write(self, record: dict) -> None:
         """Appends a record."""
@@ -50,9 +57,10 @@ class MetricsLog:
         self._on_record(record)
 
 
-def _step_of(line):
-    """Returns the step of a line; infinity for one that is torn or no record."""
+def _step_of(line: str) -> float:
+    """Returns the step of a line, infinity if it is incomplete or no record."""
     try:
+        # A process killed while writing leaves a line without its end.
         step = json.loads(line)["step"] if line.endswith("\n") else None
     except (ValueError, KeyError, TypeError):
         step = None

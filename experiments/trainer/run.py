@@ -1,8 +1,10 @@
-"""One run: from its specification to `results.json`, in a work directory."""
+"""One run, from its specification to `results.json` in a work directory."""
 
 import contextlib
+import functools
 import pathlib
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -14,15 +16,21 @@ from experiments.config.validation import ConfigError
 from experiments.trainer import dataset as datasets
 from experiments.trainer import loop
 from experiments.trainer import teacher as teachers
+from experiments.trainer.dataset import Dataset
 from experiments.trainer.interrupts import StopRequest
-from experiments.trainer.trainer import trainer as make_trainer
+from experiments.trainer.trainer import Trainer, get_trainer
 from ltkd_jax import files
 from ltkd_jax.data import records
+from ltkd_jax.data.records import Images, Records
 from ltkd_jax.training import hosts
+from ltkd_jax.training.state import TrainState
+
+# Keys that may differ between the processes of one run.
+_HOST_KEYS = ("data.dir", "data.num_workers", "teacher.dir", "teacher.checkpoint")
 
 
 class InUseError(ConfigError):
-    """A work directory in which another process is at work."""
+    """Reports a work directory that another process is using."""
 
 
 def run(
@@ -32,68 +40,86 @@ def run(
     command: str,
     stop: StopRequest | None = None,
     on_record: Callable[[dict], None] = lambda _: None,
-) -> dict:
-    """Trains the teacher if the method needs one, then the student, and writes `results.json`.
+) -> dict[str, Any]:
+    """Trains the teacher if the method needs one, then the student.
 
-    Of several processes all call this, and the primary one alone writes.
+    If there are several processes, all call this function, and only the primary one
+    writes files.
 
     Args:
       spec: of the run.
-      workdir: gets `config.json`, `metrics.jsonl`, `checkpoints/` and `results.json`. Where it holds a finished
-        run of the same config, that run's results are returned.
-      command: for the results.
-      stop: asked between steps; a signal sets it too. By default only a signal stops the run.
-      on_record: called with each record of the student's `metrics.jsonl` as it is written; on the primary process
-        only. A run that resumes from a checkpoint repeats the records since.
+      workdir: gets `config.json`, `metrics.jsonl`, `checkpoints/` and `results.json`.
+        If it holds a finished run of the same config, its results are returned.
+      command: that repeats the run, for the results.
+      stop: checked between steps, and set by signals. By default only signals stop the
+        run.
+      on_record: called with each record of the student's `metrics.jsonl` when it is
+        written, on the primary process only. A run that resumes from a checkpoint
+        repeats the records after it.
+
+    Returns:
+      The content of `results.json`.
 
     Raises:
-      ConfigError: bad config or data, or a work directory that is in use (`InUseError`) or holds another config.
-      Stopped, DivergedError: as `loop.fit`.
+      ConfigError: a bad config or bad data, or a work directory that holds another
+        config or is in use (`InUseError`).
+      StoppedError: see `loop.fit`.
+      DivergedError: see `loop.fit`.
     """
     hosts.run_on_all(lambda: validation.validate_devices(spec.config))
     _check_same_everywhere(spec)
     workdir = pathlib.Path(workdir)
     stop = stop or StopRequest()
-    with contextlib.ExitStack() as held, stop.listening():
-        results = hosts.run_on_primary(lambda: _claim(held, workdir, spec))
-        if results is None:
-            try:
-                results = _distil(spec, workdir, stop, command, on_record)
-            except records.DamagedRecordError as error:
-                raise ConfigError(str(error)) from error
-            hosts.run_on_primary(
-                lambda: files.write_json(workdir / "results.json", results)
-            )
+    with contextlib.ExitStack() as locks, stop.listening():
+        results = hosts.run_on_primary(lambda: _claim_workdir(workdir, spec, locks))
+        if results is not None:
+            return results
+        try:
+            results = _distil(spec, workdir, stop, command, on_record)
+        except records.DamagedRecordError as error:
+            raise ConfigError(str(error)) from error
+        path = workdir / "results.json"
+        hosts.run_on_primary(functools.partial(files.write_json, path, results))
         return results
 
 
-def _check_same_everywhere(spec):
-    """Raises ConfigError, in every process, unless all were started with the same config, folders apart."""
-    folders = ("data.dir", "data.num_workers", "teacher.dir", "teacher.checkpoint")
-    own_hash = identity.hash_of(
-        {"identity": spec.identity, "config": without(spec.config, folders)}
+def _check_same_everywhere(spec: RunSpec) -> None:
+    """Raises ConfigError in all processes unless they have the same config and data."""
+    own_hash = identity.hash_tree(
+        {"identity": spec.identity, "config": without(spec.config, _HOST_KEYS)}
     )
     hashes = hosts.all_gather(own_hash)
-    for index, other in enumerate(hashes):
-        if other != hashes[0]:
+    for process, process_hash in enumerate(hashes):
+        if process_hash != hashes[0]:
             raise ConfigError(
-                f"process {index} of {len(hashes)} has another config, or other data, than the first: start all "
-                "processes by the same command, from the same checkout, over the same data set"
+                f"process {process} of {len(hashes)} has another config, or other "
+                "data, than the first: start all processes by the same command, from "
+                "the same checkout, over the same data set"
             )
 
 
-def _claim(held, workdir, spec):
-    """Locks the work directory as long as `held`, and writes `config.json`; returns the results of a finished run."""
+def _claim_workdir(
+    workdir: pathlib.Path, spec: RunSpec, locks: contextlib.ExitStack
+) -> dict[str, Any] | None:
+    """Locks a work directory until `locks` closes, and writes `config.json`.
+
+    Returns:
+      The results if the directory holds the finished run, else None.
+
+    Raises:
+      ConfigError: the directory is in use, or holds another run.
+    """
     if workdir.exists() and not workdir.is_dir():
         raise ConfigError(f"{workdir} is a file: give --workdir a folder")
     try:
-        held.enter_context(files.lock(workdir / ".lock"))
+        locks.enter_context(files.lock(workdir / ".lock"))
     except BlockingIOError:
         raise InUseError(
             f"{workdir} is in use by another run: wait for it, or give --workdir"
         ) from None
     path = workdir / "config.json"
-    # A run that failed before its first step has claimed nothing.
+    # Without these a run failed before its first step. Then it has nothing to lose, and
+    # another run may use the directory.
     if any((workdir / name).exists() for name in ("results.json", "checkpoints")):
         _check_same_run(
             path, spec, remedy=f"give another --workdir, or remove {workdir}"
@@ -104,38 +130,42 @@ def _claim(held, workdir, spec):
     return _finished_results(workdir / "results.json", spec)
 
 
-def _check_same_run(path, spec, remedy):
-    """Raises ConfigError unless the `config.json` of a work directory is of this run."""
+def _check_same_run(path: pathlib.Path, spec: RunSpec, remedy: str) -> None:
+    """Raises ConfigError unless a work directory's `config.json` is of this run."""
     if not path.exists():
         raise ConfigError(
-            f"{path.parent} holds a run, but no config.json that says which one: {remedy}"
+            f"{path.parent} holds a run, but no config.json that says which one: "
+            f"{remedy}"
         )
     recorded = identity.read_json(path, remedy)
     if recorded.get("config_hash") == spec.hash:
         return
     try:
-        recorded_values = flatten(identity.of_results(recorded))
+        recorded_values = flatten(identity.recorded_identity(recorded))
     except (AttributeError, KeyError, TypeError):
         raise ConfigError(
             f"{path} is of another version of this program: {remedy}"
         ) from None
     values = flatten(spec.identity)
-    keys = sorted(recorded_values.keys() | values.keys())
-    changed = [key for key in keys if recorded_values.get(key) != values.get(key)]
-    if not changed:
+    differences = []
+    for key in sorted(recorded_values.keys() | values.keys()):
+        recorded_value = recorded_values.get(key)
+        value = values.get(key)
+        if recorded_value != value:
+            differences.append(f"{key}: {recorded_value!r} recorded, {value!r} now")
+    # The recorded hash may be that of another version, with the same values.
+    if not differences:
         return
-    listed = [
-        f"{key}: {recorded_values.get(key)!r} there, {values.get(key)!r} here"
-        for key in changed[:4]
-    ]
-    listed += [f"and {len(changed) - 4} more"] if len(changed) > 4 else []
+    if len(differences) > 4:
+        differences[4:] = [f"and {len(differences) - 4} more"]
     raise ConfigError(
-        f"{path.parent} holds a run of another config ({'; '.join(listed)}): {remedy}"
+        f"{path.parent} holds a run of another config ({'; '.join(differences)}): "
+        f"{remedy}"
     )
 
 
-def _finished_results(path, spec):
-    """Returns the results of a finished run; None if it is not finished."""
+def _finished_results(path: pathlib.Path, spec: RunSpec) -> dict[str, Any] | None:
+    """Returns the results of a finished run, None if it is not finished."""
     if not path.exists():
         return None
     results = identity.read_json(path)
@@ -144,42 +174,59 @@ def _finished_results(path, spec):
     return results
 
 
-def _distil(spec, workdir, stop, command, on_record):
+def _distil(
+    spec: RunSpec,
+    workdir: pathlib.Path,
+    stop: StopRequest,
+    command: str,
+    on_record: Callable[[dict], None],
+) -> dict[str, Any]:
+    """Gets the teacher, trains the student and evaluates it; returns the results."""
     data = hosts.run_on_all(lambda: datasets.load(spec.data))
     source = hosts.run_on_primary(lambda: teachers.choose_source(spec, data))
-    # Before a teacher is trained: parts of the student that do not fit each other fail here.
-    trainer = hosts.run_on_all(lambda: make_trainer(spec.student_training(source)))
+    # Made before a teacher is trained, so that a bad config of the student fails first.
+    trainer = hosts.run_on_all(lambda: get_trainer(spec.student_training(source)))
     teacher = None if source == "none" else teachers.obtain(spec, stop)
 
-    def teacher_data(images):
+    def teacher_data(images: Images | Records) -> Any:
         """Returns what the step reads of the teacher for a set of images."""
-        if source == "none":
+        if teacher is None:
             return None
-        return teacher.table(images, stop) if source == "table" else teacher.variables
+        if source == "table":
+            return teacher.table(images, stop)
+        return teacher.variables
 
     outer_teacher = teacher_data(data.outer) if spec.outer_loss_needs_teacher else None
+    device_data = trainer.device_data(teacher_data(data.train), outer_teacher)
     options = loop.LoopOptions(
         label=f"{spec.label} s{spec.seed}",
         eval_every=spec.eval_every,
         checkpoint_every=spec.checkpoint_every,
         on_record=on_record,
     )
-    device_data = trainer.device_data(teacher_data(data.train), outer_teacher)
     state, timing = loop.fit(trainer, device_data, spec.seed, workdir, stop, options)
+    return {
+        **_describe_training(spec, data, trainer),
+        **_evaluate(spec, data, trainer, state),
+        "teacher": teacher.results if teacher else None,
+        "teacher_logits": source,
+        "timing": timing,
+        **provenance.describe(spec.execution.precision, trainer.parallel.num_devices),
+        "command": command,
+    }
 
-    def evaluate(images):
-        return (
-            loop.summarize(trainer, trainer.evaluate(state.variables, images))
-            if len(images)
-            else None
-        )
 
-    results = {
+def _describe_training(
+    spec: RunSpec, data: Dataset, trainer: Trainer
+) -> dict[str, Any]:
+    """Returns config, seeds and training set, for `results.json`."""
+    return {
         "config_hash": spec.hash,
         "config": spec.config,
         "content": spec.content,
         "seeds": {
             "split": spec.data.split_seed,
+            # An external teacher was not trained with this seed.
             "teacher": None if spec.teacher.checkpoint else spec.teacher_seed,
             "student": spec.seed,
         },
@@ -188,17 +235,20 @@ def _distil(spec, workdir, stop, command, on_record):
         "class_names": list(data.source.class_names),
         "group_assignment": np.asarray(data.groups.assignment).tolist(),
         "epochs": round(trainer.total_steps / trainer.steps_per_epoch, 4),
-        "test": evaluate(data.test),
-        "validation": evaluate(data.validation),
     }
+
+
+def _evaluate(
+    spec: RunSpec, data: Dataset, trainer: Trainer, state: TrainState
+) -> dict[str, Any]:
+    """Returns a student's accuracies and learned weights, for `results.json`."""
+    results: dict[str, Any] = {}
+    for name, images in (("test", data.test), ("validation", data.validation)):
+        results[name] = None
+        if len(images):
+            sums = trainer.evaluate(state.variables, images)
+            results[name] = loop.summarize(trainer, sums)
     if spec.loss_weighting is not None:
         results["outer_images"] = len(data.outer)
         results["loss_weighting"] = loop.learned_weights(trainer, state)
-    return {
-        **results,
-        "teacher": teacher.results if teacher else None,
-        "teacher_logits": source,
-        "timing": timing,
-        **provenance.describe(spec.execution.precision, trainer.parallel.num_devices),
-        "command": command,
-    }
+    return results

@@ -1,6 +1,12 @@
-"""One network's training as compiled functions: the step is assembled here, by name."""
+"""The compiled functions of one network's training.
+
+This module assembles the training step from the library's parts: images, augmentation,
+teacher, model, loss terms and optimizer.
+"""
 
 import functools
+from collections.abc import Generator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,185 +24,253 @@ from ltkd_jax.models import review
 from ltkd_jax.training import bilevel_steps, steps
 from ltkd_jax.training import state as states
 from ltkd_jax.training.parallel import Parallel
+from ltkd_jax.training.state import TrainState
 
 
 class Trainer:
-    """A network's training; the seed is an argument of its functions, so that all seeds share one compilation.
+    """Holds the compiled functions of one network's training, and makes their inputs.
+
+    The training loop (`loop.fit`) calls `train_steps` on what `inputs` yields. No
+    function is compiled for a seed, so all seeds share one compilation.
 
     Args:
       spec: of the training.
       data: its data set.
 
     Attributes:
-      total_steps, steps_per_epoch: of the whole run.
-      objective: the loss terms, with their static weights.
+      steps_per_epoch: the number of steps of an epoch.
+      total_steps: the number of steps of the complete run.
+      steps_per_call: the number of steps of one compiled call; the last call of an
+        epoch may have fewer.
+      objective: the loss terms with their static weights.
       schedule: the learning rate, a function of the step.
-      loss_weighting: how the terms' weights are learned; None where they are static.
-      model: as it is evaluated, without a device axis.
-      init: `seed -> TrainState` on the default device.
-      evaluate: `(variables, images) -> metrics.EvalSums` of a set, variables replicated.
+      loss_weighting: how a weight net learns the terms' weights; None if they are
+        static.
+      model: the network as it is evaluated, without a device axis.
+      init: `seed -> TrainState`, on the default device.
+      evaluate: `(replicated variables, images) -> metrics.EvalSums`.
 
     Raises:
-      ValueError: parts that do not fit each other, such as a model that the images are too small for.
+      ValueError: the parts do not fit each other, such as a model that needs larger
+        images.
     """
 
     def __init__(self, spec: TrainingSpec, data: Dataset):
+        recipe = spec.recipe
+        execution = spec.execution
         self.spec = spec
         self.data = data
-        self.recipe = spec.recipe
-        execution = spec.execution
-        self.parallel = Parallel(
-            execution.parallel, jax.devices()[: execution.devices or None]
-        )
+        self.recipe = recipe
+        devices = jax.devices()
+        if execution.devices:
+            devices = devices[: execution.devices]
+        self.parallel = Parallel(execution.parallel, devices)
         self.steps_per_epoch = sampling.steps_per_epoch(
-            len(data.train), spec.recipe.batch_size
+            len(data.train), recipe.batch_size
         )
-        self.total_steps = spec.recipe.total_steps(self.steps_per_epoch)
-        # The one switch for CPU, where XLA's convolutions are many times slower inside a loop or a branch.
+        self.total_steps = recipe.total_steps(self.steps_per_epoch)
+        # On CPU, XLA compiles convolutions inside a loop or a branch to much slower
+        # code. This switch avoids both: one step a call, and unrolled lookahead steps.
         self._on_cpu = jax.default_backend() == "cpu"
-        # Streamed batches are large: an epoch of them is not sent to the device at once.
-        one_at_a_time = self._on_cpu or data.streams
+        # Streamed images are inputs of the call, and an epoch of them would not fit.
+        one_step_a_call = self._on_cpu or data.is_streamed
         self.steps_per_call = execution.steps_per_call or (
-            1 if one_at_a_time else self.steps_per_epoch
+            1 if one_step_a_call else self.steps_per_epoch
         )
 
         self.objective = spec.method.objective(
             data.class_counts, data.groups, self.steps_per_epoch
         )
-        self.schedule = _schedule(
-            spec.recipe.lr, spec.recipe.lr_decay, spec.recipe, self.total_steps
+        self.schedule = states.step_schedule(
+            recipe.lr,
+            total_steps=self.total_steps,
+            milestones=recipe.milestones,
+            decay=recipe.lr_decay,
+        )
+        self._optimizer = states.sgd(
+            self.schedule, momentum=recipe.momentum, weight_decay=recipe.weight_decay
         )
         self.loss_weighting = None
         if spec.loss_weighting is not None:
-            self.loss_weighting = _learned_weights(
-                spec.loss_weighting, spec.recipe, self.objective, data, self.total_steps
+            self.loss_weighting = _create_weighting(
+                spec.loss_weighting, recipe, self.objective, data, self.total_steps
             )
-        self._shard = input_pipeline.BatchShard(
-            self.parallel.local_positions(spec.recipe.batch_size),
-            spec.recipe.batch_size,
-            spec.augment.mixup > 0,
+        # The same parameters fit both: under `pmap`, the network in the step averages
+        # its batch norm over the device axis.
+        self.model = self._create_model(axis_name=None)
+        self._model_in_step = self._create_model(axis_name=self.parallel.axis_name)
+        self._teacher_fn = _create_teacher_fn(spec, data)
+        self._batch_shard = input_pipeline.BatchShard(
+            self.parallel.local_positions(recipe.batch_size),
+            recipe.batch_size,
+            mixup=spec.augment.mixup > 0,
         )
-        self.model = self._model(axis_name=None)
-        self._optimizer = states.sgd(
-            self.schedule,
-            momentum=spec.recipe.momentum,
-            weight_decay=spec.recipe.weight_decay,
-        )
+
         self.init = jax.jit(self._init)
         self.evaluate = Evaluator(
             self.model, data, self.parallel, execution.eval_batch_size
         ).evaluate
         self._epoch_fn = jax.jit(self._epoch_indices)
         self._compiled = functools.cache(self._compile)
-        if spec.augment.cutout >= min(data.image_shape[:2]):
-            raise ValueError(
-                f"augment.cutout={spec.augment.cutout} blackens images of {data.image_shape[:2]} pixels: lower it"
-            )
-        jax.eval_shape(
-            self.init, 0
-        )  # a model that the images do not fit fails here, before any work
+        self._check_image_size()
 
-    def _model(self, axis_name):
-        spec = self.spec
+    def _create_model(self, axis_name: str | None) -> models.Model:
         model = models.create(
-            spec.model,
+            self.spec.model,
             self.data.num_classes,
-            precision=spec.execution.precision,
+            precision=self.spec.execution.precision,
             axis_name=axis_name,
         )
         if not self.objective.needs_features:
             return model
-        return review.with_fusion(
-            model, teacher_model(spec, self.data), self.data.image_shape
-        )
+        # With the layers that map its features to the shapes of the teacher's.
+        teacher: Any = teacher_model(self.spec, self.data)
+        return review.with_fusion(model, teacher, self.data.image_shape)
 
-    def _init(self, seed):
-        fresh = states.create(
+    def _check_image_size(self) -> None:
+        cutout = self.spec.augment.cutout
+        height_width = self.data.image_shape[:2]
+        if cutout >= min(height_width):
+            raise ValueError(
+                f"augment.cutout={cutout} blackens images of {height_width} pixels: "
+                "lower it"
+            )
+        # Only shapes are computed: a model that needs larger images fails here, before
+        # any work is done.
+        jax.eval_shape(self.init, 0)
+
+    def _init(self, seed: jax.Array | int) -> TrainState:
+        state = states.create(
             self.model,
             self._optimizer,
             len(self.objective.terms),
             self.data.image_shape,
             seed,
         )
-        return (
-            fresh
-            if self.loss_weighting is None
-            else self.loss_weighting.init_weight_net(fresh, seed)
-        )
+        if self.loss_weighting is not None:
+            state = self.loss_weighting.init_weight_net(state, seed)
+        return state
 
-    # The step.
+    # The training step.
 
     def _step_fn(self, update_weight_net: bool | None) -> steps.StepFn:
-        """Returns one step, `(state, data, inputs) -> state`, as a pure function.
+        """Returns the training step, a pure function `(state, data, inputs) -> state`.
 
         Args:
-          update_weight_net: of learned weights, whether this step updates their net; None decides on the device.
+          update_weight_net: with learned weights, whether this step updates the weight
+            net; None lets the device decide. Without them it has no effect.
         """
-        spec = self.spec
-        axis_name = self.parallel.axis_name
-        model = self._model(axis_name)
-        teacher_fn = _teacher_fn(spec, self.data)
-        views = self.data.source.views
-        preprocess = self.data.preprocess
+        if self.loss_weighting is None:
+            return self._static_step
+        return functools.partial(
+            self._bilevel_step, update_weight_net=update_weight_net
+        )
 
-        def train_batch(data, indices, mixup):
-            return steps.make_batch(
-                data,
-                indices,
-                mixup,
-                views=views,
-                preprocess=preprocess,
-                teacher_fn=teacher_fn,
-                extra=spec.augment,
+    def _static_step(
+        self, state: TrainState, data: steps.TrainData, inputs: steps.StepInputs
+    ) -> TrainState:
+        return steps.train_step(
+            state,
+            self._train_batch(data, inputs.train, inputs.mixup),
+            model=self._model_in_step,
+            objective=self.objective,
+            optimizer=self._optimizer,
+            axis_name=self.parallel.axis_name,
+        )
+
+    def _bilevel_step(
+        self,
+        state: TrainState,
+        data: steps.TrainData,
+        inputs: steps.StepInputs,
+        *,
+        update_weight_net: bool | None,
+    ) -> TrainState:
+        weighting = self.loss_weighting
+        learned = self.spec.loss_weighting
+        assert weighting is not None and learned is not None
+        # Inputs are [B, K, …], split over the devices by B. The step takes [K, B, …].
+        batches = []
+        for j in range(learned.lookahead):
+            indices, mixup = jax.tree.map(
+                lambda x, j=j: x[:, j], (inputs.train, inputs.mixup)
             )
+            batches.append(self._train_batch(data, indices, mixup))
+        if learned.outer_loss_needs_teacher:
+            outer_teacher_fn = self._teacher_fn
+        else:
+            outer_teacher_fn = steps.no_teacher
+        assert inputs.outer is not None
+        outer_batch = steps.make_batch(
+            data.outer,
+            inputs.outer,
+            views=self.data.source.views,
+            preprocess=self.data.preprocess,
+            teacher_fn=outer_teacher_fn,
+        )
+        return bilevel_steps.bilevel_step(
+            state,
+            jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches),
+            outer_batch,
+            model=self._model_in_step,
+            objective=self.objective,
+            weighting=weighting,
+            optimizer=self._optimizer,
+            schedule=self.schedule,
+            axis_name=self.parallel.axis_name,
+            update_weight_net=update_weight_net,
+            unroll=self._on_cpu,
+        )
 
-        def static_step(state, data, inputs):
-            batch = train_batch(data, inputs.train, inputs.mixup)
-            return steps.train_step(
-                state,
-                batch,
-                model=model,
-                objective=self.objective,
-                optimizer=self._optimizer,
-                axis_name=axis_name,
-            )
+    def _train_batch(
+        self, data: steps.TrainData, indices: Any, mixup: Any
+    ) -> steps.Batch:
+        """Returns augmented training images with labels and the teacher's outputs."""
+        return steps.make_batch(
+            data,
+            indices,
+            mixup,
+            views=self.data.source.views,
+            preprocess=self.data.preprocess,
+            teacher_fn=self._teacher_fn,
+            extra=self.spec.augment,
+        )
 
-        def bilevel_step(state, data, inputs):
-            batches = []
-            for j in range(spec.loss_weighting.lookahead):
-                indices, mixup = jax.tree.map(
-                    lambda x, j=j: x[:, j], (inputs.train, inputs.mixup)
-                )
-                batches.append(train_batch(data, indices, mixup))
-            outer_batch = steps.make_batch(
-                data.outer,
-                inputs.outer,
-                views=views,
-                preprocess=preprocess,
-                teacher_fn=teacher_fn
-                if spec.loss_weighting.outer_loss_needs_teacher
-                else steps.no_teacher,
-            )
-            return bilevel_steps.bilevel_step(
-                state,
-                jax.tree.map(lambda *parts: jnp.stack(parts), *batches),
-                outer_batch,
-                model=model,
-                objective=self.objective,
-                weighting=self.loss_weighting,
-                optimizer=self._optimizer,
-                schedule=self.schedule,
-                axis_name=axis_name,
-                update_weight_net=update_weight_net,
-                unroll=self._on_cpu,
-            )
+    def train_steps(
+        self, step: int, state: TrainState, data: steps.TrainData, inputs: Any
+    ) -> TrainState:
+        """Returns the state after the steps of one call.
 
-        return static_step if self.loss_weighting is None else bilevel_step
+        Args:
+          step: the first of these steps.
+          state: replicated. It is donated: its memory is reused for the result.
+          data: replicated, from `device_data`.
+          inputs: sharded, from `inputs`.
+        """
+        return self._compiled_at(step)(state, data, inputs)
 
-    def _compile(self, update_weight_net):
+    def lower(
+        self, step: int, state: TrainState, data: steps.TrainData, inputs: Any
+    ) -> Any:
+        """Returns `train_steps` lowered for these arguments, as `jax.jit(f).lower`."""
+        return self._compiled_at(step).lower(state, data, inputs)
+
+    def _compiled_at(self, step: int) -> Any:
+        """Returns the compiled function for a call whose first step is `step`."""
+        learned = self.spec.loss_weighting
+        if learned is None or self.steps_per_call > 1:
+            return self._compiled(None)
+        # For a call of a single step the host knows whether the weight net is updated.
+        # It chooses between two functions, so neither needs a branch on the device.
+        return self._compiled((step + 1) % learned.update_every == 0)
+
+    def _compile(self, update_weight_net: bool | None) -> Any:
+        """Returns the compiled `(state, data, inputs of S steps) -> state`."""
         step_fn = self._step_fn(update_weight_net)
 
-        def train_steps(state, data, inputs):
+        def train_steps(
+            state: TrainState, data: steps.TrainData, inputs: steps.StepInputs
+        ) -> TrainState:
             return steps.train_steps(
                 state,
                 data,
@@ -205,43 +279,38 @@ class Trainer:
                 steps_per_epoch=self.steps_per_epoch,
             )
 
+        # The inputs are [S, B, …].
         return self.parallel.compile(train_steps, batch_axis=1, donate_argnums=(0,))
 
-    def _compiled_at(self, step):
-        """Returns the compiled function for a call whose first step is `step`."""
-        if self.loss_weighting is None or self.steps_per_call > 1:
-            return self._compiled(None)
-        # A call of one step knows whether the weight net is updated, and spares the device the branch.
-        return self._compiled((step + 1) % self.spec.loss_weighting.update_every == 0)
+    # The inputs of the training step.
 
-    def train_steps(self, step: int, state, data, inputs):
-        """Returns the state after the steps of `inputs`, the first of which is `step`.
+    def inputs(
+        self, seed: int, step: int
+    ) -> Generator[tuple[int, steps.StepInputs], None, None]:
+        """Yields the number of steps and the inputs of each call of `train_steps`.
 
-        State and data are replicated, inputs sharded; the state is donated.
+        They depend on the seed and the step alone, so a resumed run gets the same. The
+        generator must be closed if it is not exhausted.
+
+        Args:
+          seed: of the run.
+          step: the first step; the last is that of the run.
         """
-        return self._compiled_at(step)(state, data, inputs)
-
-    def lower(self, step: int, state, data, inputs):
-        """Returns the computation of `train_steps`, lowered: for the compiler's counts."""
-        return self._compiled_at(step).lower(state, data, inputs)
-
-    # Its inputs.
-
-    def inputs(self, seed: int, step: int):
-        """Yields (number of steps, inputs for `train_steps`) from a step to the run's end; `close` ends it early."""
-        spec = self.spec
-        call_sizes = list(self._call_sizes(step))
-        if self.data.streams:
-            learned = spec.loss_weighting
+        call_sizes = self._call_sizes(step)
+        train = self.data.train
+        outer = self.data.outer
+        if isinstance(train, Records):
+            assert isinstance(outer, Records)
+            learned = self.spec.loss_weighting
             on_host = input_pipeline.from_disk(
-                self.data.train,
-                self.data.outer if learned else None,
+                train,
+                outer if learned else None,
                 seed,
                 step,
                 call_sizes,
-                shard=self._shard,
+                shard=self._batch_shard,
                 lookahead=learned.lookahead if learned else 1,
-                num_workers=spec.execution.num_workers,
+                num_workers=self.spec.execution.num_workers,
             )
         else:
             on_host = input_pipeline.from_memory(
@@ -250,71 +319,100 @@ class Trainer:
                 step,
                 call_sizes,
                 steps_per_epoch=self.steps_per_epoch,
-                shard=self._shard,
+                shard=self._batch_shard,
             )
         put = functools.partial(self.parallel.shard, batch_axis=1)
         return input_pipeline.prefetch(on_host, call_sizes, put)
 
-    def _call_sizes(self, step):
-        """Yields the number of steps of each call from a step on; none goes beyond an epoch's end."""
+    def _call_sizes(self, step: int) -> list[int]:
+        """Returns the number of steps of each call, from a step to the end of the run.
+
+        No call goes beyond the end of an epoch, where the loop logs and evaluates.
+        """
+        sizes = []
         while step < self.total_steps:
             left_in_epoch = self.steps_per_epoch - step % self.steps_per_epoch
             size = min(self.steps_per_call, left_in_epoch, self.total_steps - step)
-            yield size
+            sizes.append(size)
             step += size
+        return sizes
 
-    def _epoch_indices(self, seed, epoch):
-        """Returns the training indices of an epoch, and those of the outer set where weights are learned."""
-        options = dict(
-            batch_size=self.recipe.batch_size, num_views=self.data.source.views.num
-        )
-        train_options = dict(
-            options,
+    def _epoch_indices(
+        self, seed: jax.Array, epoch: jax.Array
+    ) -> tuple[sampling.BatchIndices, sampling.BatchIndices | None]:
+        """Returns the indices of an epoch's batches of the training and the outer set.
+
+        The latter is None if weights are static.
+        """
+        batch_size = self.recipe.batch_size
+        num_views = self.data.source.views.num
+        # Bits are drawn only for augmentation that needs them.
+        random_bits = self.spec.augment != augment.NO_EXTRA
+        if self.spec.loss_weighting is None:
+            indices = sampling.epoch_indices(
+                seed,
+                epoch,
+                num_examples=len(self.data.train),
+                batch_size=batch_size,
+                num_views=num_views,
+                random_bits=random_bits,
+            )
+            return indices, None
+        indices = sampling.lookahead_indices(
+            seed,
+            epoch,
+            lookahead=self.spec.loss_weighting.lookahead,
             num_examples=len(self.data.train),
-            random_bits=self.spec.augment != augment.NO_EXTRA,
+            batch_size=batch_size,
+            num_views=num_views,
+            random_bits=random_bits,
         )
-        if self.loss_weighting is None:
-            return sampling.epoch_indices(seed, epoch, **train_options), None
-        lookahead = self.spec.loss_weighting.lookahead
-        train = sampling.lookahead_indices(
-            seed, epoch, lookahead=lookahead, **train_options
-        )
-        outer = sampling.step_indices(
+        # The outer set has a sequence and epochs of its own; `epoch` counts those of
+        # the training set.
+        outer_indices = sampling.step_indices(
             sampling.outer_seed(seed),
             epoch * self.steps_per_epoch,
             num_steps=self.steps_per_epoch,
             num_examples=len(self.data.outer),
-            **options,
+            batch_size=batch_size,
+            num_views=num_views,
         )
-        return train, outer
+        return indices, outer_indices
 
-    def device_data(self, teacher, outer_teacher=None) -> steps.TrainData:
-        """Returns the training set on the devices, with what its `TeacherFn` reads, and the outer set if it is used."""
+    def device_data(self, teacher: Any, outer_teacher: Any = None) -> steps.TrainData:
+        """Puts the training set on the devices, with learned weights the outer set too.
+
+        Args:
+          teacher: what the step reads of the teacher for the training set: a table of
+            logits, the teacher's variables, or None.
+          outer_teacher: the same for the outer set.
+
+        Returns:
+          Replicated data for `train_steps`.
+        """
         data = _train_data(self.data.train, teacher)
         if self.loss_weighting is not None:
             data = data._replace(outer=_train_data(self.data.outer, outer_teacher))
         return self.parallel.replicate(data)
 
 
-def _train_data(images: Images | Records, teacher) -> steps.TrainData:
+def _train_data(images: Images | Records, teacher: Any) -> steps.TrainData:
     if isinstance(images, Records):
         return steps.TrainData(None, None, teacher)
-    return steps.TrainData(images.images, images.labels, teacher)
+    # NumPy arrays, until they are put on the devices.
+    pixels: Any = images.images
+    labels: Any = images.labels
+    return steps.TrainData(pixels, labels, teacher)
 
 
-def _schedule(lr, lr_decay, recipe: Recipe, total_steps):
-    return states.step_schedule(
-        lr, total_steps=total_steps, milestones=recipe.milestones, decay=lr_decay
-    )
-
-
-def _learned_weights(
+def _create_weighting(
     spec: LearnedWeights,
     recipe: Recipe,
     objective: methods.Objective,
     data: Dataset,
     total_steps: int,
 ) -> bilevel_steps.LearnedWeighting:
+    """Returns the weight net, its input, its loss and its optimizer."""
     longtail.check_outer(
         data.outer.labels,
         data.outer.keys,
@@ -322,10 +420,16 @@ def _learned_weights(
         num_classes=data.num_classes,
         batch_size=recipe.batch_size,
     )
-    schedule = _schedule(spec.lr, spec.lr_decay, recipe, total_steps)
+    schedule = states.step_schedule(
+        spec.lr,
+        total_steps=total_steps,
+        milestones=recipe.milestones,
+        decay=spec.lr_decay,
+    )
 
-    def schedule_of_updates(update):
-        # Adam counts its own updates: the u-th comes at the end of step u · k + k − 1.
+    def schedule_of_updates(update: Any) -> Any:
+        # The milestones count steps, but Adam counts its own updates. Update u comes
+        # at the end of step u · k + k − 1.
         return schedule(update * spec.update_every + spec.update_every - 1)
 
     return bilevel_steps.LearnedWeighting(
@@ -340,32 +444,33 @@ def _learned_weights(
     )
 
 
-def _teacher_fn(spec: TrainingSpec, data: Dataset) -> steps.TeacherFn:
+def _create_teacher_fn(spec: TrainingSpec, data: Dataset) -> steps.TeacherFn:
+    """Returns the function by which a step gets the teacher's outputs."""
     if spec.teacher_source == "none":
         return steps.no_teacher
     if spec.teacher_source == "table":
         return steps.table_teacher
     model = teacher_model(spec, data)
-    return (
-        steps.feature_teacher(model)
-        if spec.teacher_source == "features"
-        else steps.network_teacher(model)
-    )
+    if spec.teacher_source == "features":
+        return steps.feature_teacher(model)
+    return steps.network_teacher(model)
 
 
-def teacher_model(spec: TrainingSpec, data: Dataset):
-    """Returns the teacher as it is used: in evaluation mode, so without a device axis."""
+def teacher_model(spec: TrainingSpec, data: Dataset) -> models.Model:
+    """Returns the teacher's network, for evaluation and so without a device axis."""
     return models.create(
         spec.teacher_model, data.num_classes, precision=spec.execution.precision
     )
 
 
+# A few are kept, so that runs of one process that differ in their seeds share what is
+# compiled.
 @functools.lru_cache(maxsize=3)
-def trainer(spec: TrainingSpec) -> Trainer:
-    """Returns the trainer of a specification; the last ones are kept, so that seeds share what is compiled.
+def get_trainer(spec: TrainingSpec) -> Trainer:
+    """Returns the trainer of a specification.
 
     Raises:
-      ConfigError: as `dataset.load`, or parts that do not fit each other.
+      ConfigError: see `dataset.load`; or the parts do not fit each other.
     """
     data = datasets.load(spec.data)
     try:

@@ -18,7 +18,7 @@ from experiments.config.spec import resolve
 from experiments.config.validation import ConfigError
 from experiments.trainer import dataset, external_teacher, run, teacher
 from experiments.trainer.interrupts import StopRequest
-from experiments.trainer.trainer import trainer
+from experiments.trainer.trainer import get_trainer
 from helpers.small_net import CASES, Training
 from helpers.small_runs import streamed, tiny
 from ltkd_jax.data.records import Records
@@ -97,7 +97,7 @@ def record_reads(index, folder, spec):
 
     They are those of two batches of a stream, and of an evaluation.
     """
-    student = trainer(spec.student_training("none"))
+    student = get_trainer(spec.student_training("none"))
     reads = {"random_crop": [], "image": []}
     for name, numbers in reads.items():
         original = getattr(Records, name)

@@ -1,4 +1,4 @@
-"""Every config at full size: its data, its networks and the shapes of its steps, of images that are all black."""
+"""All configs at full size, on black images: data, networks and shapes of a step."""
 
 import jax
 import numpy as np
@@ -8,11 +8,12 @@ from helpers.small_runs import changed, config_of
 from experiments.config.spec import resolve
 from experiments.config.validation import ConfigError
 from experiments.trainer import dataset, teacher
-from experiments.trainer.trainer import teacher_model, trainer
+from experiments.trainer.trainer import get_trainer, teacher_model
 from ltkd_jax.data import augment, datasets, records, streaming
 from ltkd_jax.training import steps
 
-# Sides as they are stored (0: they differ), classes, channels, training images of a class.
+# Side of the stored images (0: it differs), classes, channels, training images of each
+# class.
 STORED = {
     "digits": (8, 10, 1, 110),
     "fashion_mnist": (28, 10, 1, 6000),
@@ -25,105 +26,100 @@ STORED = {
 
 
 def load_black(name, data_dir=None, *, size=0, margin=False):
-    """Stands in for `datasets.load`: the true form of a data set, but for how many images there are."""
-    stored, num_classes, channels, per_class = STORED[name]
-    side = size or stored
-    views = (
-        augment.Views(pad=1, flip=False)
-        if name == "digits"
-        else augment.Views(pad=4, flip=True)
-    )
+    """Replaces `datasets.load`; all is as in the data set but the images."""
+    stored_side, num_classes, channels, per_class = STORED[name]
+    side = size or stored_side
+    shape = (side, side, channels)
 
     def images(per_class):
         labels = np.repeat(np.arange(num_classes, dtype=np.int32), per_class)
-        keys = np.char.add("k", np.arange(len(labels)).astype(str))
+        number = len(labels)
+        keys = np.char.add("k", np.arange(number).astype(str))
         if margin:
-            return records.Records(
-                (),
-                np.arange(len(labels)),
-                labels,
-                keys,
-                (side, side, channels),
-                "margin",
-            )
-        return records.Images(
-            np.broadcast_to(np.uint8(0), (len(labels), side, side, channels)),
-            labels,
-            keys,
-        )
+            return records.Records((), np.arange(number), labels, keys, shape, "margin")
+        # One byte for all images.
+        black = np.broadcast_to(np.uint8(0), (number, *shape))
+        return records.Images(black, labels, keys)
 
-    names = tuple(map(str, range(num_classes)))
-    normal = (0.5,) * channels
+    is_digits = name == "digits"
     return datasets.Source(
-        name, images(per_class), images(2), num_classes, names, normal, normal, views
+        name,
+        images(per_class),
+        images(2),
+        num_classes,
+        tuple(map(str, range(num_classes))),
+        (0.5,) * channels,
+        (0.5,) * channels,
+        augment.Views(pad=1 if is_digits else 4, flip=not is_digits),
     )
+
+
+def clear_caches():
+    dataset.load.cache_clear()
+    get_trainer.cache_clear()
 
 
 @pytest.fixture
 def black(monkeypatch):
-    """Every data set is there, and black; nothing made of it is kept."""
+    """Makes all data sets available, with black images."""
     monkeypatch.setattr(datasets, "load", load_black)
-    for cache in (dataset.load, trainer):
-        cache.cache_clear()
+    clear_caches()
     yield
-    for cache in (dataset.load, trainer):
-        cache.cache_clear()
+    clear_caches()
 
 
 def array(shape, dtype):
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def data_shapes(student, teacher):
-    """Returns the `TrainData` of a trainer as shapes; `teacher` is what it holds of one."""
+def data_shapes(trainer, teacher_data):
+    """Returns the `TrainData` of a trainer as shapes."""
 
-    def of(images, **outer):
-        if student.data.streams:
-            return steps.TrainData(None, None, teacher, **outer)
-        images_and_labels = (
-            array(images.images.shape, np.uint8),
-            array(images.labels.shape, np.int32),
-        )
-        return steps.TrainData(*images_and_labels, teacher, **outer)
+    def train_data(images, outer=None):
+        if trainer.data.is_streamed:
+            return steps.TrainData(None, None, teacher_data, outer)
+        pixels = array(images.images.shape, np.uint8)
+        labels = array(images.labels.shape, np.int32)
+        return steps.TrainData(pixels, labels, teacher_data, outer)
 
-    learned = student.loss_weighting is not None
-    return of(student.data.train, outer=of(student.data.outer) if learned else None)
+    outer = None
+    if trainer.loss_weighting is not None:
+        outer = train_data(trainer.data.outer)
+    return train_data(trainer.data.train, outer)
 
 
-def input_shapes(student):
+def input_shapes(trainer):
     """Returns the inputs of one step as shapes."""
-    if not student.data.streams:
-        _, inputs = next(student.inputs(0, 0))
+    if not trainer.data.is_streamed:
+        _, inputs = next(trainer.inputs(0, 0))
         return inputs
 
     def batch(*lookahead):
-        lead = (1, student.recipe.batch_size, *lookahead)
-        images = array((*lead, *student.data.image_shape), np.uint8)
+        leading_axes = (1, trainer.recipe.batch_size, *lookahead)
         return streaming.StreamedBatch(
-            images, array(lead, np.int32), array(lead, np.uint32)
+            array((*leading_axes, *trainer.data.image_shape), np.uint8),
+            array(leading_axes, np.int32),
+            array(leading_axes, np.uint32),
         )
 
-    learned = student.loss_weighting is not None
-    return (
-        steps.StepInputs(batch(1), outer=batch())
-        if learned
-        else steps.StepInputs(batch())
-    )
+    if trainer.loss_weighting is None:
+        return steps.StepInputs(batch())
+    return steps.StepInputs(batch(1), outer=batch())
 
 
-def assert_keeps_shapes(student, teacher):
-    state = jax.eval_shape(student.init, 0)
-    after = jax.eval_shape(
-        lambda *arguments: student.train_steps(0, *arguments),
+def assert_keeps_shapes(trainer, teacher_data):
+    state = jax.eval_shape(trainer.init, 0)
+    new_state = jax.eval_shape(
+        lambda *arguments: trainer.train_steps(0, *arguments),
         state,
-        data_shapes(student, teacher),
-        input_shapes(student),
+        data_shapes(trainer, teacher_data),
+        input_shapes(trainer),
     )
-    as_pair = jax.tree.map(lambda x: (x.shape, x.dtype), (after, state))
-    assert as_pair[0] == as_pair[1]
+    shapes = jax.tree.map(lambda x: (x.shape, x.dtype), state)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), new_state) == shapes
 
 
-# At one run of a teacher a table is used where its epochs outnumber the views.
+# For one run of a teacher, a table is used if there are more epochs than views.
 @pytest.mark.parametrize(
     "name, argument, side, source",
     [
@@ -139,18 +135,15 @@ def assert_keeps_shapes(student, teacher):
     ],
 )
 def test_step_keeps_its_shapes(name, argument, side, source, black):
-    """With the config's own models: the step of the teacher and that of the student."""
-    # Eight devices would not divide BiKD's 100.
-    spec = resolve(
-        changed(
-            config_of(name, argument),
-            **{"train.batch_size": 64, "teacher.train.batch_size": 64},
-        )
-    )
+    """The step of the teacher and that of the student, with the config's own models."""
+    # The eight devices do not divide BiKD's 100.
+    batch_sizes = {"train.batch_size": 64, "teacher.train.batch_size": 64}
+    spec = resolve(changed(config_of(name, argument), **batch_sizes))
     data = dataset.load(spec.data)
-    assert data.streams is (name == "imagenetlt") and data.image_shape[0] == side
+    assert data.is_streamed is (name == "imagenetlt")
+    assert data.image_shape[0] == side
     assert teacher.choose_source(spec, data) == source
-    student = trainer(spec.student_training(source))
+    student = get_trainer(spec.student_training(source))
     network = teacher_model(student.spec, data)
     images = array((2, *data.image_shape), np.float32)
     variables = jax.eval_shape(
@@ -160,12 +153,11 @@ def test_step_keeps_its_shapes(name, argument, side, source, black):
         lambda v, x: network.apply(v, x, train=False), variables, images
     )
     assert logits.shape == (2, data.num_classes)
-    table = array(
-        (len(data.train), data.source.views.num, data.num_classes), np.float32
-    )
+    table_shape = (len(data.train), data.source.views.num, data.num_classes)
+    table = array(table_shape, np.float32)
     assert_keeps_shapes(student, table if source == "table" else variables)
     if argument != "bikd":
-        assert_keeps_shapes(trainer(spec.teacher_training()), None)
+        assert_keeps_shapes(get_trainer(spec.teacher_training()), None)
 
 
 @pytest.mark.parametrize(
@@ -181,4 +173,4 @@ def test_parts_that_do_not_fit(argument, source, message, black, monkeypatch):
     monkeypatch.setitem(STORED, "birds", (4, *STORED["birds"][1:]))
     spec = resolve(config_of("folderlt", f"name=birds,subset=exponential,{argument}"))
     with pytest.raises(ConfigError, match=message):
-        trainer(spec.student_training(source))
+        get_trainer(spec.student_training(source))

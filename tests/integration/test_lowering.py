@@ -14,7 +14,7 @@ from helpers.small_runs import prepare_insects, streamed, tiny
 from jax.extend import core
 
 from experiments.config.spec import resolve
-from experiments.trainer.trainer import teacher_model, trainer
+from experiments.trainer.trainer import get_trainer, teacher_model
 from ltkd_jax import groups, methods
 from ltkd_jax.data import sampling
 from ltkd_jax.training import steps
@@ -95,9 +95,9 @@ def accelerated(monkeypatch):
     That is several steps in one call, and loops and branches on the device.
     """
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    trainer.cache_clear()
+    get_trainer.cache_clear()
     yield
-    trainer.cache_clear()
+    get_trainer.cache_clear()
 
 
 def assert_steps_lower(config, teacher_source):
@@ -105,7 +105,7 @@ def assert_steps_lower(config, teacher_source):
 
     Returns the trainer, and the shapes of its state and its data.
     """
-    student = trainer(resolve(config).student_training(teacher_source))
+    student = get_trainer(resolve(config).student_training(teacher_source))
     data = student.data
     variables = jax.eval_shape(
         lambda: teacher_model(student.spec, data).init(
@@ -118,7 +118,7 @@ def assert_steps_lower(config, teacher_source):
             (len(images), data.source.views.num, data.num_classes), jnp.float32
         )
         teacher = {"none": None, "table": table}.get(teacher_source, variables)
-        if data.streams:
+        if data.is_streamed:
             return steps.TrainData(None, None, teacher)
         return steps.TrainData(shapes(images.images), shapes(images.labels), teacher)
 
@@ -126,7 +126,7 @@ def assert_steps_lower(config, teacher_source):
     device_data = train_data(data.train)._replace(outer=outer)
     with contextlib.closing(student.inputs(0, 0)) as inputs_of_calls:
         num_steps, inputs = next(inputs_of_calls)
-    assert num_steps > 1 or data.streams
+    assert num_steps > 1 or data.is_streamed
     state = jax.eval_shape(student.init, 0)
     assert_lowers(
         jax.jit(functools.partial(student.train_steps, 0)), state, device_data, inputs

@@ -12,11 +12,12 @@ from helpers.small_runs import INSECTS, assert_same_bits, prepare_insects, run, 
 from experiments.config.spec import resolve
 from experiments.config.validation import ConfigError
 from experiments.trainer import dataset, input_pipeline
-from experiments.trainer.trainer import trainer
+from experiments.trainer.trainer import get_trainer
 from ltkd_jax.data import sampling
 from ltkd_jax.data.prepare import recipes
 
-# The most that a step reads: two batches to look ahead to, each with its neighbours for Mixup, and the outer set.
+# The most that a step can read: two lookahead batches, each with the neighbours for
+# Mixup, and a batch of the outer set.
 LEARNED = {
     "data.outer_per_class": 4,
     "loss_weighting.lookahead": 2,
@@ -32,8 +33,8 @@ def data_dir(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def done(data_dir, tmp_path_factory):
-    """A finished run's folder and its results."""
+def finished(data_dir, tmp_path_factory):
+    """A finished run: its folder and its results."""
     folder = tmp_path_factory.mktemp("streamed")
     return folder, run(streamed(data_dir, folder), folder / "run")
 
@@ -42,64 +43,64 @@ def load(config):
     return dataset.load(resolve(config).data)
 
 
-# Whole runs.
+def trainer_of(config):
+    return get_trainer(resolve(config).student_training("network"))
 
 
-def test_results(done):
-    folder, results = done
-    assert results["train_images"] == sum(results["class_counts"]) and results[
-        "class_counts"
-    ] == [20, 12, 7, 5]
-    assert (
-        results["teacher_logits"] == "network"
-        and results["config"]["data"]["stream"] is True
-    )
-    # The test is balanced: each image was counted once.
-    assert results["test"]["all"] == pytest.approx(
-        np.mean(results["test"]["per_class"])
-    )
-    assert [line["epoch"] for line in small_runs.records(folder / "run")] == [1.0, 2.0]
+# Complete runs.
 
 
-def test_resume_is_bit_for_bit(done, data_dir, tmp_path):
-    folder, _ = done
+def test_results(finished):
+    folder, results = finished
+    assert results["train_images"] == sum(results["class_counts"])
+    assert results["class_counts"] == [20, 12, 7, 5]
+    assert results["teacher_logits"] == "network"
+    assert results["config"]["data"]["stream"] is True
+    # The test set is balanced, so this shows that each image was counted once.
+    per_class = results["test"]["per_class"]
+    assert results["test"]["all"] == pytest.approx(np.mean(per_class))
+    records = small_runs.records(folder / "run")
+    assert [record["epoch"] for record in records] == [1.0, 2.0]
+
+
+def test_resume_is_bit_for_bit(finished, data_dir, tmp_path):
+    folder, _ = finished
     config = streamed(data_dir, folder)
-    _, stops = small_runs.run_with_stops(config, tmp_path / "run")
-    assert stops >= trainer(resolve(config).student_training("network")).total_steps - 1
+    _, num_stops = small_runs.run_with_stops(config, tmp_path / "run")
+    assert num_stops >= trainer_of(config).total_steps - 1
     assert_same_bits(config, tmp_path / "run", folder / "run")
 
 
-def test_learned_weights_resume_bit_for_bit(done, data_dir, tmp_path):
-    config = streamed(data_dir, done[0], "bikd", **LEARNED)
+def test_learned_weights_resume_bit_for_bit(finished, data_dir, tmp_path):
+    folder, _ = finished
+    config = streamed(data_dir, folder, "bikd", **LEARNED)
     results = run(config, tmp_path / "run")
-    assert results["outer_images"] == 16 and set(
-        results["loss_weighting"]["weights"]
-    ) == {"ce", "kd"}
-    _, stops = small_runs.run_with_stops(config, tmp_path / "stopped")
-    assert stops >= 2
+    assert results["outer_images"] == 16
+    assert set(results["loss_weighting"]["weights"]) == {"ce", "kd"}
+    _, num_stops = small_runs.run_with_stops(config, tmp_path / "stopped")
+    assert num_stops >= 2
     assert_same_bits(config, tmp_path / "stopped", tmp_path / "run")
 
 
-def test_several_steps_a_call(done, data_dir, tmp_path):
+def test_several_steps_a_call(finished, data_dir, tmp_path):
     """They change nothing but rounding."""
-    folder, _ = done
+    folder, _ = finished
     run(streamed(data_dir, folder, steps_per_call=2), tmp_path / "run")
-    single, several = (
-        small_runs.records(path / "run")[0] for path in (folder, tmp_path)
-    )
-    assert several["loss"] == pytest.approx(single["loss"], rel=1e-3)
+    single = small_runs.records(folder / "run")
+    several = small_runs.records(tmp_path / "run")
+    assert several[0]["loss"] == pytest.approx(single[0]["loss"], rel=1e-3)
 
 
 def test_damaged_record(data_dir, tmp_path):
-    shutil.copytree(data_dir, tmp_path / "tfds")
-    (file,) = (tmp_path / "tfds").rglob("insects-train.array_record*")
-    data = bytearray(file.read_bytes())
-    data[len(data) // 3 : len(data) // 3 + 2000] = bytes(2000)
-    file.write_bytes(data)
+    damaged_dir = shutil.copytree(data_dir, tmp_path / "tfds")
+    (file,) = damaged_dir.rglob("insects-train.array_record*")
+    content = bytearray(file.read_bytes())
+    start = len(content) // 3
+    content[start : start + 2000] = bytes(2000)
+    file.write_bytes(content)
     for stream in (True, False):
-        config = streamed(
-            tmp_path / "tfds", tmp_path / str(stream), "ce", **{"data.stream": stream}
-        )
+        folder = tmp_path / str(stream)
+        config = streamed(damaged_dir, folder, "ce", **{"data.stream": stream})
         with pytest.raises(ConfigError, match="prepare it again"):
             run(config, tmp_path / f"run{stream}")
 
@@ -119,79 +120,88 @@ def inputs_from_disk(
 ):
     """Returns the inputs of each call."""
     shard = input_pipeline.BatchShard(np.array(positions), 16, mixup)
-    outer_set = data.outer if outer else None
-    return list(
-        input_pipeline.from_disk(
-            data.train, outer_set, 3, step, call_sizes, shard=shard, lookahead=lookahead
-        )
+    inputs = input_pipeline.from_disk(
+        data.train,
+        data.outer if outer else None,
+        3,
+        step,
+        call_sizes,
+        shard=shard,
+        lookahead=lookahead,
+    )
+    return list(inputs)
+
+
+def assert_left_neighbours(images, neighbours):
+    """Checks that `neighbours` are `images`, shifted by one position of the batch."""
+    jax.tree.map(
+        lambda x, y: np.testing.assert_array_equal(np.roll(x, 1, axis=1), y),
+        images,
+        neighbours,
     )
 
 
 def test_lookahead_reads_the_next_batches(data_dir, tmp_path):
-    """What a step looks ahead to is what the next steps are trained on, from wherever it starts."""
+    """Lookahead batches are those of the next steps, also after a resumption."""
     data = load(streamed(data_dir, tmp_path, "bikd", **{"data.outer_per_class": 4}))
     inputs = inputs_from_disk(data, [1] * 6)
     for current, following in zip(inputs, inputs[1:]):
         for x, y in zip(current.train, following.train):
             np.testing.assert_array_equal(x[:, :, 1], y[:, :, 0])
     (resumed,) = inputs_from_disk(data, [2], step=4)
-    expected = jax.tree.map(lambda *parts: np.concatenate(parts), *inputs[4:])
+    expected = jax.tree.map(lambda *leaves: np.concatenate(leaves), *inputs[4:])
     jax.tree.map(np.testing.assert_array_equal, resumed, expected)
     assert inputs[0].outer.images.shape == (1, 16, 8, 8, 3)
 
 
 @pytest.mark.parametrize("kind", ["memory", "disk", "disk with an outer set"])
 def test_shards_of_two_processes(kind, data_dir, tmp_path):
-    """Together they are the global batch; Mixup's neighbours in it may be another process's."""
+    """Together they are the global batch.
+
+    A neighbour for Mixup may be in the other process's part.
+    """
     data = load(streamed(data_dir, tmp_path, "bikd", **{"data.outer_per_class": 4}))
 
     def epoch_fn(seed, epoch):
         index = jnp.arange(64).reshape(4, 16)
-        return sampling.BatchIndices(index, -index), sampling.BatchIndices(
-            index + 64, index
-        )
+        outer = sampling.BatchIndices(index + 64, index)
+        return sampling.BatchIndices(index, -index), outer
 
-    def inputs(positions):
+    def inputs_of(positions):
         if kind == "memory":
             shard = input_pipeline.BatchShard(np.array(positions), 16, mixup=True)
-            (whole,) = input_pipeline.from_memory(
+            calls = input_pipeline.from_memory(
                 epoch_fn, 3, 0, [4], steps_per_epoch=4, shard=shard
             )
         else:
             outer = "outer" in kind
-            options = dict(
+            calls = inputs_from_disk(
+                data,
+                [4],
                 positions=positions,
                 mixup=True,
                 outer=outer,
                 lookahead=2 if outer else 1,
             )
-            (whole,) = inputs_from_disk(data, [4], **options)
-        return whole
+        (inputs,) = calls
+        return inputs
 
-    whole = inputs(range(16))
-    halves = [inputs(range(8)), inputs(range(8, 16))]
-    together = jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *halves)
-    jax.tree.map(np.testing.assert_array_equal, together, whole)
-    jax.tree.map(
-        lambda x, y: np.testing.assert_array_equal(np.roll(x, 1, axis=1), y),
-        whole.train,
-        whole.mixup,
-    )
+    global_inputs = inputs_of(range(16))
+    halves = [inputs_of(range(8)), inputs_of(range(8, 16))]
+    joined = jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=1), *halves)
+    jax.tree.map(np.testing.assert_array_equal, joined, global_inputs)
+    assert_left_neighbours(global_inputs.train, global_inputs.mixup)
 
 
 def test_random_bits(data_dir, tmp_path):
-    """Every position has its own; for Mixup its neighbour's inputs are there too."""
-    config = streamed(
-        data_dir, tmp_path, **{"data.stream": False, "augment.mixup": 0.3}
-    )
-    _, inputs = next(trainer(resolve(config).student_training("network")).inputs(0, 0))
-    bits = inputs.train.random_bits
-    assert bits.shape == inputs.train.index.shape and len(np.unique(bits)) == bits.size
-    jax.tree.map(
-        lambda x, y: np.testing.assert_array_equal(np.roll(x, 1, axis=1), y),
-        inputs.train,
-        inputs.mixup,
-    )
+    """Every position has bits of its own; Mixup also reads its neighbour's."""
+    values = {"data.stream": False, "augment.mixup": 0.3}
+    config = streamed(data_dir, tmp_path, **values)
+    _, inputs = next(trainer_of(config).inputs(0, 0))
+    random_bits = inputs.train.random_bits
+    assert random_bits.shape == inputs.train.index.shape
+    assert len(np.unique(random_bits)) == random_bits.size
+    assert_left_neighbours(inputs.train, inputs.mixup)
 
 
 # The data set.
@@ -210,60 +220,56 @@ def test_random_bits(data_dir, tmp_path):
         ),
     ],
 )
-def test_data_that_is_not_there(data_dir, tmp_path, values, message):
+def test_missing_data(data_dir, tmp_path, values, message):
     with pytest.raises(ConfigError, match=message):
         load(streamed(data_dir, tmp_path, **values))
 
 
 def test_images_larger_than_memory(data_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(dataset, "device_memory", lambda: 10_000)
+    values = {"data.stream": False, "data.image_size": 9}
     with pytest.raises(ConfigError, match="data.stream=True"):
-        load(
-            streamed(data_dir, tmp_path, **{"data.stream": False, "data.image_size": 9})
-        )
+        load(streamed(data_dir, tmp_path, **values))
 
 
 def test_other_images_of_the_same_name(data_dir, tmp_path):
-    """Their teacher and their results are not those of the first."""
-    files = pictures.by_class(
-        INSECTS, folder="train/", size=(12, 11)
-    ) | pictures.by_class(INSECTS, folder="test/")
-    pictures.write_folder(tmp_path / "images", files)
-    recipes.prepare(
-        recipes.custom_recipe("insects"), tmp_path / "tfds", tmp_path / "images"
-    )
+    """They have another teacher and other results."""
+    files = pictures.by_class(INSECTS, folder="train/", size=(12, 11))
+    files |= pictures.by_class(INSECTS, folder="test/")
+    images = tmp_path / "images"
+    pictures.write_folder(images, files)
+    recipes.prepare(recipes.custom_recipe("insects"), tmp_path / "tfds", images)
     spec = resolve(streamed(data_dir, tmp_path))
     other = resolve(streamed(tmp_path / "tfds", tmp_path))
     assert spec.hash != other.hash and spec.teacher_hash != other.teacher_hash
-    shutil.copytree(data_dir, tmp_path / "moved")
-    assert resolve(streamed(tmp_path / "moved", tmp_path)).hash == spec.hash
+    moved = shutil.copytree(data_dir, tmp_path / "moved")
+    assert resolve(streamed(moved, tmp_path)).hash == spec.hash
 
 
 def test_subsets(data_dir, tmp_path):
-    """Each is another result; a list is known by its content, not by where it lies."""
+    """Each has other results; a list is identified by its content, not by its path."""
 
-    def listed(name, lines):
+    def spec_of(subset):
+        return resolve(streamed(data_dir, tmp_path, **{"data.subset": str(subset)}))
+
+    def spec_of_list(name, lines):
         (tmp_path / name).write_text("\n".join(lines))
-        return resolve(
-            streamed(data_dir, tmp_path, **{"data.subset": str(tmp_path / name)})
-        )
+        return spec_of(tmp_path / name)
 
     lines = []
     for label, name in enumerate(sorted(INSECTS)):
         lines += [f"train/{name}/{name}{i}.jpg {label}" for i in range(5 - label)]
-    first, same, other = (
-        listed("a.txt", lines),
-        listed("b.txt", lines),
-        listed("c.txt", lines[1:]),
-    )
-    assert first.hash == same.hash != other.hash
+    first = spec_of_list("a.txt", lines)
+    same = spec_of_list("b.txt", lines)
+    shorter = spec_of_list("c.txt", lines[1:])
+    assert first.hash == same.hash != shorter.hash
     assert dataset.load(first.data).class_counts.tolist() == [5, 4, 3, 2]
-    whole = resolve(streamed(data_dir, tmp_path, **{"data.subset": "all"}))
-    assert dataset.load(whole.data).class_counts.tolist() == list(INSECTS.values())
-    assert whole.name.startswith("insects-all-ltkd") and first.name.startswith(
-        "insects-a-ltkd"
-    )
+    all_images = spec_of("all")
+    class_counts = dataset.load(all_images.data).class_counts.tolist()
+    assert class_counts == list(INSECTS.values())
+    assert all_images.name.startswith("insects-all-ltkd")
+    assert first.name.startswith("insects-a-ltkd")
     with pytest.raises(ConfigError, match="'train/ant/gone.jpg'"):
-        dataset.load(listed("d.txt", ["train/ant/gone.jpg 0"]).data)
+        dataset.load(spec_of_list("d.txt", ["train/ant/gone.jpg 0"]).data)
     with pytest.raises(ConfigError, match="d.txt"):
-        listed("d.txt", ["train/ant/gone.jpg"])
+        spec_of_list("d.txt", ["train/ant/gone.jpg"])

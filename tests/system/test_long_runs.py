@@ -23,10 +23,10 @@ from experiments.trainer.interrupts import StopRequest
 samples = []
 
 class Sampling(StopRequest):
-    def reason_of_any(self):
+    def any_reason(self):
         with open("/proc/self/statm") as file:
             samples.append(os.sysconf("SC_PAGE_SIZE") * int(file.read().split()[1]))
-        return super().reason_of_any()
+        return super().any_reason()
 
 runtime.initialize()
 run.StopRequest = Sampling

@@ -7,7 +7,7 @@ from helpers import small_runs
 from helpers.small_runs import assert_same_bits, prepare_insects, run, streamed, tiny
 
 from experiments.config.spec import resolve
-from experiments.trainer.interrupts import Stopped, StopRequest
+from experiments.trainer.interrupts import StoppedError, StopRequest
 
 AUGMENTED = {"augment.cutout": 3, "augment.mixup": 0.2}
 LEARNED = {"data.outer_per_class": 4, "loss_weighting.update_every": 1}
@@ -92,8 +92,7 @@ def test_workers_change_nothing(data_dir, tmp_path):
     assert resolve(with_workers).hash == resolve(config).hash
     run(config, tmp_path / "without")
     run(with_workers, tmp_path / "entire")
-    # The deadline has passed already: the run stops at its first opportunity.
-    with pytest.raises(Stopped):
+    with pytest.raises(StoppedError):
         run(config, tmp_path / "resumed", stop=StopRequest(time.monotonic()))
     run(with_workers, tmp_path / "resumed")
     for name in ("entire", "resumed"):

@@ -1,4 +1,4 @@
-"""The rules of the layout: who may import whom, who may print, and that the documents name what is there."""
+"""Rules of the layout: imports and prints; and names in documents exist."""
 
 import ast
 import functools
@@ -18,8 +18,8 @@ PROJECT = (
     + sorted((ROOT / "configs").glob("*.py"))
 )
 
-# What each part may import of its own package, beside itself.
-GROUND = {"files", "names", "signals"}
+# The modules of its own package that each part may import, besides itself.
+BASE = {"files", "names", "signals"}
 LIBRARY_RULES = {
     "files": set(),
     "names": set(),
@@ -29,8 +29,8 @@ LIBRARY_RULES = {
     "metrics": {"groups"},
     "losses": {"groups"},
     "methods": {"groups", "losses", "names"},
-    "models": GROUND,
-    "data": {"groups", *GROUND},
+    "models": BASE,
+    "data": {"groups", *BASE},
     "bias": {"data", "groups", "losses", "metrics"},
     "training": {
         "bilevel",
@@ -40,7 +40,7 @@ LIBRARY_RULES = {
         "methods",
         "metrics",
         "models",
-        *GROUND,
+        *BASE,
     },
 }
 EXPERIMENTS_RULES = {
@@ -53,19 +53,14 @@ EXPERIMENTS_RULES = {
     "audit": {"config", "trainer", "reporting", "runtime"},
     "benchmark": {"config", "trainer", "reporting", "provenance", "runtime"},
 }
-COMMANDS = {
-    "main",
-    "sweep",
-    "reproduce",
-    "report",
-    "tensorboard",
-}  # may import all, and nothing imports them
+# They may import everything, and nothing imports them.
+COMMANDS = {"main", "sweep", "reproduce", "report", "tensorboard"}
 
 
 def name_of(path):
     """Returns the dotted name of a module."""
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+    names = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(names[:-1] if names[-1] == "__init__" else names)
 
 
 MODULES = {name_of(path): path for path in PROJECT}
@@ -73,7 +68,7 @@ MODULES = {name_of(path): path for path in PROJECT}
 
 @functools.cache
 def imports(path):
-    """Returns the dotted names of the modules that a file imports, at its top or inside a function."""
+    """Returns the dotted names of the modules that a file imports, anywhere in it."""
     modules = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -91,14 +86,13 @@ def imports(path):
 def test_imports_of_each_part(package, rules):
     for name, path in MODULES.items():
         part = name.split(".")[1] if name.startswith(f"{package}.") else None
-        if part is None or package == "experiments" and part in COMMANDS:
+        if part is None or (package == "experiments" and part in COMMANDS):
             continue
-        assert part in rules, f"{part} is new: say above what it may import"
-        imported = {
-            other.split(".")[1]
-            for other in imports(path)
-            if other.startswith(f"{package}.")
-        }
+        assert part in rules, f"{part} is new: add above what it may import"
+        imported = set()
+        for module in imports(path):
+            if module.startswith(f"{package}."):
+                imported.add(module.split(".")[1])
         forbidden = imported - rules[part] - {part}
         assert not forbidden, f"{path.relative_to(ROOT)} imports {sorted(forbidden)}"
 
@@ -112,46 +106,46 @@ def test_imports_of_each_part(package, rules):
 )
 def test_imports_of_other_packages(package, foreign):
     for name, path in MODULES.items():
-        packages = {other.split(".")[0] for other in imports(path)}
-        assert not (name.split(".")[0] == package and packages & foreign), (
-            f"{name} imports {packages & foreign}"
-        )
+        if name.split(".")[0] == package:
+            packages = {module.split(".")[0] for module in imports(path)}
+            assert not packages & foreign, f"{name} imports {packages & foreign}"
 
 
 def test_no_import_circle():
-    """Imports inside functions included."""
-    graph = {
-        name: {other for other in imports(path) if other != name}
-        for name, path in MODULES.items()
-    }
-    graphlib.TopologicalSorter(graph).prepare()  # a CycleError names the circle
+    """Imports inside functions count, too."""
+    graph = {name: imports(path) - {name} for name, path in MODULES.items()}
+    # A CycleError has the names of the circle.
+    graphlib.TopologicalSorter(graph).prepare()
+
+
+def print_lines(tree):
+    """Returns the lines of calls of `print` outside functions called `main`."""
+    in_main = set()
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and node.name == "main":
+            in_main |= {id(child) for child in ast.walk(node)}
+    lines = []
+    for node in ast.walk(tree):
+        is_print = (
+            isinstance(node, ast.Call) and getattr(node.func, "id", "") == "print"
+        )
+        if is_print and id(node) not in in_main:
+            lines.append(node.lineno)
+    return lines
 
 
 def test_only_a_main_prints():
     for path in LIBRARY:
-        tree = ast.parse(path.read_text())
-        mains = [
-            node
-            for node in tree.body
-            if isinstance(node, ast.FunctionDef) and node.name == "main"
-        ]
-        allowed = {id(node) for main in mains for node in ast.walk(main)}
-        calls = [
-            node
-            for node in ast.walk(tree)
-            if isinstance(node, ast.Call) and id(node) not in allowed
-        ]
-        lines = [
-            call.lineno for call in calls if getattr(call.func, "id", "") == "print"
-        ]
+        lines = print_lines(ast.parse(path.read_text()))
         assert not lines or path.stem == "__main__", f"{path} prints in lines {lines}"
 
 
-def test_losses_import_without_the_rest():
-    """In a fresh process in which no other package can be imported."""
+def test_losses_need_only_jax():
+    """In a new process in which no other package can be imported."""
     code = """
 import sys
-absent = ("flax", "orbax", "tensorflow_datasets", "ml_collections", "matplotlib", "sklearn", "PIL")
+absent = {"flax", "orbax", "tensorflow_datasets", "ml_collections", "matplotlib"}
+absent |= {"sklearn", "PIL"}
 class Absent:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in absent:
@@ -183,7 +177,7 @@ def test_readme_example_runs():
 
 def test_reliability_names_tests_that_exist():
     page = (ROOT / "docs" / "reliability.md").read_text()
-    named = re.findall(r"`(tests/\w+/\w+\.py)::(\w+)`", page)
-    assert len(named) > 30
-    for path, name in named:
+    references = re.findall(r"`(tests/\w+/\w+\.py)::(\w+)`", page)
+    assert len(references) > 30
+    for path, name in references:
         assert f"def {name}(" in (ROOT / path).read_text(), f"{path}::{name}"

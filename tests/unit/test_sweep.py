@@ -1,4 +1,4 @@
-"""Sweeps: the runs that a command line means; tests/system/test_jobs.py does them."""
+"""Sweeps: the runs of a command line, which tests/system/test_jobs.py does."""
 
 import json
 
@@ -11,19 +11,16 @@ def arguments(specs):
     return [reference.partition(":")[2] for reference in specs]
 
 
-def test_plan_is_every_method_in_every_setting():
+def test_plan_has_every_method_in_every_setting():
     axes = {"imbalance": "10,100", "teacher": None, "student": "resnet8,resnet20"}
-    specs = sweep.plan(
-        "configs/digitslt.py:epochs=5", "ce,ltkd,alpha=2,beta=3,ltkd", axes
-    )
-    settings = [
-        f"imbalance={i},student={s},epochs=5"
-        for i in (10, 100)
-        for s in ("resnet8", "resnet20")
-    ]
-    assert arguments(specs) == [
-        f"{m},{s}" for s in settings for m in ("ce", "ltkd,alpha=2,beta=3", "ltkd")
-    ]
+    methods = ("ce", "ltkd,alpha=2,beta=3", "ltkd")
+    specs = sweep.plan("configs/digitslt.py:epochs=5", ",".join(methods), axes)
+    expected = []
+    for imbalance in (10, 100):
+        for student in ("resnet8", "resnet20"):
+            setting = f"imbalance={imbalance},student={student},epochs=5"
+            expected += [f"{method},{setting}" for method in methods]
+    assert arguments(specs) == expected
     config = list(specs.values())[-2].config
     assert (config["method"]["alpha"], config["data"]["imbalance"]) == (2.0, 100.0)
     assert (config["student"]["model"], config["train"]["epochs"]) == ("resnet20", 5.0)
@@ -33,22 +30,19 @@ def test_plan_is_every_method_in_every_setting():
 @pytest.mark.parametrize(
     "path", ["configs/digitslt.py", "configs/cifar100lt.py", "configs/imagenetlt.py"]
 )
-def test_plan_has_one_teacher_for_all_methods_of_a_setting(path):
+def test_plan_shares_a_teacher_within_a_setting(path):
     specs = sweep.plan(path, "ce,kd,ltkd,bikd,bikd,terms=ltkd", {"imbalance": "10,100"})
     for imbalance in (10, 100):
-        setting = [
-            spec
-            for spec in specs.values()
-            if spec.config["data"]["imbalance"] == imbalance
-        ]
-        assert len({spec.teacher_hash for spec in setting}) == 1 and len(setting) == 5
-        assert len({json.dumps(spec.config["train"]) for spec in setting}) == 1
+        runs = [spec for spec in specs.values() if spec.data.imbalance == imbalance]
+        assert len(runs) == 5
+        assert len({spec.teacher_hash for spec in runs}) == 1
+        assert len({json.dumps(spec.config["train"]) for spec in runs}) == 1
 
 
 @pytest.mark.parametrize(
     "methods", ["kd,bikd,recipe=bikd", "kd,kd,train.lr=0.1", "kd,bikd,train.lr=0.3"]
 )
-def test_plan_leaves_recipes_that_are_asked_for(methods):
+def test_plan_keeps_chosen_recipes(methods):
     specs = sweep.plan("configs/cifar100lt.py", methods, {})
     assert ",".join(arguments(specs)) == methods
 
