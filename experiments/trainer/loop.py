@@ -386,7 +386,7 @@ def _weight_map(
     highest = 2 * np.maximum(mean_features.astype(np.float64), uniform_entropy)
     axes = np.linspace(0.0, highest, _GRID_SIZE, axis=-1)
     grid = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 2)
-    weights = trainer.loss_weighting.weights(
+    weights = trainer.loss_weighting.compute_weights(
         meta_params, jnp.asarray(grid, jnp.float32)
     )
     weights_map = np.asarray(weights, np.float64).reshape(_GRID_SIZE, _GRID_SIZE, -1)
