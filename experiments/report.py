@@ -37,7 +37,7 @@ def main(argv=None):
     parser.add_argument(
         "--table",
         default="text",
-        choices=writers.FORMS,
+        choices=writers.FORMATS,
         help="what is printed (default: text)",
     )
     parser.add_argument(
@@ -55,7 +55,7 @@ def main(argv=None):
             planned = [run for path in args.queue for run in planned_runs(path)]
             print(results_page.write_results(args.results, planned))
             return
-        runs = load.find(args.paths)
+        runs = load.load_all(args.paths)
         if not runs:
             raise load.ReportError(f"no runs in {', '.join(args.paths)}")
         report_page.write_report(runs, args.output, args.title)
@@ -64,7 +64,7 @@ def main(argv=None):
         OSError,
     ) as error:  # of a file to read, a queue, or a place to write
         sys.exit(f"error: {error}")
-    print(tables.console(runs, args.table))
+    print(tables.render(runs, args.table))
     print(f"\n{args.output}", file=sys.stderr)  # so that only the tables go into a file
 
 

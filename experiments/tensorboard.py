@@ -25,7 +25,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         runs = [
-            run for run in load.find(args.paths) if run["metrics"]
+            run for run in load.load_all(args.paths) if run["metrics"]
         ]  # a result file alone has none
         if not runs:
             raise load.ReportError(

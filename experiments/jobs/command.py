@@ -107,7 +107,7 @@ def run(
             stop,
         )
     if results := queue.results():
-        print(tables.console(results))
+        print(tables.render(results))
     if workdirs := queue.workdirs():
         report_page.write_report(
             [load.load(path) for path in workdirs], folder / "report.html"

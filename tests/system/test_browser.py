@@ -155,7 +155,7 @@ def report(tmp_path_factory):
     save(folder / "long", long)
     for seed in (0, 1):
         save(folder / f"bikd-{seed}", learned(seed))
-    report_page.write_report(load.find([folder]), folder / "report.html")
+    report_page.write_report(load.load_all([folder]), folder / "report.html")
     (folder / "report_files").rename(
         folder / "elsewhere"
     )  # the page alone, as if by e-mail
