@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from helpers.fabricated import fabricate, learned, save
+from helpers.fabricated import fabricate, fabricate_learned, save
 from PIL import Image
 
 from experiments.reporting import load, report_page
@@ -154,7 +154,7 @@ def report(tmp_path_factory):
     }
     save(folder / "long", long)
     for seed in (0, 1):
-        save(folder / f"bikd-{seed}", learned(seed))
+        save(folder / f"bikd-{seed}", fabricate_learned(seed))
     report_page.write_report(load.load_all([folder]), folder / "report.html")
     (folder / "report_files").rename(
         folder / "elsewhere"
