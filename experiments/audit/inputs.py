@@ -147,6 +147,7 @@ def _count_test(model):
 def _read_counts(path):
     try:
         if path.endswith(".npy"):
+            # A pickle could run code.
             return np.load(path, allow_pickle=False)
         text = pathlib.Path(path).read_text()
         if not path.endswith(".json"):

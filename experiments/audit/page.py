@@ -334,17 +334,15 @@ def _class_section(record):
         if classes["examples"][c]:
             ratios[i] = summary.mass_ratio(classes, c)
         labels.append(f"{record['class_names'][c]}, {counts[c]:,g} training images")
-    wide, narrow = (
-        draw_mass_ratios(
-            ratios,
-            counts[order],
-            assignment[order],
-            record["groups"]["names"],
-            labels,
-            width=width,
-        )
-        for width in (figures.DESKTOP_WIDTH, figures.PHONE_WIDTH)
-    )
+    data = {
+        "ratios": ratios,
+        "counts": counts[order],
+        "assignment": assignment[order],
+        "group_names": record["groups"]["names"],
+        "labels": labels,
+    }
+    wide = draw_mass_ratios(**data, width=figures.DESKTOP_WIDTH)
+    narrow = draw_mass_ratios(**data, width=figures.PHONE_WIDTH)
     text = (
         "Share: the class’s share of the examples. Mass ÷ share: the mean probability "
         "that the class gets over all examples, divided by its share; below 1 the "

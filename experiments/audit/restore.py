@@ -106,6 +106,7 @@ def restore(folder, *, data_dir: str = "", subset: str = "") -> Restored:
         else:
             training = spec.teacher_training()
         trainer = make_trainer(training)
+        # Only the structure and the shapes of the state are needed, not its values.
         checkpoint = Checkpoints(folder / "checkpoints").restore(
             jax.eval_shape(trainer.init, 0)
         )

@@ -70,6 +70,7 @@ def run(
         model, second, class_counts, counts_origin, groups, temperature
     )
     page.write(record, output)
+    # NaN is not JSON; what has no example is None.
     files.write_text(record_path, json.dumps(record, allow_nan=False))
     return record
 
@@ -101,6 +102,7 @@ def build_record(
     """
     models = [model] if second is None else [model, second]
     names = [m.name for m in models]
+    # Two files may have the same name in different folders.
     if len(set(names)) < len(names):
         names = [f"{name} ({i})" for i, name in enumerate(names, 1)]
     assignment = np.asarray(groups.assignment)
@@ -111,18 +113,6 @@ def build_record(
         class_names = range(len(class_counts))
     # A dictionary keeps each temperature once.
     temperatures = tuple(dict.fromkeys((1.0, temperature)))
-    input_sets = []
-    for split, title in (
-        ("test", _test_title(model.test)),
-        ("train", "training input"),
-    ):
-        examples = getattr(model, split)
-        if examples is not None:
-            second_examples = None if second is None else getattr(second, split)
-            numbers = _audit_input(
-                examples, second_examples, names, groups, temperatures
-            )
-            input_sets.append({"title": title, **numbers})
     return {
         "name": " → ".join(names),
         "sources": [m.source for m in models],
@@ -132,11 +122,26 @@ def build_record(
         "groups": {"names": list(groups.names), "assignment": assignment.tolist()},
         "training": dict(zip(groups.names, training_share.tolist())),
         "temperatures": [f"{t:g}" for t in temperatures],
-        "inputs": input_sets,
+        "inputs": _input_sets(model, second, names, groups, temperatures),
     }
 
 
+def _input_sets(model, second, names, groups, temperatures):
+    """Returns "inputs", see `build_record`."""
+    titles = {"test": _test_title(model.test), "train": "training input"}
+    input_sets = []
+    for split, title in titles.items():
+        examples = getattr(model, split)
+        if examples is None:
+            continue
+        second_examples = None if second is None else getattr(second, split)
+        numbers = _audit_input(examples, second_examples, names, groups, temperatures)
+        input_sets.append({"title": title, **numbers})
+    return input_sets
+
+
 def _decode(name):
+    """Returns a class name as text; NumPy's files may have bytes."""
     return name.decode() if isinstance(name, bytes) else str(name)
 
 
@@ -174,6 +179,7 @@ def _audit_input(examples, second_examples, names, groups, temperatures):
             if second_examples is None:
                 raise
             raise inputs.AuditError(f"--compare: {error}") from None
+        # The divergence is of both models, and so not part of the first one's entry.
         divergence = results[0].pop("divergence", None)
         if second_examples is not None:
             results.append(bias.audit(second_examples, groups, **options))

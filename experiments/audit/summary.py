@@ -142,6 +142,7 @@ def mass_ratio(classes, c) -> float:
 
 def _by_lost_mass(classes):
     """Returns the classes that have examples, those that lose most mass first."""
+    # Stable, so that the order of equal classes is that of their numbers.
     lost = np.subtract(classes["share"], classes["mass"])
     order = np.argsort(-lost, kind="stable")
     return [int(c) for c in order if classes["examples"][c]]

@@ -85,6 +85,7 @@ def naive(
 
     def inner_loss(params):
         terms, aux = problem.terms_fn(params, first_batch)
+        # The features carry no gradient, as in `bilevel.step`.
         weights = problem.weight_fn(meta.params, jax.lax.stop_gradient(aux.features))
         return jnp.mean(jnp.sum(weights * terms, axis=-1)), (terms, aux, weights)
 
@@ -112,6 +113,7 @@ class Iteration:
         self._num_classes = num_classes
         self._student = models.create(student, num_classes, precision=precision)
         self._teacher = models.create(teacher, num_classes, precision=precision)
+        # Any distinct counts give groups of real sizes.
         counts = np.arange(num_classes, 0, -1)
         by_rank = groups.ClassGroups.from_counts(counts)
         self._objective = methods.create(method, counts, by_rank)

@@ -42,6 +42,7 @@ def plain_loop(train: records.Records, batch_size: int, num_batches: int):
     for step in range(num_batches):
         images = []
         for position in range(step * batch_size, (step + 1) * batch_size):
+            # The stream's own order and random crops, so that the work is the same.
             image = train.crop(order.index(position), order.rng(position))
             images.append(image)
         yield np.stack(images)

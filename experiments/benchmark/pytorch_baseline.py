@@ -119,6 +119,7 @@ class Step:
         lr=0.1,
         update_every=5,
     ):
+        # These settings are of the whole process; an earlier step may have set them.
         allow_tf32 = precision != "float32"
         torch.backends.cuda.matmul.allow_tf32 = allow_tf32
         torch.backends.cudnn.allow_tf32 = allow_tf32
@@ -173,6 +174,7 @@ class Step:
 
     def _kd(self):
         images, labels = self._batch
+        # Losses are in float32, also under autocast.
         logits = self.student(images).float()
         teacher = self._teacher_logits(images)
         ce = F.cross_entropy(logits, labels)

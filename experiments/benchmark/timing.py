@@ -65,8 +65,10 @@ class RunningTraining:
         self.trainer = trainer
         self._data = trainer.device_data(teacher)
         self._state = trainer.parallel.replicate(trainer.init(0))
+        # No inputs yet: `advance` makes them when there are none left.
         self._calls = iter(())
         self._step = 0
+        # The first call compiles, and is not to be timed.
         self.advance()
 
     def advance(self) -> int:
@@ -140,6 +142,7 @@ def matmul_rate(precision: str, repeats: int = 5) -> float:
 
     This is the rate that the device can reach at best.
     """
+    # Large enough for the device to reach its rate, and small enough to be quick.
     size = 1024 if jax.default_backend() == "cpu" else 8192
     dtype = jnp.bfloat16 if precision == "bfloat16" else jnp.float32
     x = jnp.ones((size, size), dtype)

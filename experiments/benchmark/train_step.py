@@ -141,6 +141,7 @@ def start(case: Case, **models: str) -> timing.RunningTraining:
     spec = spec_of(case, **models)
     data = noise(spec)
     training_spec = spec.student_training(case.teacher)
+    # The teacher's values do not change the costs.
     teacher = None
     if case.teacher == "table":
         shape = len(data.train), data.source.views.num, data.num_classes
@@ -185,6 +186,7 @@ def measure(
     cases: list[Case], *, repeats: int, steps: int, **models: str
 ) -> dict[Case, StepCost]:
     """Returns the costs of all cases, whose steps are timed in turns."""
+    # First, because it clears the compiled functions of all cases.
     first_steps = {case: first_step(case, **models) for case in cases}
     trainings = {case: start(case, **models) for case in cases}
 

@@ -312,9 +312,13 @@ def _methods(runs, label_keys):
 def _differing_keys(runs):
     """Returns the config keys, other than seeds, in which the runs differ."""
     configs = [_flat_config(run) for run in runs]
-    keys = set().union(*configs)
-    # A key that a config lacks has the value None.
-    return {key for key in keys if len({config.get(key) for config in configs}) > 1}
+    differing = set()
+    for key in set().union(*configs):
+        # A key that a config lacks has the value None.
+        values = {config.get(key) for config in configs}
+        if len(values) > 1:
+            differing.add(key)
+    return differing
 
 
 def _flat_config(run):

@@ -223,6 +223,7 @@ def _against_imbalance(settings):
     families = collections.defaultdict(dict)
     for setting in settings:
         family = families[_family_key(setting)]
+        # Of several settings of the same imbalance, the first is drawn.
         family.setdefault(setting.imbalance, setting)
     components = []
     for family in families.values():
@@ -238,7 +239,10 @@ def _against_imbalance(settings):
 
 
 def _family_key(setting):
-    """Returns all that distinguishes settings but the imbalance and what follows it."""
+    """Returns all that distinguishes settings, without the imbalance.
+
+    The number of images follows from the imbalance and `n_max`.
+    """
     return (
         setting.data,
         setting.teacher,
@@ -302,6 +306,8 @@ def draw_over_imbalance(column_name, accuracies, styles, common_title=""):
             "markersize": 4,
         }
         ax.errorbar(imbalances, means, deviations, **line)
+    # The imbalances that were run are the ticks, since a logarithmic axis would only
+    # label powers of ten.
     ticks = sorted(set().union(*accuracies.values()))
     ax.set(xlim=(ticks[0] / 1.25, ticks[-1] * 1.25), xlabel="imbalance (log scale)")
     ax.set_ylim(bottom=min(0.0, ax.get_ylim()[0]))

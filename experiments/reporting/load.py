@@ -84,7 +84,7 @@ def _run_paths(path):
     paths = []
     for child in sorted(path.iterdir()):
         if child.is_dir():
-            # A folder of trained teachers looks like one of runs, but is none.
+            # The folder of trained teachers has files of the same names as a run.
             if not child.name.startswith(".") and child.name != "teachers":
                 paths += _run_paths(child)
         elif child.suffix == ".json" and _looks_like_results(read_json(child)):

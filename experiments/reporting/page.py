@@ -105,9 +105,11 @@ def _html(component):
 
 _ENVIRONMENT = jinja2.Environment(
     loader=jinja2.FileSystemLoader(pathlib.Path(__file__).with_name("templates")),
+    # Names and commands of runs may contain any characters.
     autoescape=True,
     trim_blocks=True,
     lstrip_blocks=True,
+    # A name that does not exist is an error, not an empty text.
     undefined=jinja2.StrictUndefined,
 )
 _ENVIRONMENT.filters["html"] = _html
@@ -169,6 +171,7 @@ def _named_figures(components, prefix=""):
         if isinstance(component, Section):
             section_prefix = f"{component.anchor}_" if component.anchor else ""
             yield from _named_figures(component.components, section_prefix)
+        # `Panels` and `ResponsiveFigure` have figures.
         for figure in getattr(component, "figures", ()):
             yield prefix + anchor(figure.name), figure
 

@@ -30,6 +30,7 @@ def write_report(runs, path, title=None):
     section_titles = aggregate.distinct_titles(settings)
     anchors = _distinct_anchors(section_titles)
     components = [page.Heading(title, 1), page.Text(_counts(settings, unfinished))]
+    # A single setting needs no list of contents and no comparison.
     if len(settings) > 1:
         links = [("settings", "All settings side by side")]
         links += zip(anchors, section_titles)
@@ -64,6 +65,7 @@ def format_duration(seconds):
 def _distinct_anchors(titles):
     """Returns a distinct anchor for each section."""
     anchors = []
+    # Titles that differ in punctuation only have the same anchor.
     for anchor in map(page.anchor, titles):
         is_new = anchor not in anchors
         anchors.append(anchor if is_new else f"{anchor}-{len(anchors)}")
@@ -128,6 +130,7 @@ def _provenance(setting):
         for run in method.sorted_runs:
             rows.append([method.label, *_provenance_cells(run)])
             commands.append(run.get("command") or "not recorded")
+        # The configs of a method's runs differ in the seeds only.
         config = method.sorted_runs[0]["config"]
         text = json.dumps(config, indent=1, sort_keys=True, ensure_ascii=False)
         configs.append(page.Details(method.label, [page.Code(text)]))

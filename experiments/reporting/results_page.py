@@ -141,11 +141,13 @@ def _section(key, settings, reference, planned):
     names_by_epochs = {}
     for entry in planned:
         names_by_epochs.setdefault(entry["epochs"], set()).add(entry["method"])
-    # A table is (epochs, setting), without a setting if it was not run yet.
+    # A table is (epochs, setting), without a setting if none was run yet.
     table_keys = [(setting.epochs, setting) for setting in settings]
+    lengths_of_runs = {setting.epochs for setting in settings}
     for epochs in names_by_epochs:
-        if epochs not in dict(table_keys):
+        if epochs not in lengths_of_runs:
             table_keys.append((epochs, None))
+    # Published numbers have a table even if nothing is run or planned.
     table_keys = sorted(table_keys, key=_longest_first) or [(0, None)]
     # Published numbers are in the table of the longest training, which is nearest to
     # that of the papers.
@@ -168,7 +170,9 @@ def _section(key, settings, reference, planned):
 
 def _longest_first(table_key):
     epochs, setting = table_key
-    return -epochs, (setting.split_seed, setting.num_images) if setting else ()
+    if setting is None:
+        return -epochs, ()
+    return -epochs, (setting.split_seed, setting.num_images)
 
 
 def _table(setting, published, planned_names):

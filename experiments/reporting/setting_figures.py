@@ -98,10 +98,8 @@ def _by_class(setting, styles):
         return []
     classes = _sorted_classes(setting, run, counts, order)
     legend = figures.Legend({label: styles[label] for label in curves})
-    wide, narrow = (
-        _draw_classes(curves, legend, classes, width=width)
-        for width in (figures.DESKTOP_WIDTH, figures.PHONE_WIDTH)
-    )
+    wide = _draw_classes(curves, legend, classes, width=figures.DESKTOP_WIDTH)
+    narrow = _draw_classes(curves, legend, classes, width=figures.PHONE_WIDTH)
     text = "Means over student seeds. Point at a class to see its name and its values."
     dots = []
     if len(counts) >= figures.MANY_CLASSES:

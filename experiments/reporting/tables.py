@@ -65,6 +65,7 @@ def mean_cells(setting, columns):
     """
     best = {}
     for column in columns:
+        # All columns but the calibration error are accuracies.
         best[column] = setting.clear_best(column, lower_is_better=column == "ece")
     cells = {}
     for method in setting.methods_with_teacher(teacher_first=True):
@@ -171,6 +172,7 @@ def _comparison_cell(candidate, reference, column):
     text = f"{difference.mean:+.2f}"
     if difference.standard_error is not None:
         text += f" ± {difference.standard_error:.2f}"
+    # A minus sign is as wide as a plus sign, and a hyphen is not.
     text = f"{text} {difference.verdict}".replace("-", "−")
     is_unclear = difference.verdict == UNCLEAR
     return Cell(text, f"n = {difference.num_pairs}", quiet=is_unclear)
@@ -252,6 +254,7 @@ def overview(settings):
     clauses = []
     for name, column_of in COMPARED_COLUMNS.items():
         best = [setting.best(column_of(setting)) for setting in settings]
+        # A setting without a value has no best method.
         wins = collections.Counter(method.label for method in best if method)
         if wins:
             counts = [f"{label} in {n}" for label, n in wins.most_common()]

@@ -50,6 +50,27 @@ def _evaluation(levels, num_classes, rng, *, shots=True):
     }
 
 
+def _config(data, imbalance, method):
+    config = common.base(
+        data, teacher="resnet32x4", student="resnet8x4", imbalance=float(imbalance)
+    )
+    config = json.loads(config.to_json())
+    config["method"] = {"name": method, "temperature": 4.0, "alpha": 1.0}
+    return config
+
+
+def _teacher(classes, shots):
+    """Returns a teacher's results."""
+    return {
+        "hash": "7e4c4e70",
+        "test": _evaluation((71, 33, 8), classes, random.Random(1), shots=shots),
+        "group_mass": {
+            "long_tailed": dict(zip(GROUP_NAMES, (0.8, 0.17, 0.03))),
+            "balanced": dict(zip(GROUP_NAMES, (0.65, 0.29, 0.06))),
+        },
+    }
+
+
 def fabricate(
     method="ltkd",
     seed=0,
@@ -74,29 +95,12 @@ def fabricate(
       **extra: other entries of the results.
     """
     rng = random.Random(f"{method}{seed}{classes}")
-    n_max = 500 if classes > 10 else 5000
-    counts = [int(n_max * imbalance ** (-c / (classes - 1))) for c in range(classes)]
-    config = common.base(
-        f"cifar{classes}",
-        teacher="resnet32x4",
-        student="resnet8x4",
-        imbalance=float(imbalance),
-    )
-    config = json.loads(config.to_json())
+    config = _config(f"cifar{classes}", imbalance, method)
     config["seed"] = seed
+    n_max = 500 if classes > 10 else 5000
     config["data"]["n_max"] = n_max
     config["train"]["epochs"] = epochs
-    config["method"] = {"name": method, "temperature": 4.0, "alpha": 1.0}
-    group_mass = {
-        "long_tailed": dict(zip(GROUP_NAMES, (0.8, 0.17, 0.03))),
-        "balanced": dict(zip(GROUP_NAMES, (0.65, 0.29, 0.06))),
-    }
-    teacher_test = _evaluation((71, 33, 8), classes, random.Random(1), shots=shots)
-    teacher_results = {
-        "hash": "7e4c4e70",
-        "test": teacher_test,
-        "group_mass": group_mass,
-    }
+    counts = [int(n_max * imbalance ** (-c / (classes - 1))) for c in range(classes)]
     levels = ACCURACIES.get(method, (65, 40, 12))
     command_config = f"configs/cifar{classes}lt.py:{method},seed={seed}"
     return {
@@ -109,7 +113,7 @@ def fabricate(
         "epochs": epochs,
         "test": _evaluation(levels, classes, rng, shots=shots),
         "group_assignment": _assignment(classes),
-        "teacher": teacher_results if teacher else None,
+        "teacher": _teacher(classes, shots) if teacher else None,
         "validation": None,
         "timing": {
             "seconds": 4321.0,
