@@ -111,7 +111,7 @@ def _shared_limits(data, settings, points):
 
 
 def _limits(values_of_methods):
-    """Returns limits with room for the deviations, hardly beyond 0 and 100."""
+    """Returns limits with room for the deviations, between −2 and 102."""
     means = np.array([np.mean(values) for values in values_of_methods])
     deviations = np.zeros(len(means))
     for i, values in enumerate(values_of_methods):

@@ -200,7 +200,7 @@ def _line_sample(index, dashes):
     style = f"stroke: {css_colour(index)}"
     path = {"d": "M0 5h30", "stroke-width": "3", "style": style}
     if dashes != SOLID:
-        # The sample is thicker than the line by about a factor of two.
+        # Matplotlib multiplies the lengths by the width of the line, which is about 2.
         _, lengths = dashes
         path["stroke-dasharray"] = " ".join(f"{2 * length:g}" for length in lengths)
     return path
@@ -281,7 +281,7 @@ def to_figure(fig, name, description, *, hovers=(), legend=None):
       legend: of its lines or markers.
     """
     buffer = io.StringIO()
-    # Without metadata, among them the date, the same figure is the same text.
+    # Without metadata such as the date, the same figure is always the same text.
     metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     fig.savefig(buffer, format="svg", transparent=True, metadata=metadata)
     text = _printable(buffer.getvalue())

@@ -40,7 +40,7 @@ def render_results(runs, published, planned=()):
     settings = aggregate.group_runs(_of_kind("table", runs))
     planned_for_tables = _of_kind("table", planned)
     entries = [*published["settings"], *planned_for_tables, *map(vars, settings)]
-    paragraphs = [_preamble(published)]
+    paragraphs = _preamble(published)
     # A dictionary keeps the order, and each key once.
     for key in dict.fromkeys(map(_setting_key, entries)):
         paragraphs += _section(
@@ -95,27 +95,26 @@ def _title(data, imbalance, teacher, student):
 
 
 def _preamble(published):
-    lines = [
-        f"- **[{mark}]** {meaning}" for mark, meaning in published["marks"].items()
-    ]
-    marks = "\n".join(lines)
+    """Returns the paragraphs on how the numbers are to be read."""
+    marks = []
+    for mark, meaning in published["marks"].items():
+        marks.append(f"- **[{mark}]** {meaning}")
     command = (
         "python -m experiments.report --results results/ "
         "--queue experiments/queues/*.json"
     )
-    return f"""# Results
-
-Written by `{command}`; do not edit by hand.
-
-Accuracies are top-1 on the balanced test set, in percent, of the last epoch: mean ± \
-standard deviation over student
-seeds. {tables.COLUMNS_NOTE}
-
-{tables.VERDICT_NOTE}
-
-{tables.RECONSTRUCTED_NOTE} How certain a published number is:
-
-{marks}"""
+    accuracies = (
+        "Accuracies are top-1 on the balanced test set, in percent, of the last epoch: "
+        "mean ± standard deviation over student seeds."
+    )
+    return [
+        "# Results",
+        f"Written by `{command}`; do not edit by hand.",
+        f"{accuracies} {tables.COLUMNS_NOTE}",
+        tables.VERDICT_NOTE,
+        f"{tables.RECONSTRUCTED_NOTE} How certain a published number is:",
+        "\n".join(marks),
+    ]
 
 
 # A data set, an imbalance and a pair of models.
