@@ -84,6 +84,7 @@ def draw_reliability(title, bins):
     fig = figures.canvas(height=250)
     ax = fig.subplots()
     edges = np.arange(len(count)) / len(count)
+    # The bars are in the lowest 30 % of the axes, whatever the number of examples.
     bar_heights = 0.3 * count / max(count.max(), 1)
     bar = {"align": "edge", "color": figures.QUIET, "alpha": 0.3}
     ax.bar(edges, bar_heights, 1 / len(count), **bar)
@@ -94,6 +95,7 @@ def draw_reliability(title, bins):
     accuracy = correct[filled] / n
     low, high = _wilson_interval(accuracy, n)
     color = figures.colour(_POINT_COLOUR)
+    # Points of few examples are pale and hollow.
     few = n < FEW_EXAMPLES
     for selected, alpha, face in ((few, 0.45, "none"), (~few, 1.0, color)):
         x = confidence[selected]

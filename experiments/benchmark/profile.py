@@ -108,7 +108,7 @@ def report(
     logits_source = "none" if method == "ce" else teacher_from
     case = train_step.Case(method, logits_source, precision)
     training = train_step.start(case, teacher=teacher, student=student)
-    # Warms up.
+    # Warms up, so that no memory is allocated in the trace.
     training.seconds(steps)
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder, create_perfetto_trace=True):

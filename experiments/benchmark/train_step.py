@@ -95,6 +95,7 @@ def spec_of(case: Case, **models: str) -> RunSpec:
     arguments += [f"{role}={name}" for role, name in models.items()]
     config = load.load_config(f"configs/cifar100lt.py:{','.join(arguments)}")
     config.precision = case.precision
+    # The numbers of a step are those of one device.
     config.devices = 1
     return resolve(config)
 
