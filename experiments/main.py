@@ -56,7 +56,7 @@ def main(argv: list[str]) -> None:
         results = run.run(spec, workdir, command=command)
         if hosts.is_primary():
             report_page.write_report([load.load(workdir)], workdir / "report.html")
-            print(tables.console([results]))
+            print(tables.render([results]))
             print(f"\n{workdir / 'results.json'}   {workdir / 'report.html'}")
     except (ConfigError, DivergedError, load.ReportError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--table",
         default="text",
-        choices=writers.FORMS,
+        choices=writers.FORMATS,
         help="how tables are printed (default: text)",
     )
     parser.add_argument(
@@ -71,13 +71,13 @@ def main(argv: list[str] | None = None) -> None:
                 planned += planned_runs(path)
             print(results_page.write_results(options.results, planned))
             return
-        runs = load.find(options.paths)
+        runs = load.load_all(options.paths)
         if not runs:
             raise load.ReportError(f"no runs in {', '.join(options.paths)}")
         report_page.write_report(runs, options.output, options.title)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    print(tables.console(runs, options.table))
+    print(tables.render(runs, options.table))
     # To stderr, so that > writes only the tables.
     print(f"\n{options.output}", file=sys.stderr)
 

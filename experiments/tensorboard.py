@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     try:
         # A result file by itself has no metrics.
-        runs = [run for run in load.find(options.paths) if run["metrics"]]
+        runs = [run for run in load.load_all(options.paths) if run["metrics"]]
         if not runs:
             raise load.ReportError(
                 f"no work directory with a metrics.jsonl in {', '.join(options.paths)}"

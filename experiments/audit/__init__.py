@@ -1,1 +1,1 @@
-"""Audits the bias of a model among classes, from its logits."""
+"""Audits a model's bias towards groups of classes, from its logits."""

@@ -1,15 +1,18 @@
-"""Reports which groups of classes a model favours, from its logits, whatever trained it.
+"""Reports which groups of classes a model favours, from its logits.
 
     python -m experiments.audit --logits=teacher.npz [--compare=student.npz]
     python -m experiments.audit --checkpoint=runs/teachers/HASH [--save=teacher.npz]
 
-FILE.npz holds `logits` [N, C] and `labels` [N], on balanced input at best; and optionally `class_counts` [C], training
-images of each class, `class_names` [C], `train_logits` and `train_labels` (ltkd_jax/data/logits.py):
+The model may be of any framework. FILE.npz holds `logits` [N, C] and `labels` [N],
+preferably on balanced input. It may also hold `class_counts` [C], the training images
+of each class, `class_names` [C], `train_logits` and `train_labels`
+(ltkd_jax/data/logits.py):
 
     np.savez("teacher.npz", logits=logits, labels=labels, class_counts=counts)
 
-It prints tables and writes audit.html and audit.json: the mass on head, medium and tail classes; how much of the loss
-is about the group and how much about the class within it; calibration by group; which classes lose their mass.
+The command prints tables and writes audit.html and audit.json: the mass on head, medium
+and tail classes; how much of the loss is about the group and how much about the class
+within it; calibration by group; which classes lose mass.
 """
 
 import argparse
@@ -30,15 +33,15 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("give either --counts or --imbalance")
     runtime.initialize()
     arguments = vars(options)
-    path = arguments.pop("logits") or arguments["checkpoint"]
-    del arguments["checkpoint"]
+    checkpoint = arguments.pop("checkpoint")
+    path = arguments.pop("logits") or checkpoint
     try:
         record = run.run(path, **arguments)
     except (ValueError, OSError) as error:
+        # One line, also if the message has several.
         sys.exit(f"error: {' '.join(str(error).split())}")
-    print(
-        f"{summary.console(record)}\n\n{options.output}   {pathlib.Path(options.output).with_suffix('.json')}"
-    )
+    print(summary.as_text(record))
+    print(f"\n{options.output}   {pathlib.Path(options.output).with_suffix('.json')}")
 
 
 def _parser():
@@ -72,9 +75,12 @@ def _parser():
         help="or exponential ones, in the order of classes",
     )
     parser.add_argument(
-        "--groups", dest="fractions", type=_fractions, metavar="FRACTIONS",
+        "--groups",
+        dest="fractions",
+        type=_fractions,
+        metavar="FRACTIONS",
         help="of the classes, the most frequent first; default: 0.33,0.34,0.33",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--temperature",
         type=_temperature,
@@ -103,7 +109,7 @@ def _parser():
 
 def _fractions(text):
     try:
-        return tuple(float(part) for part in text.split(","))
+        return tuple(float(fraction) for fraction in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(
             f"{text!r}: give fractions of the classes, such as 0.33,0.34,0.33"

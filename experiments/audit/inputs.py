@@ -1,4 +1,4 @@
-"""Reads what is audited: a model's logits, and how often the model was trained on each class."""
+"""Reads the input of an audit: a model's logits and its training images per class."""
 
 import dataclasses
 import json
@@ -13,12 +13,22 @@ from ltkd_jax.groups import DEFAULT_FRACTIONS, check_counts
 
 
 class AuditError(ValueError):
-    """Raised for what cannot be audited; the message names it and the remedy."""
+    """Raised for input that cannot be audited; the message says what to change."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A model to audit: its logits on test and, perhaps, training input, and facts about its classes."""
+    """Describes a model to audit.
+
+    Attributes:
+      name: to show.
+      source: the file or folder.
+      test: logits on test input.
+      train: logits on training input, or None.
+      class_counts: `[C]`, training images of each class, or None.
+      class_names: `[C]`, or None.
+      fractions: of the classes that are head, medium and tail.
+    """
 
     name: str
     source: str
@@ -30,10 +40,15 @@ class Model:
 
 
 def read(path, *, data_dir: str = "", subset: str = "") -> Model:
-    """Reads a model from an .npz file of logits, or from a folder that training left, see `restore.restore`.
+    """Reads a model from an .npz file of logits or from a folder that training left.
+
+    Args:
+      path: the file, or a folder, see `restore.restore`.
+      data_dir: see `restore.restore`.
+      subset: see `restore.restore`.
 
     Raises:
-      ValueError: it cannot be read, or its parts do not fit each other.
+      ValueError: it cannot be read, or its arrays do not fit each other.
     """
     path = pathlib.Path(path)
     return _read_folder(path, data_dir, subset) if path.is_dir() else _read_file(path)
@@ -49,16 +64,18 @@ def _read_file(path):
     )
     if train is not None and train.num_classes != test.num_classes:
         raise AuditError(
-            f"{path}: the training input has {train.num_classes} classes, the other {test.num_classes}: give both "
-            "from the same model"
+            f"{path}: the training input has {train.num_classes} classes, the other "
+            f"{test.num_classes}: give both from the same model"
         )
     by_class = {}
     for name in ("class_counts", "class_names"):
-        by_class[name] = file.array(name) if name in file.names else None
-        if by_class[name] is not None and by_class[name].shape != (test.num_classes,):
+        array = file.array(name) if name in file.names else None
+        if array is not None and array.shape != (test.num_classes,):
             raise AuditError(
-                f"{path}: {name} is {list(by_class[name].shape)}, the logits are of {test.num_classes} classes"
+                f"{path}: {name} is {list(array.shape)}, the logits are of "
+                f"{test.num_classes} classes"
             )
+        by_class[name] = array
     return Model(path.stem, str(path), test, train, **by_class)
 
 
@@ -79,49 +96,54 @@ def _read_folder(path, data_dir, subset):
 def class_counts(
     model: Model, counts_file: str | None, imbalance: str | None
 ) -> tuple[np.ndarray, str]:
-    """Returns the training images of each class, and in words where the numbers come from.
+    """Returns the training images of each class, and in words where they come from.
 
-    The first of these that exists: the file of counts, the imbalance, the model's own counts, the labels of its
-    training input, and the labels of its test input if these are long-tailed themselves.
+    The first of these that exists is used: the file of counts, the imbalance, the
+    model's own counts, the labels of its training input, and the labels of its test
+    input if these are long-tailed themselves.
 
     Raises:
       AuditError: none of them exists, or one is wrong.
     """
-    num_classes = model.test.num_classes
-    if counts_file is not None:
-        counts, origin = _read_counts(counts_file), f"as {counts_file} has them"
-    elif imbalance is not None:
-        counts = _exponential(imbalance, num_classes)
-        origin = f"exponential with imbalance {imbalance}, in the order of classes"
-    elif model.class_counts is not None:
-        counts, origin = model.class_counts, f"as {model.source} has them"
-    elif model.train is not None:
-        counts, origin = (
-            np.bincount(model.train.labels, minlength=num_classes),
-            "counted in its training input",
-        )
-    else:
-        counts, origin = (
-            _count_test(model),
-            "which are not known: the examples of this input in their place",
-        )
+    counts, origin = _first_counts(model, counts_file, imbalance)
     try:
         counts = check_counts(counts)
     except ValueError as error:
         raise AuditError(f"training images of each class, {origin}: {error}") from None
+    num_classes = model.test.num_classes
     if len(counts) != num_classes:
         raise AuditError(
-            f"training images of {len(counts)} classes, {origin}; the logits are of {num_classes}"
+            f"training images of {len(counts)} classes, {origin}; the logits are of "
+            f"{num_classes}"
         )
     return counts, origin
 
 
+def _first_counts(model, counts_file, imbalance):
+    """Returns unchecked counts, and in words where they come from."""
+    num_classes = model.test.num_classes
+    if counts_file is not None:
+        return _read_counts(counts_file), f"from {counts_file}"
+    if imbalance is not None:
+        origin = f"exponential with imbalance {imbalance}, in the order of classes"
+        return _exponential(imbalance, num_classes), origin
+    if model.class_counts is not None:
+        return model.class_counts, f"from {model.source}"
+    if model.train is not None:
+        counts = np.bincount(model.train.labels, minlength=num_classes)
+        return counts, "counted in its training input"
+    origin = "which are unknown and replaced by the examples of this input"
+    return _count_test(model), origin
+
+
 def _count_test(model):
     counts = np.bincount(model.test.labels, minlength=model.test.num_classes)
+    # Balanced input does not show how often the classes were trained on.
     if not counts.all() or counts.max() < 2 * counts.min():
         raise AuditError(
-            f"{model.source} does not say how often each class was trained on: give --counts=FILE or --imbalance=100 "
-            "(exponential, as CIFAR-100-LT), or add class_counts to the file"
+            f"{model.source} does not say how often each class was trained on: give "
+            "--counts=FILE or --imbalance=100 (exponential, as CIFAR-100-LT), or add "
+            "class_counts to the file"
         )
     return counts
 
@@ -129,6 +151,7 @@ def _count_test(model):
 def _read_counts(path):
     try:
         if path.endswith(".npy"):
+            # A pickle could run code.
             return np.load(path, allow_pickle=False)
         text = pathlib.Path(path).read_text()
         if not path.endswith(".json"):
@@ -137,16 +160,19 @@ def _read_counts(path):
         return content["class_counts"] if isinstance(content, dict) else content
     except (OSError, ValueError, KeyError) as error:
         raise AuditError(
-            f"--counts={path} can't be read ({error}): give a .npy of numbers, a .json list or object with "
-            "class_counts, or a text of numbers, one for each class in their order"
+            f"--counts={path} can't be read ({error}): give a .npy of numbers, a .json "
+            "list or object with class_counts, or a text of numbers, one for each "
+            "class in their order"
         ) from None
 
 
 def _exponential(text, num_classes):
+    """Returns the counts of "GAMMA" or "GAMMA,N_MAX"; N_MAX is 500 by default."""
     try:
         imbalance, _, n_max = text.partition(",")
         return longtail.counts(int(n_max or 500), float(imbalance), num_classes)
     except ValueError as error:
         raise AuditError(
-            f"--imbalance={text}: {error}; give GAMMA or GAMMA,N_MAX, such as 100 or 50,5000"
+            f"--imbalance={text}: {error}; give GAMMA or GAMMA,N_MAX, such as 100 or "
+            "50,5000"
         ) from None

@@ -1,4 +1,4 @@
-"""Restores a trained network from the folder that its training left: a teacher's, or a run's work directory."""
+"""Restores a trained network from a teacher's folder or a run's work directory."""
 
 import dataclasses
 import functools
@@ -21,12 +21,12 @@ from ltkd_jax.training.checkpoint import Checkpoints
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """A network after its last step.
+    """Holds a network after its last step.
 
     Attributes:
       name: what it is, in words.
       spec: of its run, on one device.
-      data: its own.
+      data: the data set that it was trained on.
       model: a Linen module without a device axis.
       variables: what `model.apply` takes; host arrays.
     """
@@ -39,27 +39,34 @@ class Restored:
 
     @functools.cached_property
     def _apply(self):
-        return jax.jit(
-            lambda variables, images: self.model.apply(
+        def apply(variables, images):
+            return self.model.apply(
                 variables, self.data.preprocess(images), train=False
             )
-        )
+
+        return jax.jit(apply)
 
     def logits(self, images: Images | Records, label: str) -> Logits:
-        """Returns its logits of a set of images, in memory; with a progress bar of that label where it takes long."""
+        """Returns the network's logits on a set of images, in memory.
+
+        Args:
+          images: the set.
+          label: of the progress bar, which is shown if it takes long.
+        """
+        # All sets have one batch size, so that the network is compiled once.
         largest_set = max(len(self.data.train), len(self.data.test))
-        batch_size = min(
-            self.spec.execution.eval_batch_size, largest_set
-        )  # one shape for all sets
+        batch_size = min(self.spec.execution.eval_batch_size, largest_set)
         variables = jax.device_put(self.variables)
-        logits = []
-        with tqdm.tqdm(
+        progress_bar = tqdm.tqdm(
             total=len(images), desc=label, unit="image", delay=3, dynamic_ncols=True
-        ) as bar:
+        )
+        logits = []
+        with progress_bar:
             for batch in padded_batches(images, batch_size, np.arange(batch_size)):
                 logits.append(np.asarray(self._apply(variables, batch.images)))
-                bar.update(int(batch.mask.sum()))
+                progress_bar.update(int(batch.mask.sum()))
         return from_arrays(
+            # The last batch is padded.
             np.concatenate(logits)[: len(images)],
             images.labels,
             source=f"{self.name}, {label}",
@@ -67,82 +74,86 @@ class Restored:
 
 
 def restore(folder, *, data_dir: str = "", subset: str = "") -> Restored:
-    """Returns the network of a finished teacher's folder or of a finished run's work directory.
+    """Returns the network of a finished teacher's folder or run's work directory.
 
     Args:
       folder: with `config.json`, `results.json` and `checkpoints`.
       data_dir: where its data set is.
-      subset: the list of its training images, where it was trained on one.
+      subset: the list of its training images, if it was trained on one.
 
     Raises:
-      ConfigError: the folder holds no such thing, is damaged or unfinished, or the data are others.
+      ConfigError: the folder is of another kind, damaged or unfinished, or the data
+        are not those of its training.
     """
     folder = pathlib.Path(folder)
     for name in ("config.json", "results.json", "checkpoints"):
         if not (folder / name).exists():
             raise ConfigError(
-                f"{folder} has no {name}: give the work directory of a finished run, or a finished teacher's folder "
-                "such as runs/teachers/HASH"
+                f"{folder} has no {name}: give the work directory of a finished run, "
+                "or a finished teacher's folder such as runs/teachers/HASH"
             )
     recorded = identity.read_json(folder / "config.json")
     results = identity.read_json(folder / "results.json")
     is_student = "config_hash" in results
     try:
         spec = _resolve(recorded, data_dir, subset)
-        datasets.load(
-            spec.data
-        )  # data that are not prepared fail here, with the remedy
+        # Data that are not prepared raise an error here, with the remedy.
+        datasets.load(spec.data)
         _check_content(spec.content, recorded["content"])
-        # Where a student's teacher outputs came from is no part of its variables.
-        training = (
-            spec.student_training("none") if is_student else spec.teacher_training()
-        )
+        if is_student:
+            # Where its teacher's outputs came from does not affect the variables.
+            training = spec.student_training("none")
+        else:
+            training = spec.teacher_training()
         trainer = get_trainer(training)
-        restored = Checkpoints(folder / "checkpoints").restore(
+        # Only the structure and the shapes of the state are needed, not its values.
+        checkpoint = Checkpoints(folder / "checkpoints").restore(
             jax.eval_shape(trainer.init, 0)
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{folder} cannot be restored: {error}") from error
-    last_step = (
-        trainer.total_steps
-        if is_student
-        else identity.read_teacher_results(folder)["step"]
-    )
-    if restored is None or restored[0] != last_step:
-        at = f"step {restored[0]}" if restored else "none"
+    if is_student:
+        last_step = trainer.total_steps
+        name = f"{spec.label} {spec.student_model}"
+    else:
+        last_step = identity.read_teacher_results(folder)["step"]
+        name = f"teacher {spec.teacher.model}"
+    step, state, _ = checkpoint or (None, None, None)
+    if step != last_step:
+        checkpoint_step = "none" if step is None else f"step {step}"
         raise ConfigError(
-            f"the last intact checkpoint in {folder} is of {at}, and training ends at step {last_step}: "
-            "finish it by the command that began it"
+            f"the last intact checkpoint in {folder} is of {checkpoint_step}, and "
+            f"training ends at step {last_step}: finish it with the command that "
+            "started it"
         )
-    name = (
-        f"{spec.label} {spec.student_model}"
-        if is_student
-        else f"teacher {spec.teacher.model}"
-    )
-    return Restored(name, spec, trainer.data, trainer.model, restored[1].variables)
+    return Restored(name, spec, trainer.data, trainer.model, state.variables)
 
 
 def _resolve(recorded, data_dir, subset):
-    """Returns the specification of a recorded config on this machine, without the teacher's file or folder."""
+    """Returns the specification of a recorded config on this machine, on one device.
+
+    It has no path of the teacher: an audit of the student does not need the teacher.
+    """
     config = recorded["config"]
     content = recorded["content"]
     data = config["data"] | {"dir": data_dir}
     if content["subset"]:
         if not subset:
             raise ValueError(
-                f"its training images are those of the list {content['subset']}: give that by --subset"
+                f"its training images are those of the list {content['subset']}: give "
+                "that by --subset"
             )
         data["subset"] = subset
     teacher = config["teacher"] | {"checkpoint": ""}
-    return resolve(
-        config | {"data": data, "teacher": teacher, "devices": 1, "platform": ""}
-    )
+    changes = {"data": data, "teacher": teacher, "devices": 1, "platform": ""}
+    return resolve(config | changes)
 
 
-def _check_content(here, there):
+def _check_content(current, recorded):
+    """Raises ValueError if the data set or the subset has changed since training."""
     for key in ("data", "subset"):
-        if here[key] != there[key]:
+        if current[key] != recorded[key]:
             raise ValueError(
-                f"the content of its {key} is {there[key]!r}, here it is {here[key]!r}: use the data that it was "
-                "trained with"
+                f"the content of its {key} was {recorded[key]!r}, and now is "
+                f"{current[key]!r}: use the data that it was trained with"
             )

@@ -1,1 +1,1 @@
-"""Benchmarks of what the project is fast for."""
+"""Benchmarks of the training step, the losses and the input pipeline."""

@@ -1,15 +1,16 @@
-"""Measures what the project is fast for, as ratios within one run.
+"""Measures speed and memory, mostly as ratios within one run.
 
-    python -m experiments.benchmark train                        # the step: images/s, FLOPs, compilation, memory
-    python -m experiments.benchmark train --methods=ltkd,bikd --precisions=float32,tf32,bfloat16
-    python -m experiments.benchmark profile --method=ltkd        # where the step's time goes, operation by operation
-    python -m experiments.benchmark loss                         # LTKD's loss alone, beside the floor of its bytes
-    python -m experiments.benchmark bilevel                      # the bilevel step beside naive differentiation
-    python -m experiments.benchmark bilevel --repeats=0          # the compiler's counts alone
-    python -m experiments.benchmark stream                       # images per second of a stream, of a plain loop
-    python -m experiments.benchmark pytorch                      # KD, LTKD and BiKD beside a plain PyTorch twin
+    python -m experiments.benchmark train     # the training step: images/s, FLOPs, …
+    python -m experiments.benchmark train --methods=ltkd,bikd --precisions=tf32,bfloat16
+    python -m experiments.benchmark profile --method=ltkd  # the step by operation
+    python -m experiments.benchmark loss      # LTKD's loss, beside a bound by its bytes
+    python -m experiments.benchmark bilevel   # beside naive differentiation
+    python -m experiments.benchmark bilevel --repeats=0    # the compiler's counts alone
+    python -m experiments.benchmark stream    # images/s of a stream and of a plain loop
+    python -m experiments.benchmark pytorch   # KD, LTKD and BiKD, beside plain PyTorch
 
-The modules of experiments/benchmark say what each of them counts, docs/performance.md what it was.
+The modules of experiments/benchmark say what each of them measures, and
+docs/performance.md has results.
 """
 
 import argparse
@@ -27,6 +28,8 @@ from experiments.benchmark import (
 from experiments.config.validation import ConfigError
 
 _PRECISIONS = ("float32", "tf32", "bfloat16")
+_LOGITS_SOURCES = ("table", "network")
+_PYTORCH_METHODS = ("kd", "ltkd", "bikd")
 
 
 def _names(choices):
@@ -44,6 +47,8 @@ def _names(choices):
 
 
 def _at_least(minimum):
+    """Returns a parser of whole numbers from a minimum on."""
+
     def parse(text):
         if not text.isdecimal() or int(text) < minimum:
             raise argparse.ArgumentTypeError(
@@ -52,6 +57,18 @@ def _at_least(minimum):
         return int(text)
 
     return parse
+
+
+def _pytorch(**options):
+    """Returns the comparison with PyTorch, which is an optional dependency."""
+    if importlib.util.find_spec("torch") is None:
+        sys.exit('error: PyTorch is not installed: pip install -e ".[train,torch]"')
+    from experiments.benchmark import pytorch_comparison
+
+    return pytorch_comparison.report(**options)
+
+
+# Options that several commands have.
 
 
 def _add_models(parser):
@@ -73,126 +90,115 @@ def _add_steps(parser, methods):
         default=["float32"],
         help=", ".join(_PRECISIONS),
     )
-    parser.add_argument("--steps", type=_at_least(1), default=3,
-                        help="steps that are timed together, at least; bikd takes multiples of its k")  # fmt: skip
     parser.add_argument(
-        "--repeats",
+        "--steps",
         type=_at_least(1),
         default=3,
-        help="rounds, of which the best counts",
+        help="steps that are timed together, at least; bikd takes multiples of its k",
+    )
+    _add_repeats(parser, 3, "rounds, of which the best counts")
+
+
+def _add_precision(parser):
+    parser.add_argument(
+        "--precision", choices=_PRECISIONS, default="float32", help="of the networks"
     )
 
 
-def _pytorch(**options):
-    if importlib.util.find_spec("torch") is None:
-        sys.exit('error: PyTorch is not installed: pip install -e ".[train,torch]"')
-    from experiments.benchmark import pytorch_comparison
-
-    return pytorch_comparison.report(**options)
+def _add_repeats(parser, default, description, minimum=1):
+    parser.add_argument(
+        "--repeats", type=_at_least(minimum), default=default, help=description
+    )
 
 
-def _parser():
-    parser = argparse.ArgumentParser(prog="python -m experiments.benchmark", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    commands = parser.add_subparsers(required=True)
+# Commands.
 
-    def command(name, report, description):
-        added = commands.add_parser(
-            name,
-            help=description,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        )
-        added.set_defaults(report=report)
-        return added
 
-    train = command(
+def _add_train(commands):
+    parser = _add_command(
+        commands,
         "train",
         train_step.report,
         "the training step: rate, FLOPs, time to the first step, memory",
     )
-    _add_steps(train, train_step.METHODS)
-    sources = ("table", "network")
-    train.add_argument(
+    _add_steps(parser, train_step.METHODS)
+    parser.add_argument(
         "--teachers",
-        type=_names(sources),
-        default=list(sources),
-        help="of the teacher's logits",
+        type=_names(_LOGITS_SOURCES),
+        default=list(_LOGITS_SOURCES),
+        help="sources of the teacher's logits",
     )
 
-    traced = command(
-        "profile", profile.report, "where the training step's time goes, by a trace"
+
+def _add_profile(commands):
+    parser = _add_command(
+        commands,
+        "profile",
+        profile.report,
+        "where the training step's time goes, by a trace",
     )
-    _add_models(traced)
-    traced.add_argument(
+    _add_models(parser)
+    parser.add_argument(
         "--method", choices=train_step.METHODS, default="ltkd", help="a method"
     )
-    traced.add_argument(
+    parser.add_argument(
         "--teacher_from",
-        choices=sources,
+        choices=_LOGITS_SOURCES,
         default="table",
         help="source of the teacher's logits",
     )
-    traced.add_argument(
-        "--precision", choices=_PRECISIONS, default="float32", help="of the networks"
-    )
-    traced.add_argument(
+    _add_precision(parser)
+    parser.add_argument(
         "--steps", type=_at_least(1), default=3, help="steps that are traced, at least"
     )
 
-    alone = command(
+
+def _add_loss(commands):
+    parser = _add_command(
+        commands,
         "loss",
         loss.report,
-        "LTKD's loss and its gradient, beside the floor of its bytes",
+        "LTKD's loss and its gradient, beside a lower bound by its bytes",
     )
-    alone.add_argument(
-        "--repeats",
-        type=_at_least(1),
-        default=5,
-        help="timed calls, of which the best counts",
-    )
+    _add_repeats(parser, 5, "timed calls, of which the best counts")
 
-    bilevel = command(
+
+def _add_bilevel(commands):
+    parser = _add_command(
+        commands,
         "bilevel",
         bilevel_step.report,
         "the bilevel step: FLOPs, memory, time, beside a naive one",
     )
-    _add_models(bilevel)
-    bilevel.add_argument("--method", default="kd", help="whose terms are weighted")
-    bilevel.add_argument("--batch_size", type=_at_least(1), default=100, help="images")
-    bilevel.add_argument(
+    _add_models(parser)
+    parser.add_argument("--method", default="kd", help="whose terms are weighted")
+    parser.add_argument("--batch_size", type=_at_least(1), default=100, help="images")
+    parser.add_argument(
         "--num_classes", type=_at_least(3), default=100, help="at least 3, one a group"
     )
-    bilevel.add_argument(
-        "--precision", choices=_PRECISIONS, default="float32", help="of the networks"
-    )
-    bilevel.add_argument(
-        "--repeats",
-        type=_at_least(0),
-        default=3,
-        help="timed rounds after a first; 0 times nothing",
-    )
+    _add_precision(parser)
+    _add_repeats(parser, 3, "timed rounds after a first; 0 times nothing", minimum=0)
 
-    stream = command("stream", input_pipeline.report, "images per second of a stream")
-    stream.add_argument(
+
+def _add_stream(commands):
+    parser = _add_command(
+        commands, "stream", input_pipeline.report, "images per second of a stream"
+    )
+    parser.add_argument(
         "--images",
         type=_at_least(1),
         default=512,
         help="JPEGs that are written and read",
     )
-    stream.add_argument(
+    parser.add_argument(
         "--size", type=_at_least(8), default=224, help="pixels of a crop's side"
     )
-    stream.add_argument("--batch_size", type=_at_least(1), default=64, help="images")
-    stream.add_argument(
+    parser.add_argument("--batch_size", type=_at_least(1), default=64, help="images")
+    parser.add_argument(
         "--batches", type=_at_least(1), default=16, help="that are timed together"
     )
-    stream.add_argument(
-        "--repeats",
-        type=_at_least(1),
-        default=2,
-        help="rounds, of which the best counts",
-    )
-    stream.add_argument(
+    _add_repeats(parser, 2, "rounds, of which the best counts")
+    parser.add_argument(
         "--num_workers",
         type=_at_least(0),
         nargs="*",
@@ -200,18 +206,50 @@ def _parser():
         help="0 reads by threads",
     )
 
-    twin = command("pytorch", _pytorch, "KD, LTKD and BiKD beside a plain PyTorch twin")
-    _add_steps(twin, ("kd", "ltkd", "bikd"))
+
+def _add_pytorch(commands):
+    parser = _add_command(
+        commands, "pytorch", _pytorch, "KD, LTKD and BiKD beside plain PyTorch"
+    )
+    _add_steps(parser, _PYTORCH_METHODS)
+
+
+def _add_command(commands, name, report, description):
+    """Adds a command, and returns the parser of its options."""
+    parser = commands.add_parser(
+        name,
+        help=description,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.set_defaults(report=report)
+    return parser
+
+
+def _parser():
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.benchmark",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True)
+    _add_train(commands)
+    _add_profile(commands)
+    _add_loss(commands)
+    _add_bilevel(commands)
+    _add_stream(commands)
+    _add_pytorch(commands)
     return parser
 
 
 def main(argv=None):
+    """Runs the command."""
     options = vars(_parser().parse_args(argv))
     report = options.pop("report")
     runtime.initialize()
     try:
         print(report(**options))
-    except (ValueError, ConfigError) as error:  # an unknown model, method or precision
+    # An unknown model, method or precision.
+    except (ValueError, ConfigError) as error:
         sys.exit(f"error: {error}")
 
 

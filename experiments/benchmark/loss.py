@@ -1,6 +1,7 @@
-"""LTKD's loss alone, value and gradient by the student's logits, beside what its bytes cost at least.
+"""Measures LTKD's loss alone: its value, and its gradient by the student's logits.
 
-The floor: both logits read once and the gradient written once, at the bandwidth of a sum of two large arrays.
+The lower bound ("floor") is the time to read both logits once and to write the gradient
+once, at the bandwidth of adding two large arrays.
 """
 
 import jax
@@ -12,60 +13,66 @@ from experiments.benchmark import timing
 from experiments.reporting import writers
 from ltkd_jax import groups, losses
 
-_SIZES = ((64, 100), (1024, 1000), (4096, 10_000))
+# Of the logits, [B, C].
+_SHAPES = ((64, 100), (1024, 1000), (4096, 10_000))
 
 
-def logits(size) -> tuple[np.ndarray, np.ndarray]:
-    """Returns random logits of a student and a teacher."""
+def random_logits(shape) -> tuple[np.ndarray, np.ndarray]:
+    """Returns random logits of a student and a teacher, float32."""
     rng = np.random.default_rng(0)
-    return tuple(3 * rng.standard_normal(size, np.float32) for _ in range(2))
+    student = 3 * rng.standard_normal(shape, np.float32)
+    teacher = 3 * rng.standard_normal(shape, np.float32)
+    return student, teacher
 
 
-def value_and_gradient(size):
+def value_and_gradient(shape):
     """Returns a call of the compiled mean loss and its gradient."""
-    by_rank = groups.ClassGroups.from_counts(np.arange(size[1], 0, -1))
-    fn = jax.jit(
-        jax.value_and_grad(
-            lambda student, teacher: losses.ltkd(student, teacher, by_rank).mean()
-        )
-    )
-    return timing.blocking(fn, *map(jnp.asarray, logits(size)))
+    num_classes = shape[1]
+    by_rank = groups.ClassGroups.from_counts(np.arange(num_classes, 0, -1))
+
+    def mean_loss(student, teacher):
+        return losses.ltkd(student, teacher, by_rank).mean()
+
+    fn = jax.jit(jax.value_and_grad(mean_loss))
+    return timing.blocking(fn, *map(jnp.asarray, random_logits(shape)))
 
 
-def report(*, repeats: int, twin=None) -> str:
+def report(*, repeats: int, pytorch_call_of=None) -> str:
     """Returns the measurement as text.
 
     Args:
       repeats: timed calls of each.
-      twin: `size -> call` of PyTorch's implementation, to compare with.
+      pytorch_call_of: `shape -> call` of PyTorch's implementation, to compare with.
     """
     bandwidth = timing.bandwidth()
+    header = ["logits", "ms", "/ floor"]
+    if pytorch_call_of:
+        header += ["PyTorch, ms", "PyTorch / ours"]
     rows = []
-    for size in _SIZES:
-        calls = {"ours": value_and_gradient(size)} | (
-            {"twin": twin(size)} if twin else {}
-        )
-        # Small ones are called often enough to be timed.
-        seconds = timing.best(calls, repeats * max(1, 1_000_000 // (size[0] * size[1])))
-        floor = 3 * 4 * size[0] * size[1] / bandwidth
+    for shape in _SHAPES:
+        size = shape[0] * shape[1]
+        calls = {"jax": value_and_gradient(shape)}
+        if pytorch_call_of:
+            calls["pytorch"] = pytorch_call_of(shape)
+        # A small loss is called more often, since its times vary more.
+        seconds = timing.best(calls, repeats * max(1, 1_000_000 // size))
+        # Three arrays of float32.
+        floor = 3 * 4 * size / bandwidth
         row = [
-            str(list(size)),
-            f"{1e3 * seconds['ours']:.2f}",
-            f"{seconds['ours'] / floor:.1f}",
+            str(list(shape)),
+            f"{1e3 * seconds['jax']:.2f}",
+            f"{seconds['jax'] / floor:.1f}",
         ]
-        if twin:
+        if pytorch_call_of:
             row += [
-                f"{1e3 * seconds['twin']:.2f}",
-                f"{seconds['twin'] / seconds['ours']:.2f}",
+                f"{1e3 * seconds['pytorch']:.2f}",
+                f"{seconds['pytorch'] / seconds['jax']:.2f}",
             ]
         rows.append(row)
-    header = ["logits", "ms", "/ floor"] + (
-        ["PyTorch, ms", "PyTorch / ours"] if twin else []
-    )
     lines = [
         "LTKD's loss, value and gradient, float32",
         writers.as_text(writers.Table(header, rows)),
+        f"bandwidth of a sum: {bandwidth / 1e9:.1f} GB/s",
+        provenance.short(),
     ]
-    return "\n".join(
-        [*lines, f"bandwidth of a sum: {bandwidth / 1e9:.1f} GB/s", provenance.short()]
-    )
+    return "\n".join(lines)

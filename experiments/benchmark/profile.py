@@ -1,4 +1,7 @@
-"""Where a training step's time goes, by the device's own trace: each operation under the primitive it comes from."""
+"""Reports where a training step's time goes, by a trace of the device.
+
+Each operation is counted under the JAX primitive that it comes from.
+"""
 
 import collections
 import gzip
@@ -13,58 +16,82 @@ from experiments import provenance
 from experiments.benchmark import train_step
 from experiments.reporting import writers
 
-_SHOWN = 12
+# Operations that are listed; the others are one row.
+_NUM_LISTED = 12
 
 
-def sources(hlo: str) -> dict[str, str]:
-    """Returns the JAX primitive behind each instruction of a compiled program, and whether in the backward pass.
+def primitives(hlo: str) -> dict[str, str]:
+    """Returns the JAX primitive of each instruction of a compiled program.
 
-    A fusion without a name gets that of what it computes last, which may have no more than the compiler's name.
+    The name of one in the backward pass ends in ", backward". A fusion without a
+    primitive gets that of the last instruction that it fuses, which may have no more
+    than the compiler's name.
     """
-    labels, root_labels, unnamed = {}, {}, {}
+    labels = {}
+    # By computation: the label of its last instruction, which is its root.
+    root_labels = {}
+    # By fusion without a primitive: the computation that it calls.
+    calls = {}
     computation = ""
     for line in hlo.splitlines():
-        if start := re.match(r"\s*(?:ENTRY )?%(\S+) \(.*\{$", line):
+        start = re.match(r"\s*(?:ENTRY )?%(\S+) \(.*\{$", line)
+        if start:
             computation = start[1]
         instruction = re.match(r"\s*(?:ROOT )?%(\S+) = ", line)
+        if not instruction:
+            continue
+        name = instruction[1]
         path = re.search(r'op_name="([^"]*)"', line)
-        calls = re.search(r"calls=%([^\s,]+)", line)
-        if instruction and path:
-            label = path[1].split("/")[-1] + (
-                ", backward" if "transpose(" in path[1] else ""
-            )
-            labels[instruction[1]] = root_labels[computation] = label
-        elif instruction:
-            root_labels[computation] = _unnumbered(instruction[1])
-            unnamed |= {instruction[1]: calls[1]} if calls else {}
-    return labels | {name: root_labels[called] for name, called in unnamed.items()}
+        if path:
+            # Such as "jit(f)/transpose(jvp(Net))/conv".
+            label = path[1].split("/")[-1]
+            if "transpose(" in path[1]:
+                label += ", backward"
+            labels[name] = label
+            root_labels[computation] = label
+        else:
+            root_labels[computation] = _without_number(name)
+            called = re.search(r"calls=%([^\s,]+)", line)
+            if called:
+                calls[name] = called[1]
+    for name, called_computation in calls.items():
+        labels[name] = root_labels[called_computation]
+    return labels
 
 
-def _unnumbered(name):
+def _without_number(name):
     return re.sub(r"[._]\d+$", "", name)
 
 
-def operations(trace: dict, labels: dict[str, str]) -> collections.Counter:
-    """Returns the microseconds by label in a trace of Chrome's form; without a label, by the compiler's name."""
-    spent = collections.Counter()
+def time_by_operation(trace: dict, labels: dict[str, str]) -> collections.Counter:
+    """Returns {operation: microseconds} of a trace.
+
+    Args:
+      trace: in the format of Chrome's trace viewer.
+      labels: what `primitives` returns; an instruction that is not in it has the
+        compiler's name.
+    """
+    micros = collections.Counter()
     for event in trace["traceEvents"]:
-        operation = (
-            event.get("args", {}).get("hlo_op") if event.get("ph") == "X" else None
-        )
-        if operation:
-            spent[labels.get(operation, _unnumbered(operation))] += event["dur"]
-    return spent
+        # Complete events ("X") have a duration.
+        if event.get("ph") != "X":
+            continue
+        instruction = event.get("args", {}).get("hlo_op")
+        if instruction:
+            label = labels.get(instruction, _without_number(instruction))
+            micros[label] += event["dur"]
+    return micros
 
 
-def table(spent: collections.Counter) -> writers.Table:
-    """Returns the operations that take most, and the rest as one."""
-    total = sum(spent.values())
-    shown = spent.most_common(_SHOWN)
-    shown.append(("the rest", total - sum(micros for _, micros in shown)))
-    rows = [
-        [name, f"{micros / 1e3:,.2f}", f"{100 * micros / total:.1f} %"]
-        for name, micros in shown
-    ]
+def table(micros: collections.Counter) -> writers.Table:
+    """Returns the operations that take most time, and the others as one row."""
+    total = sum(micros.values())
+    listed = micros.most_common(_NUM_LISTED)
+    listed_total = sum(time for _, time in listed)
+    listed.append(("the rest", total - listed_total))
+    rows = []
+    for name, time in listed:
+        rows.append([name, f"{time / 1e3:,.2f}", f"{100 * time / total:.1f} %"])
     return writers.Table(["operation", "ms", "share"], rows)
 
 
@@ -77,26 +104,22 @@ def report(
     student: str,
     steps: int,
 ) -> str:
-    """Returns the trace of so many steps as text."""
-    case = train_step.Case(
-        method, "none" if method == "ce" else teacher_from, precision
-    )
-    running = train_step.start(case, teacher=teacher, student=student)
-    running.seconds(steps)  # warm
+    """Returns the times of at least `steps` traced steps as text."""
+    logits_source = "none" if method == "ce" else teacher_from
+    case = train_step.Case(method, logits_source, precision)
+    training = train_step.start(case, teacher=teacher, student=student)
+    # Warms up, so that no memory is allocated in the trace.
+    training.seconds(steps)
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder, create_perfetto_trace=True):
-            seconds = running.seconds(steps)
+            seconds = training.seconds(steps)
         (path,) = pathlib.Path(folder).rglob("perfetto_trace.json.gz")
-        spent = operations(
-            json.loads(gzip.decompress(path.read_bytes())), sources(running.hlo())
-        )
+        trace = json.loads(gzip.decompress(path.read_bytes()))
+    micros = time_by_operation(trace, primitives(training.hlo()))
     lines = [
-        f"{teacher} → {student}, {method}, {1e3 * seconds:.1f} ms a step while traced; all that was traced:"
+        f"{teacher} → {student}, {method}, {1e3 * seconds:.1f} ms a step while traced; "
+        "all that was traced:",
+        writers.as_text(table(micros)),
+        f"{provenance.short()}, precision {precision}",
     ]
-    return "\n".join(
-        [
-            *lines,
-            writers.as_text(table(spent)),
-            f"{provenance.short()}, precision {precision}",
-        ]
-    )
+    return "\n".join(lines)

@@ -1,18 +1,22 @@
-"""The steps of KD, LTKD and BiKD in plain PyTorch, as scripts of the field write them.
+"""The training steps of KD, LTKD and BiKD in plain PyTorch.
 
-Eager, the teacher in every step, derivatives of derivatives by `create_graph`. There is no official code of LTKD: its
-twin is written as the loss of DKD is in the common distillation zoo. Images are ready on the device: no augmentation.
+They are written as scripts of the field are: eager, with the teacher in every step, and
+with derivatives of derivatives by `create_graph`. There is no official code of LTKD;
+its loss is written in the form in which the common distillation zoo has DKD. Images are
+on the device already, without augmentation.
 """
 
 import contextlib
 
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812 (PyTorch's own convention)
 from torch import nn
 
 from experiments.benchmark import pytorch_models
 
-_KD, _HARD, _TEMPERATURE = 0.9, 0.1, 4.0
+_KD_WEIGHT = 0.9
+_CE_WEIGHT = 0.1
+_TEMPERATURE = 4.0
 
 
 def device() -> torch.device:
@@ -21,52 +25,61 @@ def device() -> torch.device:
 
 
 def wait() -> None:
-    """Waits until the device has done its work."""
+    """Waits until the device has done its work, which PyTorch only queues on a GPU."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
+# Losses.
+
+
 def kd(student, teacher, temperature=_TEMPERATURE):
-    """Returns KD's loss per example, `[B]`, with the τ² factor."""
-    log_q, p = (
-        F.log_softmax(student / temperature, 1),
-        F.softmax(teacher / temperature, 1),
-    )
+    """Returns KD's loss per example, `[B]`, with the factor τ²."""
+    log_q = F.log_softmax(student / temperature, 1)
+    p = F.softmax(teacher / temperature, 1)
     return F.kl_div(log_q, p, reduction="none").sum(1) * temperature**2
 
 
 def ltkd(student, teacher, groups, alpha=1.0, beta=1.0, temperature=_TEMPERATURE):
-    """Returns LTKD's loss, the mean of a batch; `groups` holds each group's classes."""
-    q, p = F.softmax(student / temperature, 1), F.softmax(teacher / temperature, 1)
+    """Returns LTKD's loss, the mean of a batch.
+
+    Args:
+      student: logits `[B, C]`.
+      teacher: logits `[B, C]`.
+      groups: indices of the classes of each group.
+      alpha: weight of the term between groups.
+      beta: weight of the term within groups.
+      temperature: τ.
+    """
+    q = F.softmax(student / temperature, 1)
+    p = F.softmax(teacher / temperature, 1)
     student_mass = torch.stack([q[:, classes].sum(1) for classes in groups], 1)
     teacher_mass = torch.stack([p[:, classes].sum(1) for classes in groups], 1)
-    sums = teacher_mass.sum(0)
-    target = teacher_mass * (sums.mean() / sums)
+    # The teacher's mass is rebalanced, so that all groups have the same batch sum.
+    batch_sums = teacher_mass.sum(0)
+    target = teacher_mass * (batch_sums.mean() / batch_sums)
     target = target / target.sum(1, keepdim=True)
     inter = F.kl_div(student_mass.log(), target, reduction="batchmean")
     intra = 0.0
     for classes in groups:
-        log_within = F.log_softmax(student[:, classes] / temperature, 1)
-        intra = intra + F.kl_div(
-            log_within,
-            F.softmax(teacher[:, classes] / temperature, 1),
-            reduction="batchmean",
-        )
+        log_q_within = F.log_softmax(student[:, classes] / temperature, 1)
+        p_within = F.softmax(teacher[:, classes] / temperature, 1)
+        intra = intra + F.kl_div(log_q_within, p_within, reduction="batchmean")
     return temperature**2 * (alpha * inter + beta * intra)
 
 
 def by_rank(num_classes):
-    """Returns head, medium and tail of classes sorted by count."""
+    """Returns the indices of head, medium and tail, of classes sorted by count."""
     ends = [0, round(0.33 * num_classes), round(0.67 * num_classes), num_classes]
     return [
         torch.arange(start, end, device=device()) for start, end in zip(ends, ends[1:])
     ]
 
 
-def ltkd_alone(student, teacher):
+def ltkd_call(student, teacher):
     """Returns a call of LTKD's loss and its gradient, for logits in NumPy."""
-    student, teacher = (torch.from_numpy(x).to(device()) for x in (student, teacher))
-    student.requires_grad_()
+    student = torch.from_numpy(student).to(device()).requires_grad_()
+    teacher = torch.from_numpy(teacher).to(device())
     groups = by_rank(student.shape[1])
 
     def call():
@@ -77,14 +90,21 @@ def ltkd_alone(student, teacher):
     return call
 
 
+# Steps.
+
+
 class Step:
-    """One step of a method's training: `step()` returns when it is done.
+    """Trains a student by one step in each call, which waits until it is done.
 
     Args:
       method: "kd", "ltkd" or "bikd".
-      teacher, student: models of `pytorch_models`.
-      batch_size: B, of training and of outer images.
+      teacher: name of a model of `pytorch_models`.
+      student: name of a model of `pytorch_models`.
+      batch_size: B, of training images and of outer images.
       precision: "float32", "tf32" or "bfloat16" (by autocast).
+      num_classes: C.
+      lr: learning rate, also of BiKD's virtual step.
+      update_every: k, after how many steps BiKD's weight net is updated.
     """
 
     def __init__(
@@ -99,17 +119,17 @@ class Step:
         lr=0.1,
         update_every=5,
     ):
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = (
-            precision != "float32"
-        )
-        self._cast = precision == "bfloat16"
+        # These settings are of the whole process; an earlier step may have set them.
+        allow_tf32 = precision != "float32"
+        torch.backends.cuda.matmul.allow_tf32 = allow_tf32
+        torch.backends.cudnn.allow_tf32 = allow_tf32
+        self._use_autocast = precision == "bfloat16"
         self._lr = lr
         self._update_every = update_every
-        self._count = 0
+        self._num_steps = 0
         self._teacher = pytorch_models.create(teacher, num_classes).to(device())
-        self.student = (
-            pytorch_models.create(student, num_classes, seed=1).to(device()).train()
-        )
+        student = pytorch_models.create(student, num_classes, seed=1)
+        self.student = student.to(device()).train()
         self._optimizer = torch.optim.SGD(
             self.student.parameters(), lr, momentum=0.9, weight_decay=5e-4
         )
@@ -125,21 +145,21 @@ class Step:
             self.weight_net.parameters(), 1e-3, weight_decay=1e-4
         )
         self._groups = by_rank(num_classes)
-        self._batch, self._outer_batch = (
-            self._noise(batch_size, num_classes) for _ in range(2)
-        )
-        self._step = {"kd": self._kd, "ltkd": self._ltkd, "bikd": self._bikd}[method]
+        self._batch = self._random_batch(batch_size, num_classes)
+        self._outer_batch = self._random_batch(batch_size, num_classes)
+        step_fns = {"kd": self._kd, "ltkd": self._ltkd, "bikd": self._bikd}
+        self._step = step_fns[method]
 
     def __call__(self):
-        with (
-            torch.autocast(device().type, torch.bfloat16)
-            if self._cast
-            else contextlib.nullcontext()
-        ):
+        """Makes one step."""
+        context = contextlib.nullcontext()
+        if self._use_autocast:
+            context = torch.autocast(device().type, torch.bfloat16)
+        with context:
             self._step()
         wait()
 
-    def _noise(self, batch_size, num_classes):
+    def _random_batch(self, batch_size, num_classes):
         images = torch.randn(batch_size, 3, 32, 32, device=device())
         return images, torch.randint(num_classes, (batch_size,), device=device())
 
@@ -154,62 +174,71 @@ class Step:
 
     def _kd(self):
         images, labels = self._batch
-        logits, teacher = self.student(images).float(), self._teacher_logits(images)
-        self._update(
-            _HARD * F.cross_entropy(logits, labels) + _KD * kd(logits, teacher).mean()
-        )
+        # Losses are in float32, also under autocast.
+        logits = self.student(images).float()
+        teacher = self._teacher_logits(images)
+        ce = F.cross_entropy(logits, labels)
+        self._update(_CE_WEIGHT * ce + _KD_WEIGHT * kd(logits, teacher).mean())
 
     def _ltkd(self):
         images, labels = self._batch
-        logits, teacher = self.student(images).float(), self._teacher_logits(images)
-        self._update(
-            F.cross_entropy(logits, labels) + ltkd(logits, teacher, self._groups)
-        )
+        logits = self.student(images).float()
+        teacher = self._teacher_logits(images)
+        ce = F.cross_entropy(logits, labels)
+        self._update(ce + ltkd(logits, teacher, self._groups))
 
-    def _terms(self, logits, teacher, labels):
-        """Hard and soft loss of each example, and their weights."""
-        hard, soft = (
-            F.cross_entropy(logits, labels, reduction="none"),
-            kd(logits, teacher),
-        )
-        features = torch.stack(
-            [hard, F.cross_entropy(teacher, labels, reduction="none")], 1
-        ).detach()
-        return torch.stack([hard, soft], 1), self.weight_net(features).float()
+    def _terms_and_weights(self, logits, teacher, labels):
+        """Returns the two loss terms of each example and their weights, both `[B, 2]`.
+
+        The weight net's features are the losses of the student and of the teacher.
+        """
+        student_ce = F.cross_entropy(logits, labels, reduction="none")
+        teacher_ce = F.cross_entropy(teacher, labels, reduction="none")
+        features = torch.stack([student_ce, teacher_ce], 1).detach()
+        terms = torch.stack([student_ce, kd(logits, teacher)], 1)
+        return terms, self.weight_net(features).float()
 
     def _bikd(self):
         images, labels = self._batch
-        outer_images, outer_labels = self._outer_batch
         teacher = self._teacher_logits(images)
-        self._teacher_logits(
-            outer_images
-        )  # the official script runs it on both batches, whatever the outer loss
-        params = dict(self.student.named_parameters())
-        # Running statistics are those of the real step alone.
-        buffers = {
-            name: buffer.clone() for name, buffer in self.student.named_buffers()
-        }
-        forward = torch.func.functional_call
-        terms, weights = self._terms(
-            forward(self.student, (params, buffers), images).float(), teacher, labels
-        )
-        gradient = torch.autograd.grad(
-            (weights * terms).sum(1).mean(), tuple(params.values()), create_graph=True
-        )
-        virtual = {
-            name: value - self._lr * g
-            for (name, value), g in zip(params.items(), gradient)
-        }
-        outer_loss = F.cross_entropy(
-            forward(self.student, (virtual, buffers), outer_images).float(),
-            outer_labels,
-        )
+        # The official script runs the teacher on both batches, whatever the outer loss.
+        self._teacher_logits(self._outer_batch[0])
+        outer_loss = self._outer_loss_after_virtual_step(teacher)
+        # The sum of k gradients divided by k is their mean.
         (outer_loss / self._update_every).backward(
             inputs=list(self.weight_net.parameters())
         )
-        self._count += 1
-        if self._count % self._update_every == 0:
+        self._num_steps += 1
+        if self._num_steps % self._update_every == 0:
             self._weight_optimizer.step()
             self._weight_optimizer.zero_grad()
-        terms, weights = self._terms(self.student(images).float(), teacher, labels)
+        logits = self.student(images).float()
+        terms, weights = self._terms_and_weights(logits, teacher, labels)
         self._update((weights.detach() * terms).sum(1).mean())
+
+    def _outer_loss_after_virtual_step(self, teacher):
+        """Returns the loss on the outer batch as a function of the weight net."""
+        images, labels = self._batch
+        outer_images, outer_labels = self._outer_batch
+        params = dict(self.student.named_parameters())
+        # Only the real step changes the running statistics, so this one has copies.
+        buffers = {}
+        for name, buffer in self.student.named_buffers():
+            buffers[name] = buffer.clone()
+
+        def forward(params, images):
+            return torch.func.functional_call(
+                self.student, (params, buffers), images
+            ).float()
+
+        terms, weights = self._terms_and_weights(
+            forward(params, images), teacher, labels
+        )
+        inner_loss = (weights * terms).sum(1).mean()
+        gradient = torch.autograd.grad(
+            inner_loss, tuple(params.values()), create_graph=True
+        )
+        virtual_params = {}
+        for (name, param), param_gradient in zip(params.items(), gradient):
+            virtual_params[name] = param - self._lr * param_gradient
+        return F.cross_entropy(forward(virtual_params, outer_images), outer_labels)

@@ -1,8 +1,10 @@
-"""The steps of KD, LTKD and BiKD, and LTKD's loss, beside a plain PyTorch twin on the same device.
+"""Compares the steps of KD, LTKD and BiKD, and LTKD's loss, with plain PyTorch.
 
-Both trainings are of noise of CIFAR's size, in turns; of each the best of the repeats counts. Ours fetches, crops and
-flips its batch, and looks the teacher's logits up in its table or, as the twin does, computes them in the step. The
-table's own making, one forward of every view, is not in it. The twin's images are ready.
+Both trainings are on noise of CIFAR's size, on the same device, in turns; of each the
+best of the repeats counts. The step of this project makes, crops and flips its batch,
+and looks the teacher's logits up in its table or, as PyTorch's does, computes them in
+the step. The time to make the table, a forward pass of every view, is not included. The
+images of PyTorch's step are ready.
 """
 
 import functools
@@ -13,52 +15,55 @@ from experiments import provenance
 from experiments.benchmark import loss, pytorch_baseline, timing, train_step
 from experiments.reporting import writers
 
+_LOGITS_SOURCES = ("table", "network")
+
 
 def measure(
     method, precision, *, repeats: int, steps: int, **models: str
-) -> dict[str, float]:
-    """Returns the batch size, and the seconds of a step with the table, with the teacher's network, and of the twin."""
-    sources = ("table", "network")
-    ours = {
-        source: train_step.start(train_step.Case(method, source, precision), **models)
-        for source in sources
-    }
-    batch_size = ours["table"].trainer.recipe.batch_size
-    twin = pytorch_baseline.Step(
+) -> tuple[int, dict[str, float]]:
+    """Returns the batch size, and the seconds of a step by implementation.
+
+    The implementations are "table" and "network", of this project by the source of the
+    teacher's logits, and "pytorch".
+    """
+    trainings = {}
+    for source in _LOGITS_SOURCES:
+        case = train_step.Case(method, source, precision)
+        trainings[source] = train_step.start(case, **models)
+    batch_size = trainings["table"].trainer.recipe.batch_size
+    pytorch_step = pytorch_baseline.Step(
         method, **models, batch_size=batch_size, precision=precision
     )
-    period = max(running.period for running in ours.values())
-    steps = -(-steps // period) * period  # as many of the twin's as of ours
-    measures = {
-        source: functools.partial(running.seconds, steps)
-        for source, running in ours.items()
-    }
-    measures["twin"] = functools.partial(timing.seconds, twin, steps)
-    return {"batch": batch_size, **timing.best_of_rounds(measures, repeats)}
+    # Rounded up to complete periods, so that both make the same steps.
+    period = max(training.period for training in trainings.values())
+    steps = -(-steps // period) * period
+    measures = {}
+    for source, training in trainings.items():
+        measures[source] = functools.partial(training.seconds, steps)
+    measures["pytorch"] = functools.partial(timing.seconds, pytorch_step, steps)
+    return batch_size, timing.best_of_rounds(measures, repeats)
 
 
 def report(
     *, methods, precisions, teacher: str, student: str, repeats: int, steps: int
 ) -> str:
-    """Returns the whole comparison as text."""
+    """Returns the comparison as text."""
     rows = []
     for precision in precisions:
         for method in methods:
-            options = dict(
-                repeats=repeats, steps=steps, teacher=teacher, student=student
-            )
-            seconds = measure(method, precision, **options)
-            row = [
+            batch_size, seconds = measure(
                 method,
                 precision,
-                f"{seconds['batch']}",
-                f"{1e3 * seconds['twin']:,.1f}",
-            ]
-            for source in ("table", "network"):
-                row += [
-                    f"{1e3 * seconds[source]:,.1f}",
-                    f"{seconds['twin'] / seconds[source]:.2f}",
-                ]
+                repeats=repeats,
+                steps=steps,
+                teacher=teacher,
+                student=student,
+            )
+            pytorch_seconds = seconds["pytorch"]
+            row = [method, precision, f"{batch_size}", f"{1e3 * pytorch_seconds:,.1f}"]
+            for source in _LOGITS_SOURCES:
+                row.append(f"{1e3 * seconds[source]:,.1f}")
+                row.append(f"{pytorch_seconds / seconds[source]:.2f}")
             rows.append(row)
     header = [
         "method",
@@ -67,16 +72,19 @@ def report(
         "PyTorch, ms",
         "ours, table, ms",
         "PyTorch / ours",
+        "ours, teacher in the step, ms",
+        "PyTorch / ours",
     ]
-    header += ["ours, teacher in the step, ms", "PyTorch / ours"]
+
+    def ltkd_call_of(shape):
+        return pytorch_baseline.ltkd_call(*loss.random_logits(shape))
+
     lines = [
         f"{teacher} → {student}, a step of training",
         writers.as_text(writers.Table(header, rows)),
-        f"PyTorch {torch.__version__}, {torch.get_num_threads()} threads; {provenance.short()}",
+        f"PyTorch {torch.__version__}, {torch.get_num_threads()} threads; "
+        f"{provenance.short()}",
         "",
-        loss.report(
-            repeats=repeats,
-            twin=lambda size: pytorch_baseline.ltkd_alone(*loss.logits(size)),
-        ),
+        loss.report(repeats=repeats, pytorch_call_of=ltkd_call_of),
     ]
     return "\n".join(lines)

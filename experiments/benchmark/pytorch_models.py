@@ -1,7 +1,8 @@
 """The CIFAR ResNet and the WRN in PyTorch, with the zoo's names in their state dicts.
 
-The benchmark's twin, and a truth for the converter. Written from the papers' figures and those names alone, on purpose
-in another form than `ltkd_jax.models`.
+They are the models of the PyTorch benchmark, and a reference for the converter. To be
+an independent reference, they are written from the papers' figures and the zoo's names
+alone, in another form than `ltkd_jax.models`.
 """
 
 import torch
@@ -15,11 +16,10 @@ def _conv(inputs, outputs, size, stride=1):
 class _Basic(nn.Module):
     def __init__(self, inputs, outputs, stride):
         super().__init__()
-        self.conv1, self.bn1 = (
-            _conv(inputs, outputs, 3, stride),
-            nn.BatchNorm2d(outputs),
-        )
-        self.conv2, self.bn2 = _conv(outputs, outputs, 3), nn.BatchNorm2d(outputs)
+        self.conv1 = _conv(inputs, outputs, 3, stride)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = _conv(outputs, outputs, 3)
+        self.bn2 = nn.BatchNorm2d(outputs)
         if inputs != outputs or stride > 1:
             self.downsample = nn.Sequential(
                 _conv(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs)
@@ -35,47 +35,65 @@ class _Basic(nn.Module):
 class _PreActivation(nn.Module):
     def __init__(self, inputs, outputs, stride):
         super().__init__()
-        self.bn1, self.conv1 = nn.BatchNorm2d(inputs), _conv(inputs, outputs, 3, stride)
-        self.bn2, self.conv2 = nn.BatchNorm2d(outputs), _conv(outputs, outputs, 3)
-        self.convShortcut = (
-            None if inputs == outputs else _conv(inputs, outputs, 1, stride)
-        )
+        self.bn1 = nn.BatchNorm2d(inputs)
+        self.conv1 = _conv(inputs, outputs, 3, stride)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.conv2 = _conv(outputs, outputs, 3)
+        # The zoo's name, as all names of layers.
+        if inputs != outputs:
+            self.convShortcut = _conv(inputs, outputs, 1, stride)
+        else:
+            self.convShortcut = None
 
     def forward(self, x):
-        start = torch.relu(self.bn1(x))
-        shortcut = x if self.convShortcut is None else self.convShortcut(start)
-        return shortcut + self.conv2(torch.relu(self.bn2(self.conv1(start))))
+        activated = torch.relu(self.bn1(x))
+        shortcut = x if self.convShortcut is None else self.convShortcut(activated)
+        return shortcut + self.conv2(torch.relu(self.bn2(self.conv1(activated))))
 
 
-def _stages(block, widths, blocks):
-    """Three stages; the second and third halve the image in their first block."""
+def _stages(block, widths, num_blocks):
+    """Yields three stages, of which the second and third halve the image."""
     for stage in range(3):
-        first = block(widths[stage], widths[stage + 1], 1 if stage == 0 else 2)
-        yield nn.Sequential(
-            first,
-            *(
-                block(widths[stage + 1], widths[stage + 1], 1)
-                for _ in range(blocks - 1)
-            ),
-        )
+        inputs, outputs = widths[stage : stage + 2]
+        blocks = [block(inputs, outputs, 1 if stage == 0 else 2)]
+        for _ in range(num_blocks - 1):
+            blocks.append(block(outputs, outputs, 1))
+        yield nn.Sequential(*blocks)
 
 
 class ResNet(nn.Module):
+    """Computes logits by a CIFAR ResNet.
+
+    Args:
+      depth: number of layers, 6 n + 2.
+      widths: channels of the first layer and of the three stages.
+      num_classes: C.
+    """
+
     def __init__(self, depth, widths, num_classes):
         super().__init__()
-        self.conv1, self.bn1 = _conv(3, widths[0], 3), nn.BatchNorm2d(widths[0])
-        self.layer1, self.layer2, self.layer3 = _stages(
-            _Basic, widths, (depth - 2) // 6
-        )
+        self.conv1 = _conv(3, widths[0], 3)
+        self.bn1 = nn.BatchNorm2d(widths[0])
+        num_blocks = (depth - 2) // 6
+        self.layer1, self.layer2, self.layer3 = _stages(_Basic, widths, num_blocks)
         self.fc = nn.Linear(widths[3], num_classes)
 
     def forward(self, x):
+        """Returns logits `[B, C]` of images `[B, 3, H, W]`."""
         x = torch.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.fc(x.mean((2, 3)))
 
 
 class WideResNet(nn.Module):
+    """Computes logits by a wide ResNet.
+
+    Args:
+      depth: number of layers, 6 n + 4.
+      widening: factor of the channels.
+      num_classes: C.
+    """
+
     def __init__(self, depth, widening, num_classes):
         super().__init__()
         widths = (16, 16 * widening, 32 * widening, 64 * widening)
@@ -85,9 +103,11 @@ class WideResNet(nn.Module):
         self.block1, self.block2, self.block3 = (
             nn.ModuleDict({"layer": stage}) for stage in stages
         )
-        self.bn1, self.fc = nn.BatchNorm2d(widths[3]), nn.Linear(widths[3], num_classes)
+        self.bn1 = nn.BatchNorm2d(widths[3])
+        self.fc = nn.Linear(widths[3], num_classes)
 
     def forward(self, x):
+        """Returns logits `[B, C]` of images `[B, 3, H, W]`."""
         x = self.conv1(x)
         for block in (self.block1, self.block2, self.block3):
             x = block["layer"](x)
@@ -95,23 +115,22 @@ class WideResNet(nn.Module):
 
 
 def create(name, num_classes, seed=0):
-    """Returns a model in evaluation mode whose weights and running statistics are random."""
+    """Returns a model in evaluation mode.
+
+    Its weights and running statistics are random, so that a test sees each of them.
+    """
     torch.manual_seed(seed)
     if name.startswith("wrn_"):
         _, depth, widening = name.split("_")
         model = WideResNet(int(depth), int(widening), num_classes)
     else:
-        depth, _, wide = name.removeprefix("resnet").partition("x")
-        model = ResNet(
-            int(depth), (32, 64, 128, 256) if wide else (16, 16, 32, 64), num_classes
-        )
+        depth, _, times_four = name.removeprefix("resnet").partition("x")
+        widths = (32, 64, 128, 256) if times_four else (16, 16, 32, 64)
+        model = ResNet(int(depth), widths, num_classes)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            for tensor, low, high in (
-                (module.weight, 0.5, 1.5),
-                (module.bias, -0.5, 0.5),
-                (module.running_mean, -0.5, 0.5),
-                (module.running_var, 0.5, 2.0),
-            ):
-                nn.init.uniform_(tensor, low, high)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.bias, -0.5, 0.5)
+            nn.init.uniform_(module.running_mean, -0.5, 0.5)
+            nn.init.uniform_(module.running_var, 0.5, 2.0)
     return model.eval()

@@ -1,4 +1,4 @@
-"""Times functions in turns, so that a slow minute slows all of them."""
+"""Times functions in turns, so that a slow minute slows down all of them."""
 
 import time
 from collections.abc import Callable, Hashable, Mapping
@@ -6,22 +6,29 @@ from collections.abc import Callable, Hashable, Mapping
 import jax
 import jax.numpy as jnp
 
+# JAX's name of the matmul precision of a run.
 _PRECISIONS = {"float32": "highest", "tf32": "tensorfloat32", "bfloat16": None}
 
 
 def best_of_rounds(
     measures: Mapping[Hashable, Callable[[], float]], repeats: int
 ) -> dict[Hashable, float]:
-    """Returns the least value of each measure over `repeats` rounds of all, after a round that warms up."""
-    rounds = [
-        {name: measure() for name, measure in measures.items()}
-        for _ in range(repeats + 1)
-    ]
-    return {name: min(values[name] for values in rounds[1:]) for name in measures}
+    """Returns the smallest value of each measure.
+
+    In each of the `repeats` rounds, every measure is called once. A round before them
+    warms up and does not count.
+    """
+    best = {}
+    for i in range(repeats + 1):
+        for name, measure in measures.items():
+            value = measure()
+            if i > 0:
+                best[name] = min(value, best.get(name, value))
+    return best
 
 
 def seconds(call: Callable[[], object], number: int = 1) -> float:
-    """Returns the seconds of one call, which returns when its work is done, over a number of them."""
+    """Returns the mean seconds of a call that waits until its work is done."""
     start = time.perf_counter()
     for _ in range(number):
         call()
@@ -29,35 +36,46 @@ def seconds(call: Callable[[], object], number: int = 1) -> float:
 
 
 def best(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Returns the seconds of a call of each, see `best_of_rounds` and `seconds`."""
-    return best_of_rounds(
-        {name: lambda call=call: seconds(call) for name, call in calls.items()}, repeats
-    )
+    """Returns the seconds of each call, see `best_of_rounds` and `seconds`."""
+
+    def measure_of(call):
+        return lambda: seconds(call)
+
+    measures = {name: measure_of(call) for name, call in calls.items()}
+    return best_of_rounds(measures, repeats)
 
 
 def blocking(fn, *args) -> Callable[[], object]:
-    """Returns a call of a JAX function that waits for its result."""
+    """Returns a call of a JAX function that waits for its result.
+
+    JAX computes asynchronously: without waiting, only the dispatch would be timed.
+    """
     return lambda: jax.block_until_ready(fn(*args))
 
 
-class Running:
-    """A training in progress, after a first call of its compiled step.
+class RunningTraining:
+    """Holds a training in progress, after a first call of its compiled step.
 
     Args:
       trainer: of the network.
-      teacher: what its `TeacherFn` reads.
+      teacher: the arrays that its `TeacherFn` reads.
     """
 
     def __init__(self, trainer, teacher=None):
         self.trainer = trainer
         self._data = trainer.device_data(teacher)
         self._state = trainer.parallel.replicate(trainer.init(0))
+        # No inputs yet: `advance` makes them when there are none left.
         self._calls = iter(())
         self._step = 0
+        # The first call compiles, and is not to be timed.
         self.advance()
 
     def advance(self) -> int:
-        """Makes one call of the compiled step and waits; returns its steps. The first step follows the last."""
+        """Makes one call of the compiled step, waits, and returns its number of steps.
+
+        After the last step of the training, it continues with the inputs of the first.
+        """
         call = next(self._calls, None)
         if call is None:
             self._calls = self.trainer.inputs(seed=0, step=0)
@@ -73,39 +91,43 @@ class Running:
 
     @property
     def period(self) -> int:
-        """The steps after which costs repeat: k, where the weight net is updated in one of k calls."""
-        learned = (
-            self.trainer.loss_weighting is not None and self.trainer.steps_per_call == 1
-        )
-        return self.trainer.loss_weighting.update_every if learned else 1
+        """Returns the number of steps after which the costs repeat.
 
-    def seconds(self, steps: int) -> float:
-        """Returns the seconds of a step, over at least so many, in whole periods."""
+        It is k if the weight net is updated in one of k calls, else 1.
+        """
+        weighting = self.trainer.loss_weighting
+        if weighting is None or self.trainer.steps_per_call > 1:
+            return 1
+        return weighting.update_every
+
+    def seconds(self, min_steps: int) -> float:
+        """Returns the mean seconds of a step, over complete periods."""
         start = time.perf_counter()
-        done = 0
-        while done < steps or done % self.period:
-            done += self.advance()
-        return (time.perf_counter() - start) / done
+        num_steps = 0
+        while num_steps < min_steps or num_steps % self.period:
+            num_steps += self.advance()
+        return (time.perf_counter() - start) / num_steps
 
     def flops(self) -> float:
-        """Returns the FLOPs of a step; a loop's body is counted once."""
-        return (
-            sum(
-                self._lower(step).cost_analysis()["flops"]
-                for step in range(self.period)
-            )
-            / self.period
-        )
+        """Returns the mean FLOPs of a step over a period.
+
+        They are counted before compilation, and the body of a loop counts once.
+        """
+        total = 0.0
+        for step in range(self.period):
+            total += self._lower(step).cost_analysis()["flops"]
+        return total / self.period
 
     def memory(self) -> int:
         """Returns the bytes of a compiled call: arguments, temporaries and result."""
         usage = self._lower(0).compile().memory_analysis()
-        arguments = (
+        # Donated arguments and the results that take their memory count once.
+        return (
             usage.argument_size_in_bytes
             + usage.output_size_in_bytes
             - usage.alias_size_in_bytes
+            + usage.temp_size_in_bytes
         )
-        return arguments + usage.temp_size_in_bytes
 
     def hlo(self) -> str:
         """Returns the instructions of the compiled call."""
@@ -116,15 +138,25 @@ class Running:
 
 
 def matmul_rate(precision: str, repeats: int = 5) -> float:
-    """Returns the FLOPs per second of a large matrix product in a run's precision: this device's best."""
+    """Returns the FLOPs per second of a large matrix product in a run's precision.
+
+    This is the rate that the device can reach at best.
+    """
+    # Large enough for the device to reach its rate, and small enough to be quick.
     size = 1024 if jax.default_backend() == "cpu" else 8192
-    x = jnp.ones((size, size), jnp.bfloat16 if precision == "bfloat16" else jnp.float32)
+    dtype = jnp.bfloat16 if precision == "bfloat16" else jnp.float32
+    x = jnp.ones((size, size), dtype)
     product = jax.jit(lambda a, b: jnp.matmul(a, b, precision=_PRECISIONS[precision]))
-    return 2 * size**3 / best({"product": blocking(product, x, x)}, repeats)["product"]
+    times = best({"product": blocking(product, x, x)}, repeats)
+    return 2 * size**3 / times["product"]
 
 
 def bandwidth(repeats: int = 5) -> float:
-    """Returns the bytes per second of a sum of two large arrays into a third: two are read, one is written."""
+    """Returns the bytes per second of adding two large arrays.
+
+    Two arrays are read, and one is written.
+    """
     x = jnp.ones((4096, 10_000), jnp.float32)
-    total = jax.jit(lambda a, b: a + b)
-    return 3 * x.nbytes / best({"sum": blocking(total, x, x)}, repeats)["sum"]
+    add = jax.jit(lambda a, b: a + b)
+    times = best({"sum": blocking(add, x, x)}, repeats)
+    return 3 * x.nbytes / times["sum"]

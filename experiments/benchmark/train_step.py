@@ -1,10 +1,15 @@
-"""The training step on one device, as `experiments.main` compiles it, on noise of CIFAR-100-LT's shape and number.
+"""Measures the training step on one device, as `experiments.main` compiles it.
 
-- images/s, ms a step: the best of the repeats, all cases interleaved; includes fetching a batch, crops and flips.
-- GFLOP a step: as the program asks for it, before the compiler's savings; of `bikd` on CPU the mean over k steps, on
-  accelerators of a step in which the weight net changes.
-- of matmul: the rate of these FLOPs, over that of a large matrix product in the same precision on this device.
-- first step: from the config to the first step's end, once with an empty compilation cache and once with a filled one.
+The data are noise, with the shape and the number of images of CIFAR-100-LT. Columns:
+
+- images/s, ms a step: the best of the repeats, all cases in turns. A step includes
+  making a batch, crops and flips.
+- GFLOP a step: of the program before the compiler's optimizations. For `bikd` on CPU it
+  is the mean over k steps, on accelerators that of a step that updates the weight net.
+- of matmul: the rate of these FLOPs, over that of a large matrix product in the same
+  precision on this device.
+- first step: from the config to the end of the first step, with an empty compilation
+  cache and with a filled one.
 - memory: arguments, temporaries and result of the compiled call.
 """
 
@@ -29,12 +34,19 @@ from ltkd_jax.data import augment, datasets, longtail
 from ltkd_jax.data.records import Images
 
 METHODS = ("ce", "kd", "dkd", "ltkd", "bikd")
-_SHAPE = (32, 32, 3)
+_IMAGE_SHAPE = (32, 32, 3)
+_NUM_CLASSES = 100
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One row: a method, the source of its teacher's logits ("none", "table" or "network"), and a precision."""
+    """Describes a row of the table.
+
+    Attributes:
+      method: its name.
+      teacher: source of the teacher's logits, "none", "table" or "network".
+      precision: "float32", "tf32" or "bfloat16".
+    """
 
     method: str
     teacher: str
@@ -43,106 +55,131 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class StepCost:
-    """What a case costs; seconds of a step, of the first with an empty cache, and of the first with a filled one."""
+    """Holds what a case costs.
+
+    Attributes:
+      batch_size: images in a step.
+      seconds: of a step.
+      flops: of a step.
+      memory: bytes of the compiled call.
+      first_step: seconds until the end of the first step, with an empty cache.
+      cached_first_step: the same with a filled cache.
+    """
 
     batch_size: int
     seconds: float
     flops: float
     memory: int
-    cold: float
-    cached: float
+    first_step: float
+    cached_first_step: float
 
 
 def cases(methods, teachers, precisions) -> list[Case]:
-    """Returns all combinations; a method without a teacher once for each precision."""
+    """Returns all combinations; a method without a teacher has one per precision."""
     combinations = []
     for precision, method in itertools.product(precisions, methods):
-        sources = teachers if spec_of(Case(method, "none")).needs_teacher else ["none"]
+        needs_teacher = spec_of(Case(method, "none")).needs_teacher
+        sources = teachers if needs_teacher else ["none"]
         combinations += [Case(method, source, precision) for source in sources]
     return combinations
 
 
 def spec_of(case: Case, **models: str) -> RunSpec:
-    """Returns the specification of a case; `models` are the names of the teacher and the student."""
-    argument = ",".join(
-        (case.method, *(f"{role}={name}" for role, name in models.items()))
-    )
-    config = load.load_config(f"configs/cifar100lt.py:{argument}")
+    """Returns the specification of a case.
+
+    Args:
+      case: the row.
+      **models: names of the models, `teacher` and `student`.
+    """
+    arguments = [case.method]
+    arguments += [f"{role}={name}" for role, name in models.items()]
+    config = load.load_config(f"configs/cifar100lt.py:{','.join(arguments)}")
     config.precision = case.precision
+    # The numbers of a step are those of one device.
     config.devices = 1
     return resolve(config)
 
 
 def noise(spec: RunSpec) -> Dataset:
     """Returns a data set of noise with as many images of each class as a run draws."""
-    counts = longtail.counts(spec.data.n_max or 500, spec.data.imbalance, 100)
+    counts = longtail.counts(spec.data.n_max or 500, spec.data.imbalance, _NUM_CLASSES)
     rng = np.random.default_rng(0)
+    classes = np.arange(_NUM_CLASSES)
 
     def images(labels, name):
-        pixels = rng.integers(0, 256, (len(labels), *_SHAPE), np.uint8)
-        return Images(
-            pixels,
-            labels.astype(np.int32),
-            np.array([f"{name}_{i:05d}" for i in range(len(labels))]),
-        )
+        pixels = rng.integers(0, 256, (len(labels), *_IMAGE_SHAPE), np.uint8)
+        keys = np.array([f"{name}_{i:05d}" for i in range(len(labels))])
+        return Images(pixels, labels.astype(np.int32), keys)
 
-    train = images(np.repeat(np.arange(100), counts), "train")
-    outer = images(np.repeat(np.arange(100), spec.data.outer_per_class), "outer")
-    test = images(np.arange(100), "test")
-    names = tuple(f"class {c}" for c in range(100))
-    views = augment.Views(pad=4, flip=True)
+    train = images(np.repeat(classes, counts), "train")
+    outer = images(np.repeat(classes, spec.data.outer_per_class), "outer")
+    test = images(classes, "test")
+    no_validation = test.take(np.arange(0))
     source = datasets.Source(
-        "noise", train, test, 100, names, (0.5,) * 3, (0.25,) * 3, views
+        "noise",
+        train,
+        test,
+        _NUM_CLASSES,
+        tuple(f"class {c}" for c in classes),
+        (0.5,) * 3,
+        (0.25,) * 3,
+        augment.Views(pad=4, flip=True),
     )
-    by_rank = groups.ClassGroups.from_counts(counts)
     return Dataset(
         source,
         train,
         outer,
-        test.take(np.arange(0)),
+        no_validation,
         test,
         counts,
-        by_rank,
+        groups.ClassGroups.from_counts(counts),
         groups.shots(counts),
     )
 
 
-def start(case: Case, **models: str) -> timing.Running:
-    """Returns a case in the middle of its training."""
+def start(case: Case, **models: str) -> timing.RunningTraining:
+    """Returns the training of a case after its first step; see `spec_of`."""
     spec = spec_of(case, **models)
     data = noise(spec)
-    training = spec.student_training(case.teacher)
+    training_spec = spec.student_training(case.teacher)
+    # The teacher's values do not change the costs.
     teacher = None
     if case.teacher == "table":
-        teacher = np.zeros(
-            (len(data.train), data.source.views.num, data.num_classes), np.float32
-        )
+        shape = len(data.train), data.source.views.num, data.num_classes
+        teacher = np.zeros(shape, np.float32)
     elif case.teacher == "network":
-        init = jax.jit(
-            functools.partial(teacher_model(training, data).init, train=False)
-        )
-        teacher = init(jax.random.key(0), np.zeros((1, *_SHAPE), np.float32))
-    return timing.Running(Trainer(training, data), teacher)
+        model = teacher_model(training_spec, data)
+        init = jax.jit(functools.partial(model.init, train=False))
+        image = np.zeros((1, *_IMAGE_SHAPE), np.float32)
+        teacher = init(jax.random.key(0), image)
+    return timing.RunningTraining(Trainer(training_spec, data), teacher)
 
 
 def first_step(case: Case, **models: str) -> tuple[float, float]:
-    """Returns the seconds from config to first step's end, with an empty and with a filled compilation cache."""
+    """Returns the seconds from the config to the end of the first step.
+
+    The first number is with an empty compilation cache, the second with a filled one.
+    """
 
     def seconds():
+        # The compiled functions in memory, besides those on disk.
         jax.clear_caches()
         return timing.seconds(lambda: start(case, **models))
 
-    previous = jax.config.jax_compilation_cache_dir
+    previous_folder = jax.config.jax_compilation_cache_dir
     with tempfile.TemporaryDirectory() as folder:
         try:
-            _compile_into(folder)
-            return seconds(), seconds()
+            _set_compilation_cache(folder)
+            empty_cache = seconds()
+            filled_cache = seconds()
+            return empty_cache, filled_cache
         finally:
-            _compile_into(previous)
+            _set_compilation_cache(previous_folder)
 
 
-def _compile_into(folder):
+def _set_compilation_cache(folder):
     jax.config.update("jax_compilation_cache_dir", folder)
+    # JAX opens the cache once, and ignores a later change of the option without this.
     compilation_cache.reset_cache()
 
 
@@ -150,25 +187,36 @@ def measure(
     cases: list[Case], *, repeats: int, steps: int, **models: str
 ) -> dict[Case, StepCost]:
     """Returns the costs of all cases, whose steps are timed in turns."""
-    first = {case: first_step(case, **models) for case in cases}
-    running = {case: start(case, **models) for case in cases}
-    seconds = timing.best_of_rounds(
-        {case: lambda r=r: r.seconds(steps) for case, r in running.items()}, repeats
-    )
-    return {
-        case: StepCost(
-            r.trainer.recipe.batch_size,
-            seconds[case],
-            r.flops(),
-            r.memory(),
-            *first[case],
+    # First, because it clears the compiled functions of all cases.
+    first_steps = {case: first_step(case, **models) for case in cases}
+    trainings = {case: start(case, **models) for case in cases}
+
+    def measure_of(training):
+        return lambda: training.seconds(steps)
+
+    measures = {case: measure_of(training) for case, training in trainings.items()}
+    seconds = timing.best_of_rounds(measures, repeats)
+    costs = {}
+    for case, training in trainings.items():
+        empty_cache, filled_cache = first_steps[case]
+        costs[case] = StepCost(
+            batch_size=training.trainer.recipe.batch_size,
+            seconds=seconds[case],
+            flops=training.flops(),
+            memory=training.memory(),
+            first_step=empty_cache,
+            cached_first_step=filled_cache,
         )
-        for case, r in running.items()
-    }
+    return costs
 
 
-def table(costs: dict[Case, StepCost], rates: dict[str, float]) -> writers.Table:
-    """Returns the rows; `rates` are FLOPs per second of a matrix product, by precision."""
+def table(costs: dict[Case, StepCost], matmul_rates: dict[str, float]) -> writers.Table:
+    """Returns the table of the costs.
+
+    Args:
+      costs: by case.
+      matmul_rates: by precision, FLOPs per second of a matrix product.
+    """
     header = [
         "method",
         "teacher",
@@ -178,15 +226,27 @@ def table(costs: dict[Case, StepCost], rates: dict[str, float]) -> writers.Table
         "ms a step",
         "GFLOP a step",
         "of matmul",
+        "first step, s",
+        "cached, s",
+        "MiB",
     ]
-    header += ["first step, s", "cached, s", "MiB"]
     rows = []
     for case, cost in costs.items():
-        share = cost.flops / cost.seconds / rates[case.precision]
-        row = [case.method, case.teacher, case.precision, f"{cost.batch_size}"]
-        row += [f"{cost.batch_size / cost.seconds:,.0f}", f"{1e3 * cost.seconds:,.2f}"]
-        row += [f"{cost.flops / 1e9:.1f}", f"{100 * share:.0f} %"]
-        row += [f"{cost.cold:.1f}", f"{cost.cached:.1f}", f"{cost.memory / 2**20:,.0f}"]
+        rate = cost.flops / cost.seconds
+        matmul_share = rate / matmul_rates[case.precision]
+        row = [
+            case.method,
+            case.teacher,
+            case.precision,
+            f"{cost.batch_size}",
+            f"{cost.batch_size / cost.seconds:,.0f}",
+            f"{1e3 * cost.seconds:,.2f}",
+            f"{cost.flops / 1e9:.1f}",
+            f"{100 * matmul_share:.0f} %",
+            f"{cost.first_step:.1f}",
+            f"{cost.cached_first_step:.1f}",
+            f"{cost.memory / 2**20:,.0f}",
+        ]
         rows.append(row)
     return writers.Table(header, rows)
 
@@ -201,18 +261,19 @@ def report(
     repeats: int,
     steps: int,
 ) -> str:
-    """Returns the whole measurement as text."""
-    rates = {precision: timing.matmul_rate(precision) for precision in precisions}
-    rows = cases(methods, teachers, precisions)
+    """Returns the measurement as text."""
+    matmul_rates = {name: timing.matmul_rate(name) for name in precisions}
     costs = measure(
-        rows, repeats=repeats, steps=steps, teacher=teacher, student=student
+        cases(methods, teachers, precisions),
+        repeats=repeats,
+        steps=steps,
+        teacher=teacher,
+        student=student,
     )
     lines = [
         f"{teacher} → {student}, CIFAR-100-LT's number of images",
-        writers.as_text(table(costs, rates)),
+        writers.as_text(table(costs, matmul_rates)),
     ]
-    lines += [
-        f"a matrix product in {name}: {rate / 1e12:.3f} TFLOP/s"
-        for name, rate in rates.items()
-    ]
+    for name, rate in matmul_rates.items():
+        lines.append(f"a matrix product in {name}: {rate / 1e12:.3f} TFLOP/s")
     return "\n".join([*lines, provenance.short()])

@@ -141,7 +141,7 @@ def run_queue(
 def _report(queue: Queue, folder: pathlib.Path) -> None:
     results = queue.results()
     if results:
-        print(tables.console(results))
+        print(tables.render(results))
     workdirs = queue.workdirs()
     if workdirs:
         path = folder / "report.html"

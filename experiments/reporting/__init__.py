@@ -1,1 +1,1 @@
-"""Results to tables, figures and pages."""
+"""Turns results into tables, figures and pages."""

@@ -1,7 +1,9 @@
-"""Runs grouped for comparison.
+"""Groups runs so that they can be compared.
 
-Runs that differ in the seeds of the teacher and the student only are one `Method`. Methods that may be compared with
-each other are one `Setting`. A run is the dictionary that `load.load` returns.
+A `Method` is a row of a table: runs that differ in the seeds of the teacher and the
+student only. A `Setting` holds the methods that may be compared with each other: those
+with the same data, models, split and length of training. A run is the dictionary that
+`load.load` returns.
 """
 
 import collections
@@ -11,9 +13,10 @@ import re
 
 from experiments.config import identity, spec
 from experiments.config.trees import at, flatten
-from experiments.reporting.statistics import BETTER, mean_std, paired
+from experiments.reporting.statistics import BETTER, compare_paired, mean_std
 
-ORDER = [
+# The order of rows; other methods follow by name.
+METHOD_ORDER = (
     "ce",
     "balanced_softmax",
     "logit_adjusted",
@@ -26,9 +29,14 @@ ORDER = [
     "ltkd",
     "ltkd_bs",
     "bikd",
-]
-_SEEDS = ("seed", "split_seed", "teacher_seed")
-_TITLE_PARTS = ("data", "imbalance", "models")
+)
+_SEED_KEYS = ("seed", "split_seed", "teacher_seed")
+_TITLE_KEYS = ("data", "imbalance", "models")
+_SOURCES_OF_LOGITS = {
+    "table": "table of all views",
+    "network": "network in the step",
+    "features": "network in the step",
+}
 
 
 # Methods and settings.
@@ -36,129 +44,157 @@ _TITLE_PARTS = ("data", "imbalance", "models")
 
 @dataclasses.dataclass
 class Method:
-    """A row of a table: the runs of a method by (teacher seed, student seed)."""
+    """Holds the runs of one method, which are one row of a table.
+
+    Attributes:
+      name: of the method, such as "ltkd".
+      label: the name, and the hyperparameters that distinguish it from other rows.
+      runs: {(teacher seed, student seed): run}.
+    """
 
     name: str
     label: str
     runs: dict
 
-    def values(self, column, part="test"):
-        """Returns {seeds: value} of the runs that have a finite value."""
-        values = {seeds: at(run.get(part), column) for seeds, run in self.runs.items()}
-        return {
-            seeds: v
-            for seeds, v in values.items()
-            if isinstance(v, (int, float)) and math.isfinite(v)
-        }
+    def values(self, column, split="test"):
+        """Returns {seeds: value} of a column, of the runs that have a finite value.
 
-    def mean(self, column, part="test"):
-        """Returns the mean over the runs, None without a value."""
-        return mean_std(self.values(column, part).values())[0]
+        Args:
+          column: dotted path in the results, such as "groups.tail".
+          split: "test" or "validation".
+        """
+        values = {}
+        for seeds, run in self.runs.items():
+            value = at(run.get(split), column)
+            if isinstance(value, (int, float)) and math.isfinite(value):
+                values[seeds] = value
+        return values
+
+    def mean(self, column, split="test"):
+        """Returns the mean of a column over the runs, None if none has a value."""
+        return mean_std(self.values(column, split).values())[0]
 
     @property
     def sorted_runs(self):
-        """The runs in the order of their seeds."""
+        """Returns the runs, sorted by their seeds."""
         return [self.runs[seeds] for seeds in sorted(self.runs)]
 
 
 @dataclasses.dataclass
 class Setting:
-    """Methods on the same data set, imbalance, pair of models, split and length of training."""
+    """Holds the methods that were run on the same data, models, split and length.
+
+    Attributes:
+      data: name of the data set.
+      imbalance: largest over smallest class count.
+      teacher: name of its model.
+      student: name of its model.
+      split_seed: seed of the draw of the training images.
+      epochs: length of training.
+      num_images: training images, 0 if not recorded.
+      methods: list of `Method`, sorted.
+    """
 
     data: str
     imbalance: float
     teacher: str
     student: str
-    split: int
+    split_seed: int
     epochs: int
-    images: int
+    num_images: int
     methods: list
 
-    def parts(self):
-        """Returns the parts of a title, by name."""
+    def title_parts(self):
+        """Returns the phrases that a title may be made of, by name."""
         return {
             "data": self.data,
             "imbalance": f"imbalance {self.imbalance:g}",
             "models": f"{self.teacher} → {self.student}",
             "epochs": f"{self.epochs:g} epochs",
-            "split": f"split seed {self.split}",
-            "images": f"{self.images:,} training images",
+            "split_seed": f"split seed {self.split_seed}",
+            "num_images": f"{self.num_images:,} training images",
         }
 
     @property
     def title(self):
-        """The data set, the imbalance and the models."""
-        parts = self.parts()
-        return ", ".join(parts[key] for key in _TITLE_PARTS)
+        """Returns the data set, the imbalance and the models."""
+        parts = self.title_parts()
+        return ", ".join(parts[key] for key in _TITLE_KEYS)
 
     @property
     def runs(self):
-        """All runs, in the order of the methods and the seeds."""
-        return [run for method in self.methods for run in method.sorted_runs]
+        """Returns all runs, sorted by method and seeds."""
+        runs = []
+        for method in self.methods:
+            runs += method.sorted_runs
+        return runs
 
     def teachers(self):
-        """Returns the distinct teachers, {hash: teacher}."""
-        teachers = {
-            str(run["teacher"].get("hash")): run["teacher"]
-            for run in self.runs
-            if run.get("teacher")
-        }
+        """Returns the distinct teachers, {hash: the teacher's results}."""
+        teachers = {}
+        for run in self.runs:
+            if run.get("teacher"):
+                teachers[str(run["teacher"].get("hash"))] = run["teacher"]
         return dict(sorted(teachers.items()))
 
     def teacher_method(self):
-        """Returns the teachers as a row of the table, with a run for each distinct teacher, or None."""
-        runs = {
-            (0, i): {"test": t["test"]}
-            for i, t in enumerate(self.teachers().values())
-            if t.get("test")
-        }
+        """Returns the teachers as a row of the table, None if none was evaluated."""
+        runs = {}
+        for i, teacher in enumerate(self.teachers().values()):
+            if teacher.get("test"):
+                runs[0, i] = {"test": teacher["test"]}
         return Method("teacher", "teacher", runs) if runs else None
 
-    def methods_with_teacher(self, *, first=False):
-        """Returns the methods and the teacher's row, if there is one, which comes last unless it is to be first."""
-        teachers = [self.teacher_method()] if self.teacher_method() else []
-        return [*teachers, *self.methods] if first else [*self.methods, *teachers]
+    def methods_with_teacher(self, *, teacher_first=False):
+        """Returns the methods and the teacher's row, if any; it is last by default."""
+        teacher = self.teacher_method()
+        if teacher is None:
+            return list(self.methods)
+        if teacher_first:
+            return [teacher, *self.methods]
+        return [*self.methods, teacher]
 
     def group_names(self):
         """Returns the names of the class groups, the most frequent first."""
-        return list(
-            dict.fromkeys(
-                name for run in self.runs for name in run["test"].get("groups") or {}
-            )
-        )
+        names = {}
+        for run in self.runs:
+            names |= dict.fromkeys(run["test"].get("groups") or {})
+        return list(names)
 
-    def tail(self):
+    def tail_column(self):
         """Returns the column of the least frequent group."""
         names = self.group_names()
-        return "groups.tail" if "tail" in names or not names else f"groups.{names[-1]}"
+        if "tail" in names or not names:
+            return "groups.tail"
+        return f"groups.{names[-1]}"
 
     def tail_name(self):
         """Returns the name of the least frequent group."""
-        return self.tail().removeprefix("groups.")
+        return self.tail_column().removeprefix("groups.")
 
     def note(self):
-        """Describes what a mean and a deviation are over, and the training images."""
-        n = max(len(method.runs) for method in self.methods)
-        teachers = len(self.teachers())
-        over = f"one split, {teachers} teachers" if teachers > 1 else "one split"
-        spread = (
-            f"Mean ± standard deviation over student seeds, {over}"
-            if n > 1
-            else f"One student seed, {over}"
+        """Returns in words what a mean is taken over, and on how many images."""
+        num_seeds = max(len(method.runs) for method in self.methods)
+        num_teachers = len(self.teachers())
+        num_outer_images = 0
+        for run in self.runs:
+            num_outer_images = num_outer_images or run.get("outer_images") or 0
+        note = (
+            "Mean ± standard deviation over student seeds, one split"
+            if num_seeds > 1
+            else "One student seed, one split"
         )
-        images = f"{self.images:,} training images, " if self.images else ""
-        outer = next(
-            (run["outer_images"] for run in self.runs if run.get("outer_images")), 0
-        )
-        images += (
-            f"for learned weights {outer:,} balanced ones beside them, "
-            if outer
-            else ""
-        )
-        return f"{spread} (split seed {self.split}); {images}{self.epochs:g} epochs; the last epoch, in percent"
+        if num_teachers > 1:
+            note += f", {num_teachers} teachers"
+        note += f" (split seed {self.split_seed}); "
+        if self.num_images:
+            note += f"{self.num_images:,} training images, "
+        if num_outer_images:
+            note += f"{num_outer_images:,} balanced images for learned weights, "
+        return f"{note}{self.epochs:g} epochs; the last epoch, in percent"
 
     def best(self, column, *, lower_is_better=False):
-        """Returns the method with the best mean, None where no method has the column."""
+        """Returns the method with the best mean, None if no method has the column."""
         candidates = [method for method in self.methods if method.values(column)]
         sign = -1 if lower_is_better else 1
         return max(
@@ -166,188 +202,217 @@ class Setting:
         )
 
     def clear_best(self, column, *, lower_is_better=False):
-        """Returns the best method if it is better than each of the others, else None."""
+        """Returns the best method if it is better than each other one, else None.
+
+        `statistics.compare_paired` decides what counts as better.
+        """
         best = self.best(column, lower_is_better=lower_is_better)
         others = [method for method in self.methods if method is not best]
         if best is None or not others:
             return None
-        values = best.values(column)
-        differences = [
-            paired(values, other.values(column), lower_is_better=lower_is_better)
-            for other in others
-        ]
-        return (
-            best
-            if all(difference.verdict == BETTER for difference in differences)
-            else None
-        )
+        for method in others:
+            difference = compare_paired(
+                best.values(column),
+                method.values(column),
+                lower_is_better=lower_is_better,
+            )
+            if difference.verdict != BETTER:
+                return None
+        return best
 
 
-def rank(method):
-    """Returns a sorting key that puts the methods of `ORDER` first, and alpha=2 before alpha=16."""
-    place = (
-        (ORDER.index(method.name), "")
-        if method.name in ORDER
-        else (len(ORDER), method.name)
-    )
-    parts = re.split(r"(\d+(?:\.\d+)?)", method.label)
-    return *place, tuple(float(part) if i % 2 else part for i, part in enumerate(parts))
+def sort_key(method):
+    """Returns a key that sorts by `METHOD_ORDER`, and alpha=2 before alpha=16."""
+    if method.name in METHOD_ORDER:
+        position = (METHOD_ORDER.index(method.name), "")
+    else:
+        position = (len(METHOD_ORDER), method.name)
+    # `re.split` with a group returns text and numbers in turns: a number is compared
+    # as a number, and always with a number.
+    label = re.split(r"(\d+(?:\.\d+)?)", method.label)
+    label[1::2] = map(float, label[1::2])
+    return *position, tuple(label)
 
 
-def all_methods(settings):
-    """Returns a method of each label in the settings, sorted."""
-    methods = {
-        method.label: method for setting in settings for method in setting.methods
-    }
-    return sorted(methods.values(), key=rank)
+def distinct_methods(settings):
+    """Returns one method of each label in the settings, sorted."""
+    methods = {}
+    for setting in settings:
+        methods |= {method.label: method for method in setting.methods}
+    return sorted(methods.values(), key=sort_key)
 
 
 # Grouping.
 
 
-def gather(runs):
-    """Returns the settings of all finished runs, sorted; a run that is given twice counts once."""
-    settings = collections.defaultdict(list)
+def group_runs(runs):
+    """Returns the settings of all finished runs, sorted.
+
+    Two copies of a run count as one.
+    """
+    runs_by_setting = collections.defaultdict(list)
     for run in runs:
         if run.get("finished", True):
-            settings[_setting_key(run)].append(run)
-    # A key that distinguishes two methods in one setting is named in all: the same method has the same label.
-    differing = collections.defaultdict(set)
-    for setting_runs in settings.values():
-        for name, same in _by_name(setting_runs).items():
-            differing[name] |= _differing_keys(same)
-    return [
-        Setting(*key, methods=_methods(settings[key], differing))
-        for key in sorted(settings)
-    ]
+            runs_by_setting[_setting_key(run)].append(run)
+    # A key that distinguishes two rows in one setting is part of the label in all
+    # settings, so that a label means the same method everywhere.
+    label_keys = collections.defaultdict(set)
+    for setting_runs in runs_by_setting.values():
+        for name, method_runs in _by_method_name(setting_runs).items():
+            label_keys[name] |= _differing_keys(method_runs)
+    settings = []
+    for key in sorted(runs_by_setting):
+        methods = _methods(runs_by_setting[key], label_keys)
+        settings.append(Setting(*key, methods=methods))
+    return settings
 
 
 def _setting_key(run):
+    """Returns the fields of the run's `Setting`, without the methods."""
     config = identity.recorded_identity(run)
-    models = config["teacher"]["model"], config["student"]["model"]
-    sizes = (
+    data, imbalance = _data_and_imbalance(config["data"], run.get("class_counts"))
+    return (
+        data,
+        imbalance,
+        config["teacher"]["model"],
+        config["student"]["model"],
         run["seeds"].get("split") or 0,
         run.get("epochs") or 0,
         run.get("train_images") or 0,
     )
-    return (
-        *_data_and_imbalance(config["data"], run.get("class_counts")),
-        *models,
-        *sizes,
-    )
 
 
 def _data_and_imbalance(data, class_counts):
-    """Returns the name of a data set, with the subset unless it was drawn by imbalance, and the imbalance."""
+    """Returns the data set's name, with its subset if any, and the imbalance.
+
+    The imbalance of a subset is not in the config; it is computed from the counts.
+    """
     if "subset" not in data:
         return data["name"], float(data["imbalance"])
-    ratio = max(class_counts) / max(min(class_counts), 1) if class_counts else 1.0
-    return f"{data['name']} ({data['subset']})", round(ratio, 1)
+    imbalance = 1.0
+    if class_counts:
+        imbalance = max(class_counts) / max(min(class_counts), 1)
+    return f"{data['name']} ({data['subset']})", round(imbalance, 1)
 
 
-def _by_name(runs):
+def _by_method_name(runs):
     runs_by_name = collections.defaultdict(list)
     for run in runs:
         runs_by_name[spec.method_label(run["config"])].append(run)
     return runs_by_name
 
 
-def _methods(runs, differing):
+def _methods(runs, label_keys):
     methods = []
-    for name, same in _by_name(runs).items():
-        methods += _variants(name, same, sorted(differing[name]))
-    return sorted(methods, key=rank)
+    for name, method_runs in _by_method_name(runs).items():
+        methods += _variants(name, method_runs, sorted(label_keys[name]))
+    return sorted(methods, key=sort_key)
 
 
 def _differing_keys(runs):
-    """Returns the keys in which the results of one method's runs differ; a part that a config lacks is off in it."""
-    configs = [_flat_identity(run) for run in runs]
-    return {
-        key
-        for key in set().union(*configs)
-        if len({config.get(key) for config in configs}) > 1
-    }
+    """Returns the config keys, other than seeds, in which the runs differ."""
+    configs = [_flat_config(run) for run in runs]
+    differing = set()
+    for key in set().union(*configs):
+        # A key that a config lacks has the value None.
+        values = {config.get(key) for config in configs}
+        if len(values) > 1:
+            differing.add(key)
+    return differing
 
 
-def _flat_identity(run):
-    return {
-        key: str(v)
-        for key, v in flatten(identity.recorded_identity(run)).items()
-        if key not in _SEEDS
-    }
+def _flat_config(run):
+    """Returns {key: text} of the config keys that affect a result, without seeds."""
+    config = flatten(identity.recorded_identity(run))
+    return {key: str(value) for key, value in config.items() if key not in _SEED_KEYS}
 
 
-def _variants(name, runs, keys):
-    """Returns a method for each combination of the values that its runs have at the keys, which its label names."""
-    variants = collections.defaultdict(dict)
+def _variants(name, runs, label_keys):
+    """Returns a method for each combination of values that the runs have at the keys.
+
+    The label of a method names its values.
+    """
+    runs_by_values = collections.defaultdict(dict)
     for run in runs:
-        config = _flat_identity(run)
+        config = _flat_config(run)
+        values = tuple(config.get(key) for key in label_keys)
         seeds = run["seeds"].get("teacher") or 0, run["seeds"].get("student") or 0
-        same_runs = variants[tuple(config.get(key) for key in keys)]
-        # A work directory, which has training curves, is preferred to the result file of the same run.
-        if seeds not in same_runs or (
-            run.get("metrics") and not same_runs[seeds].get("metrics")
-        ):
-            same_runs[seeds] = run
+        runs_by_seeds = runs_by_values[values]
+        copy = runs_by_seeds.get(seeds)
+        # Of two copies of a run, the one with training curves is kept: a work
+        # directory has them, and a result file does not.
+        if copy is None or (run.get("metrics") and not copy.get("metrics")):
+            runs_by_seeds[seeds] = run
     methods = []
-    for values, runs_by_seeds in variants.items():
-        chosen = ", ".join(filter(None, map(_assignment, keys, values)))
-        methods.append(
-            Method(name, f"{name} ({chosen})" if chosen else name, runs_by_seeds)
-        )
+    for values, runs_by_seeds in runs_by_values.items():
+        assignments = map(_format_assignment, label_keys, values)
+        suffix = ", ".join(text for text in assignments if text)
+        label = f"{name} ({suffix})" if suffix else name
+        methods.append(Method(name, label, runs_by_seeds))
     return methods
 
 
-def _assignment(key, text):
-    """Returns "key=value" for a label, nothing where the value is off."""
-    if text is None or (key.startswith("augment.") and text in ("none", "0", "0.0")):
+def _format_assignment(key, value):
+    """Returns "key=value" for a label, or "" for an augmentation that is off."""
+    if value is None:
         return ""
-    if re.fullmatch(r"-?\d+\.\d+", text):
-        text = f"{float(text):g}"
-    return f"{key.removeprefix('method.').removeprefix('augment.')}={text}"
+    if key.startswith("augment.") and value in ("none", "0", "0.0"):
+        return ""
+    if re.fullmatch(r"-?\d+\.\d+", value):
+        value = f"{float(value):g}"
+    return f"{key.removeprefix('method.').removeprefix('augment.')}={value}"
 
 
 # Titles.
 
 
-def distinctions(settings):
-    """Returns what distinguishes each setting: data, imbalance, models, and more only where those do not."""
-    parts = [setting.parts() for setting in settings]
-    words = [[] for _ in settings]
-    for key in parts[0]:
-        unclear = len(set(map(tuple, words))) < len(words)
-        if len({part[key] for part in parts}) > 1 and (key in _TITLE_PARTS or unclear):
-            words = [[*before, part[key]] for before, part in zip(words, parts)]
-    return [", ".join(part) for part in words]
+def short_titles(settings):
+    """Returns for each setting what distinguishes it from the others.
+
+    That is the data, the imbalance and the models, as far as they differ, and more only
+    where these are not enough.
+    """
+    parts_of_settings = [setting.title_parts() for setting in settings]
+    titles = [()] * len(settings)
+    for key in parts_of_settings[0]:
+        values = [parts[key] for parts in parts_of_settings]
+        differs = len(set(values)) > 1
+        is_needed = key in _TITLE_KEYS or len(set(titles)) < len(titles)
+        if differs and is_needed:
+            titles = [(*title, value) for title, value in zip(titles, values)]
+    return [", ".join(title) for title in titles]
 
 
 def common_title(settings):
     """Returns the data, imbalance and models that all settings have in common."""
-    parts = [setting.parts() for setting in settings]
-    return ", ".join(
-        parts[0][key] for key in _TITLE_PARTS if len({part[key] for part in parts}) == 1
-    )
+    parts_of_settings = [setting.title_parts() for setting in settings]
+    common = []
+    for key in _TITLE_KEYS:
+        values = [parts[key] for parts in parts_of_settings]
+        if len(set(values)) == 1:
+            common.append(values[0])
+    return ", ".join(common)
 
 
-def titles(settings):
-    """Returns a title for each setting; equal ones have their length, split or images added."""
-    alike = collections.defaultdict(list)
+def distinct_titles(settings):
+    """Returns a title for each setting.
+
+    To equal titles the length, split or number of images is added.
+    """
+    settings_by_title = collections.defaultdict(list)
     for setting in settings:
-        alike[setting.title].append(setting)
+        settings_by_title[setting.title].append(setting)
+    # Settings are not hashable, so their ids are the keys.
     suffixes = {}
-    for group in alike.values():
-        suffixes |= zip(map(id, group), distinctions(group))
-    return [
-        ", ".join(filter(None, (setting.title, suffixes[id(setting)])))
-        for setting in settings
-    ]
+    for same_title in settings_by_title.values():
+        suffixes |= zip(map(id, same_title), short_titles(same_title))
+    titles = []
+    for setting in settings:
+        suffix = suffixes[id(setting)]
+        titles.append(f"{setting.title}, {suffix}" if suffix else setting.title)
+    return titles
 
 
 def logits_source(run):
-    """Returns in words where the training step took the teacher's logits from; None where it needed none."""
-    names = {
-        "table": "table of all views",
-        "network": "network in the step",
-        "features": "network in the step",
-    }
-    return names.get(run.get("teacher_logits"))
+    """Returns in words where the teacher's logits came from, None if none were used."""
+    return _SOURCES_OF_LOGITS.get(run.get("teacher_logits"))

@@ -1,7 +1,9 @@
-"""A page: one HTML file that needs no network, light and dark, from desk to phone, and the files beside it.
+"""Writes a page: one HTML file that needs no network, and the files beside it.
 
-A page is a list of parts: the classes below and `writers.Table`. Templates (templates/parts.html) turn parts into
-HTML. Beside the page stands a folder with each of its figures as an SVG file, which the page does not need.
+A page is light or dark, and fits a desktop or a phone. It is a list of components: the
+classes below and `writers.Table`. The templates (templates/parts.html) turn components
+into HTML. A folder beside the page has each of its figures as an SVG file, which the
+page does not need.
 """
 
 import collections
@@ -14,21 +16,25 @@ from markupsafe import Markup
 
 from experiments.reporting import figures
 
-_OURS = "<!-- written with the page beside this folder, and removed with it -->"
+# At the end of each SVG file that this module writes, so that it removes no other.
+_SIGNATURE = "<!-- written with the page beside this folder, and removed with it -->"
 
 
 @dataclasses.dataclass
 class Section:
-    """A heading with the parts below it; the files of its figures begin with its anchor."""
+    """Holds components below a heading.
+
+    The names of its figures' files begin with its anchor.
+    """
 
     title: str
-    parts: list
+    components: list
     anchor: str = ""
 
 
 @dataclasses.dataclass
 class Heading:
-    """A heading, from 1 (of the page) to 4."""
+    """Holds a heading, of level 1 (the page's) to 4."""
 
     text: str
     level: int = 3
@@ -36,45 +42,48 @@ class Heading:
 
 @dataclasses.dataclass
 class Text:
-    """A paragraph: "small", the "lead", or a "key" above something; `Markup` is not escaped."""
+    """Holds a paragraph, of which `Markup` is not escaped.
 
-    words: str
+    The kind is its CSS class: "small", "lead", or "key" for a line above something.
+    """
+
+    text: str
     kind: str = "small"
 
 
 @dataclasses.dataclass
 class Contents:
-    """A list of links to sections: (anchor, title) pairs."""
+    """Holds links to sections, as (anchor, title) pairs."""
 
     links: list
 
 
 @dataclasses.dataclass
 class Details:
-    """Parts that are hidden until a reader opens them."""
+    """Holds components that are hidden until a reader opens them."""
 
     summary: str
-    parts: list
+    components: list
 
 
 @dataclasses.dataclass
 class Code:
-    """A text in letters of one width."""
+    """Holds a text in a monospaced font."""
 
     text: str
 
 
 @dataclasses.dataclass
 class Panels:
-    """Figures side by side, or below each other where the page is narrow, with the legend that they share."""
+    """Holds figures side by side, or in one column on a phone, and their legend."""
 
     figures: list
     legend: figures.Legend | None = None
 
 
 @dataclasses.dataclass
-class ByWidth:
-    """Two forms of one figure: for a wide and for a narrow page."""
+class ResponsiveFigure:
+    """Holds two forms of one figure, [for a wide page, for a narrow page]."""
 
     figures: list
     legend: figures.Legend | None = None
@@ -82,94 +91,101 @@ class ByWidth:
 
 @dataclasses.dataclass
 class HeatMaps:
-    """Matrices in percent, {label: matrix}, whose rows and columns have the same names."""
+    """Holds matrices in percent, {label: matrix}, and the names of rows and columns."""
 
     matrices: dict
     names: list
 
 
-def _html(part):
-    """Renders a part by the macro that has the name of its class."""
-    return Markup(getattr(_PARTS, type(part).__name__.lower())(part))
+def _html(component):
+    """Renders a component by the macro that has the name of its class."""
+    macro = getattr(_MACROS, type(component).__name__.lower())
+    return Markup(macro(component))
 
 
 _ENVIRONMENT = jinja2.Environment(
     loader=jinja2.FileSystemLoader(pathlib.Path(__file__).with_name("templates")),
+    # Names and commands of runs may contain any characters.
     autoescape=True,
     trim_blocks=True,
     lstrip_blocks=True,
+    # A name that does not exist is an error, not an empty text.
     undefined=jinja2.StrictUndefined,
 )
 _ENVIRONMENT.filters["html"] = _html
 _ENVIRONMENT.globals["zip"] = zip
-_PARTS = _ENVIRONMENT.get_template("parts.html").module
+_MACROS = _ENVIRONMENT.get_template("parts.html").module
 
 
 def anchor(title):
-    """Returns a title as it may stand in an address or in the name of a file.
+    """Returns a title in a form that fits an address and a file name.
 
     >>> anchor("cifar100, imbalance 100, resnet32x4 → resnet8x4")
     'cifar100-imbalance-100-resnet32x4-resnet8x4'
     """
-    words = (
-        re.sub(r"\W+", "-", title.lower().replace("’", ""))
-        .encode()[:100]
-        .decode(errors="ignore")
-    )
-    return words.strip("-") or "page"
+    name = re.sub(r"\W+", "-", title.lower().replace("’", ""))
+    # File systems limit the bytes of a name, and a letter may have several.
+    name = name.encode()[:100].decode(errors="ignore")
+    return name.strip("-") or "page"
 
 
-def write(path, title, parts, files=None):
-    """Writes a page, and the folder beside it, `report_files` for `report.html`.
+def write(path, title, components, files=None):
+    """Writes a page, and the folder beside it: `report_files` for `report.html`.
 
     Args:
       path: of the page.
       title: of the window.
-      parts: of the page, the first a heading of level 1.
+      components: of the page, the first a heading of level 1.
       files: {name: text} of other files for the folder.
     """
-    path, files = pathlib.Path(path), files or {}
+    path = pathlib.Path(path)
+    files = files or {}
     folder = path.with_name(f"{path.stem}_files")
-    written = files | _figure_files(parts)
-    _write_files(folder, written)
-    names = ["each figure as an SVG file", *files] if written else []
-    colours = {"light": figures.LIGHT_VARIABLES, "dark": figures.DARK_VARIABLES}
-    page = _ENVIRONMENT.get_template("page.html")
-    path.write_text(
-        page.render(
-            title=title, parts=parts, folder=folder.name, files=names, **colours
-        ),
-        encoding="utf-8",
+    all_files = files | _figure_files(components)
+    _write_files(folder, all_files)
+    html = _ENVIRONMENT.get_template("page.html").render(
+        title=title,
+        components=components,
+        folder=folder.name,
+        files=["each figure as an SVG file", *files] if all_files else [],
+        light=figures.LIGHT_VARIABLES,
+        dark=figures.DARK_VARIABLES,
     )
+    path.write_text(html, encoding="utf-8")
 
 
-def _figure_files(parts):
-    """Returns {name: text} of the SVG files of a page's figures; those of a name are numbered."""
-    files, repeats = {}, collections.Counter()
-    for name, figure in _named_figures(parts):
+def _figure_files(components):
+    """Returns {name: text} of the SVG files of a page; equal names are numbered."""
+    files = {}
+    repeats = collections.Counter()
+    for name, figure in _named_figures(components):
         repeats[name] += 1
         number = f"-{repeats[name]}" if repeats[name] > 1 else ""
-        files[f"{name}{number}.svg"] = figure.file() + _OURS
+        files[f"{name}{number}.svg"] = figure.file() + _SIGNATURE
     return files
 
 
-def _named_figures(parts, prefix=""):
-    for part in parts:
-        if isinstance(part, Section):
-            yield from _named_figures(
-                part.parts, f"{part.anchor}_" if part.anchor else ""
-            )
-        for figure in getattr(part, "figures", ()):
+def _named_figures(components, prefix=""):
+    """Yields (file name without its ending, figure) of all figures of a page."""
+    for component in components:
+        if isinstance(component, Section):
+            section_prefix = f"{component.anchor}_" if component.anchor else ""
+            yield from _named_figures(component.components, section_prefix)
+        # `Panels` and `ResponsiveFigure` have figures.
+        for figure in getattr(component, "figures", ()):
             yield prefix + anchor(figure.name), figure
 
 
 def _write_files(folder, files):
-    """Writes the files, and removes figures of an earlier page; figures from elsewhere stay."""
-    for old in folder.glob("*.svg"):
-        if old.name not in files and old.read_text(
-            encoding="utf-8", errors="replace"
-        ).rstrip().endswith(_OURS):
-            old.unlink()
+    """Writes the files, and removes figures of an earlier page.
+
+    Figures that this module did not write stay.
+    """
+    for path in folder.glob("*.svg"):
+        if path.name not in files:
+            text = path.read_text(encoding="utf-8", errors="replace")
+            if text.rstrip().endswith(_SIGNATURE):
+                path.unlink()
     if files:
         folder.mkdir(exist_ok=True)
     for name, text in files.items():

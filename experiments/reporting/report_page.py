@@ -1,4 +1,4 @@
-"""The report on any number of runs: one page, with its figures and tables as files beside it."""
+"""The report on any number of runs: a page, with its figures and tables as files."""
 
 import json
 
@@ -14,115 +14,126 @@ from experiments.reporting import (
 
 
 def write_report(runs, path, title=None):
-    """Writes a page about runs of `load.load` or `load.find`, one or many.
+    """Writes a page about one or many runs.
 
-    The folder beside it, `report_files` for `report.html`, gets every figure as an SVG file, tables.md and tables.tex.
+    The folder beside it, `report_files` for `report.html`, gets every figure as an SVG
+    file, and tables.md and tables.tex.
+
+    Args:
+      runs: what `load.load_all` returns.
+      path: of the page.
+      title: of the page, by default the methods and the data.
     """
-    settings = aggregate.gather(runs)
+    settings = aggregate.group_runs(runs)
     unfinished = [run for run in runs if not run.get("finished", True)]
-    title, titles = title or _title(settings), aggregate.titles(settings)
-    anchors = _anchors(titles)
-    parts = [page.Heading(title, 1), page.Text(_size(settings, unfinished))]
+    title = title or _title(settings)
+    section_titles = aggregate.distinct_titles(settings)
+    anchors = _distinct_anchors(section_titles)
+    components = [page.Heading(title, 1), page.Text(_counts(settings, unfinished))]
+    # A single setting needs no list of contents and no comparison.
     if len(settings) > 1:
-        links = [("settings", "All settings side by side"), *zip(anchors, titles)]
-        parts += [page.Contents(links), comparison.section(settings)]
-    for setting, setting_title, anchor in zip(settings, titles, anchors):
-        parts.append(
-            page.Section(
-                setting_title, _setting_parts(setting, alone=len(settings) == 1), anchor
-            )
-        )
+        links = [("settings", "All settings side by side")]
+        links += zip(anchors, section_titles)
+        components += [page.Contents(links), comparison.section(settings)]
+    for setting, section_title, anchor in zip(settings, section_titles, anchors):
+        section = _setting_components(setting, is_alone=len(settings) == 1)
+        components.append(page.Section(section_title, section, anchor))
     if unfinished:
         rows = [[run["source"], tables.progress(run)] for run in unfinished]
-        parts.append(
-            page.Section(
-                "Unfinished runs", [writers.Table(["run", "progress"], rows, left=2)]
-            )
-        )
-    if any("ltkd" in method.name for setting in settings for method in setting.methods):
-        parts.append(page.Text(tables.RECONSTRUCTED))
+        table = writers.Table(["run", "progress"], rows, num_text_columns=2)
+        components.append(page.Section("Unfinished runs", [table]))
+    method_names = [m.name for m in aggregate.distinct_methods(settings)]
+    if any("ltkd" in name for name in method_names):
+        components.append(page.Text(tables.RECONSTRUCTED_NOTE))
     files = {
-        "tables.md": tables.console(runs, "markdown"),
-        "tables.tex": tables.console(runs, "latex"),
+        "tables.md": tables.render(runs, "markdown"),
+        "tables.tex": tables.render(runs, "latex"),
     }
-    page.write(path, title, parts, files)
+    page.write(path, title, components, files)
 
 
-def duration(seconds):
-    """Returns a wall time as "2 h 05 min" or "3 min 12 s"."""
+def format_duration(seconds):
+    """Returns a wall time as "2 h 05 min" or "3 min 12 s", "–" if there is none."""
     if not isinstance(seconds, (int, float)):
         return "–"
-    minutes, rest = divmod(round(seconds), 60)
+    minutes, seconds = divmod(round(seconds), 60)
     if minutes >= 60:
         return f"{minutes // 60} h {minutes % 60:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+    return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
 
 
-def _anchors(titles):
-    """Returns a distinct name for each section."""
+def _distinct_anchors(titles):
+    """Returns a distinct anchor for each section."""
     anchors = []
-    for name in map(page.anchor, titles):
-        anchors.append(name if name not in anchors else f"{name}-{len(anchors)}")
+    # Titles that differ in punctuation only have the same anchor.
+    for anchor in map(page.anchor, titles):
+        is_new = anchor not in anchors
+        anchors.append(anchor if is_new else f"{anchor}-{len(anchors)}")
     return anchors
 
 
 def _title(settings):
-    labels = [method.label for setting in settings for method in setting.methods]
+    """Returns the methods and the data sets, as the title of a page."""
+    labels = []
+    for setting in settings:
+        labels += [method.label for method in setting.methods]
+    if not labels:
+        return "No finished run"
     if len(labels) == 1:
         return f"{labels[0]} on {settings[0].data}, imbalance {settings[0].imbalance:g}"
-    data = sorted({setting.data for setting in settings})
-    return (
-        f"{len(set(labels))} methods on {', '.join(data)}"
-        if labels
-        else "No finished run"
-    )
+    data_sets = sorted({setting.data for setting in settings})
+    return f"{len(set(labels))} methods on {', '.join(data_sets)}"
 
 
-def _size(settings, unfinished):
+def _counts(settings, unfinished):
+    """Returns in words how many runs and settings there are."""
     counts = {
         "finished run": sum(len(setting.runs) for setting in settings),
         "setting": len(settings),
     }
-    counts |= {"unfinished run": len(unfinished)} if unfinished else {}
+    if unfinished:
+        counts["unfinished run"] = len(unfinished)
     return ", ".join(f"{n} {noun}{'' if n == 1 else 's'}" for noun, n in counts.items())
 
 
-def _setting_parts(setting, *, alone):
-    parts = [
+def _setting_components(setting, *, is_alone):
+    """Returns the section of a setting.
+
+    If it is the only one of the page, it also has the figure of the tail against the
+    head, which the comparison of all settings has otherwise.
+    """
+    components = [
         page.Text(tables.headline(setting), "lead"),
         tables.accuracy_table(setting),
-        page.Text(f"{setting.note()}. {tables.COLUMNS}"),
+        page.Text(f"{setting.note()}. {tables.COLUMNS_NOTE}"),
     ]
-    comparisons = tables.comparisons(setting)
+    comparisons = tables.comparison_tables(setting)
     if comparisons:
-        parts += [page.Heading("What can be told apart"), page.Text(tables.RULE)]
+        components.append(page.Heading("Which differences are clear"))
+        components.append(page.Text(tables.VERDICT_NOTE))
         for name, table in comparisons:
-            parts += [page.Text(f"On {name}:", "key"), table]
-    if alone:  # else the comparison of all settings has it
-        parts += comparison.tail_against_head([setting])
-    return [
-        *parts,
-        *setting_figures.parts(setting),
-        *weight_figures.parts(setting),
-        *_how_it_was_run(setting),
-    ]
+            components += [page.Text(f"On {name}:", "key"), table]
+    if is_alone:
+        components += comparison.tail_against_head([setting])
+    components += setting_figures.components(setting)
+    components += weight_figures.components(setting)
+    components += _provenance(setting)
+    return components
 
 
-def _how_it_was_run(setting):
-    rows, commands, configs, sources, versions = [], [], [], {}, {}
+def _provenance(setting):
+    """Returns hardware, versions, commands and configs: what a repetition needs."""
+    rows = []
+    commands = []
+    configs = []
     for method in setting.methods:
-        runs = method.sorted_runs
-        for run in runs:
-            rows.append([method.label, *_circumstances(run)])
+        for run in method.sorted_runs:
+            rows.append([method.label, *_provenance_cells(run)])
             commands.append(run.get("command") or "not recorded")
-            for name, version in (run.get("versions") or {}).items():
-                versions.setdefault(name, set()).add(version)
-            if source := aggregate.logits_source(run):
-                sources.setdefault(source, {})[method.label] = None
-        config = json.dumps(
-            runs[0]["config"], indent=1, sort_keys=True, ensure_ascii=False
-        )
-        configs.append(page.Details(method.label, [page.Code(config)]))
+        # The configs of a method's runs differ in the seeds only.
+        config = method.sorted_runs[0]["config"]
+        text = json.dumps(config, indent=1, sort_keys=True, ensure_ascii=False)
+        configs.append(page.Details(method.label, [page.Code(text)]))
     header = [
         "method",
         "hardware",
@@ -133,30 +144,49 @@ def _how_it_was_run(setting):
         "wall time",
         "images/s",
     ]
-    packages = [
-        f"{name} {', '.join(sorted(versions[name]))}" for name in sorted(versions)
-    ]
-    text = "; ".join(["Seeds: split / teacher / student", *packages])
-    logits = "; ".join(
-        f"{', '.join(labels)} from the {source}" for source, labels in sources.items()
-    )
     return [
         page.Heading("How it was run"),
-        writers.Table(header, rows, left=6),
-        page.Text(f"{text}. Teacher’s logits: {logits}." if logits else f"{text}."),
+        writers.Table(header, rows, num_text_columns=6),
+        page.Text(_provenance_note(setting)),
         page.Details("Commands", [page.Code("\n".join(commands))]),
         page.Details("Full configs, of each method’s first seed", configs),
     ]
 
 
-def _circumstances(run):
-    seeds, timing = run["seeds"], run.get("timing") or {}
-    cells = [
-        str(run.get(key) or "–")
-        for key in ("device", "precision", "commit", "config_hash")
-    ]
-    cells.append(
-        " / ".join(str(seeds.get(key, "–")) for key in ("split", "teacher", "student"))
-    )
+def _provenance_note(setting):
+    """Returns what the seeds are, the versions, and where the logits came from."""
+    versions = {}
+    labels_by_source = {}
+    for method in setting.methods:
+        for run in method.sorted_runs:
+            for package, version in (run.get("versions") or {}).items():
+                versions.setdefault(package, set()).add(version)
+            source = aggregate.logits_source(run)
+            if source:
+                # A dictionary keeps the order, and each label once.
+                labels_by_source.setdefault(source, {})[method.label] = None
+    phrases = ["Seeds: split / teacher / student"]
+    for package in sorted(versions):
+        phrases.append(f"{package} {', '.join(sorted(versions[package]))}")
+    note = f"{'; '.join(phrases)}."
+    sources = []
+    for source, labels in labels_by_source.items():
+        sources.append(f"{', '.join(labels)} from the {source}")
+    if sources:
+        note += f" Teacher’s logits: {'; '.join(sources)}."
+    return note
+
+
+def _provenance_cells(run):
+    """Returns the cells of a run below hardware, precision, …, images/s."""
+    keys = ("device", "precision", "commit", "config_hash")
+    cells = [str(run.get(key) or "–") for key in keys]
+    seeds = [str(run["seeds"].get(key, "–")) for key in ("split", "teacher", "student")]
+    timing = run.get("timing") or {}
     speed = timing.get("images_per_second")
-    return [*cells, duration(timing.get("seconds")), f"{speed:,.0f}" if speed else "–"]
+    return [
+        *cells,
+        " / ".join(seeds),
+        format_duration(timing.get("seconds")),
+        f"{speed:,.0f}" if speed else "–",
+    ]

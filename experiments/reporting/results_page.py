@@ -1,4 +1,8 @@
-"""The results page of the repository, results/README.md: published numbers beside ours, the search, the ablation."""
+"""The results page of the repository, results/README.md.
+
+It has published numbers beside the measured ones, the search for hyperparameters, and
+the ablation.
+"""
 
 import pathlib
 import re
@@ -11,15 +15,16 @@ from experiments.reporting.writers import Cell, Table, as_markdown, escape_markd
 PUBLISHED = pathlib.Path(__file__).with_name("published.json")
 _NOT_RUN = Cell("not run yet", quiet=True)
 _GROUPS = ("head", "medium", "tail")
+# LTKD's paper sums the mass over a batch of this size.
+_PUBLISHED_BATCH_SIZE = 64
 
 
 def write_results(folder, planned=()):
-    """Writes README.md into a folder of result files and returns its path."""
+    """Writes README.md into a folder of result files, and returns its path."""
     path = pathlib.Path(folder) / "README.md"
-    path.write_text(
-        render_results(load.find([folder]), load.read_json(PUBLISHED), planned),
-        encoding="utf-8",
-    )
+    runs = load.load_all([folder])
+    text = render_results(runs, load.read_json(PUBLISHED), planned)
+    path.write_text(text, encoding="utf-8")
     return path
 
 
@@ -27,172 +32,210 @@ def render_results(runs, published, planned=()):
     """Returns the page as Markdown.
 
     Args:
-      runs: of `load.find`.
+      runs: what `load.load_all` returns.
       published: the content of published.json.
-      planned: runs that a queue holds, as dictionaries with the keys data, imbalance, teacher, student, method, epochs,
-        set and group.
+      planned: runs of a queue, as dictionaries with the keys data, imbalance, teacher,
+        student, method, epochs, set and group.
     """
-    settings = aggregate.gather(_of_kind("table", runs))
-    planned_rows = _of_kind("table", planned)
-    entries = [*published["settings"], *planned_rows, *map(vars, settings)]
-    parts = [_preamble(published)]
-    for key in dict.fromkeys(map(_key, entries)):
-        reference = next(
-            (entry for entry in published["settings"] if _key(entry) == key), {}
-        )
-        run_settings = [setting for setting in settings if _key(vars(setting)) == key]
-        parts += _section(
+    settings = aggregate.group_runs(_of_kind("table", runs))
+    planned_for_tables = _of_kind("table", planned)
+    entries = [*published["settings"], *planned_for_tables, *map(vars, settings)]
+    paragraphs = _preamble(published)
+    # A dictionary keeps the order, and each key once.
+    for key in dict.fromkeys(map(_setting_key, entries)):
+        paragraphs += _section(
             key,
-            run_settings,
-            reference,
-            [entry for entry in planned_rows if _key(entry) == key],
+            [setting for setting in settings if _setting_key(vars(setting)) == key],
+            _first_with_key(published["settings"], key),
+            [entry for entry in planned_for_tables if _setting_key(entry) == key],
         )
-    parts += _search(_of_kind("search", runs), _of_kind("search", planned))
-    parts += _ablation(_of_kind("ablation", runs), _of_kind("ablation", planned))
-    parts += _bias(settings, published["group_mass"])
-    parts += _orientation(published["anchors"])
-    return "\n\n".join(parts) + "\n"
+    paragraphs += _search(_of_kind("search", runs), _of_kind("search", planned))
+    paragraphs += _ablation(_of_kind("ablation", runs), _of_kind("ablation", planned))
+    paragraphs += _bias(settings, published["group_mass"])
+    paragraphs += _other_published(published["anchors"])
+    return "\n\n".join(paragraphs) + "\n"
 
 
 def _of_kind(kind, entries):
-    """Returns the runs, done or planned, whose group begins with "search" or "ablation"; all others are "table"."""
+    """Returns the runs, finished or planned, of a kind.
+
+    A run is of the kind "search" or "ablation" if its group begins with that word. All
+    others are of the kind "table".
+    """
     return [entry for entry in entries if _kind(entry.get("group") or "") == kind]
 
 
 def _kind(group):
-    return next(
-        (kind for kind in ("search", "ablation") if group.startswith(kind)), "table"
-    )
+    for kind in ("search", "ablation"):
+        if group.startswith(kind):
+            return kind
+    return "table"
 
 
-def _key(entry):
-    """Returns the (data set, imbalance, teacher, student) of a number, be it published, planned or measured."""
-    name = re.sub("[^a-z0-9]", "", str(entry["data"]).lower())
-    return name, float(entry["imbalance"]), entry["teacher"], entry["student"]
+def _setting_key(entry):
+    """Returns (data set, imbalance, teacher, student) of an entry.
+
+    It is the same for published, planned and measured numbers that belong together: the
+    papers write "CIFAR-100", and the configs "cifar100".
+    """
+    data = re.sub("[^a-z0-9]", "", str(entry["data"]).lower())
+    return data, float(entry["imbalance"]), entry["teacher"], entry["student"]
+
+
+def _first_with_key(entries, key):
+    for entry in entries:
+        if _setting_key(entry) == key:
+            return entry
+    return {}
 
 
 def _title(data, imbalance, teacher, student):
-    return f"{data}, imbalance {imbalance:g}, {f'{teacher} → ' if teacher else ''}{student}"
+    models = f"{teacher} → {student}" if teacher else student
+    return f"{data}, imbalance {imbalance:g}, {models}"
 
 
 def _preamble(published):
-    marks = "\n".join(
-        f"- **[{mark}]** {meaning}" for mark, meaning in published["marks"].items()
+    """Returns the paragraphs on how the numbers are to be read."""
+    marks = []
+    for mark, meaning in published["marks"].items():
+        marks.append(f"- **[{mark}]** {meaning}")
+    command = (
+        "python -m experiments.report --results results/ "
+        "--queue experiments/queues/*.json"
     )
-    return f"""# Results
-
-Written by `python -m experiments.report --results results/ --queue experiments/queues/*.json`; do not edit by hand.
-
-Accuracies are top-1 on the balanced test set, in percent, of the last epoch: mean ± standard deviation over student
-seeds. {tables.COLUMNS}
-
-{tables.RULE}
-
-{tables.RECONSTRUCTED} How sure a published number is:
-
-{marks}"""
+    accuracies = (
+        "Accuracies are top-1 on the balanced test set, in percent, of the last epoch: "
+        "mean ± standard deviation over student seeds."
+    )
+    return [
+        "# Results",
+        f"Written by `{command}`; do not edit by hand.",
+        f"{accuracies} {tables.COLUMNS_NOTE}",
+        tables.VERDICT_NOTE,
+        f"{tables.RECONSTRUCTED_NOTE} How certain a published number is:",
+        "\n".join(marks),
+    ]
 
 
 # A data set, an imbalance and a pair of models.
 
 
 def _section(key, settings, reference, planned):
-    """Returns a table for each setting that was run, and one for each length of training that is only planned."""
-    published = reference.get("methods", {})
+    """Returns the section of a pair of models on a data set and an imbalance.
+
+    It has a table for each setting that was run, and one for each length of training
+    that is only planned.
+
+    Args:
+      key: what `_setting_key` returns.
+      settings: the settings that were run.
+      reference: the entry of published.json, {} if there is none.
+      planned: the runs that are planned.
+    """
     data = settings[0].data if settings else reference.get("data", key[0])
-    parts = [f"## {escape_markdown(_title(data, *key[1:]))}"]
-    parts += (
-        [f"Published: {reference['paper']}. {reference.get('note', '')}".rstrip()]
-        if reference
-        else []
-    )
-    missing = {}
+    paragraphs = [f"## {escape_markdown(_title(data, *key[1:]))}"]
+    if reference:
+        text = f"Published: {reference['paper']}. {reference.get('note', '')}"
+        paragraphs.append(text.rstrip())
+    names_by_epochs = {}
     for entry in planned:
-        missing.setdefault(entry["epochs"], set()).add(entry["method"])
-    shown = [(setting.epochs, setting) for setting in settings]
-    shown += [(epochs, None) for epochs in missing if epochs not in dict(shown)]
-    shown = sorted(shown, key=_longest_first) or [(0, None)]
-    # Published numbers stand in the table of the longest training, which is nearest to that of the papers.
-    missing.setdefault(shown[0][0], set()).update(published)
-    for i, (epochs, setting) in enumerate(shown):
-        references = published if i == 0 else {}
-        names = missing.pop(epochs, set())
-        parts += [f"{epochs:g} epochs:"] if setting is None and len(shown) > 1 else []
-        parts.append(as_markdown(_table(setting, references, names)))
-        parts += (
-            [*_distances(setting, references), *_below_table(setting)]
-            if setting
-            else []
-        )
-    return parts
+        names_by_epochs.setdefault(entry["epochs"], set()).add(entry["method"])
+    # A table is (epochs, setting), without a setting if none was run yet.
+    table_keys = [(setting.epochs, setting) for setting in settings]
+    lengths_of_runs = {setting.epochs for setting in settings}
+    for epochs in names_by_epochs:
+        if epochs not in lengths_of_runs:
+            table_keys.append((epochs, None))
+    # Published numbers have a table even if nothing is run or planned.
+    table_keys = sorted(table_keys, key=_longest_first) or [(0, None)]
+    # Published numbers are in the table of the longest training, which is nearest to
+    # that of the papers.
+    published = reference.get("methods", {})
+    longest, _ = table_keys[0]
+    names_by_epochs.setdefault(longest, set()).update(published)
+    for epochs, setting in table_keys:
+        # Planned methods are in the first of several tables of the same length.
+        planned_names = names_by_epochs.pop(epochs, set())
+        if setting is None and len(table_keys) > 1:
+            paragraphs.append(f"{epochs:g} epochs:")
+        paragraphs.append(as_markdown(_table(setting, published, planned_names)))
+        if setting:
+            paragraphs += _differences(setting, published)
+            paragraphs += _below_table(setting)
+        # The published numbers are in the first table only.
+        published = {}
+    return paragraphs
 
 
-def _longest_first(entry):
-    epochs, setting = entry
-    return -epochs, (setting.split, setting.images) if setting else ()
+def _longest_first(table_key):
+    epochs, setting = table_key
+    if setting is None:
+        return -epochs, ()
+    return -epochs, (setting.split_seed, setting.num_images)
 
 
-def _table(setting, published, missing):
-    """Returns the methods of a setting, or of none, and those that are not run yet, beside published numbers."""
-    columns = tables.columns(setting) if setting else dict.fromkeys(("all", *_GROUPS))
-    cells = tables.numbers(setting, columns.values()) if setting else {}
-    methods = setting.methods_with_teacher(first=True) if setting else []
-    names = missing - {method.name for method in methods}
-    methods = [*methods, *(aggregate.Method(name, name, {}) for name in names)]
-    shown = ("all", "tail") if any(published.values()) else ()
+def _table(setting, published, planned_names):
+    """Returns the table of a setting, with published numbers beside the measured ones.
+
+    Args:
+      setting: the setting, or None if it was not run yet.
+      published: {method: {"all": entry, "tail": entry}}.
+      planned_names: of methods; those that are not run yet get a row too.
+    """
+    if setting:
+        columns = tables.columns(setting)
+        cells = tables.mean_cells(setting, columns.values())
+        methods = setting.methods_with_teacher(teacher_first=True)
+    else:
+        columns = dict.fromkeys(("all", *_GROUPS))
+        cells = {}
+        methods = []
+    for name in planned_names - {method.name for method in methods}:
+        methods.append(aggregate.Method(name, name, {}))
+    published_columns = ("all", "tail") if any(published.values()) else ()
     rows = []
-    for method in sorted(methods, key=_row_rank):
-        references = [
-            _published(published.get(method.name, {}).get(column)) for column in shown
-        ]
-        own = cells.get(method.label, [_NOT_RUN] * len(columns))
-        rows.append([method.label, *references, *own, str(len(method.runs))])
-    return Table(
-        ["method", *(f"published {column}" for column in shown), *columns, "n"], rows
-    )
+    for method in sorted(methods, key=_row_key):
+        references = published.get(method.name, {})
+        row = [method.label]
+        row += [_published_text(references.get(name)) for name in published_columns]
+        row += cells.get(method.label, [_NOT_RUN] * len(columns))
+        rows.append([*row, str(len(method.runs))])
+    published_header = [f"published {name}" for name in published_columns]
+    return Table(["method", *published_header, *columns, "n"], rows)
 
 
-def _row_rank(method):
-    return method.name != "teacher", aggregate.rank(method)
+def _row_key(method):
+    return method.name != "teacher", aggregate.sort_key(method)
 
 
-def _published(entry):
+def _published_text(entry):
+    """Returns a published [number, mark] as "51.08 [S]", "?" if it is not known."""
     return f"{entry[0]:.2f} [{entry[1]}]" if entry else "?"
 
 
-def _distances(setting, published):
-    """Returns a sentence on the mean of each method less the published number."""
-    parts = []
+def _differences(setting, published):
+    """Returns a sentence on the measured means minus the published numbers."""
+    clauses = []
     for method in setting.methods:
-        distances = []
+        differences = []
         for name, column in (("all", "all"), ("tail", "groups.tail")):
-            reference = published.get(method.name, {}).get(name)
-            if reference and method.values(column):
-                distances.append(
-                    f"{name} {method.mean(column) - reference[0]:+.2f}".replace(
-                        "-", "−"
-                    )
-                )
-        parts += [f"{method.label}: {', '.join(distances)}"] if distances else []
-    return [f"Ours less the published, in points: {'; '.join(parts)}."] if parts else []
+            entry = published.get(method.name, {}).get(name)
+            if entry and method.values(column):
+                difference = method.mean(column) - entry[0]
+                differences.append(f"{name} {difference:+.2f}".replace("-", "−"))
+        if differences:
+            clauses.append(f"{method.label}: {', '.join(differences)}")
+    if not clauses:
+        return []
+    return [f"Measured minus published, in percentage points: {'; '.join(clauses)}."]
 
 
 def _below_table(setting):
-    parts = [f"{setting.note()}.", escape_markdown(tables.headline(setting))]
-    for title, table in tables.comparisons(setting):
-        parts += [f"Paired, {escape_markdown(title)}:", as_markdown(table)]
-    rows = []
-    for method in setting.methods:
-        runs = method.sorted_runs
-        columns = [
-            [str(run.get(key) or "–") for run in runs]
-            for key in ("device", "precision", "commit")
-        ]
-        columns.append([aggregate.logits_source(run) or "–" for run in runs])
-        seconds = [(run.get("timing") or {}).get("seconds") for run in runs]
-        mean_seconds, _, _ = mean_std(time for time in seconds if time is not None)
-        distinct = [", ".join(sorted(set(column))) for column in columns]
-        rows.append([method.label, *distinct, report_page.duration(mean_seconds)])
+    """Returns the notes, comparisons, circumstances and commands of a setting."""
+    paragraphs = [f"{setting.note()}.", escape_markdown(tables.headline(setting))]
+    for name, table in tables.comparison_tables(setting):
+        paragraphs += [f"Paired, {escape_markdown(name)}:", as_markdown(table)]
+    rows = [_circumstances(method) for method in setting.methods]
     header = [
         "method",
         "hardware",
@@ -201,176 +244,214 @@ def _below_table(setting):
         "teacher's logits",
         "wall time of a run",
     ]
-    return [*parts, as_markdown(Table(header, rows, left=5)), _commands(setting.runs)]
+    paragraphs.append(as_markdown(Table(header, rows, num_text_columns=5)))
+    paragraphs.append(_commands(setting.runs))
+    return paragraphs
+
+
+def _circumstances(method):
+    """Returns a row on how the runs of a method were made."""
+    runs = method.sorted_runs
+    row = [method.label]
+    for key in ("device", "precision", "commit"):
+        row.append(_join_distinct(str(run.get(key) or "–") for run in runs))
+    row.append(_join_distinct(aggregate.logits_source(run) or "–" for run in runs))
+    seconds = [(run.get("timing") or {}).get("seconds") for run in runs]
+    mean_seconds, _, _ = mean_std(s for s in seconds if s is not None)
+    return [*row, report_page.format_duration(mean_seconds)]
+
+
+def _join_distinct(texts):
+    return ", ".join(sorted(set(texts)))
 
 
 def _commands(runs):
-    commands = "\n".join(
-        " ".join((run.get("command") or "# not recorded").split()) for run in runs
-    )
-    fence = "`" * (3 + max(map(len, re.findall("`+", commands)), default=0))
-    return f"{fence}sh\n{commands}\n{fence}"
+    """Returns the commands of the runs as a block of code."""
+    commands = []
+    for run in runs:
+        commands.append(" ".join((run.get("command") or "# not recorded").split()))
+    text = "\n".join(commands)
+    # The fence must be longer than any row of backticks inside.
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence = "`" * (3 + longest)
+    return f"{fence}sh\n{text}\n{fence}"
 
 
 # Methods with different hyperparameters.
 
 
 def _search(runs, planned):
+    """Returns the section on the search for hyperparameters."""
     if not (runs or planned):
         return []
-    header, rows = _variants(runs, planned, "validation")
-    chosen, edges = {}, []
-    for setting in aggregate.gather(runs):
-        for name in dict.fromkeys(method.name for method in setting.methods):
-            candidates = [
-                m
-                for m in setting.methods
-                if m.name == name and m.values("all", "validation")
-            ]
-            if candidates:
-                best = max(
-                    candidates, key=lambda method: method.mean("all", "validation")
-                )
-                chosen[setting.title, best.label] = "chosen"
-                at_edge = "; ".join(_at_edge(best, candidates))
-                edges += (
-                    [f"- {setting.title}, {best.label}: {at_edge}"] if at_edge else []
-                )
-    table = Table(
-        [*header, ""],
-        [[*row, chosen.get((row[0], row[1]), "")] for row in rows],
-        left=2,
+    header, rows = _variant_rows(runs, planned, "validation")
+    chosen = set()
+    remarks = []
+    for setting, best, candidates in _search_winners(runs):
+        chosen.add((setting.title, best.label))
+        edges = _values_at_edge(best, candidates)
+        if edges:
+            remarks.append(f"- {setting.title}, {best.label}: {'; '.join(edges)}")
+    for row in rows:
+        title, label = row[:2]
+        row.append("chosen" if (title, label) in chosen else "")
+    table = Table([*header, ""], rows, num_text_columns=2)
+    about = (
+        "Balanced accuracy on validation images taken from the training set; no choice "
+        "was made on the test set."
     )
-    about = "Balanced accuracy on validation images taken from the training set; the test set chose nothing."
-    parts = ["## The search", about, as_markdown(table)]
-    if edges:
-        parts += [
-            "The best value lies on the edge of what was tried, which is to be widened:",
-            "\n".join(edges),
+    paragraphs = ["## The search", about, as_markdown(table)]
+    if remarks:
+        paragraphs += [
+            "The best value is at the edge of the range that was tried, which is to be "
+            "widened:",
+            "\n".join(remarks),
         ]
-    return parts
+    return paragraphs
 
 
-def _ablation(runs, planned):
-    if not (runs or planned):
-        return []
-    about = "The same methods with a part of them switched off; on the test set, the last epoch, as the tables above."
-    header, rows = _variants(runs, planned, "test")
-    return ["## The ablation", about, as_markdown(Table(header, rows, left=2))]
+def _search_winners(runs):
+    """Yields (setting, best method, all candidates) of each setting and method name.
 
-
-def _variants(runs, planned, part):
-    """Returns header and rows of methods with different hyperparameters, run or planned."""
-    columns = ["all", *(f"groups.{name}" for name in _GROUPS)]
-    rows = []
-    for setting in aggregate.gather(runs):
+    The best method has the highest accuracy on validation images.
+    """
+    for setting in aggregate.group_runs(runs):
+        candidates_by_name = {}
         for method in setting.methods:
-            cells = [
-                tables.number(method.values(column, part).values())
-                for column in columns
-            ]
-            rows.append(
-                [
-                    setting.title,
-                    method.label,
-                    *cells,
-                    str(len(method.runs)),
-                    f"{setting.epochs:g}",
-                ]
-            )
-    configs = [flatten(run["config"]) for run in runs]
-    for entry in planned:
-        if not any(_is_run_of(entry, config) for config in configs):
-            chosen = {
-                key: v for key, v in entry["set"].items() if key.startswith("method.")
-            }
-            values = ", ".join(
-                f"{key.removeprefix('method.')}={v}" for key, v in chosen.items()
-            )
-            label = f"{entry['method']} ({values})" if values else entry["method"]
-            row = [
-                _title(*_key(entry)),
-                label,
-                *[_NOT_RUN] * len(columns),
-                "0",
-                f"{entry['epochs']:g}",
-            ]
-            rows += [row] if row not in rows else []  # one row for all seeds
-    return ["setting", "method", "all", *_GROUPS, "n", "epochs"], rows
+            if method.values("all", "validation"):
+                candidates_by_name.setdefault(method.name, []).append(method)
+        for candidates in candidates_by_name.values():
+            best = max(candidates, key=lambda method: method.mean("all", "validation"))
+            yield setting, best, candidates
 
 
-def _is_run_of(entry, config):
-    """Returns whether a flat config is that of a planned run."""
-    keys = {
-        "data": "data.name",
-        "imbalance": "data.imbalance",
-        "teacher": "teacher.model",
-        "student": "student.model",
-    }
-    own = {name: config.get(key) for name, key in keys.items()}
-    if (
-        own["imbalance"] is None
-        or _key(own) != _key(entry)
-        or config.get("method.name") != entry["method"]
-    ):
-        return False
-    return all(str(config.get(key, v)) == str(v) for key, v in entry["set"].items())
+def _values_at_edge(best, candidates):
+    """Returns the best hyperparameters that are the lowest or highest that were tried.
 
-
-def _at_edge(best, candidates):
-    """Returns the hyperparameters of the best for which only smaller, or only larger, values were tried."""
-    tried = [candidate.sorted_runs[0]["config"]["method"] for candidate in candidates]
+    Each is a text such as "alpha = 4 of 1, 4".
+    """
     edges = []
-    for key, value in best.sorted_runs[0]["config"]["method"].items():
-        values = sorted(
-            {other[key] for other in tried if isinstance(other.get(key), (int, float))}
-        )
-        if (
-            len(values) > 1 and value and value in (values[0], values[-1])
-        ):  # nothing lies below 0
+    for key, value in _hyperparameters(best).items():
+        tried = [_hyperparameters(candidate).get(key) for candidate in candidates]
+        values = sorted({v for v in tried if isinstance(v, (int, float))})
+        # Below zero there is nothing to try.
+        if len(values) > 1 and value and value in (values[0], values[-1]):
             edges.append(f"{key} = {value:g} of {', '.join(f'{v:g}' for v in values)}")
     return edges
 
 
-# The teacher's bias, and numbers for orientation.
+def _hyperparameters(method):
+    return method.sorted_runs[0]["config"]["method"]
+
+
+def _ablation(runs, planned):
+    """Returns the section on methods with a part switched off."""
+    if not (runs or planned):
+        return []
+    about = (
+        "The same methods with a part of them switched off; on the test set, at the "
+        "last epoch, as in the tables above."
+    )
+    header, rows = _variant_rows(runs, planned, "test")
+    table = Table(header, rows, num_text_columns=2)
+    return ["## The ablation", about, as_markdown(table)]
+
+
+def _variant_rows(runs, planned, split):
+    """Returns the header and rows of methods with different hyperparameters.
+
+    Args:
+      runs: finished runs.
+      planned: planned runs; those that are not finished get a row too.
+      split: "test" or "validation".
+    """
+    columns = ["all", *(f"groups.{name}" for name in _GROUPS)]
+    rows = []
+    for setting in aggregate.group_runs(runs):
+        for method in setting.methods:
+            row = [setting.title, method.label]
+            for column in columns:
+                row.append(tables.mean_cell(method.values(column, split).values()))
+            rows.append([*row, str(len(method.runs)), f"{setting.epochs:g}"])
+    configs = [flatten(run["config"]) for run in runs]
+    for entry in planned:
+        if any(_is_run_of(entry, config) for config in configs):
+            continue
+        row = [
+            _title(*_setting_key(entry)),
+            _planned_label(entry),
+            *[_NOT_RUN] * len(columns),
+            "0",
+            f"{entry['epochs']:g}",
+        ]
+        # The seeds of one method have one row.
+        if row not in rows:
+            rows.append(row)
+    return ["setting", "method", "all", *_GROUPS, "n", "epochs"], rows
+
+
+def _planned_label(entry):
+    """Returns the method of a planned run, with the hyperparameters that it sets."""
+    assignments = []
+    for key, value in entry["set"].items():
+        if key.startswith("method."):
+            assignments.append(f"{key.removeprefix('method.')}={value}")
+    if not assignments:
+        return entry["method"]
+    return f"{entry['method']} ({', '.join(assignments)})"
+
+
+def _is_run_of(entry, config):
+    """Returns whether a flat config is that of a planned run."""
+    setting = {
+        "data": config.get("data.name"),
+        "imbalance": config.get("data.imbalance"),
+        "teacher": config.get("teacher.model"),
+        "student": config.get("student.model"),
+    }
+    if setting["imbalance"] is None or _setting_key(setting) != _setting_key(entry):
+        return False
+    if config.get("method.name") != entry["method"]:
+        return False
+    # A key that the result does not record is not compared.
+    return all(
+        str(config.get(key, value)) == str(value) for key, value in entry["set"].items()
+    )
+
+
+# The teacher's bias, and other published numbers.
 
 
 def _bias(settings, published):
-    """Returns the table of the teacher's mass per group, summed over a batch of 64, as LTKD's paper has it."""
+    """Returns the section on the teacher's mass per group.
+
+    As in LTKD's paper, the mass is summed over a batch.
+    """
     rows = []
     for kind in ("long_tailed", "balanced"):
         title = kind.replace("_", "-")
-        rows.append(
-            [
-                "LTKD's paper",
-                title,
-                *(_published(published[kind][name]) for name in _GROUPS),
-            ]
-        )
+        texts = [_published_text(published[kind][name]) for name in _GROUPS]
+        rows.append(["LTKD's paper", title, *texts])
         for setting in settings:
             for teacher in setting.teachers().values():
                 mass = (teacher.get("group_mass") or {}).get(kind) or {}
                 if set(_GROUPS) <= mass.keys():
-                    rows.append(
-                        [
-                            setting.title,
-                            title,
-                            *(f"{64 * mass[name]:.2f}" for name in _GROUPS),
-                        ]
-                    )
-    about = f"{published['about']}. Ours are the mean mass at temperature 1, times 64."
-    return [
-        "## The teacher's bias",
-        about,
-        as_markdown(Table(["teacher of", "input", *_GROUPS], rows, left=2)),
-    ]
+                    sums = [_PUBLISHED_BATCH_SIZE * mass[name] for name in _GROUPS]
+                    texts = [f"{batch_mass:.2f}" for batch_mass in sums]
+                    rows.append([setting.title, title, *texts])
+    about = (
+        f"{published['about']}. Measured numbers are the mean mass at temperature 1, "
+        f"times {_PUBLISHED_BATCH_SIZE}."
+    )
+    table = Table(["teacher of", "input", *_GROUPS], rows, num_text_columns=2)
+    return ["## The teacher's bias", about, as_markdown(table)]
 
 
-def _orientation(anchors):
-    parts = ["## Numbers of others, for orientation"]
+def _other_published(anchors):
+    """Returns the section on published numbers of other methods, for comparison."""
+    paragraphs = ["## Other published numbers, for comparison"]
     for anchor in anchors:
-        table = Table(
-            ["method", f"top-1 % [{anchor['mark']}]"], list(anchor["all"].items())
-        )
-        parts += [f"{anchor['title']}:", as_markdown(table)]
-    return parts
+        header = ["method", f"top-1 % [{anchor['mark']}]"]
+        table = Table(header, list(anchor["all"].items()))
+        paragraphs += [f"{anchor['title']}:", as_markdown(table)]
+    return paragraphs

@@ -1,4 +1,9 @@
-"""The figures of one setting: accuracy by class, the teacher's bias, confusion, training."""
+"""The figures on one setting.
+
+They show accuracy by class, the teacher's bias, confusion between groups, and training.
+"""
+
+import dataclasses
 
 import numpy as np
 from markupsafe import Markup
@@ -7,9 +12,9 @@ from experiments.config.trees import at
 from experiments.reporting import figures, page
 
 
-def parts(setting):
-    """Returns the parts of a page that hold figures; those without data are left out."""
-    styles = figures.styles(setting.methods)
+def components(setting):
+    """Returns the figures of a page with their texts, as far as there are data."""
+    styles = figures.method_styles(setting.methods)
     return [
         *_by_class(setting, styles),
         *_bias(setting),
@@ -18,217 +23,268 @@ def parts(setting):
     ]
 
 
-def mean_of(method, key):
-    """Returns the mean of an array of the test results over a method's runs; None where no run has it."""
+def mean_array(method, key):
+    """Returns the mean of an array of the test results over a method's runs.
+
+    It is None if no run has the array, or if the shapes differ.
+    """
     arrays = [run["test"][key] for run in method.runs.values() if run["test"].get(key)]
-    have_one_shape = len({np.shape(array) for array in arrays}) == 1
-    return np.mean(np.array(arrays, float), axis=0) if have_one_shape else None
+    if len({np.shape(array) for array in arrays}) != 1:
+        return None
+    return np.mean(np.array(arrays, float), axis=0)
 
 
 # Accuracy by class.
 
 
+@dataclasses.dataclass(frozen=True)
+class _Classes:
+    """Describes the classes of a figure, sorted by training images.
+
+    Attributes:
+      counts: `[C]`, training images.
+      assignment: `[C]`, index of the group; empty if there are no groups.
+      group_names: the most frequent first, empty if there are no groups.
+      texts: what a pointer over the class shows.
+    """
+
+    counts: np.ndarray
+    assignment: np.ndarray
+    group_names: list
+    texts: list
+
+
 def _smooth(values):
-    """Averages over neighbouring classes with Gaussian weights where there are too many to read."""
+    """Returns the average over neighbouring classes if there are too many to read.
+
+    The weights are Gaussian, with a standard deviation of 3 % of the classes.
+    """
     values = np.asarray(values, float)
-    if len(values) < figures.MANY:
+    if len(values) < figures.MANY_CLASSES:
         return values
-    distance = np.subtract.outer(np.arange(len(values)), np.arange(len(values)))
-    weights = np.exp(-0.5 * (distance / (0.03 * len(values))) ** 2)
+    classes = np.arange(len(values))
+    distances = np.subtract.outer(classes, classes)
+    weights = np.exp(-0.5 * (distances / (0.03 * len(values))) ** 2)
     return weights @ values / weights.sum(1)
 
 
-def _class_names(setting, classes):
-    """Returns a name for each class: the data set's own, "class 17" where a result does not have them."""
-    recorded = [
-        run["class_names"]
-        for run in setting.runs
-        if len(run.get("class_names") or ()) == classes
-    ]
-    names = map(str, recorded[0] if recorded else range(classes))
+def _class_names(setting, num_classes):
+    """Returns a name for each class, such as "class 17" if the results have none."""
+    names = range(num_classes)
+    for run in setting.runs:
+        if len(run.get("class_names") or ()) == num_classes:
+            names = run["class_names"]
+            break
+    names = map(str, names)
     return [f"class {name}" if name.isdecimal() else name for name in names]
 
 
+def _first_run_with(setting, key):
+    """Returns the first run that has a value at a key, {} if there is none."""
+    return next((run for run in setting.runs if run.get(key)), {})
+
+
 def _by_class(setting, styles):
-    run = next((run for run in setting.runs if run.get("class_counts")), {})
+    """Returns the figures of accuracy by class."""
+    run = _first_run_with(setting, "class_counts")
     counts = np.asarray(run.get("class_counts") or [], float)
-    assignment = np.asarray(run.get("group_assignment") or [], int)
     order = np.argsort(-counts, kind="stable")
     curves = {}
     for method in setting.methods_with_teacher():
-        values = mean_of(method, "per_class")
-        if values is not None and len(values) == len(counts):
-            curves[method.label] = values[order]
+        accuracies = mean_array(method, "per_class")
+        if accuracies is not None and len(accuracies) == len(counts):
+            curves[method.label] = accuracies[order]
     if not curves:
         return []
-    groups = setting.group_names() if len(assignment) == len(counts) else []
-    assignment = assignment[order] if groups else assignment
-    names = _class_names(setting, len(counts))
-    texts = [
-        f"{names[c]}, {counts[c]:,.0f} training image{'' if counts[c] == 1 else 's'}"
-        for c in order
-    ]
-    shared = counts[order], assignment, groups, texts
+    classes = _sorted_classes(setting, run, counts, order)
     legend = figures.Legend({label: styles[label] for label in curves})
-    both = [
-        _draw_classes(curves, legend, *shared, width=width)
-        for width in (figures.DESK, figures.PHONE)
-    ]
-    text, dots = (
-        "Means over student seeds. A pointer over a class shows its name and its numbers.",
-        [],
-    )
-    if len(counts) >= figures.MANY:
+    wide = _draw_classes(curves, legend, classes, width=figures.DESKTOP_WIDTH)
+    narrow = _draw_classes(curves, legend, classes, width=figures.PHONE_WIDTH)
+    text = "Means over student seeds. Point at a class to see its name and its values."
+    dots = []
+    if len(counts) >= figures.MANY_CLASSES:
         text = (
             f"Curves are averages over neighbouring classes; dots are classes. {text}"
         )
-        dots = [
-            page.Panels(
-                [
-                    _draw_dots(label, v, styles[label], *shared)
-                    for label, v in curves.items()
-                ]
-            )
-        ]
+        panels = []
+        for label, accuracies in curves.items():
+            panels.append(_draw_dots(label, accuracies, styles[label], classes))
+        dots.append(page.Panels(panels))
     return [
         page.Heading("Accuracy by class frequency"),
-        page.ByWidth(both, legend),
+        page.ResponsiveFigure([wide, narrow], legend),
         page.Text(text),
         *dots,
     ]
 
 
+def _sorted_classes(setting, run, counts, order):
+    """Returns the `_Classes` of a setting, in an order."""
+    assignment = np.asarray(run.get("group_assignment") or [], int)
+    group_names = []
+    if len(assignment) == len(counts):
+        group_names = setting.group_names()
+    if group_names:
+        assignment = assignment[order]
+    names = _class_names(setting, len(counts))
+    texts = []
+    for c in order:
+        plural = "" if counts[c] == 1 else "s"
+        texts.append(f"{names[c]}, {counts[c]:,.0f} training image{plural}")
+    return _Classes(counts[order], assignment, group_names, texts)
+
+
 @figures.styled
-def _draw_classes(curves, legend, counts, assignment, groups, texts, *, width):
-    """Returns the (smoothed) accuracy of every method by class, sorted by count, over the counts themselves."""
+def _draw_classes(curves, legend, classes, *, width):
+    """Draws the accuracy of every method by class, above the number of images.
+
+    Args:
+      curves: {label: accuracies `[C]`}, which are smoothed here.
+      legend: of the methods.
+      classes: `_Classes`.
+      width: of the figure, in CSS pixels.
+    """
+    num_classes = len(classes.counts)
+    is_smoothed = num_classes >= figures.MANY_CLASSES
     fig = figures.canvas(width, 350)
-    ax, strip = fig.subplots(2, 1, sharex=True, height_ratios=(4.2, 1))
-    for label, values in curves.items():
+    ax, count_ax = fig.subplots(2, 1, sharex=True, height_ratios=(4.2, 1))
+    for label, accuracies in curves.items():
         index, dashes = legend.styles[label]
-        marks = {"marker": "o", "markersize": 4} if len(values) < figures.MANY else {}
-        ax.plot(_smooth(values), color=figures.colour(index), linestyle=dashes, **marks)
+        line = {"color": figures.colour(index), "linestyle": dashes}
+        if not is_smoothed:
+            line |= {"marker": "o", "markersize": 4}
+        ax.plot(_smooth(accuracies), **line)
+    # Above 100 there is room for the names of the groups.
     ax.set_ylim(0, 112)
     ax.set_yticks(range(0, 101, 20))
     ax.set_title("test accuracy, %")
-    figures.mark_groups(ax, assignment, groups)
-    edges = np.arange(len(counts) + 1) - 0.5
-    strip.stairs(
-        counts,
-        edges,
-        baseline=0.8,
-        fill=True,
-        color=figures.QUIET,
-        alpha=0.45,
-        linewidth=0,
-    )
-    strip.set_yscale("log")
-    strip.set_title("training images (log scale)", fontsize=11)
-    strip.set_xlabel("class, the most frequent first")
-    strip.set_xlim(-0.5, len(counts) - 0.5)
-    figures.plain_log(strip)
+    figures.mark_groups(ax, classes.assignment, classes.group_names)
+    _draw_counts(count_ax, classes.counts)
     hovers = ()
-    if (
-        len(counts) < 2 * width
-    ):  # a pointer cannot hit what is narrower than half a pixel
-        columns = [(c - 0.5, c + 0.5) for c in range(len(counts))]
-        numbers = [
-            [f"{label}  {values[c]:.1f} %" for label, values in curves.items()]
-            for c in range(len(counts))
-        ]
-        hovers = figures.areas(
-            ax,
-            columns,
-            None,
-            ["\n".join([text, *n]) for text, n in zip(texts, numbers)],
-        )
-    name = f"Test accuracy by class{'' if width == figures.DESK else ', narrow'}"
-    smoothed = "smoothed, " if len(counts) >= figures.MANY else ""
+    # A pointer cannot hit an area that is narrower than half a pixel.
+    if num_classes < 2 * width:
+        texts = []
+        for c, text in enumerate(classes.texts):
+            lines = [f"{label}  {curves[label][c]:.1f} %" for label in curves]
+            texts.append("\n".join([text, *lines]))
+        xs = [(c - 0.5, c + 0.5) for c in range(num_classes)]
+        hovers = figures.hover_areas(ax, xs, None, texts)
+    name = "Test accuracy by class"
+    if width != figures.DESKTOP_WIDTH:
+        name += ", narrow"
+    smoothed = "smoothed, " if is_smoothed else ""
     description = (
         f"{smoothed}the classes sorted by training images, {', '.join(curves)}"
     )
-    return figures.save(fig, name, description, hovers=hovers, legend=legend)
+    return figures.to_figure(fig, name, description, hovers=hovers, legend=legend)
+
+
+def _draw_counts(ax, counts):
+    """Draws the number of training images of each class as a staircase."""
+    edges = np.arange(len(counts) + 1) - 0.5
+    # Below 1, so that a class with one image is visible on the logarithmic axis.
+    baseline = 0.8
+    style = {"color": figures.QUIET, "alpha": 0.45, "linewidth": 0}
+    ax.stairs(counts, edges, baseline=baseline, fill=True, **style)
+    ax.set_yscale("log")
+    ax.set_title("training images (log scale)", fontsize=11)
+    ax.set_xlabel("class, the most frequent first")
+    ax.set_xlim(-0.5, len(counts) - 0.5)
+    figures.set_plain_log_ticks(ax)
 
 
 @figures.styled
-def _draw_dots(label, values, style, counts, assignment, groups, texts):
-    """Returns one method's accuracy of every class as dots, with the smoothed curve through them."""
+def _draw_dots(label, accuracies, style, classes):
+    """Draws one method's accuracy of every class as dots, with the smoothed curve."""
     fig, ax = figures.panel(label)
     index, dashes = style
-    classes = np.arange(len(values))
-    ax.plot(classes, _smooth(values), color=figures.colour(index), linestyle=dashes)
-    ax.set(ylim=(0, 115), xlim=(-1, len(values)), yticks=range(0, 101, 25))
-    ticks = np.unique(np.linspace(0, len(counts) - 1, 5).round().astype(int))
-    ax.set_xticks(ticks, [f"{counts[tick]:g}" for tick in ticks])
+    xs = np.arange(len(accuracies))
+    ax.plot(xs, _smooth(accuracies), color=figures.colour(index), linestyle=dashes)
+    ax.set(ylim=(0, 115), xlim=(-1, len(accuracies)), yticks=range(0, 101, 25))
+    ticks = np.linspace(0, len(accuracies) - 1, 5).round().astype(int)
+    ticks = np.unique(ticks)
+    ax.set_xticks(ticks, [f"{classes.counts[tick]:g}" for tick in ticks])
     ax.set_xlabel("training images of the class")
-    figures.mark_groups(ax, assignment, groups)
-    dots = figures.dots(
-        ax,
-        classes,
-        values,
-        [f"{label}  {v:.1f} %\n{text}" for v, text in zip(values, texts)],
-        index,
-    )
+    figures.mark_groups(ax, classes.assignment, classes.group_names)
+    texts = []
+    for accuracy, text in zip(accuracies, classes.texts):
+        texts.append(f"{label}  {accuracy:.1f} %\n{text}")
+    dots = figures.dots(ax, xs, accuracies, texts, index)
+    name = f"Test accuracy by class, {label}"
     description = "dots are classes, sorted by training images"
-    return figures.save(
-        fig, f"Test accuracy by class, {label}", description, hovers=dots
-    )
+    return figures.to_figure(fig, name, description, hovers=dots)
 
 
-# The teacher's bias, and confusion.
+# The teacher's bias.
 
 
-def _shares(run, names):
-    """Returns each group's share of a run's training images and of its classes; empty where that is not recorded."""
-    assignment, counts = (
-        np.array(run.get("group_assignment") or []),
-        np.array(run.get("class_counts") or []),
-    )
-    images, classes = {}, {}
+def _group_shares(run, group_names):
+    """Returns {group: share of the training images} and {group: share of classes}.
+
+    Both are empty if the run has not recorded its groups.
+    """
+    assignment = np.array(run.get("group_assignment") or [])
+    counts = np.array(run.get("class_counts") or [])
+    image_shares = {}
+    class_shares = {}
     if len(counts) and len(counts) == len(assignment):
-        for group, name in enumerate(names):
-            images[name] = float(counts[assignment == group].sum() / counts.sum())
-            classes[name] = float(np.mean(assignment == group))
-    return images, classes
+        for group, name in enumerate(group_names):
+            is_member = assignment == group
+            image_shares[name] = float(counts[is_member].sum() / counts.sum())
+            class_shares[name] = float(np.mean(is_member))
+    return image_shares, class_shares
 
 
 def _bias(setting):
-    names = setting.group_names()
-    run = next((run for run in setting.runs if run.get("group_assignment")), {})
-    training, classes = _shares(run, names)
-    panels, teachers = [], list(setting.teachers().values())
+    """Returns the figures of the teachers' mass on each group."""
+    group_names = setting.group_names()
+    run = _first_run_with(setting, "group_assignment")
+    image_shares, class_shares = _group_shares(run, group_names)
+    # Of balanced images, a group has the share that it has of the classes.
+    true_shares = {"long_tailed": image_shares, "balanced": class_shares}
+    teachers = list(setting.teachers().values())
+    panels = []
     for number, teacher in enumerate(teachers, 1):
         suffix = f", teacher {number}" if len(teachers) > 1 else ""
-        for kind, fair in (("long_tailed", training), ("balanced", classes)):
+        for kind, true_share in true_shares.items():
             mass = (teacher.get("group_mass") or {}).get(kind) or {}
-            if fair and set(names) <= mass.keys():
+            if true_share and set(group_names) <= mass.keys():
                 title = f"{kind.replace('_', '-')} input{suffix}"
+                mass = {name: mass[name] for name in group_names}
                 panels.append(
-                    figures.group_mass(
-                        title, {name: mass[name] for name in names}, fair, training
-                    )
+                    figures.draw_group_mass(title, mass, true_share, image_shares)
                 )
     if not panels:
         return []
     text = Markup(
-        "Bars: the teacher’s mean probability mass on each group. {} the true share of that input’s images, which an "
-        "unbiased teacher would match. {} the share of the training images."
+        "Bars: the teacher’s mean probability mass on each group. {} the true share of "
+        "that input’s images, which an unbiased teacher would match. {} the share of "
+        "the training images."
     ).format(figures.symbol("❙", 6), figures.symbol("◇", 7))
     return [page.Heading("The teacher’s bias"), page.Text(text), page.Panels(panels)]
 
 
+# Confusion.
+
+
 def _confusion(setting):
-    names, matrices = setting.group_names(), {}
+    """Returns the confusion matrices between groups."""
+    group_names = setting.group_names()
+    matrices = {}
     for method in setting.methods_with_teacher():
-        matrix = mean_of(method, "confusion")
-        if matrix is not None and matrix.shape == (len(names), len(names)):
+        matrix = mean_array(method, "confusion")
+        if matrix is not None and matrix.shape == (len(group_names), len(group_names)):
             matrices[method.label] = matrix
     if not matrices:
         return []
-    text = "Rows: the group of the true class. Columns: the group of the predicted class, in percent of the row."
+    text = (
+        "Rows: the group of the true class. Columns: the group of the predicted class, "
+        "in percent of the row."
+    )
     return [
         page.Heading("Confusion between groups"),
         page.Text(text),
-        page.HeatMaps(matrices, names),
+        page.HeatMaps(matrices, group_names),
     ]
 
 
@@ -236,49 +292,44 @@ def _confusion(setting):
 
 
 def _training(setting, styles):
+    """Returns the figures of accuracies and loss terms over the epochs."""
     methods = {method.label: method for method in setting.methods}
-    columns = {
-        "all classes": "all",
-        "head": "groups.head",
-        setting.tail_name(): setting.tail(),
+    record_keys = {
+        "test accuracy, all classes, %": "test.all",
+        "test accuracy, head, %": "test.groups.head",
+        f"test accuracy, {setting.tail_name()}, %": f"test.{setting.tail_column()}",
+        "training accuracy, %": "train_accuracy",
     }
     panels = []
-    for name, column in columns.items():
-        series = figures.curves(
-            methods, lambda _, record, column=column: at(record, f"test.{column}")
+    for title, key in record_keys.items():
+        series = figures.mean_curves(
+            methods, lambda _, record, key=key: at(record, key)
         )
-        panels += (
-            [figures.lines(f"test accuracy, {name}, %", series, styles)]
-            if series
-            else []
-        )
-    series = figures.curves(methods, lambda _, record: record.get("train_accuracy"))
-    panels += [figures.lines("training accuracy, %", series, styles)] if series else []
+        if series:
+            panels.append(figures.draw_lines(title, series, styles))
     for method in setting.methods:
-        panels += _terms(method, styles[method.label])
+        panels += _loss_terms(method, styles[method.label])
     if not panels:
         return []
     legend = figures.Legend({label: styles[label] for label in methods})
     return [page.Heading("Training"), page.Panels(panels, legend)]
 
 
-def _terms(method, style):
-    """Returns the loss terms of one method, each with its own dashes."""
-    records = [
-        record for run in method.runs.values() for record in run.get("metrics") or []
-    ]
-    names = sorted({name for record in records for name in record.get("terms") or {}})
-    series = figures.curves(
-        dict.fromkeys(names, method), lambda name, record: at(record, f"terms.{name}")
+def _loss_terms(method, style):
+    """Returns the figure of one method's loss terms, which differ in their dashes."""
+    names = set()
+    for record in figures.logged_records(method):
+        names |= (record.get("terms") or {}).keys()
+    # `mean_curves` draws a curve for each label: here for each term of one method.
+    method_by_term = dict.fromkeys(sorted(names), method)
+    series = figures.mean_curves(
+        method_by_term, lambda name, record: at(record, f"terms.{name}")
     )
     if not series:
         return []
-    styles = {
-        name: (style[0], figures.DASHES[i % len(figures.DASHES)])
-        for i, name in enumerate(series)
-    }
-    return [
-        figures.lines(
-            f"loss terms, {method.label}", series, styles, log=True, legend_below=True
-        )
-    ]
+    colour_index, _ = style
+    styles = {}
+    for i, name in enumerate(series):
+        styles[name] = colour_index, figures.DASHES[i % len(figures.DASHES)]
+    title = f"loss terms, {method.label}"
+    return [figures.draw_lines(title, series, styles, log=True, legend_below=True)]

@@ -1,65 +1,83 @@
-"""Tables and sentences about settings; the same `writers.Table` is written on a page, in a terminal and in a paper."""
+"""Tables and sentences about settings, for a page, a terminal or a paper."""
 
 import collections
 
 from experiments.reporting import aggregate, writers
 from experiments.reporting.aggregate import Setting
-from experiments.reporting.statistics import BETTER, UNCLEAR, mean_std, paired
+from experiments.reporting.statistics import (
+    BETTER,
+    UNCLEAR,
+    compare_paired,
+    mean_std,
+)
 from experiments.reporting.writers import Cell, Table
 
-RULE = (
-    "A method is called better than another only if, paired over the same student seeds, the mean difference exceeds "
-    "twice its standard error; the ± of a difference is that standard error. This is a rule of thumb: two equal "
-    "methods would pass it, one way or the other, in 30 % of cases with 2 seeds, 18 % with 3 and 12 % with 5."
+VERDICT_NOTE = (
+    "A method is called better than another only if, paired over the same student "
+    "seeds, the mean difference exceeds twice its standard error; the ± of a "
+    "difference is that standard error. This is a rule of thumb: two equal methods "
+    "would pass it, one way or the other, in 30 % of cases with 2 seeds, 18 % with 3 "
+    "and 12 % with 5."
 )
-COLUMNS = (
-    "Head, medium and tail are groups by rank; many, mid and few are the classes with more than 100, 20 to 100 and "
-    "fewer than 20 training images. ECE: expected calibration error, lower is better. Bold: better than every other "
-    "method."
+COLUMNS_NOTE = (
+    "Head, medium and tail are groups by rank; many, mid and few are the classes with "
+    "more than 100, 20 to 100 and fewer than 20 training images. ECE: expected "
+    "calibration error, lower is better. Bold: better than every other method."
 )
-BETWEEN = (
-    "In percent, mean ± standard deviation over student seeds. Bold: better than every other method of that setting. "
-    "The tail: the group of classes with the fewest training images"
+OVER_SETTINGS_NOTE = (
+    "In percent, mean ± standard deviation over student seeds. Bold: better than every "
+    "other method of that setting. The tail: the group of classes with the fewest "
+    "training images"
 )
-RECONSTRUCTED = "LTKD is reconstructed from descriptions; there is no official code."
-# The columns that are compared between settings.
-ACROSS = {"all classes": lambda setting: "all", "the tail": Setting.tail}
+RECONSTRUCTED_NOTE = (
+    "LTKD is reconstructed from descriptions; there is no official code."
+)
+# The columns by which settings are compared: {name: function of the setting}.
+COMPARED_COLUMNS = {
+    "all classes": lambda setting: "all",
+    "the tail": Setting.tail_column,
+}
 _MISSING = Cell("–", quiet=True)
 
 
 # Tables.
 
 
-def number(values, *, bold=False):
-    """Returns the cell of a list of values: the mean, and ± the standard deviation where there are several."""
+def mean_cell(values, *, bold=False):
+    """Returns the cell with the mean of values and, of several, their deviation."""
     mean, deviation, _ = mean_std(values)
     if mean is None:
         return _MISSING
-    return Cell(f"{mean:.2f}", "" if deviation is None else f"± {deviation:.2f}", bold)
+    note = "" if deviation is None else f"± {deviation:.2f}"
+    return Cell(f"{mean:.2f}", note, bold)
 
 
-def mean_in_words(values):
-    """Returns a mean and its deviation in percent, as "51.08 ± 0.20 %"."""
-    cell = number(values)
-    return " ".join(filter(None, (cell.text, cell.note, "%")))
+def format_mean(values):
+    """Returns the mean and the deviation of values as "51.08 ± 0.20 %"."""
+    cell = mean_cell(values)
+    return f"{cell.text} {cell.note} %" if cell.note else f"{cell.text} %"
 
 
-def numbers(setting, columns):
-    """Returns {label: [a cell for each column]} with the teacher first; the clear best of a column is bold."""
-    best = {
-        column: setting.clear_best(column, lower_is_better=column == "ece")
-        for column in columns
-    }
+def mean_cells(setting, columns):
+    """Returns {label: [a cell for each column]}, the teacher first.
+
+    A method that is clearly the best in a column is bold there.
+    """
+    best = {}
+    for column in columns:
+        # All columns but the calibration error are accuracies.
+        best[column] = setting.clear_best(column, lower_is_better=column == "ece")
     cells = {}
-    for method in setting.methods_with_teacher(first=True):
+    for method in setting.methods_with_teacher(teacher_first=True):
         cells[method.label] = [
-            number(method.values(c).values(), bold=best[c] is method) for c in columns
+            mean_cell(method.values(column).values(), bold=best[column] is method)
+            for column in columns
         ]
     return cells
 
 
 def columns(setting):
-    """Returns the {title: column} of a setting's main table."""
+    """Returns {title: column} of a setting's main table."""
     groups = {name: f"groups.{name}" for name in setting.group_names()}
     shots = {"many": "shots.many", "mid": "shots.medium", "few": "shots.few"}
     return {"all": "all"} | groups | shots | {"ECE": "ece"}
@@ -67,178 +85,216 @@ def columns(setting):
 
 def accuracy_table(setting):
     """Returns the main table of a setting, with a row for each method."""
-    shown = columns(setting)
-    cells = numbers(setting, shown.values())
+    column_by_title = columns(setting)
+    cells = mean_cells(setting, column_by_title.values())
     rows = []
-    for method in setting.methods_with_teacher(first=True):
-        name = Cell(method.label, quiet=method.name == "teacher")
-        rows.append([name, *cells[method.label], str(len(method.runs))])
-    return Table(["method", *shown, "n"], rows)
+    for method in setting.methods_with_teacher(teacher_first=True):
+        label = Cell(method.label, quiet=method.name == "teacher")
+        rows.append([label, *cells[method.label], str(len(method.runs))])
+    return Table(["method", *column_by_title, "n"], rows)
 
 
-def over_settings(settings):
-    """Returns (title, table) pairs with a row for each method and a column for each of several settings."""
+def tables_over_settings(settings):
+    """Returns (title, table) pairs with a row for each method, a column per setting.
+
+    A single setting has none.
+    """
     if len(settings) < 2:
         return []
-    pairs = []
-    for name, column_of in ACROSS.items():
-        cells = [numbers(setting, [column_of(setting)]) for setting in settings]
-        labels = ["teacher"] * any("teacher" in column for column in cells)
-        labels += [method.label for method in aggregate.all_methods(settings)]
-        rows = []
-        for label in labels:
-            row = [
-                column[label][0] if label in column else _MISSING for column in cells
-            ]
-            rows.append([Cell(label, quiet=label == "teacher"), *row])
-        title = ": ".join(
-            filter(None, (f"Accuracy on {name}", aggregate.common_title(settings)))
-        )
-        pairs.append(
-            (title, Table(["method", *aggregate.distinctions(settings)], rows))
-        )
-    return pairs
+    common_title = aggregate.common_title(settings)
+    header = ["method", *aggregate.short_titles(settings)]
+    titled_tables = []
+    for name, column_of in COMPARED_COLUMNS.items():
+        title = f"Accuracy on {name}"
+        if common_title:
+            title += f": {common_title}"
+        rows = _rows_over_settings(settings, column_of)
+        titled_tables.append((title, Table(header, rows)))
+    return titled_tables
 
 
-def comparisons(setting):
-    """Returns the (title, table) pairs of paired comparisons, on all classes and the tail; none for a single method."""
+def _rows_over_settings(settings, column_of):
+    """Returns a row for the teacher, if any, and for each method."""
+    cells = [mean_cells(setting, [column_of(setting)]) for setting in settings]
+    labels = [method.label for method in aggregate.distinct_methods(settings)]
+    if any("teacher" in cells_by_label for cells_by_label in cells):
+        labels.insert(0, "teacher")
+    rows = []
+    for label in labels:
+        row = [Cell(label, quiet=label == "teacher")]
+        for cells_by_label in cells:
+            (cell,) = cells_by_label.get(label, [_MISSING])
+            row.append(cell)
+        rows.append(row)
+    return rows
+
+
+def comparison_tables(setting):
+    """Returns (name, table) pairs of paired comparisons, on all classes and the tail.
+
+    A single method has none.
+    """
     if len(setting.methods) < 2:
         return []
-    shown = {"all classes": "all", f"the {setting.tail_name()}": setting.tail()}
-    return [
-        (title, _comparison_table(setting, column))
-        for title, column in shown.items()
-        if setting.best(column)
-    ]
+    column_by_name = {
+        "all classes": "all",
+        f"the {setting.tail_name()}": setting.tail_column(),
+    }
+    named_tables = []
+    for name, column in column_by_name.items():
+        if setting.best(column):
+            named_tables.append((name, _comparison_table(setting, column)))
+    return named_tables
 
 
 def _comparison_table(setting, column):
-    """Returns every method's comparison with ce and kd, and that of the best with every method."""
+    """Compares each method with ce and kd, and the best method with each."""
     references = [method for method in setting.methods if method.label in ("ce", "kd")]
     best = setting.best(column)
     rows = []
     for method in setting.methods:
-        verdicts = [_verdict(method, reference, column) for reference in references]
-        rows.append([method.label, *verdicts, _verdict(best, method, column)])
-    header = [
-        "method",
-        *(f"against {method.label}" for method in references),
-        f"{best.label} against it",
-    ]
-    return Table(header, rows, left=len(header))
+        cells = [
+            _comparison_cell(method, reference, column) for reference in references
+        ]
+        rows.append([method.label, *cells, _comparison_cell(best, method, column)])
+    header = ["method"]
+    header += [f"against {method.label}" for method in references]
+    header.append(f"{best.label} against it")
+    return Table(header, rows, num_text_columns=len(header))
 
 
-def _verdict(candidate, reference, column):
+def _comparison_cell(candidate, reference, column):
     if candidate is reference:
         return _MISSING
-    difference = paired(candidate.values(column), reference.values(column))
-    if not difference.n:
+    difference = compare_paired(candidate.values(column), reference.values(column))
+    if not difference.num_pairs:
         return Cell("no shared seed", quiet=True)
-    spread = "" if difference.error is None else f" ± {difference.error:.2f}"
-    text = f"{difference.mean:+.2f}{spread} {difference.verdict}".replace("-", "−")
-    return Cell(text, f"n = {difference.n}", quiet=difference.verdict == UNCLEAR)
+    text = f"{difference.mean:+.2f}"
+    if difference.standard_error is not None:
+        text += f" ± {difference.standard_error:.2f}"
+    # A minus sign is as wide as a plus sign, and a hyphen is not.
+    text = f"{text} {difference.verdict}".replace("-", "−")
+    is_unclear = difference.verdict == UNCLEAR
+    return Cell(text, f"n = {difference.num_pairs}", quiet=is_unclear)
 
 
 # Sentences.
 
 
 def headline(setting):
-    """Returns a sentence on which method is the most accurate, and which others it is better than."""
-    best, tail, tail_name = setting.best("all"), setting.tail(), setting.tail_name()
+    """Returns which method is the most accurate, and which ones it is better than."""
+    best = setting.best("all")
     if best is None:
         return "No run has a test accuracy yet."
-    on_tail = (
-        "" if best.mean(tail) is None else f" ({tail_name} {best.mean(tail):.2f} %)"
-    )
-    text = f"{best.label} classifies {best.mean('all'):.2f} %{on_tail} of the balanced test set"
+    tail = setting.tail_column()
+    tail_name = setting.tail_name()
+    best_tail = best.mean(tail)
+    text = f"{best.label} classifies {best.mean('all'):.2f} %"
+    if best_tail is not None:
+        text += f" ({tail_name} {best_tail:.2f} %)"
+    text += " of the balanced test set"
     if len(setting.methods) > 1:
-        text += f", the highest of {len(setting.methods)} methods. {_comparison_in_words(setting, best)}"
-        tail_best = setting.best(tail)
-        if tail_best not in (None, best):
-            text += f" On the {tail_name} the highest is {tail_best.label}, {tail_best.mean(tail):.2f} %."
+        text += f", the highest of {len(setting.methods)} methods. "
+        text += _comparison_in_words(setting, best)
+        tail_method = setting.best(tail)
+        if tail_method not in (None, best):
+            text += f" On the {tail_name} the highest is {tail_method.label}, "
+            text += f"{tail_method.mean(tail):.2f} %."
     else:
         text += "." if len(best.runs) > 1 else ", with one seed."
+    return text + _teacher_in_words(setting)
+
+
+def _teacher_in_words(setting):
+    """Returns a sentence on the teacher's accuracy, "" if it was not evaluated."""
     teacher = setting.teacher_method()
-    if teacher and teacher.values("all"):
-        on_tail = (
-            ""
-            if teacher.mean(tail) is None
-            else f", {tail_name} {teacher.mean(tail):.2f} %"
-        )
-        text += f" The teacher: {teacher.mean('all'):.2f} %{on_tail}."
-    return text
+    if teacher is None or not teacher.values("all"):
+        return ""
+    text = f" The teacher: {teacher.mean('all'):.2f} %"
+    tail_mean = teacher.mean(setting.tail_column())
+    if tail_mean is not None:
+        text += f", {setting.tail_name()} {tail_mean:.2f} %"
+    return f"{text}."
 
 
 def _comparison_in_words(setting, best):
     differences = {}
     for method in setting.methods:
         if method is not best:
-            differences[method.label] = paired(best.values("all"), method.values("all"))
-    if all(difference.n < 2 for difference in differences.values()):
-        return "With one seed per method, no difference can be told from chance."
-    clear = [
-        label
-        for label, difference in differences.items()
-        if difference.verdict == BETTER
-    ]
-    unclear = [label for label in differences if label not in clear]
-    parts = [f"better than {_enumeration(clear)}"] if clear else []
-    parts += [f"{UNCLEAR} from {_enumeration(unclear)}"] if unclear else []
-    return f"Paired over student seeds it is {'; '.join(parts)}."
+            differences[method.label] = compare_paired(
+                best.values("all"), method.values("all")
+            )
+    if all(difference.num_pairs < 2 for difference in differences.values()):
+        return (
+            "With one seed per method, no difference can be distinguished from chance."
+        )
+    better_than = []
+    unclear = []
+    for label, difference in differences.items():
+        if difference.verdict == BETTER:
+            better_than.append(label)
+        else:
+            unclear.append(label)
+    verdicts = []
+    if better_than:
+        verdicts.append(f"better than {_enumerate(better_than)}")
+    if unclear:
+        verdicts.append(f"{UNCLEAR} from {_enumerate(unclear)}")
+    return f"Paired over student seeds it is {'; '.join(verdicts)}."
 
 
-def _enumeration(words):
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+def _enumerate(words):
+    if len(words) == 1:
+        return words[0]
+    return f"{', '.join(words[:-1])} and {words[-1]}"
 
 
 def overview(settings):
-    """Returns a sentence on how often which method is the most accurate, over all classes and on the tail."""
-    parts = []
-    for name, column_of in ACROSS.items():
+    """Returns how often which method is the most accurate, overall and on the tail."""
+    clauses = []
+    for name, column_of in COMPARED_COLUMNS.items():
         best = [setting.best(column_of(setting)) for setting in settings]
+        # A setting without a value has no best method.
         wins = collections.Counter(method.label for method in best if method)
-        counts = [f"{label} in {n}" for label, n in wins.most_common()]
-        parts += (
-            [f"on {name}: {_enumeration(counts)} of {wins.total()} settings"]
-            if counts
-            else []
-        )
-    return f"Highest mean accuracy {'; '.join(parts)}." if parts else ""
+        if wins:
+            counts = [f"{label} in {n}" for label, n in wins.most_common()]
+            clauses.append(
+                f"on {name}: {_enumerate(counts)} of {wins.total()} settings"
+            )
+    return f"Highest mean accuracy {'; '.join(clauses)}." if clauses else ""
 
 
 def progress(run):
     """Returns how far an unfinished run has come, in words."""
-    last = run["metrics"][-1] if run.get("metrics") else {}
-    return f"epoch {last['epoch']}" if "epoch" in last else "nothing logged yet"
+    last_record = run["metrics"][-1] if run.get("metrics") else {}
+    if "epoch" in last_record:
+        return f"epoch {last_record['epoch']}"
+    return "nothing logged yet"
 
 
 # A document.
 
 
-def console(runs, form="text"):
-    """Returns the tables of the runs in one of `writers.FORMS`: first all settings, then each, then unfinished runs."""
-    settings, blocks = aggregate.gather(runs), []
-    for title, table in over_settings(settings):
-        blocks.append(
-            writers.Block(
-                table, title, *([] if blocks else [overview(settings), BETWEEN])
-            )
-        )
-    for setting, title in zip(settings, aggregate.titles(settings)):
-        blocks.append(
-            writers.Block(
-                accuracy_table(setting), title, headline(setting), setting.note()
-            )
-        )
-        blocks += [
-            writers.Block(table, words=f"Paired, {name}:")
-            for name, table in comparisons(setting)
-        ]
+def render(runs, output_format="text"):
+    """Returns all tables of the runs in one of `writers.FORMATS`.
+
+    The tables over all settings are first, then those of each setting, then the
+    unfinished runs.
+    """
+    settings = aggregate.group_runs(runs)
+    blocks = []
+    for title, table in tables_over_settings(settings):
+        # The first table has the remarks on both.
+        remarks = [] if blocks else [overview(settings), OVER_SETTINGS_NOTE]
+        blocks.append(writers.Block(table, title, *remarks))
+    for setting, title in zip(settings, aggregate.distinct_titles(settings)):
+        table = accuracy_table(setting)
+        block = writers.Block(table, title, headline(setting), setting.note())
+        blocks.append(block)
+        for name, comparison in comparison_tables(setting):
+            blocks.append(writers.Block(comparison, text=f"Paired, {name}:"))
     for run in runs:
         if not run.get("finished", True):
-            blocks.append(
-                writers.Block(
-                    None, words=f"unfinished: {run['source']} ({progress(run)})"
-                )
-            )
-    return writers.document(blocks, form) if blocks else "no runs"
+            text = f"unfinished: {run['source']} ({progress(run)})"
+            blocks.append(writers.Block(None, text=text))
+    return writers.document(blocks, output_format) if blocks else "no runs"

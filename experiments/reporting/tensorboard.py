@@ -1,12 +1,16 @@
-"""Logged metrics as TensorBoard event files."""
+"""Writes logged metrics as TensorBoard event files."""
 
 
 def write(run, folder):
-    """Writes the metrics of a run of `load.load` into a folder, in place of an earlier call's; returns their number."""
-    from tensorboardX import SummaryWriter  # which only this needs
+    """Writes the metrics of a run into a folder and returns the number of records.
 
-    for old in folder.glob("events.out.tfevents.*"):
-        old.unlink()
+    The event files of an earlier call are replaced. `run` is what `load.load` returns.
+    """
+    # Imported here, because tensorboardX is an optional dependency.
+    from tensorboardX import SummaryWriter
+
+    for old_file in folder.glob("events.out.tfevents.*"):
+        old_file.unlink()
     with SummaryWriter(str(folder)) as writer:
         for record in run["metrics"]:
             for name, value in _scalars(record):
@@ -15,7 +19,7 @@ def write(run, folder):
 
 
 def _scalars(record, prefix=""):
-    """Yields (name, value) of every number in a record; the names of nested ones are joined by slashes."""
+    """Yields (name, value) of every number; slashes join the names of nested ones."""
     for name, value in record.items():
         if isinstance(value, dict):
             yield from _scalars(value, f"{prefix}{name}/")

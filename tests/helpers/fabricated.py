@@ -1,4 +1,4 @@
-"""Fabricated results with the shape of real ones, and a parser of pages."""
+"""Fabricated results with the structure of real ones, and a parser of pages."""
 
 import html.parser
 import json
@@ -7,8 +7,9 @@ import random
 
 from configs import common
 
-NAMES = ("head", "medium", "tail")
-STRENGTH = {
+GROUP_NAMES = ("head", "medium", "tail")
+# Typical accuracies of head, medium and tail.
+ACCURACIES = {
     "ce": (70, 30, 2),
     "kd": (72, 28, 3),
     "dkd": (71, 36, 6),
@@ -17,33 +18,56 @@ STRENGTH = {
 }
 
 
-def _assignment(classes):
-    """Returns the groups of classes that are sorted by count."""
-    return [
-        0 if c < round(0.33 * classes) else 1 if c < round(0.67 * classes) else 2
-        for c in range(classes)
-    ]
+def _assignment(num_classes):
+    """Returns the group of each class; the classes are sorted by count."""
+    head_end = round(0.33 * num_classes)
+    medium_end = round(0.67 * num_classes)
+    groups = [0] * head_end + [1] * (medium_end - head_end)
+    return groups + [2] * (num_classes - medium_end)
 
 
-def _measured(levels, classes, rng, *, shots=True):
-    """Returns a `test` entry whose classes scatter about a level for each group."""
-    groups = _assignment(classes)
-    per_class = [min(100, max(0, levels[g] + rng.gauss(0, 9))) for g in groups]
+def _evaluation(levels, num_classes, rng, *, shots=True):
+    """Returns a `test` entry, with class accuracies around a level of each group."""
+    assignment = _assignment(num_classes)
+    per_class = []
+    for group in assignment:
+        per_class.append(min(100, max(0, levels[group] + rng.gauss(0, 9))))
     means = {}
-    for g, name in enumerate(NAMES):
-        members = [v for v, group in zip(per_class, groups) if group == g]
+    for group, name in enumerate(GROUP_NAMES):
+        members = [v for v, g in zip(per_class, assignment) if g == group]
         means[name] = sum(members) / len(members)
     confusion = [[0.5 * (100 - level)] * 3 for level in levels]
-    for g, level in enumerate(levels):
-        confusion[g][g] = level
+    for group, level in enumerate(levels):
+        confusion[group][group] = level
+    few = means["tail"] if shots else None
     return {
-        "all": sum(per_class) / classes,
+        "all": sum(per_class) / num_classes,
         "per_class": per_class,
         "groups": means,
-        "shots": {"many": means["head"]}
-        | dict.fromkeys(("medium", "few"), means["tail"] if shots else None),
+        "shots": {"many": means["head"], "medium": few, "few": few},
         "ece": 12.3 + rng.gauss(0, 1),
         "confusion": confusion,
+    }
+
+
+def _config(data, imbalance, method):
+    config = common.base(
+        data, teacher="resnet32x4", student="resnet8x4", imbalance=float(imbalance)
+    )
+    config = json.loads(config.to_json())
+    config["method"] = {"name": method, "temperature": 4.0, "alpha": 1.0}
+    return config
+
+
+def _teacher(classes, shots):
+    """Returns a teacher's results."""
+    return {
+        "hash": "7e4c4e70",
+        "test": _evaluation((71, 33, 8), classes, random.Random(1), shots=shots),
+        "group_mass": {
+            "long_tailed": dict(zip(GROUP_NAMES, (0.8, 0.17, 0.03))),
+            "balanced": dict(zip(GROUP_NAMES, (0.65, 0.29, 0.06))),
+        },
     }
 
 
@@ -58,28 +82,27 @@ def fabricate(
     epochs=240,
     **extra,
 ):
-    """Returns a finished run."""
+    """Returns a finished run.
+
+    Args:
+      method: its name.
+      seed: of the student.
+      classes: how many there are.
+      imbalance: of the class counts.
+      teacher: whether it has the results of a teacher.
+      shots: whether the few-shot accuracies are numbers; else they are None.
+      epochs: length of training.
+      **extra: other entries of the results.
+    """
     rng = random.Random(f"{method}{seed}{classes}")
+    config = _config(f"cifar{classes}", imbalance, method)
+    config["seed"] = seed
     n_max = 500 if classes > 10 else 5000
+    config["data"]["n_max"] = n_max
+    config["train"]["epochs"] = epochs
     counts = [int(n_max * imbalance ** (-c / (classes - 1))) for c in range(classes)]
-    config = common.base(
-        f"cifar{classes}",
-        teacher="resnet32x4",
-        student="resnet8x4",
-        imbalance=float(imbalance),
-    )
-    config = json.loads(config.to_json())
-    config["seed"], config["data"]["n_max"], config["train"]["epochs"] = (
-        seed,
-        n_max,
-        epochs,
-    )
-    config["method"] = {"name": method, "temperature": 4.0, "alpha": 1.0}
-    mass = {
-        "long_tailed": dict(zip(NAMES, (0.8, 0.17, 0.03))),
-        "balanced": dict(zip(NAMES, (0.65, 0.29, 0.06))),
-    }
-    test = _measured((71, 33, 8), classes, random.Random(1), shots=shots)
+    levels = ACCURACIES.get(method, (65, 40, 12))
+    command_config = f"configs/cifar{classes}lt.py:{method},seed={seed}"
     return {
         "config_hash": f"{method}-{classes}-{seed}",
         "config": config,
@@ -88,13 +111,9 @@ def fabricate(
         "train_images": sum(counts),
         "class_counts": counts,
         "epochs": epochs,
-        "test": _measured(
-            STRENGTH.get(method, (65, 40, 12)), classes, rng, shots=shots
-        ),
+        "test": _evaluation(levels, classes, rng, shots=shots),
         "group_assignment": _assignment(classes),
-        "teacher": {"hash": "7e4c4e70", "test": test, "group_mass": mass}
-        if teacher
-        else None,
+        "teacher": _teacher(classes, shots) if teacher else None,
         "validation": None,
         "timing": {
             "seconds": 4321.0,
@@ -105,7 +124,7 @@ def fabricate(
         "precision": "tf32",
         "versions": {"jax": "0.10.2"},
         "commit": "abc1234",
-        "command": f"python -m experiments.main --config=configs/cifar{classes}lt.py:{method},seed={seed}",
+        "command": f"python -m experiments.main --config={command_config}",
         "source": f"{method}-s{seed}",
         "finished": True,
         "metrics": [],
@@ -113,43 +132,69 @@ def fabricate(
     }
 
 
-def metrics_of(run, epochs=240):
-    """Returns what a run of this length could have logged, with test accuracies every tenth epoch."""
+def fabricate_learned(seed=0, **extra):
+    """Returns a finished run of BiKD, with weights that are larger for the tail."""
+    weights = {
+        "ce": dict(zip(GROUP_NAMES, (0.2, 0.4, 0.8))),
+        "kd": dict(zip(GROUP_NAMES, (0.2, 0.4, 0.6))),
+    }
+    weight_map = [[0.1, 0.2, 0.3], [0.4, 0.5, 0.6], [0.7, 0.8, 0.9]]
+    loss_weighting = {
+        "weights": weights,
+        "features": {
+            "student_ce": dict(zip(GROUP_NAMES, (0.1, 0.5, None))),
+            "teacher_ce": dict(zip(GROUP_NAMES, (0.2, 0.9, 1.5))),
+        },
+        "axes": [[0.0, 1.0, 2.0], [0.0, 2.0, 4.0]],
+        "map": {"ce": weight_map, "kd": weight_map},
+    }
+    metrics = [{"step": e, "epoch": float(e), "weights": weights} for e in range(1, 13)]
+    run = fabricate(
+        "kd", seed, loss_weighting=loss_weighting, outer_images=1000, metrics=metrics
+    )
+    run["config"]["loss_weighting"] = {"name": "bilevel", "update_every": 5}
+    return run | extra
+
+
+def logged_metrics(run, epochs=240):
+    """Returns the records of a run, with test accuracies every tenth epoch."""
     records = []
     for epoch in range(1, epochs + 1):
-        done = 1 - math.exp(-3 * epoch / epochs)
+        progress = 1 - math.exp(-3 * epoch / epochs)
         record = {
             "step": 170 * epoch,
             "epoch": epoch,
             "lr": 0.05,
-            "loss": 4 - 3 * done,
-            "train_accuracy": 95 * done,
+            "loss": 4 - 3 * progress,
+            "train_accuracy": 95 * progress,
         }
         record["terms"] = {
-            "ce": 4.0 - 3 * done,
-            "inter": 0.8 - 0.7 * done,
-            "intra": 2.2 - 1.2 * done,
+            "ce": 4.0 - 3 * progress,
+            "inter": 0.8 - 0.7 * progress,
+            "intra": 2.2 - 1.2 * progress,
         }
         if epoch % 10 == 0:
-            groups = {name: v * done for name, v in run["test"]["groups"].items()}
-            record["test"] = {"all": run["test"]["all"] * done, "groups": groups}
+            test = run["test"]
+            groups = {name: value * progress for name, value in test["groups"].items()}
+            record["test"] = {"all": test["all"] * progress, "groups": groups}
         records.append(record)
     return records
 
 
-def runs_of(accuracies, **extra):
-    """Returns runs of methods with accuracies over all classes, {method: [a value for each seed]}."""
+def runs_with(accuracies, **extra):
+    """Returns runs with given accuracies, {method: [a value for each seed]}."""
     runs = []
     for method, values in accuracies.items():
         for seed, accuracy in enumerate(values):
             run = fabricate(method, seed, **extra)
-            run["test"] |= {"all": accuracy, "groups": dict.fromkeys(NAMES, accuracy)}
+            groups = dict.fromkeys(GROUP_NAMES, accuracy)
+            run["test"] |= {"all": accuracy, "groups": groups}
             runs.append(run)
     return runs
 
 
 def sweep(imbalances=(10, 100), methods=("ce", "kd", "ltkd"), seeds=2, **extra):
-    """Returns runs of every method at every imbalance, whose accuracies differ by method, imbalance and seed."""
+    """Returns runs whose accuracies differ by method, imbalance and seed."""
     runs = []
     for imbalance in imbalances:
         for rank, method in enumerate(methods):
@@ -165,81 +210,61 @@ def sweep(imbalances=(10, 100), methods=("ce", "kd", "ltkd"), seeds=2, **extra):
     return runs
 
 
-def learned(seed=0, **extra):
-    """Returns a finished BiKD run: weights that rise for the tail, over twelve epochs, and a map."""
-    weights = {
-        term: dict(zip(NAMES, (0.2, 0.4, level)))
-        for term, level in (("ce", 0.8), ("kd", 0.6))
-    }
-    loss_weighting = {
-        "weights": weights,
-        "features": {
-            "student_ce": dict(zip(NAMES, (0.1, 0.5, None))),
-            "teacher_ce": dict(zip(NAMES, (0.2, 0.9, 1.5))),
-        },
-        "axes": [[0.0, 1.0, 2.0], [0.0, 2.0, 4.0]],
-        "map": {
-            term: [[0.1, 0.2, 0.3], [0.4, 0.5, 0.6], [0.7, 0.8, 0.9]]
-            for term in weights
-        },
-    }
-    metrics = [{"step": e, "epoch": float(e), "weights": weights} for e in range(1, 13)]
-    run = fabricate(
-        "kd", seed, loss_weighting=loss_weighting, outer_images=1000, metrics=metrics
-    )
-    run["config"]["loss_weighting"] = {"name": "bilevel", "update_every": 5}
-    return run | extra
-
-
 def save(folder, run, epochs=24):
-    """Writes a fabricated run as a work directory."""
+    """Writes a run as a work directory, and returns the folder."""
     folder.mkdir(parents=True)
-    results = {
-        key: value
-        for key, value in run.items()
-        if key not in ("source", "finished", "metrics")
-    }
+    unsaved = ("source", "finished", "metrics")
+    results = {key: value for key, value in run.items() if key not in unsaved}
     (folder / "results.json").write_text(json.dumps(results))
-    lines = [
-        json.dumps(record) + "\n"
-        for record in run["metrics"] or metrics_of(run, epochs)
-    ]
+    records = run["metrics"] or logged_metrics(run, epochs)
+    lines = [json.dumps(record) + "\n" for record in records]
     (folder / "metrics.jsonl").write_text("".join(lines))
     return folder
 
 
-class Page(html.parser.HTMLParser):
-    """Parses a page, checks that its elements nest, and keeps its text, its tags, and the labels of its figures."""
+class ParsedPage(html.parser.HTMLParser):
+    """Parses a page, and checks that its elements nest.
+
+    Attributes:
+      tags: of all elements.
+      ids: of all elements that have one.
+      labels: of the figures.
+    """
 
     VOID = {"meta", "br", "hr", "link", "img", "input"}
 
     def __init__(self, text):
         super().__init__()
-        self.open, self.tags, self.labels, self.ids, self.words = [], [], [], [], []
+        self.tags = []
+        self.ids = []
+        self.labels = []
+        self._open_tags = []
+        self._texts = []
         self.feed(text)
         self.close()
-        assert not self.open
+        assert not self._open_tags
 
     def handle_starttag(self, tag, attributes):
         self.handle_startendtag(tag, attributes)
         if tag not in self.VOID:
-            self.open.append(tag)
+            self._open_tags.append(tag)
 
     def handle_startendtag(self, tag, attributes):
         attributes = dict(attributes)
         self.tags.append(tag)
-        self.ids += [attributes["id"]] if "id" in attributes else []
-        self.labels += (
-            [attributes["aria-label"]] if attributes.get("role") == "img" else []
-        )
+        if "id" in attributes:
+            self.ids.append(attributes["id"])
+        if attributes.get("role") == "img":
+            self.labels.append(attributes["aria-label"])
 
     def handle_endtag(self, tag):
-        assert self.open.pop() == tag
+        assert self._open_tags.pop() == tag
 
     def handle_data(self, data):
-        if "style" not in self.open:
-            self.words.append(data)
+        if "style" not in self._open_tags:
+            self._texts.append(data)
 
     @property
     def text(self):
-        return "".join(self.words).replace("\u00a0", " ")
+        """Returns the text of the page."""
+        return "".join(self._texts).replace("\u00a0", " ")

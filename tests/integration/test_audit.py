@@ -1,4 +1,4 @@
-"""The audit of logits files: its record, sentences, page, and errors."""
+"""Tests of the audit of logits files: its record, sentences, page, and errors."""
 
 import html
 import json
@@ -17,28 +17,27 @@ COUNTS = [50, 40, 30, 20, 10, 5]
 LABELS = np.repeat(np.arange(6), 10)
 
 
-def write(path, classes=6, each=10, seed=0, **arrays):
-    """Writes logits of a model that prefers the first classes; returns the path."""
+def write(path, classes=6, examples_per_class=10, seed=0, **arrays):
+    """Writes logits of a model that prefers the first classes, and returns the path.
+
+    Of the other arrays, those that are None are left out.
+    """
     rng = np.random.default_rng(seed)
-    labels = np.repeat(np.arange(classes), each)
-    z = (
-        rng.normal(size=(len(labels), classes))
-        + 3 * np.eye(classes)[labels]
-        - 0.1 * np.arange(classes)
-    )
+    labels = np.repeat(np.arange(classes), examples_per_class)
+    noise = rng.normal(size=(len(labels), classes))
+    z = noise + 3 * np.eye(classes)[labels] - 0.1 * np.arange(classes)
     arrays = {"logits": z.astype(np.float32), "labels": labels, **arrays}
-    np.savez(
-        path, **{name: array for name, array in arrays.items() if array is not None}
-    )
+    arrays = {name: array for name, array in arrays.items() if array is not None}
+    np.savez(path, **arrays)
     return str(path)
 
 
-def record_of(z, counts=COUNTS):
+def record_of(z):
+    """Returns the record of logits of 10 examples of each of 6 classes."""
     model = inputs.Model("model", "model.npz", logits.from_arrays(z, LABELS))
-    counts = np.asarray(counts, float)
-    return run.build_record(
-        model, None, counts, "as counted", ClassGroups.from_counts(counts), 4.0
-    )
+    counts = np.asarray(COUNTS, float)
+    groups = ClassGroups.from_counts(counts)
+    return run.build_record(model, None, counts, "as counted", groups, 4.0)
 
 
 # What an audit says.
@@ -47,15 +46,14 @@ def record_of(z, counts=COUNTS):
 def test_uniform_model_is_fair():
     record = record_of(np.zeros((60, 6)))
     (model,) = record["inputs"][0]["models"]
-    assert model["mass"]["1"] == pytest.approx(
-        {"head": 1 / 3, "medium": 1 / 3, "tail": 1 / 3}
-    )
+    third = {"head": 1 / 3, "medium": 1 / 3, "tail": 1 / 3}
+    assert model["mass"]["1"] == pytest.approx(third)
     tail = model["groups"]["tail"]
-    assert (tail["inter"], tail["intra"]) == pytest.approx(
-        (np.log(3), np.log(2)), rel=1e-6
-    )
+    assert tail["inter"] == pytest.approx(np.log(3), rel=1e-6)
+    assert tail["intra"] == pytest.approx(np.log(2), rel=1e-6)
     headline = summary.headline(record)
-    assert "every group its share" in headline and "gives away most" not in headline
+    assert "every group its share" in headline
+    assert "loses most" not in headline
 
 
 def test_model_of_the_prior_is_as_biased_as_its_data():
@@ -65,22 +63,22 @@ def test_model_of_the_prior_is_as_biased_as_its_data():
     assert model["mass"]["1"] == pytest.approx(record["training"], rel=1e-5)
     ratios = [summary.mass_ratio(model["classes"], c) for c in range(6)]
     np.testing.assert_allclose(ratios, 6 * counts / counts.sum(), rtol=1e-5)
-    assert (
-        model["classes"]["to"] == [1, 0, 0, 0, 0, 0]
-        and model["between"] == [[100, 0, 0]] * 3
-    )
-    # The loss on tail classes is −log(5/155) or −log(10/155), of which −log(15/155) is about the group.
-    part = 2 * np.log(155 / 15) / (np.log(155 / 5) + np.log(155 / 10))
+    assert model["classes"]["to"] == [1, 0, 0, 0, 0, 0]
+    assert model["between"] == [[100, 0, 0]] * 3
+    # The loss on tail classes is −log(5/155) or −log(10/155), of which −log(15/155) is
+    # about the group.
+    loss = np.log(155 / 5) + np.log(155 / 10)
+    percent = 100 * 2 * np.log(155 / 15) / loss
     headline = summary.headline(record)
-    for words in (
+    for text in (
         "head classes 0.58",
         "0.33 is fair",
         "tail classes 0.10",
         "Class 5",
         "0.19",
-        f"{100 * part:.0f} %",
+        f"{percent:.0f} %",
     ):
-        assert words in headline
+        assert text in headline
 
 
 # The command, of files.
@@ -91,26 +89,27 @@ def headings(page):
 
 
 SECTIONS = {
-    "Group mass", "Wrong group, or wrong class within it", "Calibration by group", "Confusion between groups"
-}  # fmt: skip
+    "Group mass",
+    "Wrong group, or wrong class within it",
+    "Calibration by group",
+    "Confusion between groups",
+}
 
 
 @pytest.fixture
 def main(monkeypatch):
-    """The command, without what every command does to the process."""
+    """The command, which does not change the settings of the process."""
     monkeypatch.setattr(runtime, "initialize", lambda: None)
     return command.main
 
 
 def test_two_models(main, tmp_path, capsys):
-    path, student = (
-        write(tmp_path / "resnet<50>.npz", 40, 4),
-        write(tmp_path / "student.npz", 40, 4, seed=1),
-    )
+    teacher = write(tmp_path / "resnet<50>.npz", 40, 4)
+    student = write(tmp_path / "student.npz", 40, 4, seed=1)
     output = tmp_path / "audit.html"
     main(
         [
-            f"--logits={path}",
+            f"--logits={teacher}",
             f"--compare={student}",
             "--imbalance=100",
             "--temperature=2",
@@ -118,70 +117,69 @@ def test_two_models(main, tmp_path, capsys):
         ]
     )
     record = json.loads((tmp_path / "audit.json").read_text())
-    # The record holds all that is printed.
-    assert summary.console(record) in capsys.readouterr().out
+    # The record has all that is printed.
+    assert summary.as_text(record) in capsys.readouterr().out
     assert record["temperatures"] == ["1", "2"]
     assert np.bincount(record["groups"]["assignment"]).tolist() == [13, 14, 13]
     page = output.read_text()
     assert headings(page) == SECTIONS | {
         "Between the two models",
-        "Which classes resnet<50> gives away",
+        "Which classes resnet<50> takes mass from",
     }
-    assert "All 40 classes" in page and "exponential with imbalance 100" in page
+    assert "All 40 classes" in page
+    assert "exponential with imbalance 100" in page
     assert "http" not in page.replace("http://www.w3.org", "")
 
 
 def test_training_input_and_names(tmp_path):
     training_labels = np.repeat(np.arange(6), COUNTS)
-    names = ["apple", "bee", "<b>cat</b>", "dog", "eel", "fox"]
     path = write(
-        tmp_path / "x.npz", labels=LABELS % 5, class_names=names,
-        train_logits=np.eye(6)[training_labels] * 9, train_labels=training_labels,
-    )  # fmt: skip
+        tmp_path / "x.npz",
+        labels=LABELS % 5,
+        class_names=["apple", "bee", "<b>cat</b>", "dog", "eel", "fox"],
+        train_logits=np.eye(6)[training_labels] * 9,
+        train_labels=training_labels,
+    )
     record = run.run(path, temperature=1.0, output=tmp_path / "a.html")
     assert record == json.loads((tmp_path / "a.json").read_text())
-    assert record["class_counts"] == COUNTS and record["temperatures"] == ["1"]
+    assert record["class_counts"] == COUNTS
+    assert record["temperatures"] == ["1"]
     test, training = record["inputs"]
-    assert (test["title"], training["title"]) == ("this input", "training input")
+    assert test["title"] == "this input"
+    assert training["title"] == "training input"
     assert training["share"] == pytest.approx(record["training"])
-    text = (tmp_path / "a.html").read_text()
-    assert (
-        "1 classes have none" in text
-        and "<b>cat" not in text
-        and "&lt;b&gt;cat" in text
-    )
+    page = (tmp_path / "a.html").read_text()
+    assert "1 classes have none" in page
+    assert "<b>cat" not in page
+    assert "&lt;b&gt;cat" in page
 
 
 def test_group_without_examples_is_a_dash(tmp_path):
     path = write(tmp_path / "x.npz", labels=LABELS % 4, class_counts=COUNTS)
     record = run.run(path, output=tmp_path / "a.html")
-    rows = [
-        line.split()
-        for line in summary.console(record).splitlines()
-        if line.split()[:2] == ["tail", "0"]
-    ]
-    assert [row[2:] for row in rows] == [
-        ["–"] * 4,
-        ["–"] * 5,
-    ]  # of loss and calibration
+    rows = []
+    for line in summary.as_text(record).splitlines():
+        cells = line.split()
+        if cells[:2] == ["tail", "0"]:
+            rows.append(cells[2:])
+    # Of loss and calibration.
+    assert rows == [["–"] * 4, ["–"] * 5]
     page = (tmp_path / "a.html").read_text()
-    assert headings(page) > SECTIONS and "predictions of x" in page
+    assert headings(page) > SECTIONS
+    assert "predictions of x" in page
 
 
 def test_counts_of_a_file(tmp_path):
-    model = inputs.Model(
-        "model",
-        "model.npz",
-        logits.from_arrays(np.zeros((60, 6)), LABELS),
-        class_counts=np.ones(6),
-    )
+    examples = logits.from_arrays(np.zeros((60, 6)), LABELS)
+    model = inputs.Model("model", "model.npz", examples, class_counts=np.ones(6))
     np.save(tmp_path / "a.npy", COUNTS)
     (tmp_path / "a.json").write_text(json.dumps(COUNTS))
     (tmp_path / "b.json").write_text(json.dumps({"class_counts": COUNTS}))
     (tmp_path / "a.txt").write_text("50 40\n30,20 10 5")
     for path in tmp_path.iterdir():
         counts, origin = inputs.class_counts(model, str(path), None)
-        assert counts.tolist() == COUNTS and path.name in origin
+        assert counts.tolist() == COUNTS
+        assert path.name in origin
 
 
 def test_counts_of_a_model():
@@ -189,9 +187,8 @@ def test_counts_of_a_model():
     model = inputs.Model("model", "model.npz", balanced, class_counts=np.array(COUNTS))
     assert inputs.class_counts(model, None, None)[0].tolist() == COUNTS
     assert inputs.class_counts(model, None, "4,8")[0].tolist() == [8, 6, 4, 3, 2, 2]
-    long_tailed = logits.from_arrays(
-        np.zeros((21, 6)), np.repeat(np.arange(6), range(1, 7))
-    )
+    labels = np.repeat(np.arange(6), range(1, 7))
+    long_tailed = logits.from_arrays(np.zeros((21, 6)), labels)
     for model in (
         inputs.Model("m", "m.npz", balanced, long_tailed),
         inputs.Model("m", "m.npz", long_tailed),
@@ -201,32 +198,29 @@ def test_counts_of_a_model():
         inputs.class_counts(inputs.Model("m", "m.npz", balanced), None, None)
 
 
-ERRORS = [
-    ("--logits=absent.npz", "absent.npz cannot be read"),
-    ("--logits=zero.npz", "must be positive and finite; classes [5] have [0.0]"),
-    ("--logits=counts.npz", "class_counts is [5], the logits are of 6 classes"),
-    ("--logits=train.npz", "the training input has 5 classes, the other 6"),
-    ("--logits=good.npz --compare=other.npz", "--compare: row 0 has label 1"),
-    ("--logits=good.npz --counts=good.npz", "--counts=good.npz can't be read"),
-    ("--logits=good.npz --counts=gone.json", "--counts=gone.json can't be read"),
-    (
-        "--logits=good.npz --imbalance=0.5",
-        "--imbalance=0.5: imbalance=0.5: give a ratio >= 1",
+# Errors.
+
+ERRORS = {
+    "--logits=absent.npz": "absent.npz cannot be read",
+    "--logits=zero.npz": "must be positive and finite; classes [5] have [0.0]",
+    "--logits=counts.npz": "class_counts is [5], the logits are of 6 classes",
+    "--logits=train.npz": "the training input has 5 classes, the other 6",
+    "--logits=good.npz --compare=other.npz": "--compare: row 0 has label 1",
+    "--logits=good.npz --counts=good.npz": "--counts=good.npz can't be read",
+    "--logits=good.npz --counts=gone.json": "--counts=gone.json can't be read",
+    "--logits=good.npz --imbalance=0.5": (
+        "--imbalance=0.5: imbalance=0.5: give a ratio >= 1"
     ),
-    ("--logits=good.npz --imbalance=x", "give GAMMA or GAMMA,N_MAX"),
-    (
-        "--logits=good.npz --groups=0.5,0.6",
-        "--groups=0.5,0.6: fractions=[0.5, 0.6] must be positive and sum to 1",
+    "--logits=good.npz --imbalance=x": "give GAMMA or GAMMA,N_MAX",
+    "--logits=good.npz --groups=0.5,0.6": (
+        "--groups=0.5,0.6: fractions=[0.5, 0.6] must be positive and sum to 1"
     ),
-    ("--logits=good.npz --groups=0.9,0.05,0.05", "groups ['tail'] would be empty"),
-    ("--logits=good.npz --output=no/such/a.html", "--output=no/such/a.html"),
-    ("--logits=good.npz --output=a.json", "its name ending in .html"),
-    (
-        "--logits=good.npz --output=results.html",
-        "results.json exists and is no audit's",
-    ),
-    ("--checkpoint=.", "has no config.json"),
-]
+    "--logits=good.npz --groups=0.9,0.05,0.05": "groups ['tail'] would be empty",
+    "--logits=good.npz --output=no/such/a.html": "--output=no/such/a.html",
+    "--logits=good.npz --output=a.json": "its name ending in .html",
+    "--logits=good.npz --output=results.html": "results.json exists and is no audit's",
+    "--checkpoint=.": "has no config.json",
+}
 
 
 @pytest.fixture(scope="module")
@@ -246,21 +240,31 @@ def bad_files(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("words, message", ERRORS, ids=[words for words, _ in ERRORS])
-def test_bad_input(words, message, main, bad_files, monkeypatch):
+@pytest.mark.parametrize("arguments, message", ERRORS.items(), ids=ERRORS)
+def test_bad_input(arguments, message, main, bad_files, monkeypatch):
     monkeypatch.chdir(bad_files)
     with pytest.raises(SystemExit) as stopped:
-        main(words.split())
+        main(arguments.split())
     line = stopped.value.code
-    assert line.startswith("error: ") and message in line and "\n" not in line
+    assert line.startswith("error: ")
+    assert message in line
+    assert "\n" not in line
     assert (bad_files / "results.json").read_text() == '{"test": {}}'
 
 
 @pytest.mark.parametrize(
-    "words", ["", "--logits=a --checkpoint=b", "--logits=a --temperature=0", "--logits=a --groups=x",
-              "--logits=a --save=b.npz", "--logits=a --counts=b --imbalance=9"],
-)  # fmt: skip
-def test_options_that_make_no_sense(words, main, capsys):
+    "arguments",
+    [
+        "",
+        "--logits=a --checkpoint=b",
+        "--logits=a --temperature=0",
+        "--logits=a --groups=x",
+        "--logits=a --save=b.npz",
+        "--logits=a --counts=b --imbalance=9",
+    ],
+)
+def test_contradictory_options(arguments, main, capsys):
     with pytest.raises(SystemExit) as stopped:
-        main(words.split())
-    assert stopped.value.code == 2 and "error" in capsys.readouterr().err
+        main(arguments.split())
+    assert stopped.value.code == 2
+    assert "error" in capsys.readouterr().err

@@ -1,4 +1,7 @@
-"""What the benchmarks count and how they are asked for; tests/system/test_benchmark.py runs them whole."""
+"""Tests of what the benchmarks count, and of their options.
+
+tests/system/test_benchmark.py runs them completely.
+"""
 
 import numpy as np
 import pytest
@@ -17,18 +20,16 @@ from ltkd_jax.data.prepare import recipes
 
 
 def test_bilevel_ratios():
-    cost = bilevel_step.Cost
+    mib = 2**20
     costs = {
-        "fast, weight net unchanged": cost(80e9, 90 * 2**20, 2.0),
-        "fast, weight net changed": cost(100e9, 100 * 2**20, 3.0),
-        "naive": cost(100e9, 100 * 2**20, 4.0),
-        "naive, teacher in the step": cost(160e9, 100 * 2**20),
-        "teacher, one forward": cost(60e9, 10 * 2**20, 1.0),
+        "fast, weight net unchanged": bilevel_step.Cost(80e9, 90 * mib, 2.0),
+        "fast, weight net changed": bilevel_step.Cost(100e9, 100 * mib, 3.0),
+        "naive": bilevel_step.Cost(100e9, 100 * mib, 4.0),
+        "naive, teacher in the step": bilevel_step.Cost(160e9, 100 * mib),
+        "teacher, one forward": bilevel_step.Cost(60e9, 10 * mib, 1.0),
     }
-    assert (
-        bilevel_step.fast_flops(costs, 5) == pytest.approx(84e9)
-        and bilevel_step.fast_flops(costs, 1) == 100e9
-    )
+    assert bilevel_step.fast_flops(costs, 5) == pytest.approx(84e9)
+    assert bilevel_step.fast_flops(costs, 1) == 100e9
     assert bilevel_step.official_flops(costs) == 220e9
     table = bilevel_step.table(costs)
     assert table.rows[0] == [
@@ -40,11 +41,12 @@ def test_bilevel_ratios():
         "2.000",
         "0.500",
     ]
-    assert table.rows[3][-2:] == ["–", "–"] and "naive" in writers.as_text(table)
+    assert table.rows[3][-2:] == ["–", "–"]
+    assert "naive" in writers.as_text(table)
 
 
 @pytest.mark.parametrize(
-    "command, words",
+    "command, options",
     [
         (
             "bilevel",
@@ -58,13 +60,14 @@ def test_bilevel_ratios():
         ("pytorch", ("--methods=ce", "--repeats=0")),
     ],
 )
-def test_bad_arguments_are_refused(capsys, command, words):
-    for word in words:
-        option, _, value = word.partition("=")
+def test_bad_options_are_refused(capsys, command, options):
+    for option in options:
+        name, _, value = option.partition("=")
         with pytest.raises(SystemExit):
-            benchmark.main([command, word])
+            benchmark.main([command, option])
         errors = capsys.readouterr().err
-        assert option in errors and value in errors
+        assert name in errors
+        assert value in errors
 
 
 def test_unknown_model_is_refused():
@@ -72,31 +75,35 @@ def test_unknown_model_is_refused():
         benchmark.main(["bilevel", "--student=resnet9"])
 
 
-def test_stream_and_plain_loop_read_the_same_batches(tmp_path):
-    input_pipeline.photographs(tmp_path / "images", 24)
-    recipes.prepare(
-        recipes.custom_recipe("photographs"), tmp_path / "tfds", tmp_path / "images"
-    )
-    train = datasets.load("photographs", tmp_path / "tfds", size=16, margin=True).train
+def test_stream_and_plain_loop_have_equal_batches(tmp_path):
+    image_folder = tmp_path / "images"
+    data_dir = tmp_path / "tfds"
+    input_pipeline.write_photographs(image_folder, 24)
+    recipes.prepare(recipes.custom_recipe("photographs"), data_dir, image_folder)
+    train = datasets.load("photographs", data_dir, size=16, margin=True).train
     with streaming.batches(
         train, seed=0, batch_size=4, first_step=0, num_steps=6
     ) as batches:
-        for streamed, plain in zip(
-            batches, input_pipeline.plain_loop(train, 4, 6), strict=True
-        ):
+        plain_batches = input_pipeline.plain_loop(train, 4, 6)
+        for streamed, plain in zip(batches, plain_batches, strict=True):
             np.testing.assert_array_equal(streamed.images, plain)
     rates = input_pipeline.measure(train, 4, 2, [0], repeats=1)
-    assert set(rates) == {"plain loop", "stream, threads"} and min(rates.values()) > 0
+    assert set(rates) == {"plain loop", "stream, threads"}
+    assert min(rates.values()) > 0
 
 
-def test_best_is_of_the_rounds_after_the_first():
+def test_best_of_rounds_ignores_the_first():
     values = iter([1.0, 9.0, 4.0, 7.0, 5.0, 6.0])
     measures = {"a": lambda: next(values), "b": lambda: next(values)}
     assert timing.best_of_rounds(measures, 2) == {"a": 4.0, "b": 6.0}
+
+
+def test_best_calls_in_turns():
     calls = []
-    assert timing.best(
+    seconds = timing.best(
         {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 1
-    ).keys() == {"a", "b"}
+    )
+    assert seconds.keys() == {"a", "b"}
     assert calls == list("abab")
 
 
@@ -109,10 +116,9 @@ def test_cases_have_each_teacher_once():
 
 def test_table_of_the_step():
     case = train_step.Case("ltkd", "table")
-    row = train_step.table(
-        {case: train_step.StepCost(64, 0.5, 1e9, 2**30, 9.0, 3.0)}, {"float32": 4e9}
-    ).rows[0]
-    assert row == [
+    cost = train_step.StepCost(64, 0.5, 1e9, 2**30, 9.0, 3.0)
+    table = train_step.table({case: cost}, {"float32": 4e9})
+    assert table.rows[0] == [
         "ltkd",
         "table",
         "float32",
@@ -127,39 +133,44 @@ def test_table_of_the_step():
     ]
 
 
+HLO = """
+%inside.2 (x: f32[2]) -> f32[2] {
+  %x = f32[2]{0} parameter(0)
+  ROOT %convolution.7 = f32[2]{0} convolution(%x), window={size=8x8}
+}
+
+%inside (x: f32[2]) -> f32[2] {
+  ROOT %dot.1 = f32[2]{0} dot(%x), metadata={op_name="jit(f)/jvp(Net)/dot"}
+}
+
+ENTRY %main (x: f32[2]) -> f32[2] {
+  %custom.8 = f32[2]{0} fusion(%x), kind=kCustom, calls=%inside.2, backend_config={}
+  %custom.9 = f32[2]{0} fusion(%x), kind=kCustom, calls=%inside, backend_config={}
+  %fusion.3 = f32[] fusion(%x), metadata={op_name="jit(f)/jvp(N)/conv" stack_frame_id=1}
+  ROOT %fusion.4 = f32[] fusion(%x), metadata={op_name="jit(f)/transpose(jvp(N))/conv"}
+"""
+
+
 def test_profile_counts_operations_by_primitive():
-    hlo = """
-    %inside.2 (x: f32[2]) -> f32[2] {
-      %x = f32[2]{0} parameter(0)
-      ROOT %convolution.7 = f32[2]{0} convolution(%x), window={size=8x8}
-    }
-
-    %inside (x: f32[2]) -> f32[2] {
-      ROOT %dot.1 = f32[2]{0} dot(%x), metadata={op_name="jit(f)/jvp(Net)/dot"}
-    }
-
-    ENTRY %main (x: f32[2]) -> f32[2] {
-      %custom.8 = f32[2]{0} fusion(%x), kind=kCustom, calls=%inside.2, backend_config={}
-      %custom.9 = f32[2]{0} fusion(%x), kind=kCustom, calls=%inside, backend_config={}
-      %fusion.3 = f32[2]{0} fusion(%x), metadata={op_name="jit(f)/jvp(Net)/conv" stack_frame_id=1}
-      ROOT %fusion.4 = f32[2]{0} fusion(%x), metadata={op_name="jit(f)/transpose(jvp(Net))/conv"}
-    """
-    labels = profile.sources(hlo)
+    labels = profile.primitives(HLO)
     assert labels == {
-        "dot.1": "dot", "custom.8": "convolution", "custom.9": "dot", "fusion.3": "conv", "fusion.4": "conv, backward",
-    }  # fmt: skip
-    spent = {"fusion.3": 50.0, "fusion.4": 40.0, "copy.7": 5.0, "copy.8": 5.0}
-    events = [
-        {"ph": "X", "name": name, "dur": micros, "args": {"hlo_op": name}}
-        for name, micros in spent.items()
-    ]
-    events += [
-        {"ph": "M", "name": "process_name", "pid": 1},
-        {"ph": "X", "name": "python", "ts": 0, "dur": 900.0},
-    ]
-    spent = profile.operations({"traceEvents": events}, labels)
-    assert spent == {"conv": 50, "conv, backward": 40, "copy": 10}
-    assert profile.table(spent).rows[0] == ["conv", "0.05", "50.0 %"]
+        "dot.1": "dot",
+        "custom.8": "convolution",
+        "custom.9": "dot",
+        "fusion.3": "conv",
+        "fusion.4": "conv, backward",
+    }
+    micros = {"fusion.3": 50.0, "fusion.4": 40.0, "copy.7": 5.0, "copy.8": 5.0}
+    events = []
+    for name, time in micros.items():
+        event = {"ph": "X", "name": name, "dur": time, "args": {"hlo_op": name}}
+        events.append(event)
+    # Neither of these is an operation of the device.
+    events.append({"ph": "M", "name": "process_name", "pid": 1})
+    events.append({"ph": "X", "name": "python", "ts": 0, "dur": 900.0})
+    times = profile.time_by_operation({"traceEvents": events}, labels)
+    assert times == {"conv": 50, "conv, backward": 40, "copy": 10}
+    assert profile.table(times).rows[0] == ["conv", "0.05", "50.0 %"]
 
 
 @pytest.mark.parametrize(

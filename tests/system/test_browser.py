@@ -6,7 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
-from helpers.fabricated import fabricate, learned, save
+from helpers.fabricated import fabricate, fabricate_learned, save
 from PIL import Image
 
 from experiments.reporting import load, report_page
@@ -259,7 +259,7 @@ def report(tmp_path_factory):
     save(folder / "long", long)
     for seed in seeds:
         save(folder / f"bikd-{seed}", learned(seed))
-    report_page.write_report(load.find([folder]), folder / "report.html")
+    report_page.write_report(load.load_all([folder]), folder / "report.html")
     # The page must be complete without its folder of files, for example as an e-mail's
     # attachment.
     (folder / "report_files").rename(folder / "elsewhere")
