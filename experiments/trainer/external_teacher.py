@@ -134,19 +134,19 @@ def _check_images(
     if shape not in allowed_shapes:
         shapes = " or ".join(str(list(allowed)) for allowed in allowed_shapes)
         raise LogitsError(
-            f"{logits.source}: {logits.array_name} is of shape {list(shape)}, but must be "
-            f"{shapes}"
+            f"{logits.source}: {logits.array_name} is of shape {list(shape)}, but must "
+            f"be {shapes}"
         )
     if not np.array_equal(logits.labels, images.labels):
         raise LogitsError(
-            f"{logits.source}: the labels of {logits.array_name} are not those of the data "
-            "set, so the logits are not in its order: sort the images by their keys, "
-            "for CIFAR the order of the original files"
+            f"{logits.source}: the labels of {logits.array_name} are not those of the "
+            "data set, so the logits are not in its order: sort the images by their "
+            "keys, for CIFAR the order of the original files"
         )
     if logits.keys is not None and not np.array_equal(logits.keys, images.keys):
         raise LogitsError(
-            f"{logits.source}: the keys of {logits.array_name} are not those of the data "
-            "set, sorted: sort the rows by their keys"
+            f"{logits.source}: the keys of {logits.array_name} are not those of the "
+            "data set, sorted: sort the rows by their keys"
         )
 
 

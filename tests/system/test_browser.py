@@ -258,7 +258,7 @@ def report(tmp_path_factory):
     }
     save(folder / "long", long)
     for seed in seeds:
-        save(folder / f"bikd-{seed}", learned(seed))
+        save(folder / f"bikd-{seed}", fabricate_learned(seed))
     report_page.write_report(load.load_all([folder]), folder / "report.html")
     # The page must be complete without its folder of files, for example as an e-mail's
     # attachment.
