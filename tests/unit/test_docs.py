@@ -14,8 +14,8 @@ from experiments.config import load
 from ltkd_jax import methods
 
 DOCUMENTS = [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
-# The reader of docs/add_a_method.md creates these.
-ADDED = {"kd_adjusted", "experiments/queues/mine.json"}
+# The reader of docs/add_a_method.md and `make docs` create these.
+ADDED = {"kd_adjusted", "experiments/queues/mine.json", "docs/_build/html"}
 FLAG = re.compile(r'"--([\w-]+)"|DEFINE_\w+\(\s*"(\w+)"|define_config_file\(\s*"(\w+)"')
 
 
