@@ -205,7 +205,7 @@ def _example_stats(
     group_mass = []
     divergence = []
     for temperature in temperatures:
-        # Without a student XLA drops the KL, which is not returned then.
+        # Without a student the KL is not returned, so XLA does not compute it.
         student = logits if student_logits is None else student_logits
         kl, mass = _split_kl(student, logits, groups, temperature)
         divergence.append(kl)
