@@ -230,8 +230,9 @@ def _split_kl(
     """
     split = losses.group_kl(student, teacher, groups, temperature=temperature)
     mass = jnp.exp(split.teacher_log_mass)
-    parts = jnp.concatenate([split.inter[:, None], mass * split.intra], axis=1)
-    return parts, mass
+    weighted_intra = mass * split.intra
+    kl_parts = jnp.concatenate([split.inter[:, None], weighted_intra], axis=1)
+    return kl_parts, mass
 
 
 # --- Their sums, on the host ---
