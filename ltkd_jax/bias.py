@@ -205,7 +205,7 @@ def _example_stats(
     group_mass = []
     divergence = []
     for temperature in temperatures:
-        # Without a student XLA drops the KL, which is not returned then.
+        # Without a student the KL is not returned, so XLA does not compute it.
         student = logits if student_logits is None else student_logits
         kl, mass = _split_kl(student, logits, groups, temperature)
         divergence.append(kl)
@@ -230,8 +230,9 @@ def _split_kl(
     """
     split = losses.group_kl(student, teacher, groups, temperature=temperature)
     mass = jnp.exp(split.teacher_log_mass)
-    parts = jnp.concatenate([split.inter[:, None], mass * split.intra], axis=1)
-    return parts, mass
+    weighted_intra = mass * split.intra
+    kl_parts = jnp.concatenate([split.inter[:, None], weighted_intra], axis=1)
+    return kl_parts, mass
 
 
 # --- Their sums, on the host ---

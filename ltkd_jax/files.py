@@ -16,7 +16,7 @@ PathLike = str | os.PathLike[str]
 def atomic_write(path: PathLike) -> Iterator[pathlib.Path]:
     """Yields a temporary path that replaces `path` when the block ends.
 
-    After an exception `path` is as it was before.
+    An exception leaves `path` unchanged.
 
     >>> import tempfile
     >>> target = pathlib.Path(tempfile.mkdtemp()) / "a.txt"

@@ -32,7 +32,7 @@ from ltkd_jax.losses._common import AxisName, Scalar
 
 
 class GroupKL(NamedTuple):
-    """The KL from teacher to student, split by groups; without the factor τ².
+    """Holds the KL from teacher to student, split by groups; without the factor τ².
 
     `inter + Σ_G exp(teacher_log_mass) · intra == KL(p^T ‖ p^S)`.
 
@@ -358,7 +358,7 @@ def _membership(
 
 
 class _Split(NamedTuple):
-    """Group masses of student and teacher, and the KLs within groups, all `[..., G]`.
+    """Holds group masses of student and teacher and KLs within groups, `[..., G]`.
 
     All values are finite; they are 0 for a group without existing classes.
 
@@ -391,8 +391,8 @@ def _split(
 
         KL(p̃^T_{·|G} ‖ p̃^S_{·|G}) = Σ e^v (v − u) / Σ e^v − log Σ e^v + log Σ e^u.
 
-    In this form neither p̃ is stored for the backward pass, only e^u, e^v and numbers
-    per group.
+    In this form no normalised distribution is stored for the backward pass, only e^u,
+    e^v and numbers per group.
 
     Args:
       student, teacher: `[..., C]`, from `_common.check_pair`.

@@ -58,9 +58,9 @@ def formula_hypergradient(
     gradient = jax.tree.map(
         lambda j: jnp.tensordot(weights, j, 2) / len(terms), jacobian
     )
-    ahead = descend(params, gradient, rate)
+    ahead_params = descend(params, gradient, rate)
     outer_params = jax.tree.map(
-        functools.partial(jnp.where, outer_at_start), params, ahead
+        functools.partial(jnp.where, outer_at_start), params, ahead_params
     )
     outer_grad = jax.grad(problem.outer_fn)(outer_params, outer_batch)
     slopes = 0.0
@@ -161,12 +161,12 @@ def freeze_features(problem, params, meta_params, batches, outer_batch, rate):
 
     gradient_fn = jax.jit(jax.grad(inner_loss, has_aux=True))
     features_of_steps = []
-    ahead = params
+    ahead_params = params
     for j in range(jax.tree.leaves(batches)[0].shape[0]):
         batch = jax.tree.map(lambda x, j=j: x[j], batches)
-        gradient, features = gradient_fn(ahead, batch)
+        gradient, features = gradient_fn(ahead_params, batch)
         features_of_steps.append(features)
-        ahead = descend(ahead, gradient, rate)
+        ahead_params = descend(ahead_params, gradient, rate)
 
     def terms_fn(params, batch_and_features):
         batch, features = batch_and_features

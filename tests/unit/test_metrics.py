@@ -82,9 +82,12 @@ def test_padding_and_batches():
         axis_name="d",
         devices=jax.devices()[:4],
     )(*batches)
-    for batched, devices, whole in zip(sums_of_batches, sums_of_devices, expected):
-        np.testing.assert_allclose(batched.sum(0), whole, rtol=1e-5)
-        np.testing.assert_allclose(devices[0], whole, rtol=1e-5)
+    for field in metrics.EvalSums._fields:
+        total = getattr(expected, field)
+        batch_sums = getattr(sums_of_batches, field)
+        np.testing.assert_allclose(batch_sums.sum(0), total, rtol=1e-5)
+        device_sums = getattr(sums_of_devices, field)
+        np.testing.assert_allclose(device_sums[0], total, rtol=1e-5)
 
 
 def test_class_without_examples():
