@@ -147,7 +147,7 @@ class Network(Layers, kw_only=True):
 
     num_classes: int = 100
 
-    # Sides of the smallest image, in pixels, that still has a feature map.
+    # The smallest side of an image, in pixels, from which the body has an output.
     min_image_size: ClassVar[int] = 1
 
     @nn.compact
@@ -192,5 +192,5 @@ class Network(Layers, kw_only=True):
         raise NotImplementedError
 
     def sow_feature(self, name: str, x: jax.Array) -> None:
-        """Records a feature, which Linen drops unless `apply` is asked for it."""
+        """Records a feature, which Linen keeps if "intermediates" is mutable."""
         self.sow("intermediates", name, x)

@@ -7,7 +7,7 @@ from ltkd_jax.models.network import Initialisers, Network
 
 WIDTHS = (64, 128, 256, 512, 512)
 
-# Sides of an image, in pixels, from which on there is a fourth max pool.
+# An image whose sides have at least this many pixels is pooled a fourth time.
 LARGE_IMAGE_SIZE = 64
 
 

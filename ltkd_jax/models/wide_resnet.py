@@ -41,6 +41,7 @@ class WideResNet(Network):
                 name = f"stage{stage}_block{block}"
                 x = self._block(x, train, width, stride, name)
             self.sow_feature(f"stage{stage}", x)
+        # Blocks normalise their input, so the last sum still needs a norm.
         return nn.relu(self.norm(x, train, "last_norm"))
 
     def _block(
@@ -50,6 +51,7 @@ class WideResNet(Network):
         y = self.conv(activated, width, 3, stride, name=f"{name}_conv1")
         y = nn.relu(self.norm(y, train, f"{name}_norm2"))
         y = self.conv(y, width, 3, name=f"{name}_conv2")
+        # With equal channels the shortcut is x itself, before the norm.
         if x.shape[-1] != width:
             x = self.conv(activated, width, 1, stride, name=f"{name}_conv3")
         return x + y

@@ -1,6 +1,6 @@
-"""The training step with learned loss weights: `ltkd_jax.bilevel`, with its parts.
+"""The training step with learned loss weights.
 
-Those are the student, the loss terms of a method and a weight net.
+It applies `ltkd_jax.bilevel` to a student, the loss terms of a method and a weight net.
 """
 
 import dataclasses
@@ -111,6 +111,8 @@ def make_problem(
       weighting: the weight net, its features and the outer loss.
       axis_name: see `bilevel_step`.
     """
+    # All forward passes start from the same statistics. In training mode these affect
+    # only the new statistics, not the predictions.
     predict = make_predict_fn(model, batch_stats, axis_name)
 
     def terms_fn(params: PyTree, batch: Batch) -> tuple[jax.Array, bilevel.Aux]:
@@ -120,6 +122,7 @@ def make_problem(
         return terms, bilevel.Aux(features, (predictions, new_stats))
 
     def outer_fn(params: PyTree, batch: Batch) -> jax.Array:
+        # The new statistics are dropped: the outer set is only for the weight net.
         predictions, _ = predict(params, batch)
         return weighting.outer_loss_fn(predictions).mean()
 
@@ -175,12 +178,14 @@ def bilevel_step(
         state.meta,
         batches,
         outer_batch,
+        # The student's optimizer counts its steps the same way, from 0.
         schedule(state.step),
         optimizer=weighting.optimizer,
         update_every=weighting.update_every,
         update_weight_net=update_weight_net,
         unroll=unroll,
     )
+    # Of the first batch, at the parameters before the step.
     predictions, batch_stats = result.aux.extra
     new_state = apply_gradients(
         state,
@@ -210,6 +215,7 @@ def _add_step(
     features = result.aux.features
 
     def sum_by_group(values: jax.Array) -> jax.Array:
+        # A scatter-add, which sums the examples of the same group.
         zeros = jnp.zeros((num_groups, *values.shape[1:]), values.dtype)
         return zeros.at[groups].add(values)
 

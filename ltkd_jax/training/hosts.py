@@ -85,10 +85,12 @@ def is_primary() -> bool:
 def run_on_primary(fn: Callable[[], _T]) -> _T:
     """Runs `fn` on process 0 only, and returns its result in every process.
 
-    If `fn` raises, every process raises that exception.
+    All processes must call it; they wait until `fn` has returned. If it raises, every
+    process raises its exception.
 
     Args:
-      fn: called without arguments. Its result must be picklable.
+      fn: called without arguments. Its result must be picklable; arrays in it are sent
+        over the devices.
 
     >>> run_on_primary(lambda: 3)
     3
@@ -131,9 +133,10 @@ def run_on_primary(fn: Callable[[], _T]) -> _T:
 def run_on_all(fn: Callable[[], _T]) -> _T:
     """Runs `fn` in every process, and returns the process's own result.
 
-    If `fn` raises in some of them, every process raises: its own exception where it has
-    one, else that of the first process that failed. So no process goes on alone and
-    waits for the others in vain.
+    All processes must call it; they wait for each other. If `fn` raises in some of
+    them, every process raises: its own exception where it has one, else that of the
+    first process that failed. So no process continues alone, to wait in vain for one
+    that has failed.
 
     Args:
       fn: called without arguments.
@@ -154,6 +157,8 @@ def run_on_all(fn: Callable[[], _T]) -> _T:
 
 def all_gather(value: _T) -> list[_T]:
     """Returns the values of all processes, in the order of their indices.
+
+    All processes must call it; they wait for each other.
 
     Args:
       value: this process's value; small and picklable.

@@ -176,7 +176,8 @@ class Parallel:
             batch = jax.lax.with_sharding_constraint(batch, batch_sharding)
             return fn(*others, batch)
 
-        # From a sharded batch to a replicated result, XLA must insert the collectives.
+        # The batch is sharded and the result replicated, so XLA inserts collectives,
+        # such as the sum of the gradients.
         return jax.jit(
             constrained_fn, out_shardings=replicated, donate_argnums=donate_argnums
         )

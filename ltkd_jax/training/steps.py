@@ -390,8 +390,8 @@ def train_steps(
 ) -> TrainState:
     """Returns the state after S steps, which are one computation on the device.
 
-    The sums of `state` are reset before the first step of each epoch, so that after
-    its last step they still hold the whole epoch.
+    The sums of `state` are reset before the first step of an epoch, not after its last
+    one, when they are logged.
 
     Args:
       state: before the steps.
