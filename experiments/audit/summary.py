@@ -42,7 +42,7 @@ def _classes_of(group_name):
 
 
 def _mass_sentence(record, input_set, model):
-    """Returns which group gets too much mass, and which too little."""
+    """Returns a sentence on which group gets too much mass, and which too little."""
     share = input_set["share"]
     plain_temperature, *other_temperatures = record["temperatures"]
     mass = model["mass"][plain_temperature]
@@ -88,7 +88,7 @@ def _tail_sentences(record, model):
 
 
 def _class_sentence(record, model):
-    """Returns which class loses most mass, "" if none does."""
+    """Returns a sentence on the class that loses most mass, "" if none does."""
     classes = model["classes"]
     order = _by_lost_mass(classes)
     if not order or mass_ratio(classes, order[0]) > 1 - FAIR:
@@ -103,7 +103,7 @@ def _class_sentence(record, model):
 
 
 def _divergence_sentence(record, input_set):
-    """Returns how far the second model is from the first, "" without a second."""
+    """Returns a sentence on the KL between two models, "" for a single one."""
     if "divergence" not in input_set:
         return ""
     temperature = record["temperatures"][-1]

@@ -119,7 +119,7 @@ def _by_class(setting, styles):
 
 
 def _sorted_classes(setting, run, counts, order):
-    """Returns the `_Classes` of a setting, in an order."""
+    """Returns the `_Classes` of a setting, sorted by the indices `order`."""
     assignment = np.asarray(run.get("group_assignment") or [], int)
     group_names = []
     if len(assignment) == len(counts):

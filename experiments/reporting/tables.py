@@ -182,7 +182,7 @@ def _comparison_cell(candidate, reference, column):
 
 
 def headline(setting):
-    """Returns which method is the most accurate, and which ones it is better than."""
+    """Returns sentences on the most accurate method, and on what it is better than."""
     best = setting.best("all")
     if best is None:
         return "No run has a test accuracy yet."
@@ -250,7 +250,7 @@ def _enumerate(words):
 
 
 def overview(settings):
-    """Returns how often which method is the most accurate, overall and on the tail."""
+    """Returns a sentence on how often each method is the best, "" without a value."""
     clauses = []
     for name, column_of in COMPARED_COLUMNS.items():
         best = [setting.best(column_of(setting)) for setting in settings]
