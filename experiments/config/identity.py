@@ -45,7 +45,7 @@ NO_EFFECT = {
     "data.stream": False,
     "method.num_groups": 0,
 }
-# A teacher depends on these sections, and on its own.
+# The keys that a teacher depends on, besides `teacher` itself.
 _TEACHER_KEYS = ("data", "groups", "augment", "split_seed", "teacher_seed", "precision")
 
 
@@ -132,8 +132,8 @@ def teacher_identity(config: dict, identity: dict) -> dict:
       identity: from `run_identity`.
     """
     tree = {key: identity[key] for key in _TEACHER_KEYS if key in identity}
-    # With n_max set, held-out images come from those that the draw does not use, so
-    # the training images stay the same. In all other cases holding out changes them.
+    # Images are held out from the end of each class where the draw does not begin. With
+    # n_max set, the training images stay the same; in all other cases they change.
     if config["data"]["subset"] == "exponential" and config["data"]["n_max"]:
         tree["data"] = tree["data"] | {"outer_per_class": 0, "validation_per_class": 0}
     return {**tree, "teacher": without(identity["teacher"], ["checkpoint"])}
