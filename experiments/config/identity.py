@@ -132,8 +132,9 @@ def teacher_identity(config: dict, identity: dict) -> dict:
       identity: from `run_identity`.
     """
     tree = {key: identity[key] for key in _TEACHER_KEYS if key in identity}
-    # Images are held out from the end of each class where the draw does not begin. With
-    # n_max set, the training images stay the same; in all other cases they change.
+    # The draw ranks the images of each class: training images come from the front,
+    # held-out images from the back. With n_max set, holding images out therefore
+    # changes no training image; in all other cases it does.
     if config["data"]["subset"] == "exponential" and config["data"]["n_max"]:
         tree["data"] = tree["data"] | {"outer_per_class": 0, "validation_per_class": 0}
     return {**tree, "teacher": without(identity["teacher"], ["checkpoint"])}
