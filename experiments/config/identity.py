@@ -45,7 +45,7 @@ NO_EFFECT = {
     "data.stream": False,
     "method.num_groups": 0,
 }
-# A teacher depends on these sections, and on its own.
+# The keys that a teacher depends on, besides `teacher` itself.
 _TEACHER_KEYS = ("data", "groups", "augment", "split_seed", "teacher_seed", "precision")
 
 
@@ -132,8 +132,9 @@ def teacher_identity(config: dict, identity: dict) -> dict:
       identity: from `run_identity`.
     """
     tree = {key: identity[key] for key in _TEACHER_KEYS if key in identity}
-    # With n_max set, held-out images come from those that the draw does not use, so
-    # the training images stay the same. In all other cases holding out changes them.
+    # The draw ranks the images of each class: training images come from the front,
+    # held-out images from the back. With n_max set, holding images out therefore
+    # changes no training image; in all other cases it does.
     if config["data"]["subset"] == "exponential" and config["data"]["n_max"]:
         tree["data"] = tree["data"] | {"outer_per_class": 0, "validation_per_class": 0}
     return {**tree, "teacher": without(identity["teacher"], ["checkpoint"])}
