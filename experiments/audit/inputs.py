@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -67,7 +68,7 @@ def _read_file(path):
             f"{path}: the training input has {train.num_classes} classes, the other "
             f"{test.num_classes}: give both from the same model"
         )
-    by_class = {}
+    by_class: dict[str, Any] = {}
     for name in ("class_counts", "class_names"):
         array = file.array(name) if name in file.names else None
         if array is not None and array.shape != (test.num_classes,):

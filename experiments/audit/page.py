@@ -4,7 +4,7 @@ import numpy as np
 from markupsafe import Markup
 
 from experiments.audit import summary
-from experiments.reporting import figures, page
+from experiments.reporting import figures, page, writers
 
 # With fewer examples than this, the accuracy of a bin says little.
 FEW_EXAMPLES = 10
@@ -217,7 +217,7 @@ def _mass_section(record):
         "share of the training images. τ = 1 is the model as it is; the other "
         "temperature is that of distillation."
     ).format(figures.symbol("❙", 6), figures.symbol("◇", 7))
-    components = [page.Text(text)]
+    components: list = [page.Text(text)]
     for input_set in record["inputs"]:
         panels = []
         for model in input_set["models"]:
@@ -370,6 +370,7 @@ def _confusion_section(record):
         "mass, go; in percent of the row."
     )
     matrices = summary.confusion_matrices(record)
+    component: page.HeatMaps | writers.Table
     if all(all(matrix) for matrix in matrices.values()):
         component = page.HeatMaps(matrices, record["groups"]["names"])
     else:

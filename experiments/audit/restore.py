@@ -16,6 +16,7 @@ from experiments.trainer.evaluator import padded_batches
 from experiments.trainer.trainer import get_trainer
 from ltkd_jax.data.logits import Logits, from_arrays
 from ltkd_jax.data.records import Images, Records
+from ltkd_jax.models import Model
 from ltkd_jax.training.checkpoint import Checkpoints
 
 
@@ -34,7 +35,7 @@ class Restored:
     name: str
     spec: RunSpec
     data: datasets.Dataset
-    model: object
+    model: Model
     variables: dict
 
     @functools.cached_property
@@ -118,14 +119,14 @@ def restore(folder, *, data_dir: str = "", subset: str = "") -> Restored:
     else:
         last_step = identity.read_teacher_results(folder)["step"]
         name = f"teacher {spec.teacher.model}"
-    step, state, _ = checkpoint or (None, None, None)
-    if step != last_step:
-        checkpoint_step = "none" if step is None else f"step {step}"
+    if checkpoint is None or checkpoint[0] != last_step:
+        checkpoint_step = "none" if checkpoint is None else f"step {checkpoint[0]}"
         raise ConfigError(
             f"the last intact checkpoint in {folder} is of {checkpoint_step}, and "
             f"training ends at step {last_step}: finish it with the command that "
             "started it"
         )
+    _, state, _ = checkpoint
     return Restored(name, spec, trainer.data, trainer.model, state.variables)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+from collections.abc import Iterable
 
 import numpy as np
 import tqdm
@@ -47,8 +48,8 @@ def run(
       OSError: a file cannot be written.
     """
     # Reading and evaluation take long, so the outputs are checked first.
-    output = _check_writable("--output", output, ".html")
-    record_path = output.with_suffix(".json")
+    page_path = _check_writable("--output", output, ".html")
+    record_path = page_path.with_suffix(".json")
     _check_replaceable(record_path)
     if save:
         save = _check_writable("--save", save, ".npz")
@@ -69,7 +70,7 @@ def run(
     record = build_record(
         model, second, class_counts, counts_origin, groups, temperature
     )
-    page.write(record, output)
+    page.write(record, page_path)
     # NaN is not JSON; what has no example is None.
     files.write_text(record_path, json.dumps(record, allow_nan=False))
     return record
@@ -108,9 +109,9 @@ def build_record(
     assignment = np.asarray(groups.assignment)
     group_counts = np.bincount(assignment, class_counts, minlength=groups.num_groups)
     training_share = group_counts / class_counts.sum()
-    class_names = model.class_names
-    if class_names is None:
-        class_names = range(len(class_counts))
+    class_names: Iterable = range(len(class_counts))
+    if model.class_names is not None:
+        class_names = model.class_names
     # A dictionary keeps each temperature once.
     temperatures = tuple(dict.fromkeys((1.0, temperature)))
     return {

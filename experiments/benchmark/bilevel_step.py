@@ -9,6 +9,7 @@ repeats, all variants in turns. Images are random, since they do not change the 
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -263,7 +264,7 @@ def measure(
         num_lookahead = variant.num_lookahead
         # Compilation needs the shapes only, and no memory for the arrays.
         shapes = jax.eval_shape(functools.partial(iteration.arguments, num_lookahead))
-        compiled = jax.jit(variant.fn).lower(*shapes).compile()
+        compiled: Any = jax.jit(variant.fn).lower(*shapes).compile()
         costs[variant.name] = Cost(
             flops=compiled.cost_analysis()["flops"],
             memory=compiled.memory_analysis().temp_size_in_bytes,
@@ -311,7 +312,7 @@ def table(costs: dict[str, Cost]) -> writers.Table:
             f"{cost.memory / 2**20:.1f}",
             f"{cost.memory / naive_cost.memory:.3f}",
         ]
-        if cost.seconds is None:
+        if cost.seconds is None or naive_cost.seconds is None:
             row += ["–", "–"]
         else:
             row += [f"{cost.seconds:.3f}", f"{cost.seconds / naive_cost.seconds:.3f}"]

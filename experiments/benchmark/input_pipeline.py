@@ -1,5 +1,6 @@
 """Measures images per second of a stream, and of a plain loop over the same records."""
 
+import functools
 import pathlib
 import tempfile
 import time
@@ -26,7 +27,7 @@ def write_photographs(root: pathlib.Path, number: int) -> None:
     rng = np.random.default_rng(0)
     for i in range(number):
         coarse = rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)
-        smooth = Image.fromarray(coarse).resize((500, 375), Image.BICUBIC)
+        smooth = Image.fromarray(coarse).resize((500, 375), Image.Resampling.BICUBIC)
         noise = rng.normal(scale=6, size=(375, 500, 3)).astype(np.int16)
         pixels = np.asarray(smooth, np.int16) + noise
         split = "test" if i < _CLASSES else "train"
@@ -90,7 +91,7 @@ def measure(
     measures = {"plain loop": loop_seconds}
     for workers in num_workers:
         name = f"stream, {workers} workers" if workers else "stream, threads"
-        measures[name] = lambda workers=workers: stream_seconds(workers)
+        measures[name] = functools.partial(stream_seconds, workers)
     seconds = timing.best_of_rounds(measures, repeats)
     return {name: 1 / value for name, value in seconds.items()}
 
@@ -105,6 +106,7 @@ def report(
         write_photographs(image_folder, images + _CLASSES)
         recipes.prepare(recipes.custom_recipe("photographs"), data_dir, image_folder)
         data = datasets.load("photographs", data_dir, size=size, margin=True)
+        assert isinstance(data.train, records.Records)
         rates = measure(data.train, batch_size, batches, num_workers, repeats)
     rows = []
     for name, rate in rates.items():

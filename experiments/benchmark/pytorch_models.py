@@ -20,12 +20,11 @@ class _Basic(nn.Module):
         self.bn1 = nn.BatchNorm2d(outputs)
         self.conv2 = _conv(outputs, outputs, 3)
         self.bn2 = nn.BatchNorm2d(outputs)
+        self.downsample: nn.Module = nn.Identity()
         if inputs != outputs or stride > 1:
             self.downsample = nn.Sequential(
                 _conv(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs)
             )
-        else:
-            self.downsample = nn.Identity()
 
     def forward(self, x):
         branch = nn.Sequential(self.conv1, self.bn1, nn.ReLU(), self.conv2, self.bn2)
@@ -122,7 +121,7 @@ def create(name, num_classes, seed=0):
     torch.manual_seed(seed)
     if name.startswith("wrn_"):
         _, depth, widening = name.split("_")
-        model = WideResNet(int(depth), int(widening), num_classes)
+        model: nn.Module = WideResNet(int(depth), int(widening), num_classes)
     else:
         depth, _, times_four = name.removeprefix("resnet").partition("x")
         widths = (32, 64, 128, 256) if times_four else (16, 16, 32, 64)

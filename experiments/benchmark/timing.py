@@ -1,7 +1,8 @@
 """Times functions in turns, so that a slow minute slows down all of them."""
 
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +10,12 @@ import jax.numpy as jnp
 # JAX's name of the matmul precision of a run.
 _PRECISIONS = {"float32": "highest", "tf32": "tensorfloat32", "bfloat16": None}
 
+_Name = TypeVar("_Name", bound=Hashable)
+
 
 def best_of_rounds(
-    measures: Mapping[Hashable, Callable[[], float]], repeats: int
-) -> dict[Hashable, float]:
+    measures: Mapping[_Name, Callable[[], float]], repeats: int
+) -> dict[_Name, float]:
     """Returns the smallest value of each measure.
 
     In each of the `repeats` rounds, every measure is called once. A round before them
@@ -66,7 +69,7 @@ class RunningTraining:
         self._data = trainer.device_data(teacher)
         self._state = trainer.parallel.replicate(trainer.init(0))
         # No inputs yet: `advance` makes them when there are none left.
-        self._calls = iter(())
+        self._calls: Iterator[tuple[int, Any]] = iter(())
         self._step = 0
         # The first call compiles, and is not to be timed.
         self.advance()

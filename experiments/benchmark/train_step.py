@@ -166,7 +166,8 @@ def first_step(case: Case, **models: str) -> tuple[float, float]:
         jax.clear_caches()
         return timing.seconds(lambda: start(case, **models))
 
-    previous_folder = jax.config.jax_compilation_cache_dir
+    # JAX defines the attribute dynamically.
+    previous_folder = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     with tempfile.TemporaryDirectory() as folder:
         try:
             _set_compilation_cache(folder)

@@ -263,7 +263,7 @@ def group_runs(runs):
     settings = []
     for key in sorted(runs_by_setting):
         methods = _methods(runs_by_setting[key], label_keys)
-        settings.append(Setting(*key, methods=methods))
+        settings.append(Setting(*key, methods=methods))  # type: ignore[misc]
     return settings
 
 
@@ -373,7 +373,7 @@ def short_titles(settings):
     where these are not enough.
     """
     parts_of_settings = [setting.title_parts() for setting in settings]
-    titles = [()] * len(settings)
+    titles: list[tuple[str, ...]] = [()] * len(settings)
     for key in parts_of_settings[0]:
         values = [parts[key] for parts in parts_of_settings]
         differs = len(set(values)) > 1

@@ -28,7 +28,7 @@ _LABEL_POSITIONS = (
 
 def section(settings):
     """Returns the section of a page that compares several settings."""
-    components = []
+    components: list = []
     overview = tables.overview(settings)
     if overview:
         components.append(page.Text(overview, "lead"))
@@ -164,7 +164,8 @@ def _draw_scatter(title, points, styles, limits, group_names):
     ax.set(xlim=limits[0], ylim=limits[1], xlabel=f"{head_name}, %")
     _label_points(ax, centres, bars)
     name = f"Tail against head, {title}" if title else "Tail against head"
-    hovers = figures.hover_discs(ax, *zip(*centres.values()), texts)
+    xs, ys = zip(*centres.values())
+    hovers = figures.hover_discs(ax, xs, ys, texts)
     legend = figures.Legend({label: styles[label] for label in points}, markers=True)
     description = ", ".join(points)
     return figures.to_figure(fig, name, description, hovers=hovers, legend=legend)
@@ -225,7 +226,7 @@ def _against_imbalance(settings):
         family = families[_family_key(setting)]
         # Of several settings of the same imbalance, the first is drawn.
         family.setdefault(setting.imbalance, setting)
-    components = []
+    components: list = []
     for family in families.values():
         if len(family) > 1:
             members = list(family.values())

@@ -229,7 +229,7 @@ class Figure:
     def file(self):
         """Returns the text of an SVG file with light colours, fonts and the legend."""
         root = copy.deepcopy(self.element)
-        width, height = map(float, root.get("viewBox").split()[2:])
+        width, height = map(float, root.attrib["viewBox"].split()[2:])
         if self.legend:
             width, height = _append_legend(root, self.legend, width, height)
         root.attrib |= {
@@ -249,7 +249,7 @@ def _append_legend(root, legend, width, height):
     """Appends a legend below a figure, and returns the new width and height."""
     group = ElementTree.SubElement(root, "g", {"class": "key", "font-size": "11"})
     margin = 8
-    left = margin
+    left: float = margin
     right = width
     y = height + 14
     for label, attributes in legend.samples():
@@ -287,7 +287,9 @@ def to_figure(fig, name, description, *, hovers=(), legend=None):
     text = _printable(buffer.getvalue())
     root = ElementTree.fromstring(text)
     # The definitions hold a style sheet, which would apply to the whole page.
-    root.remove(root.find(f"{_SVG}defs"))
+    definitions = root.find(f"{_SVG}defs")
+    assert definitions is not None
+    root.remove(definitions)
     # Ids must be unique on a page: figures with the same prefix are the same figure.
     prefix = f"f{hashlib.md5(text.encode()).hexdigest()[:8]}"
     for element in root.iter():
@@ -297,7 +299,7 @@ def to_figure(fig, name, description, *, hovers=(), legend=None):
         "xmlns:xlink": "http://www.w3.org/1999/xlink",
         "role": "img",
         "aria-label": _printable(f"{name}: {description}"),
-        "viewBox": root.get("viewBox"),
+        "viewBox": root.attrib["viewBox"],
     }
     if hovers:
         attributes = {"class": "hovers", "fill": "none", "pointer-events": "all"}

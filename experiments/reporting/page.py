@@ -15,6 +15,7 @@ import jinja2
 from markupsafe import Markup
 
 from experiments.reporting import figures
+from experiments.reporting.figures import Legend
 
 # At the end of each SVG file that this module writes, so that it removes no other.
 _SIGNATURE = "<!-- written with the page beside this folder, and removed with it -->"
@@ -78,7 +79,7 @@ class Panels:
     """Holds figures side by side, or in one column on a phone, and their legend."""
 
     figures: list
-    legend: figures.Legend | None = None
+    legend: Legend | None = None
 
 
 @dataclasses.dataclass
@@ -86,7 +87,7 @@ class ResponsiveFigure:
     """Holds two forms of one figure, [for a wide page, for a narrow page]."""
 
     figures: list
-    legend: figures.Legend | None = None
+    legend: Legend | None = None
 
 
 @dataclasses.dataclass

@@ -70,12 +70,11 @@ def _smooth(values):
 
 def _class_names(setting, num_classes):
     """Returns a name for each class, such as "class 17" if the results have none."""
-    names = range(num_classes)
+    names = [str(i) for i in range(num_classes)]
     for run in setting.runs:
         if len(run.get("class_names") or ()) == num_classes:
-            names = run["class_names"]
+            names = [str(name) for name in run["class_names"]]
             break
-    names = map(str, names)
     return [f"class {name}" if name.isdecimal() else name for name in names]
 
 

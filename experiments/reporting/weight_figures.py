@@ -51,9 +51,9 @@ def _method_components(method, summary, group_names):
     maps = []
     for term, values in (summary.get("map") or {}).items():
         maps.append(_draw_map(term, summary, np.array(values), group_names))
-    components = [page.Heading(method.label, 4)]
+    components: list = [page.Heading(method.label, 4)]
     # The legend is above the first grid, and is for both.
-    legend = figures.Legend(styles)
+    legend: figures.Legend | None = figures.Legend(styles)
     for grid in (curves, maps):
         if grid:
             components.append(page.Panels(grid, legend))
@@ -106,7 +106,7 @@ def _draw_map(term, summary, weights, group_names):
     extent = f"{weights.min():.2f} to {weights.max():.2f}"
     fig, ax = figures.panel(f"weight of {term}, {extent}", height=250, left=48)
     ax.grid(visible=False)
-    levels = MaxNLocator(6).tick_values(weights.min(), weights.max())
+    levels = np.asarray(MaxNLocator(6).tick_values(weights.min(), weights.max()))
     middles = (levels[:-1] + levels[1:]) / 2
     shades = []
     for middle in middles:
