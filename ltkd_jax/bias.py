@@ -52,16 +52,20 @@ def audit(
     - `between`: `[G][G]`, percent of each group's examples that are predicted in each
       group.
     - `groups`: by group, and for "all":
+
       - `examples`, `accuracy` and mean `confidence`;
       - `loss`, the cross-entropy, and its parts `inter` and `intra`;
       - `ece`, `ece_by_chance` and `bins`, see `metrics.calibration_error`,
         `metrics.calibration_error_by_chance` and `metrics.EvalSums`.
+
     - `classes`: lists by class.
+
       - Over all examples: the class's `share`, its fraction of the predictions
         (`predicted`) and its `mass`. A class loses mass if `mass < share`.
       - Over the class's own examples: their number (`examples`), `recall`, and the mean
         mass that they give to the class itself (`own`), to each group (`to_groups`),
         and to the other class that gets most of it (`to`, `to_mass`).
+
     - `divergence`, with a student only: by temperature, then by group and for "all":
       `kl`, KL(model ‖ student) without the factor τ²; and its parts `inter` and, by
       group, `intra`, each times the model's mass on that group, so that
