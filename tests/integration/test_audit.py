@@ -43,7 +43,7 @@ def record_of(z):
 # What an audit says.
 
 
-def test_uniform_model_is_fair():
+def test_uniform_model():
     record = record_of(np.zeros((60, 6)))
     (model,) = record["inputs"][0]["models"]
     third = {"head": 1 / 3, "medium": 1 / 3, "tail": 1 / 3}
@@ -56,7 +56,7 @@ def test_uniform_model_is_fair():
     assert "loses most" not in headline
 
 
-def test_model_of_the_prior_is_as_biased_as_its_data():
+def test_model_of_the_prior():
     counts = np.array(COUNTS, float)
     record = record_of(np.tile(np.log(counts), (60, 1)))
     (model,) = record["inputs"][0]["models"]
@@ -154,7 +154,7 @@ def test_training_input_and_names(tmp_path):
     assert "&lt;b&gt;cat" in page
 
 
-def test_group_without_examples_is_a_dash(tmp_path):
+def test_group_without_examples(tmp_path):
     path = write(tmp_path / "x.npz", labels=LABELS % 4, class_counts=COUNTS)
     record = run.run(path, output=tmp_path / "a.html")
     rows = []

@@ -70,7 +70,7 @@ def test_bad_options_are_refused(capsys, command, options):
         assert value in errors
 
 
-def test_unknown_model_is_refused():
+def test_unknown_model():
     with pytest.raises(SystemExit, match="unknown model 'resnet9'"):
         benchmark.main(["bilevel", "--student=resnet9"])
 
@@ -107,7 +107,7 @@ def test_best_calls_in_turns():
     assert calls == list("abab")
 
 
-def test_cases_have_each_teacher_once():
+def test_cases_by_teacher():
     cases = train_step.cases(["ce", "ltkd"], ["table", "network"], ["float32", "tf32"])
     sources = [("ce", "none"), ("ltkd", "table"), ("ltkd", "network")]
     assert [(case.method, case.teacher) for case in cases] == 2 * sources
@@ -151,7 +151,7 @@ ENTRY %main (x: f32[2]) -> f32[2] {
 """
 
 
-def test_profile_counts_operations_by_primitive():
+def test_profile_operation_counts():
     labels = profile.primitives(HLO)
     assert labels == {
         "dot.1": "dot",
@@ -176,6 +176,6 @@ def test_profile_counts_operations_by_primitive():
 @pytest.mark.parametrize(
     "method, number, outer", [("ltkd", 10_847, 0), ("bikd", 10_626, 1_000)]
 )
-def test_noise_has_the_papers_number_of_images(method, number, outer):
+def test_noise_class_counts(method, number, outer):
     data = train_step.noise(train_step.spec_of(train_step.Case(method, "none")))
     assert (len(data.train), len(data.outer)) == (number, outer)

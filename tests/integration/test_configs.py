@@ -134,7 +134,7 @@ def assert_keeps_shapes(trainer, teacher_data):
         ("folderlt", "ltkd,name=birds,subset=exponential", 64, "table"),
     ],
 )
-def test_step_keeps_its_shapes(name, argument, side, source, black):
+def test_step_shapes(name, argument, side, source, black):
     """The step of the teacher and that of the student, with the config's own models."""
     # The eight devices do not divide BiKD's 100.
     batch_sizes = {"train.batch_size": 64, "teacher.train.batch_size": 64}
@@ -169,7 +169,7 @@ def test_step_keeps_its_shapes(name, argument, side, source, black):
         ("bikd,data.outer_per_class=5", "network", "60 images.*data.outer_per_class"),
     ],
 )
-def test_parts_that_do_not_fit(argument, source, message, black, monkeypatch):
+def test_mismatched_parts(argument, source, message, black, monkeypatch):
     monkeypatch.setitem(STORED, "birds", (4, *STORED["birds"][1:]))
     spec = resolve(config_of("folderlt", f"name=birds,subset=exponential,{argument}"))
     with pytest.raises(ConfigError, match=message):

@@ -68,13 +68,13 @@ def test_digits():
     assert source.views == augment.Views(pad=1, flip=False)
 
 
-def test_digits_test_set_is_frozen():
+def test_digits_frozen_test_set():
     """A change of the hash would silently change every reported accuracy."""
     keys = datasets.load("digits").test.keys[:4].tolist()
     assert keys == ["digits_0002", "digits_0007", "digits_0010", "digits_0011"]
 
 
-def test_digits_do_not_import_tfds():
+def test_digits_without_tfds():
     code = (
         "import sys; from ltkd_jax.data import datasets; datasets.load('digits'); "
         "assert 'tensorflow_datasets' not in sys.modules"
@@ -165,7 +165,7 @@ def test_content_keys_independent_of_order():
     assert label_of == dict(zip(keys, labels)) and len(label_of) == 6
 
 
-def test_load_checks_labels(prepared, monkeypatch):
+def test_load_bad_labels(prepared, monkeypatch):
     labels = np.arange(24) % 12
     keys = np.arange(24).astype(str)
     monkeypatch.setattr(records, "read_index", lambda *_: (labels, keys))

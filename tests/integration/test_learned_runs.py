@@ -45,7 +45,7 @@ def test_learned_weights_in_results(learned):
     assert records[0]["weights"] != records[-1]["weights"]
 
 
-def test_resume_is_bit_for_bit(learned, tmp_path):
+def test_resume_bit_for_bit(learned, tmp_path):
     """It is stopped after every step, so between two updates of the weight net, too."""
     folder, results = learned
     config = tiny(folder, "bikd", **WEIGHTED, checkpoint_every=100)

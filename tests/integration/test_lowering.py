@@ -62,7 +62,7 @@ def assert_lowers(fn, *arguments):
     assert len(exported.mlir_module_serialized) > 1000
 
 
-def test_faults_are_found():
+def test_faults_are_detected():
     def faults_of(fn, x):
         return faults(jax.make_jaxpr(fn)(x).jaxpr)
 
@@ -148,7 +148,7 @@ def test_steps_lower(argument, teacher_source, accelerated, tmp_path):
     assert_steps_lower(tiny(tmp_path, argument), teacher_source)
 
 
-def test_all_of_a_run_lowers(accelerated, tmp_path):
+def test_run_functions_lower(accelerated, tmp_path):
     """The initial state, indices, steps, evaluation, and the teacher's logits."""
     student, state, data = assert_steps_lower(tiny(tmp_path, "ltkd"), "table")
     assert_lowers(student.init, np.int32(0))

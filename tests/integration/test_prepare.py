@@ -110,7 +110,7 @@ def test_cifar_changed(archive, change, tmp_path):
         assert digest in message
 
 
-def test_cifar_pickle_of_another_archive_is_not_loaded(tmp_path):
+def test_cifar_pickle_other_archive(tmp_path):
     data = pickle.dumps(Malicious(str(tmp_path / "mark")))
     members = {f"cifar-100-python/{name}": data for name in ("train", "test", "meta")}
     source = write_tar(tmp_path / "a.tar.gz", members)
@@ -174,7 +174,7 @@ def test_existing_directory_is_kept(cifar10, tmp_path):
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_command_refuses_another_archive(name, tmp_path, capsys):
+def test_command_other_archive(name, tmp_path, capsys):
     source = tmp_path / "a.tar.gz"
     binary_archive(source, name, fabricate(name))
     data_dir = tmp_path / "tfds"
@@ -307,7 +307,7 @@ def test_fetch_wrong_checksum(data, server, tmp_path):
     assert list_files(tmp_path) == []
 
 
-def test_fetch_verifies_an_existing_file(tmp_path):
+def test_fetch_existing_file(tmp_path):
     (tmp_path / "a.bin").write_bytes(b"something else")
     with pytest.raises(download.DownloadError, match="the file was removed"):
         download.fetch(remote_file("http://127.0.0.1:9"), tmp_path)

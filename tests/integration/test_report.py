@@ -67,7 +67,7 @@ def test_load_work_directory_and_file(tmp_path):
     assert len(load.load_all([tmp_path])) == 2
 
 
-def test_unfinished_run_is_listed(tmp_path):
+def test_unfinished_run(tmp_path):
     save(tmp_path / "done", fabricate("ltkd"))
     unfinished = save(tmp_path / "going", fabricate("kd"))
     (unfinished / "results.json").unlink()
@@ -133,7 +133,7 @@ def test_load_damaged_metrics_line(tmp_path):
     "output_format, start",
     [("text", "Accuracy on"), ("markdown", "## Acc"), ("latex", r"% needs \use")],
 )
-def test_command_prints_only_tables(output_format, start, tmp_path, capsys):
+def test_command_output(output_format, start, tmp_path, capsys):
     for i, run in enumerate(sweep(methods=("ce",), seeds=1)):
         save(tmp_path / f"runs/{i}", run)
     path = tmp_path / "page.html"
@@ -215,7 +215,7 @@ def test_page_has_all_numbers_and_figures(classes, seeds, teacher, shots, tmp_pa
     assert len(parsed.ids) == len(set(parsed.ids))
 
 
-def test_page_is_small_reproducible_and_self_contained(tmp_path):
+def test_page_size_and_dependencies(tmp_path):
     names = [f"some species {c}" for c in range(100)]
     runs = []
     for method in ACCURACIES:
@@ -237,7 +237,7 @@ def test_page_is_small_reproducible_and_self_contained(tmp_path):
     assert "#0203" not in text
 
 
-def test_hostile_strings_are_escaped(tmp_path):
+def test_escapes_hostile_strings(tmp_path):
     keys = ("source", "command", "device", "commit", "config_hash")
     run = fabricate("ltkd", classes=100, **dict.fromkeys(keys, HOSTILE))
     run["config"]["method"] |= {"name": HOSTILE, HOSTILE: HOSTILE}
@@ -261,7 +261,7 @@ def test_hostile_strings_are_escaped(tmp_path):
     assert "\x1b" not in tables.render([unfinished])
 
 
-def test_page_names_the_source_of_logits(tmp_path):
+def test_page_logit_source(tmp_path):
     runs = [
         fabricate("kd", teacher_logits="table"),
         fabricate("ltkd", teacher_logits="network"),
@@ -274,7 +274,7 @@ def test_page_names_the_source_of_logits(tmp_path):
     assert "network in the step" in results_page.render_results(runs, published())
 
 
-def test_page_of_one_setting_has_no_comparison(tmp_path):
+def test_page_of_one_setting(tmp_path):
     text = write(sweep((100,), seeds=1), tmp_path)
     assert "side by side" not in text
     assert text.count("Tail against head</h3>") == 1
@@ -284,7 +284,7 @@ def test_page_of_one_setting_has_no_comparison(tmp_path):
 # Learned weights.
 
 
-def test_learned_weights_are_drawn(tmp_path):
+def test_learned_weight_figures(tmp_path):
     text = write([fabricate_learned(0), fabricate_learned(1)], tmp_path)
     assert "weight of ce over the epochs: head, medium, tail" in text
     assert "weight of kd over student_ce and teacher_ce: 0.10 to 0.90" in text
@@ -359,7 +359,7 @@ def imbalance_figures(runs):
     return [name for name in names if "against imbalance" in name]
 
 
-def test_imbalances_of_different_data_are_not_joined():
+def test_imbalances_of_different_data():
     other_data = sweep((50,), seeds=1, classes=100)
     names = imbalance_figures([*sweep((10, 100), seeds=1), *other_data])
     assert len(names) == 2
@@ -367,7 +367,7 @@ def test_imbalances_of_different_data_are_not_joined():
     assert not imbalance_figures([*sweep((10,), seeds=1), *other_data])
 
 
-def test_classes_show_names_and_numbers(tmp_path):
+def test_class_tooltips(tmp_path):
     class_names = [f"<species & {c}>" for c in range(10)]
     runs = sweep((100,), ("ce", "ltkd"), class_names=class_names)
     for run in runs:
@@ -394,7 +394,7 @@ def test_classes_show_names_and_numbers(tmp_path):
     "names, first",
     [(None, "class 0"), (["7", "8"] * 50, "class 7"), (["ant"], "class 0")],
 )
-def test_classes_without_names_are_numbered(names, first, tmp_path):
+def test_classes_without_names(names, first, tmp_path):
     write(sweep((100,), ("ce",), seeds=1, classes=100, class_names=names), tmp_path)
     texts = hover_texts(tmp_path, "*_test-accuracy-by-class-ce.svg")
     assert len(texts) == 100
@@ -445,7 +445,7 @@ def test_figure_files_are_complete(tmp_path):
     assert '<g class="key"' not in html
 
 
-def test_old_figures_are_removed(tmp_path):
+def test_removes_old_figures(tmp_path):
     write(sweep(methods=("ce", "kd"), seeds=1), tmp_path)
     folder = tmp_path / "report_files"
     (folder / "own.svg").write_text("<svg/>")
@@ -461,7 +461,7 @@ def test_old_figures_are_removed(tmp_path):
     assert not any("imbalance-10-" in name for name in after)
 
 
-def test_page_without_figures_has_no_folder(tmp_path):
+def test_page_without_figures(tmp_path):
     page.write(tmp_path / "plain.html", "Plain", [page.Heading("Plain", 1)])
     assert not (tmp_path / "plain_files").exists()
     assert "Files beside" not in (tmp_path / "plain.html").read_text()
@@ -484,7 +484,7 @@ def planned(tmp_path, runs):
     return report.planned_runs(path)
 
 
-def test_published_numbers_are_marked():
+def test_marks_published_numbers():
     content = published()
     with_resnet = [s for s in content["settings"] if s["teacher"] == "resnet32x4"]
     ltkd = with_resnet[0]["methods"]["ltkd"]
@@ -537,7 +537,7 @@ def test_results_page_ignores_the_order_of_files():
     assert text == results_page.render_results(runs[::-1], published())
 
 
-def test_results_page_without_any_run():
+def test_results_page_without_runs():
     text = results_page.render_results([], published())
     assert "not run yet" in line_of(text, "| ltkd |")
     assert "51.08 [S]" in text
@@ -579,7 +579,7 @@ def test_search_chooses_on_validation(tmp_path):
     assert "alpha = 1 of 1, 4" in text
 
 
-def test_planned_runs_have_a_table_for_each_length(tmp_path):
+def test_planned_runs_by_length(tmp_path):
     names = ("ltkd", "kd,recipe=bikd", "bikd", "bikd,terms=ltkd")
     entries = planned(
         tmp_path, [{"config": f"configs/cifar100lt.py:{name}"} for name in names]

@@ -109,7 +109,7 @@ def test_damaged_records(tmp_path, caplog):
     assert "metrics.jsonl has 2 of the 3 epochs" in caplog.text
 
 
-def test_finished_run_is_not_repeated(finished):
+def test_finished_run(finished):
     folder, results = finished
     metrics = folder / "run" / "metrics.jsonl"
     write_time = metrics.stat().st_mtime_ns
@@ -196,7 +196,7 @@ def test_failed_start_claims_nothing(tmp_path):
 # Interruptions.
 
 
-def test_resume_is_bit_for_bit(finished, tmp_path):
+def test_resume_bit_for_bit(finished, tmp_path):
     """The run is stopped after every step."""
     folder, results = finished
     config = tiny(folder, checkpoint_every=100)
@@ -256,7 +256,7 @@ def test_nonfinite_values(tmp_path, field, at_step, message, monkeypatch):
 # Teachers.
 
 
-def test_teacher_is_shared(finished):
+def test_shared_teacher(finished):
     """All methods and seeds use the same one."""
     folder, results = finished
     (path,) = (folder / "teachers").glob("*/results.json")
@@ -317,7 +317,7 @@ def test_stop_while_waiting_for_a_teacher(tmp_path, capsys):
     assert "waiting for the teacher" in capsys.readouterr().err
 
 
-def test_table_and_network_agree(finished):
+def test_table_matches_network(finished):
     folder, results = finished
     assert results["teacher_logits"] == "network"
     config = tiny(folder, **{"teacher.table": "always"})

@@ -63,7 +63,7 @@ def test_results(finished):
     assert [record["epoch"] for record in records] == [1.0, 2.0]
 
 
-def test_resume_is_bit_for_bit(finished, data_dir, tmp_path):
+def test_resume_bit_for_bit(finished, data_dir, tmp_path):
     folder, _ = finished
     config = streamed(data_dir, folder)
     _, num_stops = small_runs.run_with_stops(config, tmp_path / "run")
@@ -71,7 +71,7 @@ def test_resume_is_bit_for_bit(finished, data_dir, tmp_path):
     assert_same_bits(config, tmp_path / "run", folder / "run")
 
 
-def test_learned_weights_resume_bit_for_bit(finished, data_dir, tmp_path):
+def test_resume_learned_weights(finished, data_dir, tmp_path):
     folder, _ = finished
     config = streamed(data_dir, folder, "bikd", **LEARNED)
     results = run(config, tmp_path / "run")
@@ -141,7 +141,7 @@ def assert_left_neighbours(images, neighbours):
     )
 
 
-def test_lookahead_reads_the_next_batches(data_dir, tmp_path):
+def test_lookahead_batches(data_dir, tmp_path):
     """Lookahead batches are those of the next steps, also after a resumption."""
     data = load(streamed(data_dir, tmp_path, "bikd", **{"data.outer_per_class": 4}))
     inputs = inputs_from_disk(data, [1] * 6)

@@ -106,13 +106,13 @@ def test_views_are_random_crops(train):
     assert len(set(random_bits)) == len(random_bits)
 
 
-def test_any_start_gives_the_same_bytes(train, reference):
+def test_any_start_step(train, reference):
     for first_step in (1, 5, 6, 13):
         batches = read(train, first_step, 14 - first_step)
         assert_equal(batches, reference[first_step:])
 
 
-def test_workers_give_the_same_bytes(train, reference):
+def test_worker_processes(train, reference):
     """A signal does not end the workers, and the end of the stream does."""
     with streaming.batches(
         train, seed=5, batch_size=BATCH, first_step=3, num_steps=1000, num_workers=2
@@ -133,7 +133,7 @@ def test_workers_give_the_same_bytes(train, reference):
     assert not multiprocessing.active_children()
 
 
-def test_each_process_reads_its_positions(train, reference):
+def test_positions_by_process(train, reference):
     first_halves = read(train, 2, 6, positions=[0, 1])
     second_halves = read(train, 2, 6, positions=[2, 3])
     batches = jax.tree.map(
@@ -144,7 +144,7 @@ def test_each_process_reads_its_positions(train, reference):
         read(train, 0, 1, positions=[3, 4])
 
 
-def test_another_seed_is_another_stream(train, reference):
+def test_seed(train, reference):
     with streaming.batches(
         train, seed=6, batch_size=BATCH, first_step=0, num_steps=6
     ) as batches:
@@ -175,7 +175,7 @@ def test_damaged_record(train, monkeypatch):
         train.image(0)
 
 
-def test_records_are_sorted_and_pickle(train):
+def test_records_order_and_pickling(train):
     assert (train.keys[1:] > train.keys[:-1]).all()
     train.image(0)  # opens the files
     copy = pickle.loads(pickle.dumps(train))
@@ -227,6 +227,6 @@ def test_random_crop_of_extreme_shapes(size):
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "CMYK", "RGBA", "I;16", "1", "LA"])
-def test_every_mode_becomes_colour(mode):
+def test_image_modes(mode):
     image = Image.new(mode, (6, 5))
     assert np.asarray(resize.convert_mode(image, 3)).shape == (5, 6, 3)

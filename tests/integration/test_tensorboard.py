@@ -25,7 +25,7 @@ def write_workdir(folder):
     return str(folder)
 
 
-def test_every_number_is_written_once(tmp_path, capsys):
+def test_written_values(tmp_path, capsys):
     pytest.importorskip("tensorboardX")
     from tensorboardX.proto import event_pb2
 
@@ -52,7 +52,7 @@ def test_every_number_is_written_once(tmp_path, capsys):
     assert len(values) == 8
 
 
-def test_equal_names_are_refused(tmp_path):
+def test_equal_names(tmp_path):
     workdirs = [write_workdir(tmp_path / folder / "run") for folder in ("a", "b")]
     with pytest.raises(SystemExit, match="'run'"):
         tensorboard.main([*workdirs, f"--output={tmp_path / 'out'}"])

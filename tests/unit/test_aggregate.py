@@ -136,7 +136,7 @@ def test_label_omits_what_is_off():
     assert labels([plain, cutout]) == ["kd", "kd (cutout=16)"]
 
 
-def test_note_names_seeds_split_and_teachers():
+def test_note_of_seeds_and_teachers():
     runs = runs_with({"kd": [40.0, 41.0]})
     (setting,) = aggregate.group_runs(runs)
     assert "student seeds, one split (split seed 0)" in setting.note()
@@ -145,7 +145,7 @@ def test_note_names_seeds_split_and_teachers():
     assert "2 teachers" in setting.note()
 
 
-def test_titles_are_distinct():
+def test_distinct_titles():
     settings = aggregate.group_runs(
         [
             fabricate("kd", epochs=240),
@@ -166,7 +166,7 @@ def test_titles_are_distinct():
     assert aggregate.short_titles(settings[:1]) == [""]
 
 
-def test_styles_are_distinct():
+def test_distinct_styles():
     methods = [aggregate.Method(name, name, {}) for name in aggregate.METHOD_ORDER]
     methods.append(aggregate.Method("ltkd", "ltkd (alpha=4)", {}))
     styles = figures.method_styles(methods)

@@ -234,7 +234,7 @@ def cutout_centres():
     return is_black.any(2).argmax(1), is_black.any(1).argmax(1)
 
 
-def test_cutout_centre_is_uniform():
+def test_cutout_centre_distribution():
     row, column = cutout_centres()
     height, width = CUTOUT_SHAPE
     counts = np.bincount(row * width + column, minlength=height * width)

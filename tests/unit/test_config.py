@@ -32,7 +32,7 @@ def is_json(tree):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_config_takes_every_method(name):
+def test_config_of_every_method(name):
     assert f"configs/{name}.py" in importlib.import_module(f"configs.{name}").__doc__
     for method in methods.METHODS:
         argument = f"{method},imbalance=20,seed=3,teacher=resnet14,train.lr=0.1"
@@ -48,7 +48,7 @@ def test_config_takes_every_method(name):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_config_takes_learned_weights(name):
+def test_config_of_learned_weights(name):
     for terms in ("kd", "ltkd", "dkd"):
         argument = f"bikd,terms={terms},seed=3,lookahead=2,update_every=4"
         config = config_with_data(name, argument)
@@ -234,7 +234,7 @@ def test_bad_learned_weights(key, value, message):
         ),
     ],
 )
-def test_values_that_exclude_each_other(argument, values, message):
+def test_conflicting_values(argument, values, message):
     with pytest.raises(ConfigError, match=message):
         resolve(changed(config_of("digitslt", argument), **values))
 
@@ -291,7 +291,7 @@ def test_bad_keys_and_types(removed, added, message):
         resolve(tree)
 
 
-def test_renamed_keys_exist():
+def test_renamed_keys():
     """The new names are keys of a config, or short for one."""
     keys = {"tau", "loss_weighting", *common.SHORT}
     for method in ("bikd", "logit_adjusted"):

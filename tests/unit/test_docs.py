@@ -37,7 +37,7 @@ def defined_flags():
     return flags
 
 
-def test_python_parses():
+def test_python_blocks():
     for page in DOCUMENTS:
         for code in blocks(page, "code-cell", "python"):
             if not code.lstrip("\n").startswith(("%%", " ")):
@@ -59,7 +59,7 @@ def test_flags_exist():
     assert not [(page, flag) for page, flag in used if flag not in defined]
 
 
-def test_config_arguments_are_accepted():
+def test_config_arguments():
     for _, (path, argument) in matches(r"--config=(configs/\w+\.py)(?::([^\s`]+))?"):
         if not any(name in argument for name in ADDED):
             load.load_config(f"{path}:{argument}" if argument else path)
@@ -102,7 +102,7 @@ def test_paths_exist():
     assert not missing
 
 
-def test_first_example_is_the_readmes():
+def test_first_example():
     (code,) = blocks(DOCS / "index.md", "python")
     readme_code = next(blocks(ROOT / "README.md", "python"))
     assert ast.dump(ast.parse(code)) == ast.dump(ast.parse(readme_code))

@@ -30,7 +30,7 @@ def group_sizes(g):
         (3, [1, 1, 1]),
     ],
 )
-def test_default_groups_have_the_papers_sizes(num_classes, expected):
+def test_default_group_sizes(num_classes, expected):
     g = ClassGroups.from_counts(np.arange(num_classes, 0, -1))
     assert group_sizes(g) == expected
     assert tuple(g.names) == ("head", "medium", "tail")
@@ -39,7 +39,7 @@ def test_default_groups_have_the_papers_sizes(num_classes, expected):
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_groups_follow_the_counts_not_the_labels(seed):
+def test_groups_by_count(seed):
     counts = np.random.default_rng(seed).permutation(long_tailed_counts())
     assignment = np.asarray(ClassGroups.from_counts(counts).assignment)
     head, medium, tail = (counts[assignment == k] for k in range(3))
@@ -150,7 +150,7 @@ def test_from_assignment_copies():
     np.testing.assert_array_equal(g.assignment, [0, 1, 2])
 
 
-def test_is_a_pytree_of_one_leaf():
+def test_pytree():
     g = ClassGroups.from_counts([1, 2, 3, 4, 5])
     assert [leaf.shape for leaf in jax.tree.leaves(g)] == [(5,)]
     mapped = jax.tree.map(lambda a: a, g)

@@ -34,7 +34,7 @@ FORMS = {
 
 @pytest.mark.parametrize("savez", [np.savez, np.savez_compressed])
 @pytest.mark.parametrize("form", FORMS)
-def test_file_forms_are_equal(form, savez, tmp_path):
+def test_file_forms(form, savez, tmp_path):
     z, labels = draw()
     savez(tmp_path / "x.npz", **FORMS[form](z), labels=labels.astype(">i2"))
     examples = LogitsFile(tmp_path / "x.npz").logits()

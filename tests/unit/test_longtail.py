@@ -65,7 +65,7 @@ def test_counts_at_the_edges():
         ((500, 10, 0), "num_classes=0"),
     ],
 )
-def test_counts_refuses(arguments, message):
+def test_counts_bad_input(arguments, message):
     with pytest.raises(ValueError, match=message):
         longtail.counts(*arguments)
 
@@ -119,7 +119,7 @@ def test_split_seed():
     np.testing.assert_array_equal(draw(0), draw(0))
 
 
-def test_split_is_frozen():
+def test_split_golden_values():
     """A change of the hash would silently change every reported split."""
     labels, keys = balanced_set(4, 2)
     split = longtail.split(
@@ -155,7 +155,7 @@ def test_split_train_independent_of_held_out():
     np.testing.assert_array_equal(without.train, with_held_out.train)
 
 
-def test_split_is_uniform():
+def test_split_distribution():
     labels, keys = balanced_set(20, 1)
     num_draws = np.zeros(20)
     for seed in range(400):
@@ -200,7 +200,7 @@ def test_split_small_tail_class():
         (dict(imbalance=0), "imbalance=0"),
     ],
 )
-def test_split_refuses(change, message):
+def test_split_bad_input(change, message):
     arguments = dict(
         labels=np.array([0, 1, 0, 1]),
         keys=np.array(["a", "b", "c", "d"]),

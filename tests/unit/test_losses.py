@@ -193,7 +193,7 @@ def test_any_leading_shape():
         assert_allclose(single[name], flat[name][4], err_msg=name)
 
 
-def test_other_examples_matter():
+def test_batch_dependence():
     """They enter the batch statistics, unless they are masked."""
     x = draw("random", masking="examples")
     kept = x.example_mask
@@ -214,7 +214,7 @@ def test_masks_none_and_broadcast():
 
 
 @pytest.mark.parametrize("grouping", ["thirds", "lone"])
-def test_masked_logits_do_not_matter(grouping):
+def test_masked_logits(grouping):
     x = draw("random", masking="classes", grouping=grouping)
     alternating = np.array([1e4, -1e4])[np.arange(C) % 2]
     noise = np.where(x.where, 0, alternating).astype(np.float32)
@@ -507,7 +507,7 @@ def takes(loss, field):
 
 
 @pytest.mark.parametrize("name, field, change", WRONG_ARGUMENTS)
-def test_errors_name_the_argument(name, field, change):
+def test_error_messages(name, field, change):
     x = draw("random")._replace(**change)
     for loss in FAMILY.values():
         if takes(loss, field):

@@ -116,7 +116,7 @@ def test_calibration_error_by_chance_of_a_bin(n, p):
     assert actual == pytest.approx(float(probability @ outcomes), rel=1e-6, abs=1e-9)
 
 
-def test_calibration_error_by_chance_of_many_draws():
+def test_chance_calibration_error_many_draws():
     rng = np.random.default_rng(0)
     confidence = rng.uniform(0.1, 1, size=300)
     by_chance = metrics.calibration_error_by_chance(bins_of(confidence, confidence))
@@ -127,7 +127,7 @@ def test_calibration_error_by_chance_of_many_draws():
     assert by_chance == pytest.approx(np.mean(drawn), rel=0.05)
 
 
-def test_calibration_error_of_no_example():
+def test_calibration_error_empty():
     empty = np.zeros((2, 3, metrics.NUM_BINS))
     certain = bins_of(np.ones(5), np.ones(5))
     for error in (metrics.calibration_error, metrics.calibration_error_by_chance):

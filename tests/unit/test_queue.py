@@ -53,7 +53,7 @@ def fake_run(monkeypatch):
     return replace_by
 
 
-def test_project_queues_are_readable():
+def test_project_queues():
     for path in sorted((ROOT / "experiments" / "queues").glob("*.json")):
         entries = read_queue(path)
         specs = {entry: entry.resolve() for entry in entries if not entry.best_of}
@@ -99,20 +99,20 @@ def test_project_queues_are_readable():
         ),
     ],
 )
-def test_bad_queue_is_refused(tmp_path, content, message):
+def test_bad_queue(tmp_path, content, message):
     path = tmp_path / "queue.json"
     path.write_text(content)
     assert message in str(exit_status(tmp_path, str(path)))
 
 
 @pytest.mark.parametrize("number", ["0", "auto", "-1"])
-def test_num_workers_is_a_number(tmp_path, capsys, number):
+def test_bad_num_workers(tmp_path, capsys, number):
     assert exit_status(tmp_path, queue_file(tmp_path), f"--num_workers={number}") == 2
     assert "--num_workers" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
 
 
-def test_entry_overrides_the_chosen_hyperparameters():
+def test_best_of_overridden_by_entry():
     entry = QueueEntry(f"{DIGITS}:ltkd", {"method.beta": 0.0}, 7, None, "search")
     best_method = {"name": "ltkd", "alpha": 4.0, "beta": 2.0}
     spec = entry.resolve({"config": {"method": best_method}})
@@ -238,7 +238,7 @@ def test_run_that_waits_for_a_failed_group(tmp_path, capsys, fake_run):
     assert "no such thing" in errors and "'search'" in errors
 
 
-def test_worker_sees_one_device():
+def test_worker_devices():
     gpus = workers.Machine("gpu", 2)
     assert gpus.environment(1, {"A": "b"}) == {"A": "b", "CUDA_VISIBLE_DEVICES": "1"}
     environment = gpus.environment(1, {"CUDA_VISIBLE_DEVICES": "4,6"})
@@ -276,7 +276,7 @@ def test_workers_end(tmp_path, action, failed):
     assert signal.getsignal(signal.SIGTERM) is handler
 
 
-def test_more_workers_than_devices_are_refused(tmp_path, monkeypatch):
+def test_too_many_workers(tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "count_devices", lambda: workers.Machine("cpu", 2))
     message = exit_status(tmp_path, queue_file(tmp_path), "--num_workers=3")
     assert "--num_workers=3" in message and message.endswith("2")

@@ -42,7 +42,7 @@ def test_function_of_seed_and_epoch():
             jax.tree.map(np.testing.assert_array_equal, jitted(3, 7), expected)
 
 
-def test_views_are_uniform():
+def test_view_distribution():
     views = []
     for epoch in range(10):
         batches = epoch_indices(epoch=epoch, num_examples=2_000, batch_size=100)

@@ -134,7 +134,7 @@ def print_lines(tree):
     return lines
 
 
-def test_only_a_main_prints():
+def test_print_only_in_main():
     for path in LIBRARY:
         lines = print_lines(ast.parse(path.read_text()))
         assert not lines or path.stem == "__main__", f"{path} prints in lines {lines}"
@@ -168,14 +168,14 @@ except ModuleNotFoundError:
     assert process.stdout.strip() == "fine", process.stderr
 
 
-def test_readme_example_runs():
+def test_readme_example():
     blocks = (ROOT / "README.md").read_text().split("```python\n")[1:]
     assert blocks
     for block in blocks:
         exec(compile(block.split("```")[0], "README.md", "exec"), {})
 
 
-def test_reliability_names_tests_that_exist():
+def test_tests_in_reliability_exist():
     page = (ROOT / "docs" / "reliability.md").read_text()
     references = re.findall(r"`(tests/\w+/\w+\.py)::(\w+)`", page)
     assert len(references) > 30

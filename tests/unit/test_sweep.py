@@ -89,6 +89,6 @@ def test_plan_keeps_chosen_recipes(methods):
         (["--methods=ce", "--seeds=0"], "--seeds=0"),
     ],
 )
-def test_bad_sweep_is_refused(words, message):
+def test_bad_sweep(words, message):
     with pytest.raises(SystemExit, match=f"^error: .*{message}"):
         sweep.main(words)

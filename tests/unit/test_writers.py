@@ -117,7 +117,7 @@ def tables(draw):
 
 @settings(max_examples=100, deadline=None)
 @given(tables())
-def test_any_table_is_valid(table):
+def test_any_table(table):
     latex = writers.as_latex(table)
     check_latex(latex)
     _, rows = parse_latex(latex)
@@ -135,7 +135,7 @@ def test_any_table_is_valid(table):
     assert len({line.count("|") for line in unescaped}) == 1
 
 
-def test_text_aligns_decimal_points():
+def test_text_decimal_alignment():
     _, rule, first, second = writers.as_text(TABLE).split("\n")
     assert set(rule) == {"─", " "}
     assert first.index("51.08") == second.index("48.70")
