@@ -123,10 +123,11 @@ def accumulate(meta: MetaState, gradient: PyTree) -> MetaState:
 def update(meta: MetaState, optimizer: optax.GradientTransformation) -> MetaState:
     """Returns the state after one optimizer step on the mean accumulated gradient.
 
-    At least one gradient must have been accumulated; the sum restarts from zero.
+    The sum restarts from zero. The mean of no gradients is taken as zero.
     """
+    num_grads = jnp.maximum(meta.num_grads, 1)
     mean = jax.tree.map(
-        lambda total: total / meta.num_grads.astype(total.dtype), meta.grad_sum
+        lambda total: total / num_grads.astype(total.dtype), meta.grad_sum
     )
     updates, opt_state = optimizer.update(mean, meta.opt_state, meta.params)
     return MetaState(

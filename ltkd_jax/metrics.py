@@ -35,24 +35,40 @@ class EvalSums(NamedTuple):
     mass: jax.Array
 
 
-def eval_sums(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> EvalSums:
+def eval_sums(logits: ArrayLike, labels: ArrayLike, mask: ArrayLike) -> EvalSums:
     """Computes the sums of one batch.
 
     Args:
       logits: `[B, C]`.
-      labels: int `[B]`.
-      mask: bool `[B]`, false for padding.
+      labels: int `[B]`, in `[0, C)`.
+      mask: bool `[B]`, false for padding, which counts nowhere, whatever its logits and
+        its label are.
+
+    Raises:
+      ValueError: concrete labels outside `[0, C)`, except of padding. A traced one
+        makes all sums NaN.
 
     >>> logits, labels = jnp.eye(3), jnp.array([0, 1, 0])
     >>> sums = eval_sums(logits, labels, mask=jnp.array([True, True, False]))
     >>> jnp.diag(sums.confusion).tolist()
     [1.0, 1.0, 0.0]
     """
-    num_classes = logits.shape[-1]
+    num_classes = jnp.shape(logits)[-1]
+    _check_labels(labels, mask, num_classes)
+    logits = jnp.asarray(logits)
+    labels = jnp.asarray(labels)
+    mask = jnp.asarray(mask)
+    # A NaN in padding would reach the sums as 0 · NaN.
+    logits = jnp.where(mask[:, None], logits, 0)
+    labels = jnp.where(mask, labels, 0)
     probabilities = jax.nn.softmax(
         logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     )
-    weight = mask.astype(jnp.float32)
+    # An index of −1 would be the last class, and one of C or more would be dropped: NaN
+    # as the weight makes either visible.
+    is_label = (labels >= 0) & (labels < num_classes)
+    weight = jnp.where(is_label, mask.astype(jnp.float32), jnp.nan)
+    labels = jnp.where(is_label, labels, 0)
     prediction = jnp.argmax(logits, axis=-1)
     confidence = jnp.max(probabilities, axis=-1)
     hit = weight * (prediction == labels)
@@ -63,6 +79,19 @@ def eval_sums(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> EvalSums
     bins = jnp.zeros((NUM_BINS, 3)).at[bin_index(confidence)].add(bin_values)
     mass = jnp.sum(probabilities * weight[:, None], axis=0)
     return EvalSums(confusion, bins.T, mass)
+
+
+def _check_labels(labels: ArrayLike, mask: ArrayLike, num_classes: int) -> None:
+    """Raises a ValueError for concrete labels outside `[0, C)`, except of padding."""
+    if isinstance(labels, jax.core.Tracer) or isinstance(mask, jax.core.Tracer):
+        return
+    counted = np.asarray(labels)[np.asarray(mask)]
+    wrong = counted[(counted < 0) | (counted >= num_classes)]
+    if wrong.size:
+        raise ValueError(
+            f"labels has {wrong[0]}, which is outside [0, C) with C = {num_classes}: "
+            "set mask to false for examples without a label"
+        )
 
 
 def bin_index(confidence: _Array) -> _Array:

@@ -8,8 +8,14 @@ Shapes: B examples, C classes, G groups. Every loss
 - contains its factor τ² (`group_kl` does not), and is not averaged over the batch.
 
 `where` (bool, broadcastable to `[..., C]`) marks the classes that exist; `example_mask`
-(bool `[B]`) marks the examples that are not padding. Temperatures and weights may be
+(bool `[B]`) marks the examples that are not padding. Logits that are masked count
+nowhere, whatever they are, and get the gradient 0. Temperatures and weights may be
 traced.
+
+Logits must be finite where they are not masked. One that marks a missing class, such as
+−inf or `finfo.min`, makes the loss NaN, at the latest when τ < 1 lets it overflow: mark
+the class by `where` instead. Fill padded inputs of the network with finite numbers: in
+its backward pass the gradient 0 of their logits times NaN is NaN.
 
 Labels outside `[0, C)` raise a ValueError if they are concrete; traced ones make the
 loss NaN, and so does any label that `where` excludes.

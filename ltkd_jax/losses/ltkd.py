@@ -134,7 +134,7 @@ def rebalance(
       example_mask: bool `[B]`: false for padding, which is left out of s_G.
 
     Returns:
-      `[B, G]`, log p̂_G, without gradient.
+      `[B, G]`, log p̂_G, without gradient; of padding, any finite numbers.
 
     >>> import jax.numpy as jnp
     >>> mass = jnp.array([[0.9, 0.1], [0.7, 0.3]])  # s = (1.6, 0.4), so c is 1 : 4
@@ -147,6 +147,7 @@ def rebalance(
     exists = _common.class_mask(where, log_mass)
     counted = exists
     if example_mask is not None:
+        log_mass = _mask_examples(log_mass, example_mask)
         counted &= _check_example_mask(example_mask, log_mass)[:, None]
 
     # log s_G is a log-sum-exp over the batch. All devices subtract the same maximum, so
@@ -205,7 +206,9 @@ def rebalanced_inter_group(
     >>> rebalanced_inter_group(jnp.zeros((2, 3)), teacher, g).shape
     (2,)
     """
-    split = _split_batch(student_logits, teacher_logits, groups, temperature, where)
+    split = _split_batch(
+        student_logits, teacher_logits, groups, temperature, where, example_mask
+    )
     inter = _rebalanced_inter(split, axis_name, example_mask)
     return temperature**2 * _mask_examples(inter, example_mask)
 
@@ -283,7 +286,9 @@ def ltkd(
     >>> ltkd(jnp.zeros((4, 6)), jnp.eye(4, 6), g, alpha=1.0, beta=2.0).shape
     (4,)
     """
-    split = _split_batch(student_logits, teacher_logits, groups, temperature, where)
+    split = _split_batch(
+        student_logits, teacher_logits, groups, temperature, where, example_mask
+    )
     inter = _rebalanced_inter(split, axis_name, example_mask)
     loss = alpha * inter + beta * split.intra.sum(axis=-1)
     return temperature**2 * _mask_examples(loss, example_mask)
@@ -295,6 +300,7 @@ def _split_batch(
     groups: ClassGroups,
     temperature: Scalar,
     where: ArrayLike | None,
+    example_mask: ArrayLike | None,
 ) -> _Split:
     """Returns the split of a batch of logits `[B, C]`."""
     student, teacher = _common.check_pair(
@@ -302,6 +308,10 @@ def _split_batch(
     )
     membership = _membership(groups, student, where)
     chex.assert_rank(student, 2, custom_message="batch statistics need logits [B, C]")
+    # Masked before anything is computed: a NaN in padding would otherwise reach the
+    # gradient as 0 · NaN, although the loss of that example is replaced by 0.
+    student = _mask_examples(student, example_mask)
+    teacher = _mask_examples(teacher, example_mask)
     return _split(student, teacher, membership, temperature)
 
 
@@ -320,11 +330,12 @@ def _rebalanced_inter(
     return _common.kl(target, split.student_log_mass, split.group_exists)
 
 
-def _mask_examples(loss: jax.Array, example_mask: ArrayLike | None) -> jax.Array:
-    """Returns the losses `[B]`, with 0 for padding."""
+def _mask_examples(x: jax.Array, example_mask: ArrayLike | None) -> jax.Array:
+    """Returns `x`, `[B, ...]`, with 0 for padding."""
     if example_mask is None:
-        return loss
-    return jnp.where(_check_example_mask(example_mask, loss), loss, 0)
+        return x
+    mask = _check_example_mask(example_mask, x)
+    return jnp.where(mask.reshape(mask.shape + (1,) * (x.ndim - 1)), x, 0)
 
 
 def _check_example_mask(example_mask: ArrayLike, batch: jax.Array) -> jax.Array:

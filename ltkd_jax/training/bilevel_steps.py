@@ -119,6 +119,9 @@ def make_problem(
         predictions, new_stats = predict(params, batch)
         terms = objective(predictions)
         features = weighting.features_fn(predictions)
+        # Where the device decides on the weight net's update, this is the result of a
+        # branch, which may hold arrays only: no name of an axis.
+        predictions = predictions._replace(axis_name=None)
         return terms, bilevel.Aux(features, (predictions, new_stats))
 
     def outer_fn(params: PyTree, batch: Batch) -> jax.Array:

@@ -104,7 +104,10 @@ def run_on_primary(fn: Callable[[], _T]) -> _T:
     buffers: list[np.ndarray] = []
     if is_primary():
         result, error = _capture(fn)
-        content, buffers = _pickle(result)
+        # A result that cannot be sent is an error in every process: the others wait.
+        pickled, pickle_error = _capture(lambda: _pickle(result))
+        content, buffers = pickled or (b"", [])
+        error = error or pickle_error
         sizes = [buffer.size for buffer in buffers]
         sent_error = None if error is None else _picklable(error)
         client.key_value_set_bytes(key, pickle.dumps((content, sizes, sent_error)))

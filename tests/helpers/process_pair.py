@@ -8,6 +8,7 @@ tests/system/test_hosts.py.
 
 import json
 import pathlib
+import pickle
 import sys
 
 import jax
@@ -56,6 +57,10 @@ def check_hosts(index):
     absent = pathlib.Path("/nowhere/at/all")
     with pytest.raises(FileNotFoundError, match=str(absent)):
         hosts.run_on_primary(absent.read_text)
+
+    # A result that cannot be sent: no process waits for it.
+    with pytest.raises((AttributeError, TypeError, pickle.PicklingError)):
+        hosts.run_on_primary(lambda: lambda: None)
 
     class LocalError(Exception):
         """Cannot be pickled, because its class is local to a function."""

@@ -6,13 +6,18 @@ import jax
 import numpy as np
 import pytest
 from helpers.small_net import (
+    CASES,
     CLASSES,
     IMAGES,
     LABELS,
     N,
     SmallNet,
+    Training,
+    assert_close,
     assert_eight_devices_are_one,
     assert_same_first_gradients,
+    on_one_device,
+    parameters,
     preprocess,
     teacher_variables,
 )
@@ -52,3 +57,12 @@ def test_evaluation_counts(num_devices, mode):
         sums = evaluator.evaluate(replicated, subset)
         np.testing.assert_array_equal(sums.confusion, expected)
         assert sums.mass.sum() == pytest.approx(size)
+
+
+def test_several_steps_a_call_by_pmap():
+    """The device decides on the weight net's updates, as in a run on accelerators."""
+    expected = on_one_device("one virtual step", 4)
+    with jax.enable_x64(True):
+        training = Training(parallel=Parallel("pmap"), **CASES["one virtual step"])
+        state = training.run(4, steps_per_call=2)
+    assert_close(parameters(state), parameters(expected), rtol=1e-9, atol=1e-9)

@@ -331,6 +331,12 @@ class NumpyAdam(NumpyParams):
             self._leaves[i] = x - rate * first / (np.sqrt(second) + 1e-8)
 
 
+def test_update_without_gradients():
+    meta = bilevel.init(jnp.ones(2), optax.adam(0.1))
+    updated = bilevel.update(meta, optax.adam(0.1))
+    np.testing.assert_array_equal(updated.params, meta.params)
+
+
 def test_update_decided_by_caller():
     """`update_weight_net` may be passed or left to the device, with the same result."""
     with jax.enable_x64(True):

@@ -222,6 +222,43 @@ def test_masked_logits(grouping):
     assert_close(evaluate_values(noisy), evaluate_values(x))
 
 
+@pytest.mark.parametrize("padding", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", ["ltkd", "rebalanced_inter_group"])
+def test_masked_examples(name, padding):
+    """Padding counts nowhere, whatever it holds: values, gradients, second ones."""
+    rng = np.random.default_rng(3)
+    student_logits, teacher_logits = 3 * rng.normal(size=(2, B, C))
+    groups = ClassGroups.from_counts(np.arange(C, 0, -1))
+    mask = np.arange(B) % 3 > 0
+    loss = functools.partial(getattr(losses, name), groups=groups)
+    padded_teacher = np.where(mask[:, None], teacher_logits, padding)
+    student = jnp.asarray(np.where(mask[:, None], student_logits, padding))
+
+    def padded(student):
+        values = loss(student, padded_teacher, example_mask=mask)
+        return values.sum(), values
+
+    def without_padding(student):
+        values = loss(student, teacher_logits[mask])
+        return values.sum(), values
+
+    expected_gradient, expected = jax.grad(without_padding, has_aux=True)(
+        jnp.asarray(student_logits[mask])
+    )
+    gradient, values = jax.grad(padded, has_aux=True)(student)
+    np.testing.assert_allclose(values[mask], expected, rtol=1e-5)
+    np.testing.assert_allclose(gradient[mask], expected_gradient, rtol=1e-5, atol=1e-6)
+    assert not np.any(values[~mask])
+    assert not np.any(gradient[~mask])
+
+    def gradient_fn(student):
+        return jax.grad(padded, has_aux=True)(student)[0]
+
+    _, second = jax.jvp(gradient_fn, (student,), (jnp.ones_like(student),))
+    assert np.isfinite(second).all()
+    assert not np.any(second[~mask])
+
+
 def test_shift_invariance():
     """float32 represents these logits exactly with and without the offset."""
     x = draw("random", masking="examples")

@@ -90,6 +90,30 @@ def test_padding_and_batches():
         np.testing.assert_allclose(device_sums[0], total, rtol=1e-5)
 
 
+@pytest.mark.parametrize("padding", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("label", [0, -1, 7])
+def test_padding_counts_nowhere(padding, label):
+    logits = np.array([[1.0, 2.0, 3.0], [padding] * 3], np.float32)
+    labels = np.array([2, label])
+    mask = np.array([True, False])
+    expected = metrics.eval_sums(logits[:1], labels[:1], mask[:1])
+    for function in (metrics.eval_sums, jax.jit(metrics.eval_sums)):
+        sums = function(logits, labels, mask)
+        jax.tree.map(np.testing.assert_array_equal, sums, expected)
+
+
+@pytest.mark.parametrize("label", [-1, 3])
+def test_labels_out_of_range(label):
+    arguments = np.ones((2, 3)), np.array([label, 0]), np.array([True, True])
+    with pytest.raises(ValueError, match=f"labels has {label}.*C = 3"):
+        metrics.eval_sums(*arguments)
+    # Under `jit` the values are not known: the sums must not look right.
+    sums = jax.jit(metrics.eval_sums)(*arguments)
+    assert np.isnan(sums.confusion).any()
+    assert np.isnan(sums.bins).any()
+    assert np.isnan(sums.mass).all()
+
+
 def test_class_without_examples():
     sums = eval_sums(jnp.eye(C)[:2], jnp.array([0, 1]), jnp.array([True, True]))
     summary = metrics.summarize(sums, GROUPS, SHOTS)
