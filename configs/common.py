@@ -85,6 +85,8 @@ def recipe(**values: Any) -> ml_collections.ConfigDict:
         # Stop after this number of steps; 0: after all epochs.
         max_steps=0,
         lr=0.05,
+        # Epochs over which the learning rate grows linearly to lr.
+        lr_warmup_epochs=0.0,
         momentum=0.9,
         weight_decay=5e-4,
         # Fractions of all steps; at each, the learning rate is multiplied by lr_decay.

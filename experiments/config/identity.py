@@ -4,6 +4,7 @@ A finished run or teacher is looked up by the hash of its identity. Two configs 
 same identity compute the same thing, however they are executed.
 """
 
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -44,6 +45,8 @@ NO_EFFECT = {
     "data.subset": "exponential",
     "data.stream": False,
     "method.num_groups": 0,
+    "train.lr_warmup_epochs": 0.0,
+    "teacher.train.lr_warmup_epochs": 0.0,
 }
 # The keys that a teacher depends on, besides `teacher` itself.
 _TEACHER_KEYS = ("data", "groups", "augment", "split_seed", "teacher_seed", "precision")
@@ -115,6 +118,21 @@ def run_identity(config: dict, content: dict) -> dict:
     elif kind == "logits":
         tree["teacher"] = {"model": f"logits {content['teacher']}"}
     return tree
+
+
+def add_new_options(config: dict) -> dict:
+    """Returns the config with the options that it lacks, at values of no effect.
+
+    A `results.json` of an older version records a config without them.
+    """
+    complete = copy.deepcopy(config)
+    for path, value in NO_EFFECT.items():
+        section_path, _, key = path.rpartition(".")
+        section = at(complete, section_path) if section_path else None
+        # Whether there is num_groups depends on the method.
+        if isinstance(section, dict) and section_path != "method":
+            section.setdefault(key, value)
+    return complete
 
 
 def recorded_identity(results: dict) -> dict:

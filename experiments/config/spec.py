@@ -51,6 +51,7 @@ class Recipe:
     epochs: float
     max_steps: int
     lr: float
+    lr_warmup_epochs: float
     momentum: float
     weight_decay: float
     milestones: tuple[float, ...]
@@ -308,7 +309,7 @@ def resolve(config: ml_collections.ConfigDict | Mapping) -> RunSpec:
     """
     if isinstance(config, ml_collections.ConfigDict):
         config = config.to_dict()
-    tree = _with_tuples(config)
+    tree = identities.add_new_options(_with_tuples(config))
     _check_keys(tree)
     validation.validate(tree)
     try:

@@ -279,7 +279,9 @@ def _validate_recipe(config: dict, role: str) -> None:
         ["batch_size", "epochs", "lr", "lr_decay"], lambda x: x > 0, "must be positive"
     )
     require_each(
-        ["max_steps", "weight_decay"], lambda x: x >= 0, "must not be negative"
+        ["max_steps", "weight_decay", "lr_warmup_epochs"],
+        lambda x: x >= 0,
+        "must not be negative",
     )
     require_each(["momentum"], lambda x: 0 <= x < 1, "must be in [0, 1)")
     require_each(

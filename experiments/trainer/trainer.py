@@ -86,6 +86,7 @@ class Trainer:
             total_steps=self.total_steps,
             milestones=recipe.milestones,
             decay=recipe.lr_decay,
+            warmup_steps=round(recipe.lr_warmup_epochs * self.steps_per_epoch),
         )
         self._optimizer = states.sgd(
             self.schedule, momentum=recipe.momentum, weight_decay=recipe.weight_decay

@@ -154,7 +154,12 @@ def adam(
 
 
 def step_schedule(
-    base: float, *, total_steps: int, milestones: tuple[float, ...], decay: float
+    base: float,
+    *,
+    total_steps: int,
+    milestones: tuple[float, ...],
+    decay: float,
+    warmup_steps: int = 0,
 ) -> optax.Schedule:
     """Returns a learning rate that is multiplied by `decay` at each milestone.
 
@@ -163,6 +168,7 @@ def step_schedule(
       total_steps: of the run.
       milestones: fractions of `total_steps`.
       decay: the factor.
+      warmup_steps: W; the first W steps have 1/W, 2/W, … of the learning rate.
 
     >>> schedule = step_schedule(0.1, total_steps=100, milestones=(0.5,), decay=0.1)
     >>> [round(float(schedule(step)), 3) for step in (49, 50)]
@@ -174,4 +180,11 @@ def step_schedule(
     for milestone in milestones:
         boundary = round(milestone * total_steps)
         scales[boundary] = scales.get(boundary, 1.0) * decay
-    return optax.piecewise_constant_schedule(base, scales)
+    schedule = optax.piecewise_constant_schedule(base, scales)
+    if not warmup_steps:
+        return schedule
+
+    def warmed_up(step: jax.typing.ArrayLike) -> jax.Array:
+        return schedule(step) * jnp.minimum(1.0, (step + 1) / warmup_steps)
+
+    return warmed_up

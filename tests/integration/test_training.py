@@ -167,6 +167,15 @@ def test_step_schedule_equal_milestones():
     assert float(schedule(2)) == pytest.approx(0.01)
 
 
+def test_step_schedule_warmup():
+    schedule = states.step_schedule(
+        1.0, total_steps=8, milestones=(0.5,), decay=0.1, warmup_steps=4
+    )
+    rates = [float(schedule(step)) for step in range(8)]
+    expected = [0.25, 0.5, 0.75, 1.0, 0.1, 0.1, 0.1, 0.1]
+    np.testing.assert_allclose(rates, expected, rtol=1e-6)
+
+
 def test_first_nonfinite_step():
     objective = methods.create("ce", COUNTS)
     state = states.create(SmallNet(), optimizer(), 1, SHAPE, 0)

@@ -1,5 +1,6 @@
 """Configs: argument, validation, renamed keys, identities and the choice of a table."""
 
+import copy
 import dataclasses
 import importlib
 import json
@@ -149,6 +150,7 @@ def test_bad_argument(argument, message):
         ("augment.mixup", -0.2),
         ("train.batch_size", 0),
         ("train.lr", 0.0),
+        ("train.lr_warmup_epochs", -1.0),
         ("train.epochs", -1.0),
         ("train.epochs", float("inf")),
         ("train.milestones", (0.5, 2.0)),
@@ -312,6 +314,7 @@ def test_renamed_keys():
         ("teacher_seed", 1, False, False),
         ("split_seed", 1, False, False),
         ("teacher.train.lr", 0.1, False, False),
+        ("train.lr_warmup_epochs", 5.0, False, True),
         ("data.imbalance", 10.0, False, False),
         ("precision", "tf32", False, False),
         ("data.dir", "x", True, True),
@@ -361,6 +364,10 @@ def test_identity_without_unused_options():
     assert "loss_weighting" not in static.identity and "augment" not in static.identity
     assert "loss_weighting" in resolve(config_of("digitslt", "bikd")).identity
     assert static.hash == "0e68e06baf35"
+    # As an older version recorded it.
+    config = copy.deepcopy(static.config)
+    del config["train"]["lr_warmup_epochs"]
+    assert resolve(config).hash == static.hash
 
 
 def test_teacher_hash_and_held_out_images():
