@@ -9,8 +9,15 @@ It needs no download, and minutes on a CPU.
 The argument is METHOD[,key=value…][,smoke]; configs/common.py has the methods, the
 short keys and all other keys.
 
+At imbalance 10 there are 403 training images, and the smallest class has 10. The
+teacher is better than a student that is trained without it: the case that distillation
+is made for. At 50 and 100 (276 and 242 images) it is worse.
+
 For bikd, 8 images of each digit are held out as the outer set. The training images stay
-the same, since n_max is set. Its weight net is the paper's for ten classes (CIFAR-10).
+the same, since n_max is set. The weight net has the paper's size for ten classes. A run
+has 420 steps: at the paper's learning rate of 1e-3 all weights stay near one half, so
+it is 0.01 here. It and the outer loss were chosen by validation accuracy, over two
+seeds of four splits at n_max 90.
 
 Hardware: 2 CPU cores.
 
@@ -23,7 +30,7 @@ from configs import common
 
 def get_config(argument: str = ""):
     config = common.base(
-        "digits", teacher="resnet20", student="resnet8", imbalance=50.0
+        "digits", teacher="resnet20", student="resnet8", imbalance=10.0
     )
     config.data.n_max = 100
     config.train = common.recipe(batch_size=64, epochs=60.0)
@@ -34,5 +41,5 @@ def get_config(argument: str = ""):
         config,
         argument,
         bikd={"data.outer_per_class": 8},
-        loss_weighting=common.bilevel(update_every=1, outer_loss="mix", hidden=(64,)),
+        loss_weighting=common.bilevel(update_every=1, outer_loss="hard", hidden=(64,), lr=0.01),
     )

@@ -360,7 +360,7 @@ def test_recorded_config_resolves_to_the_same_run(argument, tmp_path):
 
 def test_identity_without_unused_options():
     """Results stay valid if the program gets a new option."""
-    static = resolve(config_of("digitslt", "kd"))
+    static = resolve(config_of("digitslt", "kd,imbalance=50"))
     assert "loss_weighting" not in static.identity and "augment" not in static.identity
     assert "loss_weighting" in resolve(config_of("digitslt", "bikd")).identity
     assert static.hash == "0e68e06baf35"
