@@ -315,7 +315,7 @@ def test_renamed_keys():
         ("split_seed", 1, False, False),
         ("teacher.train.lr", 0.1, False, False),
         ("train.lr_warmup_epochs", 5.0, False, True),
-        ("data.imbalance", 10.0, False, False),
+        ("data.imbalance", 20.0, False, False),
         ("precision", "tf32", False, False),
         ("data.dir", "x", True, True),
         ("teacher.table", "never", True, True),
