@@ -41,5 +41,7 @@ def get_config(argument: str = ""):
         config,
         argument,
         bikd={"data.outer_per_class": 8},
-        loss_weighting=common.bilevel(update_every=1, outer_loss="hard", hidden=(64,), lr=0.01),
+        loss_weighting=common.bilevel(
+            update_every=1, outer_loss="hard", hidden=(64,), lr=0.01
+        ),
     )

@@ -48,7 +48,8 @@ def run(
 
     Args:
       spec: of the run.
-      workdir: gets `config.json`, `metrics.jsonl`, `checkpoints/` and `results.json`.
+      workdir: gets `config.json`, `metrics.jsonl`, `checkpoints/`, the student by
+        itself (`model.json` and `model.msgpack`) and `results.json`.
         If it holds a finished run of the same config, its results are returned.
       command: that repeats the run, for the results.
       stop: checked between steps, and set by signals. By default only signals stop the
@@ -205,6 +206,8 @@ def _distil(
         on_record=on_record,
     )
     state, timing = loop.fit(trainer, device_data, spec.seed, workdir, stop, options)
+    classifier = trainer.classifier(state)
+    hosts.run_on_primary(lambda: classifier.save(workdir))
     return {
         **_describe_training(spec, data, trainer),
         **_evaluate(spec, data, trainer, state),

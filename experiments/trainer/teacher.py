@@ -27,7 +27,7 @@ from experiments.trainer import external_teacher, loop
 from experiments.trainer.dataset import Dataset
 from experiments.trainer.interrupts import StoppedError, StopRequest
 from experiments.trainer.trainer import Trainer, get_trainer, teacher_model
-from ltkd_jax import files, metrics
+from ltkd_jax import files, inference, metrics
 from ltkd_jax.data import sampling
 from ltkd_jax.data.records import Images, Records
 from ltkd_jax.training import hosts, steps, teacher_table
@@ -337,7 +337,7 @@ def _train_teacher(spec: RunSpec, folder: pathlib.Path, stop: StopRequest) -> No
         trainer, trainer.device_data(None), spec.teacher_seed, unfinished, stop, options
     )
     results = _evaluate_teacher(spec, trainer, state, trainer.total_steps, timing)
-    _finish_folder(spec, folder, unfinished, results)
+    _finish_folder(spec, folder, unfinished, results, trainer.classifier(state))
 
 
 def _import_variables(spec: RunSpec, folder: pathlib.Path) -> None:
@@ -359,7 +359,7 @@ def _import_variables(spec: RunSpec, folder: pathlib.Path) -> None:
     )
     replicated = trainer.parallel.replicate(state)
     results = _evaluate_teacher(spec, trainer, replicated, step=0, timing=None)
-    _finish_folder(spec, folder, unfinished, results)
+    _finish_folder(spec, folder, unfinished, results, trainer.classifier(replicated))
 
 
 def _load_logits(spec: RunSpec) -> external_teacher.LogitsTeacher:
@@ -418,10 +418,12 @@ def _finish_folder(
     folder: pathlib.Path,
     unfinished: pathlib.Path,
     results: dict[str, Any],
+    classifier: inference.Classifier,
 ) -> None:
-    """Writes a teacher's results, and gives its folder the final name."""
+    """Writes a teacher's model and results, and gives its folder the final name."""
 
     def finish() -> None:
+        classifier.save(unfinished)
         files.write_json(
             unfinished / "config.json", {"config": spec.config, "content": spec.content}
         )

@@ -17,7 +17,7 @@ from experiments.trainer import dataset as datasets
 from experiments.trainer import input_pipeline
 from experiments.trainer.dataset import Dataset
 from experiments.trainer.evaluator import Evaluator
-from ltkd_jax import methods, models
+from ltkd_jax import inference, methods, models
 from ltkd_jax.data import augment, longtail, sampling
 from ltkd_jax.data.records import Images, Records
 from ltkd_jax.models import review
@@ -379,6 +379,27 @@ class Trainer:
             num_views=num_views,
         )
         return indices, outer_indices
+
+    def classifier(self, state: TrainState) -> inference.Classifier:
+        """Returns the network of a state by itself, with host arrays.
+
+        Args:
+          state: replicated.
+        """
+        variables = jax.device_get(self.parallel.unreplicate(state).variables)
+        if isinstance(self.model, review.StudentWithFusion):
+            variables = review.student_variables(variables)
+        source = self.data.source
+        return inference.Classifier(
+            model=self.spec.model,
+            variables=variables,
+            class_names=source.class_names,
+            image_shape=self.data.image_shape,
+            mean=source.mean,
+            std=source.std,
+            margin=self.data.is_streamed,
+            precision=self.spec.execution.precision,
+        )
 
     def device_data(self, teacher: Any, outer_teacher: Any = None) -> steps.TrainData:
         """Puts the training set on the devices, with learned weights the outer set too.

@@ -190,6 +190,11 @@ class StudentWithFusion:
         return logits, fused, {"batch_stats": batch_stats}
 
 
+def student_variables(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the student's part of the variables of a `StudentWithFusion`."""
+    return _select(variables, "student")
+
+
 def _select(variables: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Returns the variables of one of the two, "student" or "fusion"."""
     return {collection: tree[name] for collection, tree in variables.items()}

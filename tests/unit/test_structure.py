@@ -32,6 +32,7 @@ LIBRARY_RULES = {
     "models": BASE,
     "data": {"groups", *BASE},
     "bias": {"data", "groups", "losses", "metrics"},
+    "inference": {"data", "models", *BASE},
     "training": {
         "bilevel",
         "data",
@@ -54,7 +55,7 @@ EXPERIMENTS_RULES = {
     "benchmark": {"config", "trainer", "reporting", "provenance", "runtime"},
 }
 # They may import everything, and nothing imports them.
-COMMANDS = {"main", "sweep", "reproduce", "report", "tensorboard"}
+COMMANDS = {"main", "sweep", "reproduce", "report", "tensorboard", "predict"}
 
 
 def name_of(path):

@@ -1,0 +1,63 @@
+"""Classifies images with a trained student, or with a teacher.
+
+    python -m experiments.predict runs/digits-10-ltkd-resnet20-resnet8-s0 a.png b.png
+    python -m experiments.predict RUN --top=3 images/*.png
+    python -m experiments.predict RUN --export=student.stablehlo
+
+RUN is the folder of a finished run, or of a teacher. The data set is not needed.
+"""
+
+import argparse
+import pathlib
+import sys
+
+import jax
+import numpy as np
+
+from ltkd_jax import files, inference
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.predict",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", help="the folder of a run or of a teacher")
+    parser.add_argument("images", nargs="*", help="image files")
+    parser.add_argument(
+        "--top", type=int, default=1, help="how many classes are printed (default: 1)"
+    )
+    parser.add_argument(
+        "--export", metavar="FILE", help="write the model as StableHLO, with any batch"
+    )
+    args = parser.parse_args(argv)
+    if not args.images and not args.export:
+        parser.error("give images, or --export=FILE")
+    try:
+        classifier = inference.load(args.run)
+        if args.export:
+            with files.atomic_write(pathlib.Path(args.export)) as temporary:
+                temporary.write_bytes(classifier.export())
+            print(args.export)
+        if args.images:
+            _print_classes(classifier, args.images, args.top)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+def _print_classes(
+    classifier: inference.Classifier, paths: list[str], top: int
+) -> None:
+    """Prints the most probable classes of each image, with their probabilities."""
+    logits, _ = classifier(paths)
+    probabilities = np.asarray(jax.nn.softmax(logits, axis=-1))
+    for path, row in zip(paths, probabilities):
+        best = np.argsort(-row)[:top]
+        classes = [f"{classifier.class_names[c]} {100 * row[c]:.1f} %" for c in best]
+        print(f"{path}: {', '.join(classes)}")
+
+
+if __name__ == "__main__":
+    main()
