@@ -3,6 +3,8 @@
 import io
 import logging
 import os
+import subprocess
+import sys
 import zipfile
 
 import numpy as np
@@ -35,6 +37,11 @@ def prepare_folder(tmp_path, files, *arguments):
     data_dir = tmp_path / "tfds"
     options = ["--name=pets", f"--source={root}", f"--data_dir={data_dir}"]
     return command.main(["folder", *options, *arguments])
+
+
+def prepared_fingerprint(tmp_path, files):
+    assert prepare_folder(tmp_path, files, ONE) == 0
+    return records.fingerprint("pets", tmp_path / "tfds")
 
 
 def load_pets(tmp_path, size=16):
@@ -195,6 +202,39 @@ def test_custom_folder(tmp_path, capsys):
     assert prepare_folder(tmp_path, files, "--test_per_class=2") == 0
     output = capsys.readouterr().out
     assert "already prepared" in output and "nothing was read" in output
+
+
+def test_fingerprint_across_processes(tmp_path):
+    """The order of protobuf's maps differs from process to process."""
+    code = (
+        "import sys; from ltkd_jax.data.prepare import __main__ as command; "
+        "sys.exit(command.main(sys.argv[1:]))"
+    )
+    fingerprints = {prepared_fingerprint(tmp_path, PET_FILES)}
+    source = f"--source={tmp_path / 'images'}"
+    for number in range(2):
+        data_dir = tmp_path / str(number)
+        arguments = ["folder", "--name=pets", source, ONE, f"--data_dir={data_dir}"]
+        subprocess.run([sys.executable, "-c", code, *arguments], check=True)
+        fingerprints.add(records.fingerprint("pets", data_dir))
+    assert len(fingerprints) == 1
+
+
+@pytest.mark.parametrize("change", ["image", "name", "class", "split", "removed"])
+def test_fingerprint_shows_a_change(change, tmp_path):
+    files = TRAIN_FILES | pictures.by_class(PETS, folder="test/")
+    plain = prepared_fingerprint(tmp_path / "plain", files)
+    data = files.pop("train/cat/cat5.jpg")
+    new_paths = {
+        "image": "train/cat/cat5.jpg",
+        "name": "train/cat/cat9.jpg",
+        "class": "train/dog/cat5.jpg",
+        "split": "test/cat/more.jpg",
+    }
+    if change in new_paths:
+        new_data = pictures.picture(0, 99) if change == "image" else data
+        files[new_paths[change]] = new_data
+    assert prepared_fingerprint(tmp_path / "changed", files) != plain
 
 
 def test_custom_folder_needs_a_size(tmp_path):
