@@ -480,6 +480,14 @@ def test_custom_class_with_the_name_of_a_split(name, tmp_path):
     assert sum(map(len, content.splits.values())) == 7 and not content.left_out
 
 
+@pytest.mark.parametrize("names", [("train", "val", "bus"), ("train", "test")])
+def test_custom_split_without_class_folders(names, tmp_path):
+    files = pictures.by_class(dict.fromkeys(names, 3))
+    source = pictures.write_folder(tmp_path / "images", files)
+    with pytest.raises(archives.ArchiveError, match="train/ has no class.*rename it"):
+        folders.custom(source, test_per_class=1)
+
+
 def test_custom_folder_of_links(tmp_path):
     pictures.write_folder(tmp_path / "real", pictures.by_class(PETS))
     (tmp_path / "links").mkdir()
@@ -508,6 +516,12 @@ def test_custom_folder_of_links(tmp_path):
             TRAIN_FILES | pictures.by_class({"cat": 1, "fly": 1}, folder="test/"),
             [],
             ["class 'ant' is in one of train and test only (3 such"],
+        ),
+        (
+            pictures.by_class({"café": 1, "b": 1}, folder="train/")
+            | pictures.by_class({"cafe\u0301": 1, "b": 1}, folder="test/"),
+            [],
+            ["(2 such classes)", "Unicode form"],
         ),
         (
             PET_FILES | {"cat/cat9.jpg": b"\xff\xd8 no image"},

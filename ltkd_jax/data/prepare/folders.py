@@ -291,13 +291,20 @@ def _list_splits(
     tree: FileTree, train_folder: str, test_folder: str, *unused_folders: str
 ) -> ImageFiles:
     """Lists a folder of training images and one of test images."""
+    for folder in (train_folder, test_folder):
+        if not tree.folders(folder):
+            raise ArchiveError(
+                f"{tree}/{folder} has no class folders: put its images into "
+                f"{folder}CLASS, or rename it if it is a class itself"
+            )
     class_names, train = _list_classes(tree, train_folder)
     test_class_names, test = _list_classes(tree, test_folder)
     if class_names != test_class_names:
         unshared = sorted(set(class_names) ^ set(test_class_names))
         raise ArchiveError(
             f"{tree}: class {unshared[0]!r} is in one of train and test only "
-            f"({len(unshared)} such classes)"
+            f"({len(unshared)} such classes); names that look the same may differ in "
+            "their Unicode form: rename the folders to the same names"
         )
     reasons = {
         folder: f"images in {folder!r}, as {test_folder!r} is the test set"
