@@ -10,6 +10,30 @@ from collections.abc import Iterator
 from typing import Any
 
 PathLike = str | os.PathLike[str]
+# What systems and file managers leave in folders, some of it with small copies of the
+# images: macOS in archives, Windows, Synology, Linux.
+_SYSTEM_NAMES = {
+    "__macosx",
+    "thumbs.db",
+    "ehthumbs.db",
+    "desktop.ini",
+    "$recycle.bin",
+    "system volume information",
+    "@eadir",
+    "lost+found",
+}
+
+
+def is_hidden(name: str) -> bool:
+    """Returns whether a file or folder is hidden or left behind by a system.
+
+    Args:
+      name: without its folders.
+
+    >>> is_hidden("._a.jpg"), is_hidden("Thumbs.db"), is_hidden("a.jpg")
+    (True, True, False)
+    """
+    return name.startswith(".") or name.lower() in _SYSTEM_NAMES
 
 
 @contextlib.contextmanager

@@ -7,9 +7,13 @@ so it is the same wherever the data set comes from.
 import hashlib
 import os
 import pathlib
+import unicodedata
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
+
+from ltkd_jax import files
 
 # Added before rounding down: n_max / γ is often a whole number that floating point puts
 # just below itself, as in 49 * (1 / 49) < 1.
@@ -239,10 +243,12 @@ def read_list(path: str | os.PathLike[str]) -> ImageList:
 def match_list(
     image_list: ImageList, labels: np.ndarray, keys: np.ndarray
 ) -> np.ndarray:
-    """Returns the sorted indices of the images of a list.
+    r"""Returns the sorted indices of the images of a list.
 
     A path matches the image whose key it is. If there is none, its leading folders are
-    removed one by one until there is.
+    removed one by one until there is. If there still is none, "\" in the path is read
+    as "/", and other Unicode forms of the same letters match, as macOS writes them.
+    Hidden files that are no images of the data set, such as "._a.JPEG", are skipped.
 
     Args:
       image_list: from `read_list`.
@@ -264,12 +270,20 @@ def match_list(
     """
     file_name = image_list.file_name
     index_of = {str(key): index for index, key in enumerate(keys)}
+    index_of_normal: dict[str, int | None] = {}
+    for key, key_index in index_of.items():
+        normal = _normalize(key)
+        # None where the forms of two keys are the same: then neither is meant.
+        index_of_normal[normal] = None if normal in index_of_normal else key_index
     path_of: dict[int, str] = {}
-    missing = []
+    missing: list[str] = []
     for path, label in zip(image_list.paths, image_list.labels):
         index = _match_path(path, index_of)
         if index is None:
-            missing.append(path)
+            index = _match_path(_normalize(path), index_of_normal)
+        if index is None:
+            if not files.is_hidden(_normalize(path).rpartition("/")[2]):
+                missing.append(path)
         elif index in path_of:
             raise ValueError(
                 f"{file_name}: {path!r} is the image {path_of[index]!r} again: list "
@@ -293,7 +307,12 @@ def match_list(
     return np.array(sorted(path_of), np.int64)
 
 
-def _match_path(path: str, index_of: dict[str, int]) -> int | None:
+def _normalize(path: str) -> str:
+    """Returns a path with "/" between folders and composed Unicode letters."""
+    return unicodedata.normalize("NFC", path.replace("\\", "/"))
+
+
+def _match_path(path: str, index_of: Mapping[str, int | None]) -> int | None:
     """Returns the index of the longest end of a path that is a key."""
     while path not in index_of and "/" in path:
         path = path.partition("/")[2]

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 Builder = Any  # of TFDS, which has no type hints
-# The file with a hash of all records, which data sets made from image files have.
+# The file with a hash of all images, which data sets made from image files have.
 FINGERPRINT = "fingerprint.txt"
 _READ_BATCH = 256  # number of records in one call of the reader
 
@@ -400,7 +400,7 @@ def open_builder(name: str, data_dir: str | os.PathLike[str] | None = None) -> B
 def fingerprint(
     name: str, data_dir: str | os.PathLike[str] | None = None
 ) -> str | None:
-    """Returns a hash of all records of a data set prepared from image files, or None.
+    """Returns a hash of all images of a data set prepared from image files, or None.
 
     Args:
       name: of the data set.
@@ -430,11 +430,13 @@ def find_builder(
       data_dir: TFDS's directory, see `resolve_data_dir`.
 
     Raises:
-      DatasetNotPreparedError: the data set is damaged or in another format.
+      DatasetNotPreparedError: the data set is damaged or in another format, or
+        `data_dir` is the folder of a single data set.
     """
     # Looked up before TFDS is imported, which takes a second.
     info_paths = _find_in_versions(name, data_dir, "dataset_info.json")
     if not info_paths:
+        _check_is_above_data_sets(resolve_data_dir(data_dir))
         return None
     import tensorflow_datasets as tfds
 
@@ -461,6 +463,23 @@ def find_builder(
             f"ltkd_jax.data.prepare {name} --data_dir DIR"
         )
     return builder
+
+
+def _check_is_above_data_sets(root: pathlib.Path) -> None:
+    """Checks that TFDS's directory is not the folder of a data set or of its version.
+
+    Otherwise a second copy would be prepared inside of that data set.
+    """
+    if (root / "dataset_info.json").is_file():
+        above = root.parent.parent
+    elif any(root.glob("[0-9]*.[0-9]*.[0-9]*/dataset_info.json")):
+        above = root.parent
+    else:
+        return
+    raise DatasetNotPreparedError(
+        f"{root} is the folder of a single data set: give the directory above it, "
+        f"{above}, as data.dir (--data_dir of ltkd_jax.data.prepare)"
+    )
 
 
 def resolve_data_dir(data_dir: str | os.PathLike[str] | None) -> pathlib.Path:

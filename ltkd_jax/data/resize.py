@@ -41,6 +41,22 @@ def convert_mode(image: "Image.Image", channels: int) -> "Image.Image":
     return image if image.mode == mode else image.convert(mode)
 
 
+def make_upright(image: "Image.Image") -> "Image.Image":
+    """Returns a Pillow image, turned and mirrored as its EXIF orientation says.
+
+    An image that is upright, or whose EXIF data cannot be read, is returned itself.
+    """
+    from PIL import ExifTags, ImageOps
+
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # whatever Pillow raises for damaged EXIF data
+        return image
+    if orientation not in range(2, 9):
+        return image
+    return ImageOps.exif_transpose(image)
+
+
 def center_crop(image: "Image.Image", size: int, *, margin: bool) -> np.ndarray:
     """Returns the square in the middle of an image, resized, uint8 `[size, size, C]`.
 

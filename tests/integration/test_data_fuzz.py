@@ -384,7 +384,9 @@ def prepare_cases():
     split |= {f"test/{name}": data for name, data in test.items()}
     wnids = ("n01", "n02")
     imagenet = pictures.by_class(dict.fromkeys(wnids, 2), folder="train/", **small)
-    imagenet |= {f"val/v{i}.JPEG": pictures.picture(0, i, **small) for i in range(2)}
+    for i in (1, 2):
+        picture = pictures.picture(0, i, **small)
+        imagenet[f"val/ILSVRC2012_val_{i:08d}.JPEG"] = picture
     read_imagenet = functools.partial(
         folders.imagenet, class_names=wnids, validation_labels=["n02", "n01"]
     )

@@ -101,6 +101,19 @@ def test_load_unprepared(tmp_path):
     assert command in str(error.value)
 
 
+@pytest.mark.parametrize("depth", ["cifar10", "cifar10/3.0.2"])
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "pets"])
+def test_load_from_a_directory_too_deep(name, depth, prepared):
+    """The remedy is the directory above, not a second copy inside."""
+    data_dir, _ = prepared
+    with pytest.raises(records.DatasetNotPreparedError) as error:
+        datasets.load(name, data_dir / depth)
+    message = str(error.value)
+    assert f"{data_dir / depth} is the folder of a single data set" in message
+    assert f"the directory above it, {data_dir}, as data.dir" in message
+    assert "run:" not in message
+
+
 def test_default_directory(monkeypatch, tmp_path):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     assert records.resolve_data_dir(None) == tmp_path

@@ -1,15 +1,19 @@
 """Tests the preparation of image archives, and of folders of images by class."""
 
+import functools
 import io
 import logging
 import os
+import subprocess
+import sys
 import zipfile
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from helpers import pictures
-from PIL import Image
+from helpers.archives import write_tar
+from PIL import ExifTags, Image
 
 from ltkd_jax.data import datasets, records, resize
 from ltkd_jax.data.prepare import __main__ as command
@@ -35,6 +39,11 @@ def prepare_folder(tmp_path, files, *arguments):
     data_dir = tmp_path / "tfds"
     options = ["--name=pets", f"--source={root}", f"--data_dir={data_dir}"]
     return command.main(["folder", *options, *arguments])
+
+
+def prepared_fingerprint(tmp_path, files):
+    assert prepare_folder(tmp_path, files, ONE) == 0
+    return records.fingerprint("pets", tmp_path / "tfds")
 
 
 def load_pets(tmp_path, size=16):
@@ -163,6 +172,79 @@ def test_imagenet(tmp_path):
         folders.imagenet(tmp_path / "flat", **stock)
 
 
+def test_imagenet_validation_with_another_image(tmp_path):
+    """The labels go by position, so that one image for another would shift them."""
+    train = {f"train/{name}/{name}_0.JPEG": b"" for name in ("n01", "n02")}
+    first = {"val/ILSVRC2012_val_00000001.JPEG": b""}
+    options = dict(class_names=("n01", "n02"), validation_labels=["n02", "n01"])
+    for number, other in enumerate(("val/._x.JPEG", "val/copy.JPEG", None)):
+        others = {} if other is None else {other: b""}
+        source = pictures.write_folder(tmp_path / str(number), train | first | others)
+        message = "missing or unexpected: ILSVRC2012_val_00000002"
+        with pytest.raises(archives.ArchiveError, match=message):
+            folders.imagenet(source, **options)
+
+
+# What macOS, Windows, Synology and Linux leave behind.
+LEFT_BEHIND = (
+    "._{}",
+    ".{}",
+    "Thumbs.db",
+    "desktop.ini",
+    "__MACOSX/{}",
+    "@eaDir/{}/SYNOFILE_THUMB_M.jpg",
+    ".Trash/{}",
+    "lost+found/{}",
+)
+
+
+def add_hidden(files):
+    """Returns the files with hidden ones beside each of them, and in the root."""
+    hidden = {form.format("x.JPEG"): b"x" for form in LEFT_BEHIND}
+    for path in files:
+        folder, slash, name = path.rpartition("/")
+        for form in LEFT_BEHIND:
+            hidden[f"{folder}{slash}{form.format(name)}"] = b"x"
+    return files | hidden
+
+
+def list_content(files):
+    """Returns the id and label of the images of each split."""
+    content = {}
+    for split, image_files in files.splits.items():
+        content[split] = [(file.id, file.label) for file in image_files]
+    return content
+
+
+@pytest.mark.parametrize("form", ["zip", "folder"])
+@pytest.mark.parametrize(
+    "layout", ["classes", "splits", "tiny_imagenet", "imagenet flat", "imagenet"]
+)
+def test_hidden_files_are_skipped(layout, form, tmp_path):
+    if layout == "tiny_imagenet":
+        files = pictures.tiny_imagenet()
+        read = pictures.tiny_recipe().read
+    elif layout in ("classes", "splits"):
+        is_split = layout == "splits"
+        files = TRAIN_FILES | pictures.by_class(PETS, folder="test/")
+        files = files if is_split else PET_FILES
+        read = recipes.custom_recipe("pets", test_per_class=0 if is_split else 1).read
+    else:
+        read = functools.partial(
+            folders.imagenet, class_names=("a", "b"), validation_labels=["b", "a"]
+        )
+        files = {f"train/{name}/{name}_0.JPEG": b"" for name in ("a", "b")}
+        for i, name in enumerate(("b/", "a/"), 1):
+            folder = "" if layout == "imagenet flat" else name
+            files[f"val/{folder}ILSVRC2012_val_{i:08d}.JPEG"] = b""
+    write = pictures.write_zip if form == "zip" else pictures.write_folder
+    plain = read(write(tmp_path / "plain", files))
+    hidden = read(write(tmp_path / "hidden", add_hidden(files)))
+    assert list_content(hidden) == list_content(plain)
+    assert hidden.class_names == plain.class_names
+    assert hidden.left_out == plain.left_out
+
+
 @pytest.mark.parametrize("name", ["tiny_imagenet", "imagenet2012"])
 def test_recipe_without_url(name, tmp_path):
     message = f"{name} cannot be downloaded: give --source, the .* from http"
@@ -195,6 +277,141 @@ def test_custom_folder(tmp_path, capsys):
     assert prepare_folder(tmp_path, files, "--test_per_class=2") == 0
     output = capsys.readouterr().out
     assert "already prepared" in output and "nothing was read" in output
+
+
+def test_custom_folder_reports_what_is_left_out(tmp_path, caplog):
+    files = {**TRAIN_FILES, **pictures.by_class(PETS, folder="test/")}
+    files |= pictures.by_class({"cat": 2, "dog": 1}, folder="val/")
+    for path in ("a.jfif", "train/cat/b.JFIF", "test/c.jpe", "d.heic", "train/ant/e"):
+        files[path] = b"x"
+    files |= {"beside.jpg": b"x", "train/beside.png": b"x", "README.txt": b"x"}
+    with caplog.at_level(logging.WARNING):
+        assert prepare_folder(tmp_path, files) == 0
+    lines = {line for line in caplog.messages if line.startswith("left out")}
+    assert lines == {
+        "left out: 2 files that end in '.jfif': 'a.jfif', 'train/cat/b.JFIF'",
+        "left out: 1 files that end in '.jpe': 'test/c.jpe'",
+        "left out: 1 files that end in '.heic': 'd.heic'",
+        "left out: 1 files that end in '': 'train/ant/e'",
+        "left out: 2 images outside of the class folders: 'beside.jpg', "
+        "'train/beside.png'",
+        "left out: 3 images in 'val/', as 'test/' is the test set: 'val/cat/cat0.jpg', "
+        "'val/cat/cat1.jpg', 'val/dog/dog0.jpg'",
+    }
+
+
+def test_custom_folder_reports_many_endings(tmp_path, caplog):
+    files = PET_FILES | {f"cat/scan.{i:03}": b"x" for i in range(30)}
+    with caplog.at_level(logging.WARNING):
+        assert prepare_folder(tmp_path, files, ONE) == 0
+    assert len(caplog.messages) == 11
+    assert caplog.messages[-1] == "left out: 20 other files"
+
+
+def test_custom_folder_reports_equal_images(tmp_path, caplog):
+    test = {
+        f"test/{name}/t.jpg": pictures.picture(9, 9 + i) for i, name in enumerate(PETS)
+    }
+    files = TRAIN_FILES | test
+    files["test/dog/again.jpg"] = files["train/dog/dog3.jpg"]
+    files["train/ant/cat.jpg"] = files["train/cat/cat2.jpg"]
+    files["train/ant/ant_again.jpg"] = files["train/ant/ant1.jpg"]
+    with caplog.at_level(logging.WARNING):
+        assert prepare_folder(tmp_path, files) == 0
+    in_two_splits, in_two_classes = caplog.messages
+    assert "the same image is in training and test, 1 times" in in_two_splits
+    assert "train/dog/dog3.jpg" in in_two_splits
+    assert "test/dog/again.jpg" in in_two_splits
+    assert "the same image is in two classes, 1 times" in in_two_classes
+    assert "train/ant/cat.jpg" in in_two_classes
+    assert "train/cat/cat2.jpg" in in_two_classes
+    assert len(load_pets(tmp_path).train) == 17
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png", "webp", "tiff"])
+def test_custom_folder_applies_exif_orientation(kind, tmp_path):
+    """Equals Pillow's own transposition, in all eight orientations."""
+    pixels = np.zeros((16, 16, 3), np.uint8)
+    pixels[:8] = 200
+    pixels[:8, :8] = 90
+    files = dict(PET_FILES)
+    for orientation in range(10):
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = orientation
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, format=kind, exif=exif, quality=100)
+        files[f"cat/{orientation}.{kind}"] = file.getvalue()
+    assert prepare_folder(tmp_path, files, ONE) == 0
+    source = load_pets(tmp_path)
+    image_of = {}
+    for split in (source.train, source.test):
+        image_of |= zip(split.keys, take_all(split).images)
+    forms = [  # the published meaning of the values 1 to 8
+        pixels,
+        pixels[:, ::-1],
+        pixels[::-1, ::-1],
+        pixels[::-1],
+        pixels.swapaxes(0, 1),
+        np.rot90(pixels, -1),
+        pixels[::-1, ::-1].swapaxes(0, 1),
+        np.rot90(pixels),
+    ]
+    for orientation, expected in enumerate([pixels, *forms, pixels]):
+        result = image_of[f"cat/{orientation}.{kind}"].astype(int)
+        assert np.abs(result - expected).max() < 12, orientation
+
+
+def test_custom_folder_keeps_the_bytes_of_upright_images(tmp_path):
+    """Also where EXIF data say "upright", or are damaged."""
+    files = dict(PET_FILES)
+    image = Image.open(io.BytesIO(pictures.picture(0, 99)))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 1
+    for name, data in (("one", exif), ("damaged", b"Exif\0\0no TIFF header")):
+        file = io.BytesIO()
+        image.save(file, format="jpeg", exif=data)
+        files[f"cat/{name}.jpg"] = file.getvalue()
+    assert prepare_folder(tmp_path, files, ONE) == 0
+    builder = records.find_builder("pets", tmp_path / "tfds")
+    decoders = {"image": tfds.decode.SkipDecoding()}
+    stored = {}
+    for split in ("train", "test"):
+        for example in builder.as_data_source(split, decoders=decoders):
+            stored[example["id"].decode()] = example["image"]
+    assert stored == files
+
+
+def test_fingerprint_across_processes(tmp_path):
+    """The order of protobuf's maps differs from process to process."""
+    code = (
+        "import sys; from ltkd_jax.data.prepare import __main__ as command; "
+        "sys.exit(command.main(sys.argv[1:]))"
+    )
+    fingerprints = {prepared_fingerprint(tmp_path, PET_FILES)}
+    source = f"--source={tmp_path / 'images'}"
+    for number in range(2):
+        data_dir = tmp_path / str(number)
+        arguments = ["folder", "--name=pets", source, ONE, f"--data_dir={data_dir}"]
+        subprocess.run([sys.executable, "-c", code, *arguments], check=True)
+        fingerprints.add(records.fingerprint("pets", data_dir))
+    assert len(fingerprints) == 1
+
+
+@pytest.mark.parametrize("change", ["image", "name", "class", "split", "removed"])
+def test_fingerprint_shows_a_change(change, tmp_path):
+    files = TRAIN_FILES | pictures.by_class(PETS, folder="test/")
+    plain = prepared_fingerprint(tmp_path / "plain", files)
+    data = files.pop("train/cat/cat5.jpg")
+    new_paths = {
+        "image": "train/cat/cat5.jpg",
+        "name": "train/cat/cat9.jpg",
+        "class": "train/dog/cat5.jpg",
+        "split": "test/cat/more.jpg",
+    }
+    if change in new_paths:
+        new_data = pictures.picture(0, 99) if change == "image" else data
+        files[new_paths[change]] = new_data
+    assert prepared_fingerprint(tmp_path / "changed", files) != plain
 
 
 def test_custom_folder_needs_a_size(tmp_path):
@@ -234,6 +451,43 @@ def test_custom_zip_with_a_split(train, test, tmp_path):
     assert len(source.test) == 3
 
 
+@pytest.mark.parametrize("form", ["cat\\{}", "pets\\cat\\{}", "./cat/{}"])
+def test_custom_zip_of_another_system(form, tmp_path):
+    """Reads names with backslashes, or that begin with "./"."""
+    files = {}
+    for path, data in PET_FILES.items():
+        class_name, _, name = path.partition("/")
+        files[form.replace("cat", class_name).format(name)] = data
+    archive = pictures.write_zip(tmp_path / "pets.zip", files)
+    recipe = recipes.custom_recipe("pets", test_per_class=1)
+    recipes.prepare(recipe, tmp_path / "tfds", archive)
+    source = load_pets(tmp_path)
+    assert {*source.train.keys, *source.test.keys} == set(PET_FILES)
+
+
+def test_custom_archive_of_another_kind(tmp_path):
+    archive = write_tar(tmp_path / "pets.tar.gz", PET_FILES)
+    with pytest.raises(archives.ArchiveError, match="pets.tar.gz.*unpack.*folder"):
+        folders.custom(archive, test_per_class=1)
+
+
+@pytest.mark.parametrize("name", ["train", "Test", "val"])
+def test_custom_class_with_the_name_of_a_split(name, tmp_path):
+    files = pictures.by_class({"bus": 3, name: 4})
+    source = pictures.write_folder(tmp_path / "images", files)
+    content = folders.custom(source, test_per_class=1)
+    assert content.class_names == tuple(sorted(("bus", name)))
+    assert sum(map(len, content.splits.values())) == 7 and not content.left_out
+
+
+@pytest.mark.parametrize("names", [("train", "val", "bus"), ("train", "test")])
+def test_custom_split_without_class_folders(names, tmp_path):
+    files = pictures.by_class(dict.fromkeys(names, 3))
+    source = pictures.write_folder(tmp_path / "images", files)
+    with pytest.raises(archives.ArchiveError, match="train/ has no class.*rename it"):
+        folders.custom(source, test_per_class=1)
+
+
 def test_custom_folder_of_links(tmp_path):
     pictures.write_folder(tmp_path / "real", pictures.by_class(PETS))
     (tmp_path / "links").mkdir()
@@ -264,6 +518,12 @@ def test_custom_folder_of_links(tmp_path):
             ["class 'ant' is in one of train and test only (3 such"],
         ),
         (
+            pictures.by_class({"café": 1, "b": 1}, folder="train/")
+            | pictures.by_class({"cafe\u0301": 1, "b": 1}, folder="test/"),
+            [],
+            ["(2 such classes)", "Unicode form"],
+        ),
+        (
             PET_FILES | {"cat/cat9.jpg": b"\xff\xd8 no image"},
             [ONE],
             ["'cat/cat9.jpg'", "--skip_damaged"],
@@ -276,7 +536,7 @@ def test_custom_folder_of_links(tmp_path):
         (
             TRAIN_FILES | pictures.by_class(PETS, folder="rest/"),
             [ONE],
-            ["rest, train", "beside train one of test"],
+            ["rest, train", "beside train one of test", "if train is a class, move"],
         ),
         (
             {f" {name}": data for name, data in PET_FILES.items()},

@@ -203,6 +203,18 @@ def test_command_again(cifar10, tmp_path, capsys):
     assert capsys.readouterr().out == f"cifar10 is already prepared: {written}\n"
 
 
+@pytest.mark.parametrize("depth", ["cifar10", "cifar10/3.0.2"])
+def test_command_into_a_data_set(depth, cifar10, tmp_path, capsys):
+    source, recipe = cifar10
+    data_dir = tmp_path / "tfds"
+    recipes.prepare(recipe, data_dir, source)
+    before = list_files(data_dir)
+    arguments = ["cifar10", f"--source={source}", f"--data_dir={data_dir / depth}"]
+    assert command.main(arguments) == 2
+    assert f"the directory above it, {data_dir}," in capsys.readouterr().err
+    assert list_files(data_dir) == before
+
+
 def test_official_recipes():
     (cifar100_file,) = recipes.official_recipe("cifar100").downloads
     assert cifar100_file.name == "cifar-100-binary.tar.gz"

@@ -1,6 +1,7 @@
 """Tests the long-tailed draw and its class counts, against published totals."""
 
 import itertools
+import unicodedata
 
 import hypothesis
 import hypothesis.strategies as st
@@ -252,6 +253,45 @@ def test_list_refused(tmp_path, text, message):
     with pytest.raises(ValueError, match=message):
         image_list = longtail.read_list(tmp_path / "list.txt")
         longtail.match_list(image_list, labels, keys)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "train\\café\\b c.JPEG",
+        unicodedata.normalize("NFD", "train/café/b c.JPEG"),
+        unicodedata.normalize("NFD", "train\\café\\b c.JPEG"),
+    ],
+    ids=["backslash", "decomposed", "both"],
+)
+def test_list_of_another_system(tmp_path, path):
+    (tmp_path / "list.txt").write_text(f"{path} 1\n", "utf-8")
+    image_list = longtail.read_list(tmp_path / "list.txt")
+    labels = np.array([0, 1])
+    for form in ("NFC", "NFD"):
+        key = unicodedata.normalize(form, "café/b c.JPEG")
+        keys = np.array(["café/a.JPEG", key])
+        assert longtail.match_list(image_list, labels, keys).tolist() == [1]
+
+
+def test_list_of_keys_that_look_the_same():
+    """A path matches the key of its own Unicode form, and no key if both are others."""
+    keys = np.array([unicodedata.normalize(form, "é.JPEG") for form in ("NFC", "NFD")])
+    labels = np.array([0, 1])
+    for label, key in enumerate(keys):
+        image_list = longtail.ImageList((str(key),), (label,), "list.txt")
+        assert longtail.match_list(image_list, labels, keys).tolist() == [label]
+    image_list = longtail.ImageList(("x\\é.JPEG",), (0,), "list.txt")
+    with pytest.raises(ValueError, match="list.txt: .* not among"):
+        longtail.match_list(image_list, labels, keys)
+
+
+def test_list_skips_hidden_files():
+    """Lists that a shell wrote hold the files that systems leave behind."""
+    paths = ("a.JPEG", "x/._a.JPEG", "x\\._b.JPEG", "x/.DS_Store", "x/Thumbs.db")
+    image_list = longtail.ImageList(paths, (0,) * len(paths), "list.txt")
+    keys = np.array(["a.JPEG", "b.JPEG"])
+    assert longtail.match_list(image_list, np.array([0, 1]), keys).tolist() == [0]
 
 
 def test_split_without_imbalance():

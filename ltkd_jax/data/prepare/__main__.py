@@ -24,7 +24,8 @@ sources (--source):
                      (or val/*.JPEG)
   folder             your own images, a folder or a zip of CLASS/...,
                      or of train/CLASS/... and test/CLASS/...
-  Grey, palette and CMYK images among colour ones are read as colour.
+  Grey, palette and CMYK images among colour ones are read as colour. Your own images
+  are turned as their EXIF orientation says. What is left out is reported at the end.
 
 examples:
   python -m ltkd_jax.data.prepare cifar100 --data_dir ~/tensorflow_datasets

@@ -5,18 +5,19 @@ import functools
 import os
 import pathlib
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import IO, NoReturn
 
 import numpy as np
 
+from ltkd_jax import files
 from ltkd_jax.data import longtail
 from ltkd_jax.data.prepare.archives import ArchiveError
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
 _TEST_NAMES = ("test", "val", "valid", "validation")
-# Files and folders whose names begin so are ignored. macOS adds the second to archives.
-_HIDDEN_PREFIXES = (".", "__MACOSX")
+# Of files that accompany images: they are left out without a report.
+_TEXT_SUFFIXES = (".txt", ".md", ".csv", ".tsv", ".json", ".xml")
 _MAX_FILE_BYTES = 256 << 20
 # Other compressions expand without a bound.
 _COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
@@ -30,11 +31,13 @@ class ImageFile:
 
     Attributes:
       id: unique in its split.
+      path: in its source.
       label: of its class.
       read: returns its bytes.
     """
 
     id: str
+    path: str
     label: int
     read: Callable[[], bytes]
 
@@ -55,16 +58,33 @@ class ImageFiles:
     Attributes:
       splits: the image files of each split, by its name.
       class_names: in label order.
+      left_out: paths of the files of the source that are in no split, by a description
+        of them. Hidden files and texts are not among them.
+      apply_orientation: whether the EXIF orientation of the images is applied. Official
+        data sets are stored as they were published.
     """
 
     splits: dict[str, list[ImageFile]]
     class_names: tuple[str, ...]
+    left_out: dict[str, list[str]]
+    apply_orientation: bool = False
+
+
+def examples(names: Sequence[str]) -> str:
+    """Returns a few of the names, for a message.
+
+    >>> examples(["a", "b", "c", "d", "e"])
+    'a, b, c and 2 more'
+    """
+    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + rest
 
 
 def _walk(root: pathlib.Path) -> Iterator[str]:
     """Yields the relative paths below a folder; those of folders end in "/".
 
-    Symbolic links are followed, but not in circles.
+    Symbolic links are followed, but not in circles. Hidden folders are not entered,
+    since those of a system often cannot be read.
     """
 
     def refuse(error: OSError) -> NoReturn:
@@ -80,7 +100,8 @@ def _walk(root: pathlib.Path) -> Iterator[str]:
         folder_names[:] = [
             name
             for name in folder_names
-            if os.path.realpath(os.path.join(folder, name)) not in ancestors
+            if not files.is_hidden(name)
+            and os.path.realpath(os.path.join(folder, name)) not in ancestors
         ]
         relative = pathlib.Path(folder).relative_to(root)
         for name in file_names:
@@ -89,8 +110,17 @@ def _walk(root: pathlib.Path) -> Iterator[str]:
             yield f"{(relative / name).as_posix()}/"
 
 
+def _zip_path(name: str) -> str:
+    """Returns the path of an archive's member, from the name that the archive has."""
+    # Some programs of Windows write "\\" against the specification of zip, and others
+    # name all files from ".".
+    return (name if "/" in name else name.replace("\\", "/")).removeprefix("./")
+
+
 class FileTree:
     """Gives access to the files of a folder or a zip archive by their relative paths.
+
+    Hidden files, and what systems leave behind, are not part of it.
 
     Attributes:
       paths: sorted, of the files and the folders; those of folders end in "/".
@@ -102,17 +132,24 @@ class FileTree:
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self._root = pathlib.Path(root)
         self._zip: zipfile.ZipFile | None = None
+        # Of the members of an archive: their names in it, by their paths.
+        self._zip_names: dict[str, str] = {}
         if self._root.is_dir():
-            self.paths = sorted(_walk(self._root))
-            return
-        try:
-            self._zip = zipfile.ZipFile(self._root)
-            self.paths = sorted(self._zip.namelist())
-        except Exception as error:  # whatever zipfile raises for a damaged archive
-            raise ArchiveError(
-                f"{root} is no folder and no intact zip archive ({error}): give the "
-                "folder, or get the archive again"
-            ) from error
+            paths = list(_walk(self._root))
+        else:
+            try:
+                self._zip = zipfile.ZipFile(self._root)
+            except Exception as error:  # whatever zipfile raises for a damaged archive
+                raise ArchiveError(
+                    f"{root} is no folder and no intact zip archive ({error}): give "
+                    "the folder; unpack an archive of another kind, such as .tar.gz, "
+                    "and give its folder; or get the archive again"
+                ) from error
+            paths = [_zip_path(name) for name in self._zip.namelist()]
+            self._zip_names = dict(zip(paths, self._zip.namelist()))
+        self.paths = sorted(
+            path for path in paths if not any(map(files.is_hidden, path.split("/")))
+        )
 
     def __str__(self) -> str:
         return str(self._root)
@@ -149,7 +186,7 @@ class FileTree:
             if not (self._root / path).is_file():
                 raise ArchiveError(f"{self} has no file {path}")
             return (self._root / path).stat().st_size
-        info = self._zip.getinfo(path)
+        info = self._zip.getinfo(self._zip_names[path])
         if info.compress_type not in _COMPRESSIONS:
             raise ArchiveError(
                 f"{self}: {path} is compressed in an unusual way: unpack it and give "
@@ -160,7 +197,7 @@ class FileTree:
     def _open(self, path: str) -> IO[bytes]:
         if self._zip is None:
             return (self._root / path).open("rb")
-        return self._zip.open(path)
+        return self._zip.open(self._zip_names[path])
 
     def images_by_class(self, folder: str, subfolder: str = "") -> dict[str, list[str]]:
         """Returns the paths of the images below `folder/CLASS/subfolder`, by class.
@@ -173,10 +210,7 @@ class FileTree:
         for path in self.paths:
             if not path.startswith(folder):
                 continue
-            relative = path.removeprefix(folder)
-            if any(name.startswith(_HIDDEN_PREFIXES) for name in relative.split("/")):
-                continue
-            class_name, _, file = relative.partition("/")
+            class_name, _, file = path.removeprefix(folder).partition("/")
             if file.startswith(subfolder) and _is_image(file):
                 images.setdefault(class_name, []).append(path)
         return images
@@ -193,7 +227,7 @@ class FileTree:
                 continue
             # An archive need not list folders themselves: their files show them, too.
             name, slash, _ = path.removeprefix(folder).partition("/")
-            if slash and not name.startswith(_HIDDEN_PREFIXES):
+            if slash:
                 names.add(name)
         return names
 
@@ -203,7 +237,8 @@ def custom(source: str | os.PathLike[str], *, test_per_class: int = 0) -> ImageF
 
     Its layout is CLASS/…, or train/CLASS/… and test/CLASS/…, where "test" may also be
     "val", "valid" or "validation". Classes are numbered in the order of their sorted
-    names. Hidden files and files of other types are ignored.
+    names. A folder "train" or "test" that holds no folders is a class where the other
+    one is absent.
 
     Args:
       source: the folder or the archive.
@@ -226,19 +261,21 @@ def custom(source: str | os.PathLike[str], *, test_per_class: int = 0) -> ImageF
     # "Train" is "train", too.
     split_folders = {
         name.lower(): f"{base}{name}/"
-        for name in folder_names
+        for name in sorted(folder_names)
         if name.lower() in ("train", *_TEST_NAMES)
     }
     test_folders = [
         split_folders[name] for name in _TEST_NAMES if name in split_folders
     ]
     if "train" in split_folders and test_folders:
-        return _list_splits(tree, split_folders["train"], test_folders[0])
-    if split_folders:
+        content = _list_splits(tree, split_folders["train"], *test_folders)
+        return dataclasses.replace(content, apply_orientation=True)
+    if any(map(tree.folders, split_folders.values())):
+        name = next(iter(split_folders))
         raise ArchiveError(
             f"{source} has the folders {', '.join(sorted(folder_names))}: beside train "
-            f"one of {', '.join(_TEST_NAMES)} is needed, or a folder for each class "
-            "and no such folder"
+            f"one of {', '.join(_TEST_NAMES)} is needed, or a folder for each class; "
+            f"if {name} is a class, move the images in its folders up into {name}"
         )
     if test_per_class < 1:
         raise ArchiveError(
@@ -246,20 +283,67 @@ def custom(source: str | os.PathLike[str], *, test_per_class: int = 0) -> ImageF
             "N images of each class out for the balanced test"
         )
     class_names, image_files = _list_classes(tree, base)
-    return _hold_out_test(tree, class_names, image_files, test_per_class)
+    content = _hold_out_test(tree, class_names, image_files, test_per_class)
+    return dataclasses.replace(content, apply_orientation=True)
 
 
-def _list_splits(tree: FileTree, train_folder: str, test_folder: str) -> ImageFiles:
+def _list_splits(
+    tree: FileTree, train_folder: str, test_folder: str, *unused_folders: str
+) -> ImageFiles:
     """Lists a folder of training images and one of test images."""
+    for folder in (train_folder, test_folder):
+        if not tree.folders(folder):
+            raise ArchiveError(
+                f"{tree}/{folder} has no class folders: put its images into "
+                f"{folder}CLASS, or rename it if it is a class itself"
+            )
     class_names, train = _list_classes(tree, train_folder)
     test_class_names, test = _list_classes(tree, test_folder)
     if class_names != test_class_names:
         unshared = sorted(set(class_names) ^ set(test_class_names))
         raise ArchiveError(
             f"{tree}: class {unshared[0]!r} is in one of train and test only "
-            f"({len(unshared)} such classes)"
+            f"({len(unshared)} such classes); names that look the same may differ in "
+            "their Unicode form: rename the folders to the same names"
         )
-    return ImageFiles({"train": train, "test": test}, class_names)
+    reasons = {
+        folder: f"images in {folder!r}, as {test_folder!r} is the test set"
+        for folder in unused_folders
+    }
+    return _collect(tree, {"train": train, "test": test}, class_names, reasons)
+
+
+def _collect(
+    tree: FileTree,
+    splits: dict[str, list[ImageFile]],
+    class_names: tuple[str, ...],
+    reasons: dict[str, str] | None = None,
+) -> ImageFiles:
+    """Returns the image files of a data set, with the files that are left out.
+
+    Args:
+      tree: the source.
+      splits: the image files of each split, by its name.
+      class_names: in label order.
+      reasons: by folder, a description of its images, which are left out.
+    """
+    used_paths: set[str] = set()
+    for image_files in splits.values():
+        used_paths.update(image_file.path for image_file in image_files)
+    left_out: dict[str, list[str]] = {}
+    for path in tree.paths:
+        suffix = pathlib.PurePosixPath(path).suffix.lower()
+        if path in used_paths or path.endswith("/") or suffix in _TEXT_SUFFIXES:
+            continue
+        if not _is_image(path):
+            reason = f"files that end in {suffix!r}"
+        else:
+            reason = "images outside of the class folders"
+            for folder, folder_reason in (reasons or {}).items():
+                if path.startswith(folder):
+                    reason = folder_reason
+        left_out.setdefault(reason, []).append(path)
+    return ImageFiles(splits, class_names, left_out)
 
 
 def _hold_out_test(
@@ -293,7 +377,7 @@ def _hold_out_test(
         "train": [image_files[i] for i in train_indices],
         "test": [image_files[i] for i in test_indices],
     }
-    return ImageFiles(splits, class_names)
+    return _collect(tree, splits, class_names)
 
 
 def _list_classes(
@@ -334,7 +418,7 @@ def _is_class_name(name: str) -> bool:
 
 
 def _image_file(tree: FileTree, path: str, image_id: str, label: int) -> ImageFile:
-    return ImageFile(image_id, label, functools.partial(tree.read, path))
+    return ImageFile(image_id, path, label, functools.partial(tree.read, path))
 
 
 def _is_image(path: str) -> bool:
@@ -394,7 +478,7 @@ def tiny_imagenet(
             f"{source}: val_annotations.txt names {len(test)} images, expected "
             f"{num_test}"
         )
-    return ImageFiles({"train": train, "test": test}, class_names)
+    return _collect(tree, {"train": train, "test": test}, class_names)
 
 
 def _list_tiny_validation(
@@ -436,8 +520,7 @@ def imagenet(
         names; used if val has no folders.
 
     Raises:
-      ArchiveError: a folder is missing or superfluous, or val has another number of
-        images.
+      ArchiveError: a folder is missing or superfluous, or val has other images.
     """
     tree = FileTree(source)
     train = _list_wnid_folders(tree, "train/", class_names)
@@ -445,7 +528,7 @@ def imagenet(
         validation = _list_wnid_folders(tree, "val/", class_names)
     else:
         validation = _list_flat_validation(tree, "val/", class_names, validation_labels)
-    return ImageFiles({"train": train, "validation": validation}, class_names)
+    return _collect(tree, {"train": train, "validation": validation}, class_names)
 
 
 def _list_wnid_folders(
@@ -475,10 +558,18 @@ def _list_flat_validation(
 ) -> list[ImageFile]:
     """Lists the validation images of one folder, which has no folders of classes."""
     paths = [path for path in tree.paths if path.startswith(folder) and _is_image(path)]
-    if len(paths) != len(validation_labels):
+    # The labels go by position: another image in place of a missing one shifts them.
+    expected = [
+        f"ILSVRC2012_val_{number:08d}"
+        for number in range(1, len(validation_labels) + 1)
+    ]
+    stems = [_stem(path) for path in paths]
+    if stems != expected:
+        differing = sorted(set(stems) ^ set(expected)) or ["one of them twice"]
         raise ArchiveError(
-            f"{tree}/{folder} has {len(paths)} images, expected "
-            f"{len(validation_labels)}"
+            f"{tree}/{folder} has {len(paths)} images, expected {len(expected)}, "
+            f"{expected[0]}.JPEG to {expected[-1]}.JPEG; missing or unexpected: "
+            f"{', '.join(differing[:3])}; unpack the official images again"
         )
     label_of = {name: label for label, name in enumerate(class_names)}
     return [

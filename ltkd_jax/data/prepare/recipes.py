@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import inspect
 import io
+import logging
 import os
 import pathlib
 import re
@@ -30,6 +31,8 @@ _REQUIRED_SOURCES = {
     ),
     "folder": "your folder of images",
 }
+_MAX_REASONS = 10  # lines of the report of what was left out
+_log = logging.getLogger(__name__)
 SourceContent = archives.DecodedImages | folders.ImageFiles
 DATASETS = ("cifar100", "cifar10", "fashion_mnist", *_REQUIRED_SOURCES)
 
@@ -128,7 +131,8 @@ def prepare(
 ) -> pathlib.Path:
     """Writes the TFDS directory of a data set.
 
-    The directory appears only when it is complete.
+    The directory appears only when it is complete. Files that were left out are counted
+    in warnings at the end.
 
     Args:
       recipe: how the data set is made.
@@ -166,9 +170,22 @@ def prepare(
             raise PrepareError(
                 f"{final} is in the way ({error.strerror}): move it away, and run again"
             ) from error
-        return final
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    if isinstance(content, folders.ImageFiles):
+        _report_left_out(content.left_out)
+    return final
+
+
+def _report_left_out(left_out: dict[str, list[str]]) -> None:
+    """Warns of the files of a source that are in no split, the most frequent first."""
+    by_frequency = sorted(left_out.items(), key=lambda item: -len(item[1]))
+    for reason, paths in by_frequency[:_MAX_REASONS]:
+        names = folders.examples([repr(path) for path in paths])
+        _log.warning("left out: %d %s: %s", len(paths), reason, names)
+    rest = sum(len(paths) for _, paths in by_frequency[_MAX_REASONS:])
+    if rest:
+        _log.warning("left out: %d other files", rest)
 
 
 def _download(

@@ -1,8 +1,8 @@
 """Writes image files as a TFDS directory of array_record files.
 
 TFDS's own writer shuffles through TensorFlow if a split has more than 1,000 MiB. Here
-the examples are in the order of a hash of their ids, so that only the ids are in memory
-at once, whatever the number of images. The metadata are written by TFDS.
+the examples are in the order of a hash of their ids, so that only the ids and digests
+are in memory at once, whatever the number of images. The metadata are written by TFDS.
 """
 
 import concurrent.futures
@@ -11,6 +11,7 @@ import functools
 import hashlib
 import io
 import itertools
+import json
 import logging
 import os
 import pathlib
@@ -43,13 +44,14 @@ def write(
 ) -> None:
     """Writes all splits, the metadata, and a fingerprint into `builder.data_path`.
 
-    The fingerprint is a hash of all records.
+    The fingerprint is a hash of the splits, ids, labels and images of all records.
+    Equal images in two splits or classes are kept, and reported by a warning.
 
     Args:
       builder: of TFDS, with its name, version and features "image", "label", and "id"
         or "file_name".
-      files: the image files. Each is decoded once to check it. The bytes of a JPEG or
-        PNG are stored unchanged; other formats become PNGs.
+      files: the image files. Each is decoded once to check it. The bytes of an upright
+        JPEG or PNG are stored unchanged; all others become upright PNGs.
       skip_damaged: whether files that do not decode are left out, with a warning,
         instead of raising an error.
       show_progress: whether to show a bar on the standard error.
@@ -75,6 +77,7 @@ def write(
         return serializer.serialize_example(features.encode_example(example))
 
     fingerprint = hashlib.sha256()
+    repeats = _Repeats()
     split_infos = []
     for split in files.splits:
         shards = _ShardWriter(folder, split)
@@ -83,9 +86,12 @@ def write(
         for image_file, data in _decodable_files(
             files, split, features["image"].shape, skip_damaged, show_progress
         ):
-            record = serialize(image_file, data)
-            fingerprint.update(record)
-            shards.write(record)
+            shards.write(serialize(image_file, data))
+            # Not of the record: protobuf orders its features anew in each process.
+            digest = hashlib.sha256(data)
+            content = [split, image_file.id, image_file.label, digest.hexdigest()]
+            fingerprint.update(json.dumps(content).encode())
+            repeats.add(digest.digest(), split, image_file)
             labels.append(image_file.label)
             keys.append(image_file.id)
         template = naming.ShardedFileTemplate(
@@ -104,6 +110,40 @@ def write(
     builder.info.set_splits(splits.SplitDict(split_infos))
     builder.info.write_to_directory(folder)
     (folder / records.FINGERPRINT).write_text(fingerprint.hexdigest())
+    repeats.report()
+
+
+class _Repeats:
+    """Collects images that occur in two splits or in two classes, byte by byte."""
+
+    def __init__(self) -> None:
+        # By the image's digest: its first occurrence.
+        self._first: dict[bytes, tuple[str, folders.ImageFile]] = {}
+        self._in_two_splits: list[str] = []
+        self._in_two_classes: list[str] = []
+
+    def add(self, digest: bytes, split: str, image_file: folders.ImageFile) -> None:
+        """Adds an image."""
+        first_split, first_file = self._first.setdefault(digest, (split, image_file))
+        pair = f"{first_file.path!r} and {image_file.path!r}"
+        if split != first_split:
+            self._in_two_splits.append(pair)
+        if image_file.label != first_file.label:
+            self._in_two_classes.append(pair)
+
+    def report(self) -> None:
+        """Warns of the images that were added twice."""
+        for place, pairs in (
+            ("in training and test", self._in_two_splits),
+            ("in two classes", self._in_two_classes),
+        ):
+            if pairs:
+                _log.warning(
+                    "the same image is %s, %d times: %s; remove one of each two",
+                    place,
+                    len(pairs),
+                    folders.examples(pairs),
+                )
 
 
 class _ShardWriter:
@@ -182,7 +222,9 @@ def _decodable_files(
         disable=not show_progress,
         dynamic_ncols=True,
     )
-    encode = functools.partial(_encode, shape=shape)
+    encode = functools.partial(
+        _encode, shape=shape, apply_orientation=files.apply_orientation
+    )
     with concurrent.futures.ThreadPoolExecutor() as pool, bar:
         # In blocks, since `map` starts on all of its input at once, and keeps the
         # results in memory.
@@ -237,7 +279,9 @@ class _Damaged:
     problem: str
 
 
-def _encode(image_file: folders.ImageFile, shape: _Shape) -> bytes | _Damaged:
+def _encode(
+    image_file: folders.ImageFile, shape: _Shape, apply_orientation: bool
+) -> bytes | _Damaged:
     """Returns an image as the bytes of a JPEG or PNG file, or why that is not possible.
 
     The problem is returned, not raised, so that other images of a block go on.
@@ -250,12 +294,14 @@ def _encode(image_file: folders.ImageFile, shape: _Shape) -> bytes | _Damaged:
         image = Image.open(io.BytesIO(data))
         # `open` reads the header only.
         image.load()
-        if height is not None and image.size != (width, height):
+        upright = resize.make_upright(image) if apply_orientation else image
+        if height is not None and upright.size != (width, height):
             return _Damaged(
-                f"it is {image.width}×{image.height} pixels, expected {width}×{height}"
+                f"it is {upright.width}×{upright.height} pixels, "
+                f"expected {width}×{height}"
             )
-        converted = resize.convert_mode(image, 3)
-        if image.format in ("JPEG", "PNG"):
+        converted = resize.convert_mode(upright, 3)
+        if image.format in ("JPEG", "PNG") and upright is image:
             return data
         file = io.BytesIO()
         converted.save(file, format="png")
