@@ -117,14 +117,14 @@ class Classifier:
         Raises:
           ValueError: a file cannot be read as an image.
         """
-        from PIL import Image, ImageOps
+        from PIL import Image
 
         height, width, channels = self.image_shape
         pixels = np.zeros((len(paths), *self.image_shape), np.uint8)
         for i, path in enumerate(paths):
             try:
                 with Image.open(path) as file:
-                    image = resize.convert_mode(ImageOps.exif_transpose(file), channels)
+                    image = resize.convert_mode(resize.make_upright(file), channels)
             except (OSError, ValueError, Image.DecompressionBombError) as error:
                 raise ValueError(f"cannot read {path} as an image: {error}") from error
             if image.size == (width, height):
