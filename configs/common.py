@@ -400,6 +400,22 @@ def _set_value(config: ml_collections.ConfigDict, key: str, text: str) -> None:
     node[leaf] = _parse_value(key, text, node[leaf])
 
 
+def key_paths(config: ml_collections.ConfigDict, prefix: str = "") -> list[str]:
+    """Returns the dotted paths of a config's keys, the shorter ones first.
+
+    >>> config = ml_collections.ConfigDict({"seed": 0, "train": {"lr": 0.1}})
+    >>> key_paths(config)
+    ['seed', 'train.lr']
+    """
+    paths = []
+    for key, value in config.items():
+        if isinstance(value, ml_collections.ConfigDict):
+            paths += key_paths(value, f"{prefix}{key}.")
+        else:
+            paths.append(f"{prefix}{key}")
+    return sorted(paths, key=lambda path: path.count("."))
+
+
 def _unknown_key(config: ml_collections.ConfigDict, key: str) -> str:
     """Returns the error message for a key that the config does not have."""
     learned = config.loss_weighting.name == "bilevel"
@@ -415,7 +431,7 @@ def _unknown_key(config: ml_collections.ConfigDict, key: str) -> str:
         if learned or not path.startswith("loss_weighting."):
             choices.append(short)
     choices += [name for name in config.method if name != "name"]
-    hint = names.suggestion(key, choices) or "."
+    hint = names.suggestion(key, [*choices, *key_paths(config)]) or "."
     return (
         f"unknown key {key!r} in the config's argument{hint} Short keys: "
         f"{', '.join(choices)}; any other key of the config by its full path, such as "

@@ -34,10 +34,16 @@ _DISTRIBUTED = flags.DEFINE_string(
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "The work directory; runs/<what is trained> by default."
 )
+_PRINT_CONFIG = flags.DEFINE_bool(
+    "print_config", False, "Print the config with all its keys, and stop."
+)
 
 
 def main(argv: list[str]) -> None:
     """Does the run that the flags describe."""
+    if _PRINT_CONFIG.value:
+        print(_CONFIG.value)
+        return
     # Imported after the flags are parsed: --help need not wait for jax.
     from experiments import runtime
     from experiments.config.spec import resolve
@@ -80,8 +86,8 @@ def parse_flags(argv: list[str]) -> list[str]:
         _CONFIG.value.lock()
     except (flags.Error, OSError, SyntaxError, ImportError) as error:
         sys.exit(f"error: {_one_line(error)}")
-    except (AttributeError, KeyError, TypeError) as error:
-        sys.exit(f"error: {_unknown_key(argv, error)}")
+    except (AttributeError, KeyError, TypeError):
+        sys.exit(f"error: {_unknown_key(argv)}")
     if len(arguments) > 1:
         sys.exit(f"error: unexpected argument {arguments[1]!r}; --help has the flags")
     return arguments
@@ -98,21 +104,29 @@ def _one_line(error: Exception) -> str:
     return message.removeprefix("ValueError: ")
 
 
-def _unknown_key(argv: list[str], error: Exception) -> str:
+def _unknown_key(argv: list[str]) -> str:
     """Returns the error message for a --config.KEY that the config does not have."""
-    from configs.common import new_name
+    from configs import common
+    from ltkd_jax import names
 
     overrides = [word for word in argv if word.startswith("--config.")]
-    for word in overrides:
-        key = word.removeprefix("--config.").partition("=")[0]
-        if new_name(key):
-            return f"config key {key!r} is now called {new_name(key)!r}"
-    # ml_collections suggests the closest key.
-    suggestion = re.search(r'mean "(\w+)"', str(error))
-    hint = f"did you mean {suggestion[1]!r}? " if suggestion else ""
+    keys = [word.removeprefix("--config.").partition("=")[0] for word in overrides]
+    for key in keys:
+        if common.new_name(key):
+            return f"config key {key!r} is now called {common.new_name(key)!r}"
+    # ml_collections does not say which of them it is.
+    config = common.base("", teacher="", student="", imbalance=1.0)
+    paths = common.key_paths(config)
+    paths += [f"loss_weighting.{key}" for key in common.bilevel()]
+    unknown = [key for key in keys if key not in paths and "method." not in key]
+    if len(unknown) == 1:
+        hint = names.suggestion(unknown[0], paths) or ";"
+        return (
+            f"the config has no key {unknown[0]!r}{hint} configs/common.py has all keys"
+        )
     return (
-        f"the config has no such key: {' '.join(overrides)}; {hint}configs/common.py "
-        "has all keys"
+        f"the config has no such key: {' '.join(overrides)}; configs/common.py has "
+        "all keys"
     )
 
 

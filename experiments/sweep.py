@@ -169,7 +169,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--config",
         default="configs/digitslt.py",
-        help="a config file, with the values that all runs share",
+        help="a config file, with the values that all runs share; these may also be "
+        "given by --config.KEY=VALUE",
     )
     parser.add_argument(
         "--methods", required=True, help="such as ce,kd,ltkd,alpha=2,bikd"
@@ -190,9 +191,22 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Returns the options; each --config.KEY=VALUE becomes a part of `config`."""
+    parser = _parser()
+    options, other_words = parser.parse_known_args(argv)
+    for word in other_words:
+        pair = word.removeprefix("--config.")
+        if pair == word or "=" not in pair:
+            parser.error(f"unrecognized argument {word!r}")
+        separator = "," if ":" in options.config else ":"
+        options.config += f"{separator}{pair}"
+    return options
+
+
 def main(argv: list[str] | None = None) -> None:
     """Does the sweep that the arguments describe, and exits."""
-    options = _parser().parse_args(argv)
+    options = _parse_arguments(argv)
     config_name = pathlib.Path(options.config.partition(":")[0]).stem
     name = options.name or f"sweep-{config_name}"
     folder = pathlib.Path("runs") / name

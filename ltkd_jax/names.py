@@ -7,13 +7,20 @@ from collections.abc import Iterable
 def suggestion(name: str, choices: Iterable[str]) -> str:
     """Returns "; did you mean 'x'?" for the choice closest to `name`.
 
-    It is "" where no choice is close.
+    It is "" where no choice is close. A dotted path is also meant by its last name.
 
     >>> suggestion("ltkx", ["ce", "ltkd"])
     "; did you mean 'ltkd'?"
+    >>> suggestion("lr", ["seed", "train.lr", "teacher.train.lr"])
+    "; did you mean 'train.lr'?"
     """
-    matches = difflib.get_close_matches(str(name), list(choices), n=1)
-    return f"; did you mean {matches[0]!r}?" if matches else ""
+    paths: dict[str, str] = {}
+    for choice in choices:
+        # The first of several paths that end alike is meant.
+        paths.setdefault(choice.rpartition(".")[2], choice)
+        paths[choice] = choice
+    matches = difflib.get_close_matches(str(name), list(paths), n=1)
+    return f"; did you mean {paths[matches[0]]!r}?" if matches else ""
 
 
 def unknown(kind: str, name: str, choices: Iterable[str]) -> str:

@@ -227,7 +227,7 @@ def test_signal_to_process_group(tmp_path, signum):
     [
         (["--config=configs/digitslt.py:ltkx"], "'ltkx'; did you mean 'ltkd'"),
         (["--config=configs/none.py"], "no config file 'configs/none.py'"),
-        (["--config.train.lrr=3"], "--config.train.lrr=3; did you mean 'lr'?"),
+        (["--config.train.lrr=3"], "'train.lrr'; did you mean 'train.lr'?"),
         (
             ["--config.data.workers=3"],
             "'data.workers' is now called 'data.num_workers'",

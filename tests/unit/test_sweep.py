@@ -1,10 +1,13 @@
 """Sweeps: the runs of a command line, which tests/system/test_jobs.py does."""
 
 import json
+import pathlib
 
 import pytest
 
 from experiments import sweep
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def arguments(specs):
@@ -45,6 +48,20 @@ def test_plan_shares_a_teacher_within_a_setting(path):
 def test_plan_keeps_chosen_recipes(methods):
     specs = sweep.plan("configs/cifar100lt.py", methods, {})
     assert ",".join(arguments(specs)) == methods
+
+
+def test_config_keys(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    words = ["--methods=ce", "--config=configs/digitslt.py:epochs=5", "--seeds=1"]
+    with pytest.raises(SystemExit):
+        sweep.main([*words, "--config.train.lr=0.2", "--list"])
+    queue = json.loads((tmp_path / "runs/sweep-digitslt/queue.json").read_text())
+    (run,) = queue["runs"]
+    assert run["config"] == "configs/digitslt.py:ce,epochs=5,train.lr=0.2"
+    with pytest.raises(SystemExit):
+        sweep.main([*words, "--confg.train.lr=0.2"])
+    assert "unrecognized argument '--confg.train.lr=0.2'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
