@@ -77,6 +77,12 @@ def _read_file(path):
                 f"{test.num_classes} classes"
             )
         by_class[name] = array
+    if by_class["class_names"] is not None:
+        try:
+            names = longtail.as_strings(by_class["class_names"], "class_names")
+        except ValueError as error:
+            raise AuditError(f"{path}: {error}") from None
+        by_class["class_names"] = names.tolist()
     return Model(path.stem, str(path), test, train, **by_class)
 
 

@@ -117,7 +117,7 @@ def build_record(
     return {
         "name": " → ".join(names),
         "sources": [m.source for m in models],
-        "class_names": [_decode(name) for name in class_names],
+        "class_names": [str(name) for name in class_names],
         "class_counts": class_counts.tolist(),
         "counts_from": counts_origin,
         "groups": {"names": list(groups.names), "assignment": assignment.tolist()},
@@ -139,11 +139,6 @@ def _input_sets(model, second, names, groups, temperatures):
         numbers = _audit_input(examples, second_examples, names, groups, temperatures)
         input_sets.append({"title": title, **numbers})
     return input_sets
-
-
-def _decode(name):
-    """Returns a class name as text; NumPy's files may have bytes."""
-    return name.decode() if isinstance(name, bytes) else str(name)
 
 
 def _test_title(examples):

@@ -8,7 +8,7 @@ Its arrays:
 
 - `logits`, `probabilities` or `log_probabilities`: float16, 32 or 64, `[N, C]`.
 - `labels`: integers `[N]` in [0, C).
-- `keys`: names of the examples, `[N]`; optional.
+- `keys`: names of the examples, `[N]`, strings or bytes; optional.
 - `train_logits` (or `train_probabilities`, `train_log_probabilities`), `train_labels`,
   `train_keys`: the same for the training images; optional.
 - `class_counts`: number of training images of each class, `[C]`; optional.
@@ -27,6 +27,7 @@ import numpy.typing as npt
 from numpy.lib.npyio import NpzFile
 
 from ltkd_jax import files
+from ltkd_jax.data import longtail
 
 KINDS = ("logits", "probabilities", "log_probabilities")
 TRAIN_PREFIX = "train_"
@@ -74,7 +75,7 @@ class Logits:
       values: floats `[N, C]`, or `[N, V, C]` for V views of each example.
       labels: int64 `[N]` in [0, C).
       kind: what the values are, one of `KINDS`.
-      keys: names of the examples, `[N]`, or None.
+      keys: names of the examples, str `[N]`, or None.
       source: where they come from, such as a file's path, for messages.
       prefix: of the arrays' names in a file, for messages.
     """
@@ -138,7 +139,7 @@ def from_arrays(
       values: floats `[N, C]`.
       labels: integers `[N]` in [0, C).
       kind: what the values are, one of `KINDS`.
-      keys: names of the examples, `[N]`.
+      keys: names of the examples, `[N]`, see `longtail.as_strings`.
       source: where the arrays come from, for messages.
       prefix: of the arrays' names, for messages.
       views: whether values may also be `[N, V, C]`.
@@ -163,6 +164,10 @@ def from_arrays(
                 f"{source}: {prefix}keys is {list(keys.shape)}; give one for each of "
                 f"{len(labels)} rows"
             )
+        try:
+            keys = longtail.as_strings(keys, f"{prefix}keys")
+        except ValueError as error:
+            raise LogitsError(f"{source}: {error}") from None
     _check_rows(values, kind, values_name)
     return Logits(values, labels.astype(np.int64), kind, keys, source, prefix)
 

@@ -136,7 +136,7 @@ def test_training_input_and_names(tmp_path):
     path = write(
         tmp_path / "x.npz",
         labels=LABELS % 5,
-        class_names=["apple", "bee", "<b>cat</b>", "dog", "eel", "fox"],
+        class_names=np.array(["apple", "bee", "<b>cat</b>", "d", "e", "f"], "S"),
         train_logits=np.eye(6)[training_labels] * 9,
         train_labels=training_labels,
     )
@@ -203,6 +203,7 @@ def test_counts_of_a_model():
 ERRORS = {
     "--logits=absent.npz": "absent.npz cannot be read",
     "--logits=zero.npz": "must be positive and finite; classes [5] have [0.0]",
+    "--logits=names.npz": "names.npz: class_names[1]=b'b\\xe9e' is not UTF-8",
     "--logits=counts.npz": "class_counts is [5], the logits are of 6 classes",
     "--logits=train.npz": "the training input has 5 classes, the other 6",
     "--logits=good.npz --compare=other.npz": "--compare: row 0 has label 1",
@@ -230,6 +231,8 @@ def bad_files(tmp_path_factory):
     write(folder / "other.npz", labels=(LABELS + 1) % 6)
     write(folder / "zero.npz", class_counts=[*COUNTS[:-1], 0])
     write(folder / "counts.npz", class_counts=COUNTS[:-1])
+    names = [name.encode("latin-1") for name in ("ant", "bée", "c", "d", "e", "f")]
+    write(folder / "names.npz", class_counts=COUNTS, class_names=names)
     write(
         folder / "train.npz",
         class_counts=COUNTS,

@@ -46,6 +46,16 @@ def test_logits(data, arrays, tmp_path):
     assert mass["long_tailed"]["head"] == pytest.approx(head_fraction, abs=2e-3)
 
 
+def test_keys_as_bytes(data, arrays, tmp_path):
+    keys = data.source.train.keys
+    path = tmp_path / "own.npz"
+    np.savez(path, **arrays, train_keys=keys.astype("S30"))
+    assert external_teacher.load_logits(path, data).results["test"]["all"] == 100.0
+    np.savez(path, **arrays, train_keys=keys.astype("S")[::-1])
+    with pytest.raises(ValueError, match=WRONG_ORDER % "keys"):
+        external_teacher.load_logits(path, data)
+
+
 def test_logits_of_views(data, arrays, tmp_path):
     path = tmp_path / "own.npz"
     num_views = data.source.views.num

@@ -181,6 +181,21 @@ def test_keys_bad_input():
     z, labels = draw()
     with pytest.raises(LogitsError, match=r"keys is \[39\]"):
         logits.from_arrays(z, labels, keys=labels[1:])
+    with pytest.raises(
+        LogitsError, match=r"arrays: train_keys\[0\]=b'\\xff' is not UTF"
+    ):
+        logits.from_arrays(z, labels, keys=np.array([b"\xff"] * 40), prefix="train_")
+
+
+def test_keys_as_bytes(tmp_path):
+    z, labels = draw()
+    keys = np.array([f"image {i}" for i in range(len(z))])
+    np.savez(tmp_path / "x.npz", logits=z, labels=labels, keys=keys.astype("S20"))
+    assert LogitsFile(tmp_path / "x.npz").logits().keys.tolist() == keys.tolist()
+    # NumPy would have to unpickle objects, which may run code.
+    np.savez(tmp_path / "x.npz", logits=z, labels=labels, keys=keys.astype(object))
+    with pytest.raises(LogitsError, match="keys is not a plain array.* dtype=str"):
+        LogitsFile(tmp_path / "x.npz").logits()
 
 
 def test_number_of_bad_rows():
