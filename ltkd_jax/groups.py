@@ -218,6 +218,9 @@ def check_counts(class_counts: npt.ArrayLike) -> np.ndarray:
 
 def _as_numbers(values: npt.ArrayLike, name: str) -> np.ndarray:
     try:
-        return np.asarray(values, np.float64)
+        array = np.asarray(values)
+        if array.dtype.kind in "bc":  # which NumPy would convert
+            raise TypeError(f"they are {array.dtype}")
+        return array.astype(np.float64)
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{name} must be a vector of numbers ({error})") from None

@@ -94,7 +94,14 @@ WRONG_ORDER = "%s of train_logits are not those of the data set"
             lambda x: np.where(np.arange(10) == 3, np.nan, x),
             "1097 of 1097 rows hold NaN",
         ),
+        (
+            "train_logits",
+            lambda x: np.full(x.shape, 0.1, np.float32),
+            "name the array train_probabilities",
+        ),
         ("train_labels", lambda y: np.roll(y, 1), WRONG_ORDER % "labels"),
+        ("train_labels", lambda y: y + 1, "train_labels run from 1 to 10"),
+        ("train_labels", lambda y: np.eye(10)[y], "that are one-hot: give np.argmax"),
         (
             "train_keys",
             lambda _: np.array(["digits_0001"] * 1097),
