@@ -75,8 +75,8 @@ class ClassGroups:
         num_classes = len(counts)
         if num_groups > num_classes:
             raise ValueError(
-                f"{num_groups} groups for {num_classes} classes: give at most a group "
-                "per class"
+                f"fractions={fractions.tolist()} make {num_groups} groups of "
+                f"{num_classes} classes: give at most one fraction for each class"
             )
         # Rounded, so that the sum's rounding errors do not move a boundary.
         shares = np.cumsum(fractions).round(9)

@@ -8,6 +8,7 @@ import numpy as np
 import tqdm
 
 from experiments.audit import inputs, page
+from experiments.trainer.dataset import group_classes
 from ltkd_jax import bias, files
 from ltkd_jax.data import logits
 from ltkd_jax.groups import ClassGroups
@@ -211,7 +212,7 @@ def _check_replaceable(path):
 
 def _groups(class_counts, fractions):
     try:
-        return ClassGroups.from_counts(class_counts, fractions=fractions)
+        return group_classes(class_counts, fractions)
     except ValueError as error:
         text = ",".join(f"{fraction:g}" for fraction in fractions)
         raise inputs.AuditError(f"--groups={text}: {error}") from None

@@ -154,6 +154,15 @@ def test_training_input_and_names(tmp_path):
     assert "&lt;b&gt;cat" in page
 
 
+def test_two_classes(main, tmp_path, capsys):
+    path = write(tmp_path / "x.npz", classes=2, class_counts=[5, 50])
+    main([f"--logits={path}", f"--output={tmp_path / 'a.html'}"])
+    record = json.loads((tmp_path / "a.json").read_text())
+    assert record["groups"] == {"names": ["head", "tail"], "assignment": [1, 0]}
+    with pytest.raises(SystemExit, match="--groups=0.2,0.3,0.5: fractions=.* 2 class"):
+        main([f"--logits={path}", "--groups=0.2,0.3,0.5"])
+
+
 def test_group_without_examples(tmp_path):
     path = write(tmp_path / "x.npz", labels=LABELS % 4, class_counts=COUNTS)
     record = run.run(path, output=tmp_path / "a.html")
