@@ -130,6 +130,11 @@ def test_variables(data, tmp_path):
     message = "teacher.checkpoint.*'resnet14'.*own.msgpack is not of resnet14"
     with pytest.raises(ValueError, match=message):
         external_teacher.read_variables(path, "resnet14", data)
+    variables["params"]["classifier"]["bias"] = np.full(10, np.nan, np.float32)
+    path.write_bytes(serialization.msgpack_serialize(variables))
+    message = "teacher.checkpoint.*own.msgpack: params/classifier/bias has 10 of 10"
+    with pytest.raises(ValueError, match=message):
+        external_teacher.read_variables(path, "resnet8", data)
 
 
 def test_unreadable_files(data, tmp_path):
