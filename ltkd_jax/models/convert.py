@@ -164,11 +164,19 @@ def read_state_dict(path: files.PathLike) -> dict[str, np.ndarray]:
             f"{path} holds no state dict: it must have tensors by name, plain or under "
             f'"model"; it holds {held}'
         )
-    # A parameter has a gradient, which NumPy cannot hold.
-    return {
-        key: tensor.detach().to(torch.float32).numpy()
-        for key, tensor in content.items()
-    }
+    arrays = {}
+    for key, tensor in content.items():
+        try:
+            if tensor.is_complex():
+                raise TypeError("it is complex")
+            # A parameter has a gradient, which NumPy cannot hold.
+            arrays[key] = tensor.detach().to(torch.float32).numpy()
+        except (TypeError, RuntimeError) as error:
+            raise ValueError(
+                f"{path}: {key!r} cannot become a NumPy array ({error}): save it as a "
+                "dense tensor of floats"
+            ) from error
+    return arrays
 
 
 def load(

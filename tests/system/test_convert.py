@@ -89,6 +89,18 @@ def test_unreadable_checkpoints(tmp_path):
         torch.save(content, tmp_path / "other")
         with pytest.raises(ValueError, match="holds no state dict"):
             convert.read_state_dict(tmp_path / "other")
+    # Sparse, complex, and without values.
+    tensors = (
+        torch.eye(3).to_sparse(),
+        torch.eye(3) + 1j,
+        torch.empty(3, device="meta"),
+    )
+    for tensor in tensors:
+        torch.save({"fc.bias": torch.ones(3), "fc.weight": tensor}, tmp_path / "other")
+        with pytest.raises(
+            ValueError, match="other: 'fc.weight' cannot become a NumPy"
+        ):
+            convert.read_state_dict(tmp_path / "other")
     torch.save({"net": {"fc.bias": torch.zeros(3)}, "acc": 1}, tmp_path / "other")
     with pytest.raises(ValueError, match="it holds 'acc', 'net'"):
         convert.read_state_dict(tmp_path / "other")
