@@ -152,7 +152,8 @@ def base(
             mixup=0.0,
         )
     )
-    # Fractions of the classes in each group, from the most frequent class on.
+    # Fractions of the classes in each group, from the most frequent class on. With two
+    # classes the default means head and tail.
     config.groups = ml_collections.ConfigDict(dict(fractions=(0.33, 0.34, 0.33)))
     # The method with its hyperparameters, see `set_method`.
     config.method = ml_collections.ConfigDict(dict(name="ltkd", warmup_epochs=0.0))

@@ -75,8 +75,8 @@ class ClassGroups:
         num_classes = len(counts)
         if num_groups > num_classes:
             raise ValueError(
-                f"{num_groups} groups for {num_classes} classes: give at most a group "
-                "per class"
+                f"fractions={fractions.tolist()} make {num_groups} groups of "
+                f"{num_classes} classes: give at most one fraction for each class"
             )
         # Rounded, so that the sum's rounding errors do not move a boundary.
         shares = np.cumsum(fractions).round(9)
@@ -218,6 +218,9 @@ def check_counts(class_counts: npt.ArrayLike) -> np.ndarray:
 
 def _as_numbers(values: npt.ArrayLike, name: str) -> np.ndarray:
     try:
-        return np.asarray(values, np.float64)
+        array = np.asarray(values)
+        if array.dtype.kind in "bc":  # which NumPy would convert
+            raise TypeError(f"they are {array.dtype}")
+        return array.astype(np.float64)
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{name} must be a vector of numbers ({error})") from None

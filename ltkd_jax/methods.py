@@ -466,6 +466,12 @@ def _equal_groups(class_counts: npt.ArrayLike, num_groups: int) -> ClassGroups:
             "of the data set"
         )
     num_groups = int(num_groups)
+    num_classes = np.size(class_counts)
+    if num_groups > num_classes:
+        raise ValueError(
+            f"num_groups={num_groups} of {num_classes} classes: give at most one for "
+            "each class, or 0 for the groups of the data set"
+        )
     return ClassGroups.from_counts(
         class_counts, fractions=(1 / num_groups,) * num_groups
     )
@@ -536,7 +542,9 @@ def create(
     if warmup_steps < 0:
         raise ValueError(f"warmup_steps={warmup_steps} must not be negative")
     counts = check_counts(class_counts)
-    if groups is None and method.startswith("ltkd"):
+    # With `num_groups`, a method makes its own.
+    needs_groups = method.startswith("ltkd") and not values.get("num_groups")
+    if groups is None and needs_groups:
         groups = ClassGroups.from_counts(counts)
     if groups is not None and len(groups.assignment) != len(counts):
         raise ValueError(

@@ -77,6 +77,12 @@ def _read_file(path):
                 f"{test.num_classes} classes"
             )
         by_class[name] = array
+    if by_class["class_names"] is not None:
+        try:
+            names = longtail.as_strings(by_class["class_names"], "class_names")
+        except ValueError as error:
+            raise AuditError(f"{path}: {error}") from None
+        by_class["class_names"] = names.tolist()
     return Model(path.stem, str(path), test, train, **by_class)
 
 
@@ -154,17 +160,30 @@ def _read_counts(path):
         if path.endswith(".npy"):
             # A pickle could run code.
             return np.load(path, allow_pickle=False)
-        text = pathlib.Path(path).read_text()
+        # utf-8-sig also accepts the byte-order mark that Windows editors write.
+        text = pathlib.Path(path).read_text("utf-8-sig")
         if not path.endswith(".json"):
-            return [float(word) for word in text.replace(",", " ").split()]
+            return _parse_counts(text)
         content = json.loads(text)
         return content["class_counts"] if isinstance(content, dict) else content
     except (OSError, ValueError, KeyError) as error:
         raise AuditError(
             f"--counts={path} can't be read ({error}): give a .npy of numbers, a .json "
-            "list or object with class_counts, or a text of numbers, one for each "
-            "class in their order"
+            "list or object with class_counts, or a text with one number for each "
+            "class, in their order, in one line or a line each"
         ) from None
+
+
+def _parse_counts(text):
+    """Returns the numbers of a text: all of its only line, or one of each line.
+
+    With several in each of several lines it would be a table.
+    """
+    parts = [line for line in text.splitlines() if line.strip()]
+    if len(parts) == 1:
+        line = parts[0]
+        parts = line.split(",") if "," in line else line.split()
+    return [float(part) for part in parts]
 
 
 def _exponential(text, num_classes):

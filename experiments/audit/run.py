@@ -8,6 +8,7 @@ import numpy as np
 import tqdm
 
 from experiments.audit import inputs, page
+from experiments.trainer.dataset import group_classes
 from ltkd_jax import bias, files
 from ltkd_jax.data import logits
 from ltkd_jax.groups import ClassGroups
@@ -117,7 +118,7 @@ def build_record(
     return {
         "name": " → ".join(names),
         "sources": [m.source for m in models],
-        "class_names": [_decode(name) for name in class_names],
+        "class_names": [str(name) for name in class_names],
         "class_counts": class_counts.tolist(),
         "counts_from": counts_origin,
         "groups": {"names": list(groups.names), "assignment": assignment.tolist()},
@@ -139,11 +140,6 @@ def _input_sets(model, second, names, groups, temperatures):
         numbers = _audit_input(examples, second_examples, names, groups, temperatures)
         input_sets.append({"title": title, **numbers})
     return input_sets
-
-
-def _decode(name):
-    """Returns a class name as text; NumPy's files may have bytes."""
-    return name.decode() if isinstance(name, bytes) else str(name)
 
 
 def _test_title(examples):
@@ -216,7 +212,7 @@ def _check_replaceable(path):
 
 def _groups(class_counts, fractions):
     try:
-        return ClassGroups.from_counts(class_counts, fractions=fractions)
+        return group_classes(class_counts, fractions)
     except ValueError as error:
         text = ",".join(f"{fraction:g}" for fraction in fractions)
         raise inputs.AuditError(f"--groups={text}: {error}") from None

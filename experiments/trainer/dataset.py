@@ -27,7 +27,7 @@ class Dataset:
       validation: balanced images, held out of it for the choice of hyperparameters.
       test: the test set, or a balanced part of it.
       class_counts: `[C]`, training images of each class.
-      groups: head, medium and tail by these counts.
+      groups: head, medium and tail by these counts, see `group_classes`.
       shots: masks `[C]` of the classes with many, medium and few images, by name.
     """
 
@@ -89,9 +89,7 @@ def load(spec: DatasetSpec) -> Dataset:
         class_counts = np.bincount(
             source.train.labels[split.train], minlength=source.num_classes
         )
-        class_groups = groups.ClassGroups.from_counts(
-            class_counts, fractions=spec.group_fractions
-        )
+        class_groups = _group_classes(class_counts, spec.group_fractions)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return Dataset(
@@ -104,6 +102,30 @@ def load(spec: DatasetSpec) -> Dataset:
         groups=class_groups,
         shots=groups.shots(class_counts),
     )
+
+
+def _group_classes(
+    class_counts: np.ndarray, fractions: tuple[float, ...]
+) -> groups.ClassGroups:
+    try:
+        return group_classes(class_counts, fractions)
+    except ValueError as error:
+        raise ValueError(f"config.groups.fractions={fractions}: {error}") from None
+
+
+def group_classes(
+    class_counts: np.ndarray, fractions: tuple[float, ...]
+) -> groups.ClassGroups:
+    """Returns the groups of the classes; with two, the default means head and tail.
+
+    Raises:
+      ValueError: see `ClassGroups.from_counts`.
+    """
+    if len(class_counts) == 2 and tuple(fractions) == groups.DEFAULT_FRACTIONS:
+        return groups.ClassGroups.from_counts(
+            class_counts, fractions=(0.5, 0.5), names=("head", "tail")
+        )
+    return groups.ClassGroups.from_counts(class_counts, fractions=fractions)
 
 
 def _split(spec: DatasetSpec, source: datasets.Source) -> longtail.Split:

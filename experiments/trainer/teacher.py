@@ -30,6 +30,7 @@ from experiments.trainer.trainer import Trainer, get_trainer, teacher_model
 from ltkd_jax import files, inference, metrics
 from ltkd_jax.data import sampling
 from ltkd_jax.data.records import Images, Records
+from ltkd_jax.models import convert
 from ltkd_jax.training import hosts, steps, teacher_table
 from ltkd_jax.training.checkpoint import Checkpoints
 from ltkd_jax.training.state import TrainState
@@ -484,4 +485,11 @@ def _read_teacher(
             "if it is in config.teacher.dir, the teacher is then trained again"
         )
     _, state, _ = checkpoint
+    try:
+        convert.check_finite(state.variables, folder)
+    except ValueError as error:
+        raise ConfigError(
+            f"the teacher of config.teacher cannot be used: {error}, and remove this "
+            "folder"
+        ) from None
     return results, state.variables

@@ -8,7 +8,7 @@ Its arrays:
 
 - `logits`, `probabilities` or `log_probabilities`: float16, 32 or 64, `[N, C]`.
 - `labels`: integers `[N]` in [0, C).
-- `keys`: names of the examples, `[N]`; optional.
+- `keys`: names of the examples, `[N]`, strings or bytes; optional.
 - `train_logits` (or `train_probabilities`, `train_log_probabilities`), `train_labels`,
   `train_keys`: the same for the training images; optional.
 - `class_counts`: number of training images of each class, `[C]`; optional.
@@ -27,6 +27,7 @@ import numpy.typing as npt
 from numpy.lib.npyio import NpzFile
 
 from ltkd_jax import files
+from ltkd_jax.data import longtail
 
 KINDS = ("logits", "probabilities", "log_probabilities")
 TRAIN_PREFIX = "train_"
@@ -38,6 +39,9 @@ _LOWEST = -1e30
 # Allowed error of the sum of a row of probabilities. Rounding to float16 alone can
 # cause a good part of it.
 _SUM_TOLERANCE = 0.02
+# That fewer rows of logits than this happen to be distributions, as in a toy example,
+# is no sign of a mistake.
+_MIN_DISTRIBUTIONS = 10
 # Number of examples that are checked at once, so that temporary arrays stay small.
 _CHECK_BLOCK = 4096
 # What NumPy raises for a broken archive. A RuntimeError is of an encrypted archive, or
@@ -74,7 +78,7 @@ class Logits:
       values: floats `[N, C]`, or `[N, V, C]` for V views of each example.
       labels: int64 `[N]` in [0, C).
       kind: what the values are, one of `KINDS`.
-      keys: names of the examples, `[N]`, or None.
+      keys: names of the examples, str `[N]`, or None.
       source: where they come from, such as a file's path, for messages.
       prefix: of the arrays' names in a file, for messages.
     """
@@ -138,14 +142,14 @@ def from_arrays(
       values: floats `[N, C]`.
       labels: integers `[N]` in [0, C).
       kind: what the values are, one of `KINDS`.
-      keys: names of the examples, `[N]`.
+      keys: names of the examples, `[N]`, see `longtail.as_strings`.
       source: where the arrays come from, for messages.
       prefix: of the arrays' names, for messages.
       views: whether values may also be `[N, V, C]`.
 
     Raises:
       LogitsError: a shape, a type or a label is wrong, a row of logits is not finite,
-        or a row of probabilities is no distribution.
+        a row of probabilities is no distribution, or all rows of logits are.
 
     >>> examples = from_arrays([[2.0, 1.0], [0.0, 3.0]], [0, 1])
     >>> len(examples), examples.num_classes, next(examples.blocks(2)).tolist()
@@ -163,7 +167,13 @@ def from_arrays(
                 f"{source}: {prefix}keys is {list(keys.shape)}; give one for each of "
                 f"{len(labels)} rows"
             )
+        try:
+            keys = longtail.as_strings(keys, f"{prefix}keys")
+        except ValueError as error:
+            raise LogitsError(f"{source}: {error}") from None
     _check_rows(values, kind, values_name)
+    if kind == "logits":
+        _check_no_distributions(values, values_name, prefix)
     return Logits(values, labels.astype(np.int64), kind, keys, source, prefix)
 
 
@@ -171,6 +181,12 @@ def _check_values(values: Array, name: str, views: bool) -> None:
     """Checks the type and the shape of the values."""
     dimensions = (2, 3) if views else (2,)
     is_float = np.issubdtype(values.dtype, np.floating)
+    # Of bfloat16, NumPy's files keep the bytes only.
+    if values.dtype.kind == "V":
+        raise LogitsError(
+            f"{name} is {values.dtype}{list(values.shape)}: NumPy cannot read bfloat16 "
+            "and other types that are not its own; save .astype(np.float32)"
+        )
     if values.ndim not in dimensions or not is_float:
         shapes = "[N, C] or [N, views, C]" if views else "[N, C]"
         raise LogitsError(
@@ -186,22 +202,26 @@ def _check_values(values: Array, name: str, views: bool) -> None:
 
 def _check_labels(labels: Array, values: Array, name: str) -> None:
     """Checks that there is one label for each example, and that each is a class."""
+    num_classes = values.shape[-1]
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
-        is_one_hot = labels.ndim == 2 and labels.shape[1] > 1
-        if is_one_hot:
-            remedy = "np.argmax(labels, axis=1)"
-        else:
-            remedy = "labels.astype(int).ravel()"
+        problem = f"{name} is {labels.dtype}{list(labels.shape)}"
+        if labels.ndim == 2 and labels.shape[1] == num_classes:
+            raise LogitsError(
+                f"{problem}, labels that are one-hot: give np.argmax(labels, axis=1)"
+            )
         raise LogitsError(
-            f"{name} is {labels.dtype}{list(labels.shape)}; give integers [N], such as "
-            f"{remedy}"
+            f"{problem}; give integers [N], such as labels.astype(int).ravel()"
         )
     if len(labels) != len(values):
         raise LogitsError(
             f"{name} holds {len(labels)} labels for {len(values)} rows: give one for "
             "each row"
         )
-    num_classes = values.shape[-1]
+    if (labels.min(), labels.max()) == (1, num_classes):
+        raise LogitsError(
+            f"{name} run from 1 to {num_classes}, the number of classes: count them "
+            "from 0, labels - 1"
+        )
     wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
     if wrong.size:
         raise LogitsError(
@@ -223,6 +243,20 @@ def _check_rows(values: Array, kind: str, name: str) -> None:
             f"{name}: {len(wrong)} of {len(values)} rows {_REMEDIES[kind]}; the first "
             f"is row {wrong[0]}, from {row.min():.4g} to {row.max():.4g}"
         )
+
+
+def _check_no_distributions(values: Array, name: str, prefix: str) -> None:
+    """Checks that logits are no probabilities, which would be nearly uniform logits."""
+    if len(values) < _MIN_DISTRIBUTIONS:
+        return
+    for start in range(0, len(values), _CHECK_BLOCK):
+        block = values[start : start + _CHECK_BLOCK]
+        if not _valid_rows(block, "probabilities").all():
+            return
+    raise LogitsError(
+        f"{name}: all of {len(values)} rows are from 0 on and of sum 1, so they are "
+        f"probabilities: name the array {prefix}probabilities"
+    )
 
 
 def _valid_rows(values: Array, kind: str) -> Array:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from ltkd_jax import files
 
@@ -101,7 +102,7 @@ def split(
 
     Args:
       labels: integers `[N]` in [0, C).
-      keys: strings `[N]`, unique and stable, such as 'train_00042'.
+      keys: `[N]`, unique and stable, such as 'train_00042', see `as_strings`.
       num_classes: C.
       imbalance: γ, see `counts`. None draws no long tail: the training set is every
         image that is not held out, and `n_max` is not used.
@@ -115,8 +116,8 @@ def split(
       A `Split` of indices into `labels`.
 
     Raises:
-      ValueError: a label is out of range, a key repeats, a class has no image, or more
-        images are requested than a class has.
+      ValueError: a label is out of range, a key repeats or is no identifier, a class
+        has no image, or more images are requested than a class has.
 
     >>> labels = np.repeat([0, 1], 20)
     >>> keys = np.array([f"train_{i}" for i in range(40)])
@@ -128,7 +129,7 @@ def split(
     [2, 2]
     """
     labels = check_labels(labels, num_classes)
-    _check_keys(keys, len(labels))
+    keys = _check_keys(keys, len(labels))
     _check_held_out(outer_per_class, validation_per_class)
     class_sizes = np.bincount(labels, minlength=num_classes)
     num_held_out = outer_per_class + validation_per_class
@@ -168,7 +169,7 @@ def balanced_subset(
 
     Args:
       labels: integers `[N]` in [0, C).
-      keys: strings `[N]`, unique and stable.
+      keys: `[N]`, see `split`.
       num_classes: C.
       per_class: number of images of each class.
       seed: seed of the draw.
@@ -253,7 +254,7 @@ def match_list(
     Args:
       image_list: from `read_list`.
       labels: integers `[N]`, of all images.
-      keys: strings `[N]`, of all images.
+      keys: `[N]`, of all images, see `as_strings`.
 
     Returns:
       int64, sorted indices into `labels`.
@@ -269,6 +270,7 @@ def match_list(
     [1, 2]
     """
     file_name = image_list.file_name
+    keys = as_strings(keys, "keys")
     index_of = {str(key): index for index, key in enumerate(keys)}
     index_of_normal: dict[str, int | None] = {}
     for key, key_index in index_of.items():
@@ -345,8 +347,7 @@ def split_by_list(
         image of some class.
     """
     labels = check_labels(labels, num_classes)
-    keys = np.asarray(keys)
-    _check_keys(keys, len(labels))
+    keys = _check_keys(keys, len(labels))
     _check_held_out(outer_per_class, validation_per_class)
     train = match_list(image_list, labels, keys)
     train_counts = np.bincount(labels[train], minlength=num_classes)
@@ -385,7 +386,7 @@ def check_outer(
 
     Args:
       labels: integers `[N]`, of the outer set.
-      keys: strings `[N]`, of the outer set.
+      keys: `[N]`, of the outer set, see `as_strings`.
       train_keys: keys of the training set.
       num_classes: C.
       batch_size: B, of the outer batches.
@@ -405,7 +406,9 @@ def check_outer(
             f"{num_classes} classes are missing): hold out images of every class by "
             "data.outer_per_class"
         )
-    shared = np.intersect1d(keys, train_keys)
+    shared = np.intersect1d(
+        as_strings(keys, "keys"), as_strings(train_keys, "train_keys")
+    )
     if shared.size:
         raise ValueError(
             f"the outer set overlaps the training set: {str(shared[0])!r} and "
@@ -417,6 +420,56 @@ def check_outer(
             f"the outer set has {len(labels)} images, fewer than a batch of "
             f"{batch_size}: raise data.outer_per_class, or lower train.batch_size"
         )
+
+
+def as_strings(identifiers: npt.ArrayLike, name: str) -> np.ndarray:
+    """Returns identifiers as strings, in whatever type they come.
+
+    NumPy, HDF5 and TFDS give one identifier as a string, as UTF-8 bytes, padded by NULs
+    to a fixed width, or in an array of objects. These are equal; an integer is its
+    decimal digits.
+
+    Args:
+      identifiers: `[N]`, such as the keys of images or the names of classes.
+      name: of the array, for messages.
+
+    Returns:
+      str `[N]`.
+
+    Raises:
+      ValueError: not a vector, or an element is none of these.
+
+    >>> as_strings(np.array([b"a.png", b"b.png"]), "keys").tolist()
+    ['a.png', 'b.png']
+    """
+    array = np.asarray(identifiers)
+    if array.ndim != 1:
+        raise ValueError(f"{name}: shape {array.shape}; give a vector of strings")
+    # NumPy itself ignores the padding of fixed width.
+    if array.dtype.kind == "U":
+        return array
+    elements = enumerate(array.tolist())
+    return np.array([_as_string(x, f"{name}[{i}]") for i, x in elements], dtype=str)
+
+
+def _as_string(element: object, name: str) -> str:
+    if isinstance(element, bytes):
+        try:
+            element = element.decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{name}={element!r} is not UTF-8 ({error.reason}): decode it with its "
+                "encoding, and give strings"
+            ) from None
+    if isinstance(element, str):
+        return element.rstrip("\0")
+    # True is an int, but no identifier.
+    if isinstance(element, (int, np.integer)) and not isinstance(element, bool):
+        return str(element)
+    raise ValueError(
+        f"{name}={element!r} is of type {type(element).__name__}: give strings, bytes "
+        "or integers"
+    )
 
 
 def check_labels(labels: np.ndarray, num_classes: int) -> np.ndarray:
@@ -452,20 +505,22 @@ def _check_num_classes(num_classes: int) -> None:
         raise ValueError(f"num_classes={num_classes}: give at least 1 class")
 
 
-def _check_keys(keys: np.ndarray, num_labels: int) -> None:
-    """Checks that there is one key for each label, and that no key repeats."""
+def _check_keys(keys: npt.ArrayLike, num_labels: int) -> np.ndarray:
+    """Returns the keys as strings: one for each label, and none that repeats."""
+    keys = as_strings(keys, "keys")
     if len(keys) != num_labels:
         raise ValueError(
             f"keys: {len(keys)} keys for {num_labels} labels; give one key for each "
             "image"
         )
-    unique_keys, occurrences = np.unique(np.asarray(keys), return_counts=True)
+    unique_keys, occurrences = np.unique(keys, return_counts=True)
     if unique_keys.size != num_labels:
         repeated = str(unique_keys[np.argmax(occurrences)])
         raise ValueError(
             f"keys: {repeated!r} occurs {occurrences.max()} times; the draw needs "
             "unique keys"
         )
+    return keys
 
 
 def _check_held_out(outer_per_class: int, validation_per_class: int) -> None:

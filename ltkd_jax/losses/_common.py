@@ -114,13 +114,15 @@ def label_mask(labels: ArrayLike, logits: jax.Array) -> jax.Array:
     """Returns a bool `[..., C]` that is true at each example's label.
 
     Raises:
+      TypeError: labels that are not integers.
       ValueError: concrete labels outside `[0, C)`. A traced one is true nowhere.
     """
     num_classes = logits.shape[-1]
     # In NumPy: under `jit`, JAX traces operations on concrete operands, too.
     concrete = None if isinstance(labels, jax.core.Tracer) else np.asarray(labels)
     labels = jnp.asarray(labels)
-    chex.assert_type(labels, int)
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise TypeError(f"labels must be integers, got {labels.dtype}{labels.shape}")
     chex.assert_shape(
         labels,
         logits.shape[:-1],
@@ -139,7 +141,8 @@ def label_mask(labels: ArrayLike, logits: jax.Array) -> jax.Array:
 def class_mask(where: ArrayLike | None, logits: jax.Array) -> jax.Array:
     """Returns `where` as a bool of the logits' shape; all true for None."""
     where = jnp.asarray(True if where is None else where)
-    chex.assert_type(where, bool)
+    if where.dtype != bool:
+        raise TypeError(f"where must be bool, got {where.dtype}{where.shape}")
     # `broadcast_to` would name neither the argument nor both shapes.
     sizes = zip(where.shape[::-1], logits.shape[::-1])
     fits = all(where_size in (1, size) for where_size, size in sizes)

@@ -7,10 +7,11 @@ Flax's msgpack format, which `load` reads. Only reading the checkpoint needs PyT
 """
 
 import argparse
+import os
 import pathlib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -70,7 +71,8 @@ def from_torch(
 
     Args:
       name: of the model, one of `SUPPORTED`.
-      state_dict: arrays by the zoo's names, see `read_state_dict`;
+      state_dict: arrays by the zoo's names, see `read_state_dict`. A prefix of all
+        names, such as "module." or "_orig_mod.model.", does not matter;
         `num_batches_tracked` is ignored.
       num_classes: C, of the model.
 
@@ -79,7 +81,7 @@ def from_torch(
 
     Raises:
       ValueError: the model has no converter; a key is missing or unexpected, or its
-        array has another shape.
+        array has another shape, or values that are not finite.
     """
     if name not in SUPPORTED:
         raise ValueError(
@@ -97,7 +99,9 @@ def from_torch(
     for path in shapes:
         _, layer, leaf = path.split("/")
         torch_keys[path] = _torch_key(modules, layer, leaf)
-    _check_keys(name, set(arrays), set(torch_keys.values()))
+    expected_keys = set(torch_keys.values())
+    arrays = _without_prefix(arrays, expected_keys)
+    _check_keys(name, set(arrays), expected_keys)
 
     variables = {}
     for path, shape in shapes.items():
@@ -110,16 +114,19 @@ def from_torch(
                 f"{key!r} has shape {list(array.shape)}, but {name} with {num_classes} "
                 f"classes needs {torch_shape}"
             )
-        # A copy, which shares no memory with PyTorch's tensor.
-        variables[path] = np.array(array.transpose(axes), np.float32, order="C")
+        # A copy, which shares no memory with PyTorch's tensor. Numbers too large for
+        # float32 become infinite, and are refused.
+        with np.errstate(over="ignore"):
+            variables[path] = np.array(array.transpose(axes), np.float32, order="C")
+        _check_finite(variables[path], f"the state dict: {key!r}")
     return traverse_util.unflatten_dict(variables, sep="/")
 
 
 def read_state_dict(path: files.PathLike) -> dict[str, np.ndarray]:
     """Returns the state dict in a file of `torch.save`, as float32 arrays.
 
-    The file holds the state dict itself, or a checkpoint with it under "model" or
-    "state_dict".
+    The file holds the state dict itself, or a checkpoint with it under "model",
+    "state_dict", or one in the other.
 
     Raises:
       ModuleNotFoundError: PyTorch is not installed.
@@ -141,24 +148,35 @@ def read_state_dict(path: files.PathLike) -> dict[str, np.ndarray]:
             "torch.save with tensors only; if it holds other objects, save its "
             '"model" alone'
         ) from error
-    for key in ("model", "state_dict"):
+    for key in ("model", "state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     has_tensors_only = (
         isinstance(content, dict)
         and len(content) > 0
+        and all(isinstance(key, str) for key in content)
         and all(torch.is_tensor(value) for value in content.values())
     )
     if not has_tensors_only:
+        is_dict = isinstance(content, dict)
+        held = _list_keys(content) if is_dict else type(content).__name__
         raise ValueError(
             f"{path} holds no state dict: it must have tensors by name, plain or under "
-            '"model"'
+            f'"model"; it holds {held}'
         )
-    # DataParallel puts a "module." before every name.
-    return {
-        key.removeprefix("module."): tensor.to(torch.float32).numpy()
-        for key, tensor in content.items()
-    }
+    arrays = {}
+    for key, tensor in content.items():
+        try:
+            if tensor.is_complex():
+                raise TypeError("it is complex")
+            # A parameter has a gradient, which NumPy cannot hold.
+            arrays[key] = tensor.detach().to(torch.float32).numpy()
+        except (TypeError, RuntimeError) as error:
+            raise ValueError(
+                f"{path}: {key!r} cannot become a NumPy array ({error}): save it as a "
+                "dense tensor of floats"
+            ) from error
+    return arrays
 
 
 def load(
@@ -177,7 +195,8 @@ def load(
       image_shape: `(H, W, channels)` of its input.
 
     Raises:
-      ValueError: the file cannot be read, or is of another model or number of classes.
+      ValueError: the file cannot be read, is of another model or number of classes, or
+        has values that are not finite.
     """
     try:
         variables = serialization.msgpack_restore(pathlib.Path(path).read_bytes())
@@ -196,7 +215,22 @@ def load(
                 f"{path} is not of {name} with {num_classes} classes: of {key} it has "
                 f"{_describe(shape)}, not {_describe(expected_shape)}"
             )
+    check_finite(variables, path)
     return variables
+
+
+def check_finite(variables: dict[str, Any], source: files.PathLike) -> None:
+    """Checks that variables hold finite floats only.
+
+    Args:
+      variables: nested, such as {"params", "batch_stats"}.
+      source: where they come from, for the message.
+
+    Raises:
+      ValueError: an array holds NaN, an infinite number, or no floats.
+    """
+    for key, array in traverse_util.flatten_dict(variables, sep="/").items():
+        _check_finite(np.asarray(array), f"{source}: {key}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -257,17 +291,56 @@ def _torch_key(modules: dict[str, str], layer: str, leaf: str) -> str:
     raise AssertionError(f"no name in the zoo for {layer}")
 
 
+def _without_prefix(
+    arrays: dict[str, np.ndarray], expected_keys: set[str]
+) -> dict[str, np.ndarray]:
+    """Returns the arrays without the prefix of modules that all their names share.
+
+    DataParallel puts "module." before every name, torch.compile "_orig_mod.", and a
+    module that holds the network the name of its attribute, often "model.".
+    """
+    common = os.path.commonprefix(list(arrays))
+    prefix = common[: common.rfind(".") + 1]
+    stripped = {key.removeprefix(prefix): array for key, array in arrays.items()}
+    # What the names of a few layers share may be part of their names.
+    return arrays if expected_keys.isdisjoint(stripped) else stripped
+
+
 def _check_keys(name: str, keys: set[str], expected_keys: set[str]) -> None:
     """Raises ValueError if keys are missing or unexpected."""
-    for verb, wrong_keys in (
-        ("lacks", expected_keys - keys),
-        ("has also", keys - expected_keys),
-    ):
-        if wrong_keys:
-            listed = [repr(key) for key in sorted(wrong_keys)[:_MAX_LISTED_KEYS]]
-            raise ValueError(
-                f"not a state dict of {name}: it {verb} {', '.join(listed)}"
-            )
+    missing = expected_keys - keys
+    unexpected = keys - expected_keys
+    if missing:
+        raise ValueError(
+            f"not a state dict of {name}: it lacks {_list_keys(missing)}; it holds "
+            f"{_list_keys(unexpected or keys)}"
+        )
+    if unexpected:
+        raise ValueError(
+            f"not a state dict of {name}: it has also {_list_keys(unexpected)}"
+        )
+
+
+def _list_keys(keys: Iterable[Any]) -> str:
+    """Returns the first of some keys, sorted, and the number of the others."""
+    listed = sorted(repr(key) for key in keys)
+    text = ", ".join(listed[:_MAX_LISTED_KEYS]) or "nothing"
+    num_others = len(listed) - _MAX_LISTED_KEYS
+    return f"{text} and {num_others} more" if num_others > 0 else text
+
+
+def _check_finite(array: np.ndarray, name: str) -> None:
+    """Raises ValueError unless an array holds finite floats only."""
+    # JAX's `issubdtype` knows bfloat16.
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise ValueError(f"{name} is of {array.dtype}: give weights that are floats")
+    is_wrong = ~np.isfinite(array)
+    if is_wrong.any():
+        raise ValueError(
+            f"{name} has {is_wrong.sum()} of {array.size} values that are NaN or "
+            f"infinite, such as {array[is_wrong][0]}: the training that wrote it "
+            "diverged, so use an earlier checkpoint"
+        )
 
 
 def _describe(shape: tuple[int, ...] | None) -> str:

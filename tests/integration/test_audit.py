@@ -136,7 +136,7 @@ def test_training_input_and_names(tmp_path):
     path = write(
         tmp_path / "x.npz",
         labels=LABELS % 5,
-        class_names=["apple", "bee", "<b>cat</b>", "dog", "eel", "fox"],
+        class_names=np.array(["apple", "bee", "<b>cat</b>", "d", "e", "f"], "S"),
         train_logits=np.eye(6)[training_labels] * 9,
         train_labels=training_labels,
     )
@@ -152,6 +152,15 @@ def test_training_input_and_names(tmp_path):
     assert "1 classes have none" in page
     assert "<b>cat" not in page
     assert "&lt;b&gt;cat" in page
+
+
+def test_two_classes(main, tmp_path, capsys):
+    path = write(tmp_path / "x.npz", classes=2, class_counts=[5, 50])
+    main([f"--logits={path}", f"--output={tmp_path / 'a.html'}"])
+    record = json.loads((tmp_path / "a.json").read_text())
+    assert record["groups"] == {"names": ["head", "tail"], "assignment": [1, 0]}
+    with pytest.raises(SystemExit, match="--groups=0.2,0.3,0.5: fractions=.* 2 class"):
+        main([f"--logits={path}", "--groups=0.2,0.3,0.5"])
 
 
 def test_group_without_examples(tmp_path):
@@ -175,7 +184,9 @@ def test_counts_of_a_file(tmp_path):
     np.save(tmp_path / "a.npy", COUNTS)
     (tmp_path / "a.json").write_text(json.dumps(COUNTS))
     (tmp_path / "b.json").write_text(json.dumps({"class_counts": COUNTS}))
-    (tmp_path / "a.txt").write_text("50 40\n30,20 10 5")
+    (tmp_path / "line.txt").write_text("50 40 30 20 10 5\n")
+    (tmp_path / "line.csv").write_text("50, 40,30,20,10,5")
+    (tmp_path / "column.txt").write_text("\ufeff50\n40\n\n30.0\n20\n10\n5\n", "utf-8")
     for path in tmp_path.iterdir():
         counts, origin = inputs.class_counts(model, str(path), None)
         assert counts.tolist() == COUNTS
@@ -198,11 +209,47 @@ def test_counts_of_a_model():
         inputs.class_counts(inputs.Model("m", "m.npz", balanced), None, None)
 
 
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("a.csv", "1,100\n2,50\n3,20"),
+        ("a.csv", "class,images\n1,100\n2,50"),
+        ("a.txt", "0 100\n1 50\n2 20\n"),
+        ("a.txt", "50 40\n30 20\n10 5"),
+        ("a.txt", "1,100 50 20 10 5"),
+        ("a.json", "[[1, 100], [2, 50], [3, 20]]"),
+        ("a.json", '{"class_counts": {"1": 100, "2": 50}}'),
+        ("a.json", '{"1": 100, "2": 50}'),
+        ("a.json", '["1,100", 1, 1, 1, 1, 1]'),
+        ("a.json", "[true, true, true, true, true, true]"),
+    ],
+)
+def test_counts_that_are_no_list(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    examples = logits.from_arrays(np.zeros((60, 6)), LABELS)
+    model = inputs.Model("model", "model.npz", examples)
+    with pytest.raises(inputs.AuditError, match=name):
+        inputs.class_counts(model, str(tmp_path / name), None)
+
+
+@pytest.mark.parametrize(
+    "array", [np.ones((3, 2)), np.ones((6, 1)), np.ones(6, bool), np.ones(6, complex)]
+)
+def test_counts_that_are_no_vector_of_numbers(tmp_path, array):
+    np.save(tmp_path / "a.npy", array)
+    examples = logits.from_arrays(np.zeros((60, 6)), LABELS)
+    model = inputs.Model("model", "model.npz", examples)
+    with pytest.raises(inputs.AuditError, match="a.npy: class_counts must be"):
+        inputs.class_counts(model, str(tmp_path / "a.npy"), None)
+
+
 # Errors.
 
 ERRORS = {
     "--logits=absent.npz": "absent.npz cannot be read",
+    "--logits=softmax.npz": "so they are probabilities: name the array probabilities",
     "--logits=zero.npz": "must be positive and finite; classes [5] have [0.0]",
+    "--logits=names.npz": "names.npz: class_names[1]=b'b\\xe9e' is not UTF-8",
     "--logits=counts.npz": "class_counts is [5], the logits are of 6 classes",
     "--logits=train.npz": "the training input has 5 classes, the other 6",
     "--logits=good.npz --compare=other.npz": "--compare: row 0 has label 1",
@@ -229,7 +276,10 @@ def bad_files(tmp_path_factory):
     write(folder / "good.npz", class_counts=COUNTS)
     write(folder / "other.npz", labels=(LABELS + 1) % 6)
     write(folder / "zero.npz", class_counts=[*COUNTS[:-1], 0])
+    write(folder / "softmax.npz", class_counts=COUNTS, logits=np.full((60, 6), 1 / 6))
     write(folder / "counts.npz", class_counts=COUNTS[:-1])
+    names = [name.encode("latin-1") for name in ("ant", "bée", "c", "d", "e", "f")]
+    write(folder / "names.npz", class_counts=COUNTS, class_names=names)
     write(
         folder / "train.npz",
         class_counts=COUNTS,

@@ -4,6 +4,7 @@ import functools
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import serialization
@@ -111,13 +112,24 @@ def test_supported_models():
             {"conv1.weight": np.zeros(16)},
             r"'conv1.weight'.* \[16\].* \[16, 3, 3, 3\]",
         ),
+        (
+            "resnet8",
+            {"bn1.running_var": np.full(16, np.nan)},
+            "'bn1.running_var' has 16 of 16 values that are NaN or infinite",
+        ),
+        # Infinite as a float32.
+        ("resnet8", {"fc.bias": np.array([1e300] + [0] * 9)}, "'fc.bias' has 1 of 10"),
         # In Flax's order of the axes it would fit.
         (
             "resnet8",
             {"conv1.weight": np.zeros((3, 3, 3, 16))},
             r"'conv1.weight'.* \[3, 3, 3, 16\]",
         ),
-        ("wrn_16_1", {}, "wrn_16_1.* lacks 'block1.layer.0.bn1.bias', "),
+        (
+            "wrn_16_1",
+            {},
+            "wrn_16_1.* lacks 'block1.layer.0.bn1.bias', .* more; it holds 'layer1.0.b",
+        ),
     ],
 )
 def test_from_torch_bad_state_dict(name, change, message):
@@ -125,6 +137,34 @@ def test_from_torch_bad_state_dict(name, change, message):
     state_dict = {key: x for key, x in changed.items() if x is not None}
     with pytest.raises(ValueError, match=message):
         convert.from_torch(name, state_dict, 10)
+
+
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "model.", "module._orig_mod.model.", "net."]
+)
+def test_from_torch_prefix(prefix):
+    state_dict = _state_dict()
+    expected = convert.from_torch("resnet8", state_dict, 10)
+    prefixed = {f"{prefix}{key}": x for key, x in state_dict.items()}
+    variables = convert.from_torch("resnet8", prefixed, 10)
+    jax.tree.map(np.testing.assert_array_equal, variables, expected)
+    with pytest.raises(ValueError, match="lacks 'fc.bias'; it holds"):
+        del prefixed[f"{prefix}fc.bias"]
+        convert.from_torch("resnet8", prefixed, 10)
+
+
+@pytest.mark.parametrize(
+    "state_dict, held",
+    [
+        ({"fc.weight": np.zeros((10, 64))}, "'fc.weight'"),
+        ({"module.fc.weight": np.zeros((10, 64))}, "'module.fc.weight'"),
+        ({"model.fc.bias": np.zeros(10), "ema.fc.bias": 0}, "'ema.fc.bias', 'model.fc"),
+        ({}, "nothing"),
+    ],
+)
+def test_from_torch_lists_what_it_has(state_dict, held):
+    with pytest.raises(ValueError, match=f"lacks 'bn1.bias'.*; it holds {held}"):
+        convert.from_torch("resnet8", state_dict, 10)
 
 
 def _write(path, variables):
@@ -158,6 +198,21 @@ def test_load_of_another_model(tmp_path, name, num_classes, message):
     path = _write(tmp_path / "w", convert.from_torch("resnet8", _state_dict(), 10))
     with pytest.raises(ValueError, match=message):
         convert.load(path, name, num_classes)
+
+
+@pytest.mark.parametrize(
+    "array, message",
+    [
+        (np.array([np.nan] * 2 + [0] * 8), "has 2 of 10 values that are NaN"),
+        (np.array([-np.inf] + [0] * 9, jnp.bfloat16), "has 1 of 10 .* such as -inf"),
+        (np.zeros(10, np.int8), "is of int8: give weights that are floats"),
+    ],
+)
+def test_load_values_that_are_no_weights(tmp_path, array, message):
+    variables = convert.from_torch("resnet8", _state_dict(), 10)
+    variables["params"]["classifier"]["bias"] = array
+    with pytest.raises(ValueError, match=f"w: params/classifier/bias {message}"):
+        convert.load(_write(tmp_path / "w", variables), "resnet8", 10)
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,16 @@ def test_logits(data, arrays, tmp_path):
     assert mass["long_tailed"]["head"] == pytest.approx(head_fraction, abs=2e-3)
 
 
+def test_keys_as_bytes(data, arrays, tmp_path):
+    keys = data.source.train.keys
+    path = tmp_path / "own.npz"
+    np.savez(path, **arrays, train_keys=keys.astype("S30"))
+    assert external_teacher.load_logits(path, data).results["test"]["all"] == 100.0
+    np.savez(path, **arrays, train_keys=keys.astype("S")[::-1])
+    with pytest.raises(ValueError, match=WRONG_ORDER % "keys"):
+        external_teacher.load_logits(path, data)
+
+
 def test_logits_of_views(data, arrays, tmp_path):
     path = tmp_path / "own.npz"
     num_views = data.source.views.num
@@ -84,7 +94,14 @@ WRONG_ORDER = "%s of train_logits are not those of the data set"
             lambda x: np.where(np.arange(10) == 3, np.nan, x),
             "1097 of 1097 rows hold NaN",
         ),
+        (
+            "train_logits",
+            lambda x: np.full(x.shape, 0.1, np.float32),
+            "name the array train_probabilities",
+        ),
         ("train_labels", lambda y: np.roll(y, 1), WRONG_ORDER % "labels"),
+        ("train_labels", lambda y: y + 1, "train_labels run from 1 to 10"),
+        ("train_labels", lambda y: np.eye(10)[y], "that are one-hot: give np.argmax"),
         (
             "train_keys",
             lambda _: np.array(["digits_0001"] * 1097),
@@ -113,6 +130,11 @@ def test_variables(data, tmp_path):
     message = "teacher.checkpoint.*'resnet14'.*own.msgpack is not of resnet14"
     with pytest.raises(ValueError, match=message):
         external_teacher.read_variables(path, "resnet14", data)
+    variables["params"]["classifier"]["bias"] = np.full(10, np.nan, np.float32)
+    path.write_bytes(serialization.msgpack_serialize(variables))
+    message = "teacher.checkpoint.*own.msgpack: params/classifier/bias has 10 of 10"
+    with pytest.raises(ValueError, match=message):
+        external_teacher.read_variables(path, "resnet8", data)
 
 
 def test_unreadable_files(data, tmp_path):

@@ -4,6 +4,7 @@ import json
 import resource
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from helpers import small_runs
@@ -295,6 +296,18 @@ def test_damaged_teacher(copied_teacher, tmp_path):
         with_teacher(tmp_path, copied_teacher)
     with pytest.raises(ConfigError, match="/nowhere holds no finished teacher"):
         with_teacher(tmp_path, "/nowhere")
+
+
+def test_teacher_with_nan(copied_teacher, tmp_path):
+    spec = with_teacher(tmp_path, copied_teacher)
+    checkpoints = Checkpoints(copied_teacher / "checkpoints")
+    template = jax.eval_shape(get_trainer(spec.teacher_training()).init, 0)
+    step, state, extra = checkpoints.restore(template)
+    state.variables["params"]["classifier"]["bias"][3] = np.nan
+    checkpoints.save(step, state, extra)
+    message = "teacher: params/classifier/bias has 1 of 10 values that are NaN"
+    with pytest.raises(ConfigError, match=message):
+        teachers.obtain(spec, StopRequest())
 
 
 def test_external_teacher_in_identity(copied_teacher, tmp_path):

@@ -11,6 +11,8 @@ from helpers.small_runs import INSECTS, assert_same_bits, prepare_insects, run, 
 
 from experiments.config.spec import resolve
 from experiments.config.validation import ConfigError
+from experiments.reporting import report_page
+from experiments.reporting.load import load as load_run
 from experiments.trainer import dataset, input_pipeline
 from experiments.trainer.trainer import get_trainer
 from ltkd_jax.data import sampling
@@ -48,6 +50,24 @@ def trainer_of(config):
 
 
 # Complete runs.
+
+
+def test_two_classes(tmp_path):
+    """By default they are head and tail; each is its own group."""
+    files = pictures.by_class({"ant": 20, "bee": 40}, size=(12, 10))
+    pictures.write_folder(tmp_path / "images", files)
+    recipe = recipes.custom_recipe("pair", test_per_class=5)
+    recipes.prepare(recipe, tmp_path / "tfds", tmp_path / "images")
+    for argument in ("ce", "ltkd"):
+        config = streamed(tmp_path / "tfds", tmp_path, argument)
+        values = {"data.name": "pair", "data.stream": False, "data.subset": "all"}
+        results = run(small_runs.changed(config, **values), tmp_path / argument)
+        assert results["class_counts"] == [15, 35]
+        assert results["group_assignment"] == [1, 0]
+        assert list(results["test"]["groups"]) == ["head", "tail"]
+    loaded = [load_run(tmp_path / argument) for argument in ("ce", "ltkd")]
+    report_page.write_report(loaded, tmp_path / "report.html")
+    assert "head" in (tmp_path / "report.html").read_text()
 
 
 def test_results(finished):

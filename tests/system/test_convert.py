@@ -34,7 +34,9 @@ def test_logits(name):
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("layout", ["plain", "model", "state_dict", "parallel"])
+@pytest.mark.parametrize(
+    "layout", ["plain", "model", "state_dict", "parallel", "nested", "parameters"]
+)
 def test_command_line(tmp_path, layout):
     model = pytorch_models.create("wrn_16_2", 10)
     state = model.state_dict()
@@ -50,6 +52,15 @@ def test_command_line(tmp_path, layout):
         "state_dict": {"state_dict": half_state},
         # `DataParallel` prefixes the names.
         "parallel": {"model": {f"module.{name}": x for name, x in state.items()}},
+        "nested": {
+            "state_dict": {
+                "model": {f"_orig_mod.model.{name}": x for name, x in state.items()}
+            }
+        },
+        # They have gradients.
+        "parameters": {
+            name: torch.nn.Parameter(x.float()) for name, x in state.items()
+        },
     }
     torch.save(checkpoints[layout], tmp_path / "ckpt.pth")
     output = tmp_path / "out.msgpack"
@@ -78,3 +89,18 @@ def test_unreadable_checkpoints(tmp_path):
         torch.save(content, tmp_path / "other")
         with pytest.raises(ValueError, match="holds no state dict"):
             convert.read_state_dict(tmp_path / "other")
+    # Sparse, complex, and without values.
+    tensors = (
+        torch.eye(3).to_sparse(),
+        torch.eye(3) + 1j,
+        torch.empty(3, device="meta"),
+    )
+    for tensor in tensors:
+        torch.save({"fc.bias": torch.ones(3), "fc.weight": tensor}, tmp_path / "other")
+        with pytest.raises(
+            ValueError, match="other: 'fc.weight' cannot become a NumPy"
+        ):
+            convert.read_state_dict(tmp_path / "other")
+    torch.save({"net": {"fc.bias": torch.zeros(3)}, "acc": 1}, tmp_path / "other")
+    with pytest.raises(ValueError, match="it holds 'acc', 'net'"):
+        convert.read_state_dict(tmp_path / "other")

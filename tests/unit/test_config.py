@@ -17,6 +17,7 @@ from experiments.config.validation import ConfigError
 from experiments.trainer import dataset, teacher
 from ltkd_jax import methods
 from ltkd_jax.data import longtail
+from ltkd_jax.groups import DEFAULT_FRACTIONS
 
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*lt.py"))
 
@@ -411,14 +412,27 @@ def test_choose_source(argument, values, source):
     assert teacher.choose_source(spec, data) == source
 
 
+def test_groups_of_two_classes():
+    """By default they are head and tail, by their counts."""
+    groups = dataset.group_classes([3, 5], DEFAULT_FRACTIONS)
+    assert groups.names == ("head", "tail")
+    assert groups.assignment.tolist() == [1, 0]
+    for fractions in ((0.2, 0.3, 0.5), (0.25,) * 4):
+        with pytest.raises(ValueError, match="fractions=.* of 2 classes"):
+            dataset.group_classes([3, 5], fractions)
+    groups = dataset.group_classes([3, 5, 4], DEFAULT_FRACTIONS)
+    assert groups.names == ("head", "medium", "tail")
+
+
 @pytest.mark.parametrize(
     "values, message",
     [
         ({"data.imbalance": 500.0}, "imbalance"),
         ({"data.n_max": 100_000}, "n_max"),
         ({"data.validation_per_class": 500}, "validation_per_class"),
-        ({"groups.fractions": (1 / 11,) * 11}, "11 .*10 classes"),
-        ({"groups.fractions": (0.5, 0.1)}, "sum"),
+        ({"groups.fractions": (1 / 11,) * 11}, "groups.fractions.* 11 .*10 classes"),
+        ({"groups.fractions": (0.5, 0.1)}, "groups.fractions.* sum"),
+        ({"groups.fractions": (0.01, 0.99)}, "groups.fractions.* would be empty"),
         ({"data.image_size": 8}, "digits"),
     ],
 )

@@ -133,6 +133,11 @@ def test_from_assignment_bad_input(assignment, options):
         ClassGroups.from_assignment(assignment, **options)
 
 
+def test_more_fractions_than_classes():
+    with pytest.raises(ValueError, match="fractions=.*3 groups of 2 classes"):
+        ClassGroups.from_counts([5, 3])
+
+
 def test_immutable():
     g = ClassGroups.from_counts([3, 2, 1])
     with pytest.raises(AttributeError):

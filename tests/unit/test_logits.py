@@ -2,6 +2,7 @@
 
 import functools
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -139,7 +140,30 @@ ERRORS = [
     (
         "logits",
         lambda z, y: (z, np.eye(C, dtype=int)[y]),
-        "labels is int64[40, 6]; give integers [N], such as np.argm",
+        "labels is int64[40, 6], labels that are one-hot: give np.argmax",
+    ),
+    (
+        "logits",
+        lambda z, y: (z, np.eye(C)[y]),
+        "labels is float64[40, 6], labels that are one-hot: give np.argmax",
+    ),
+    ("logits", lambda z, y: (z, y[:, None]), "labels is int64[40, 1]; give integers"),
+    ("logits", lambda z, y: (z, y + 1), "labels run from 1 to 6, the number of"),
+    (
+        "logits",
+        lambda z, y: (np.exp(log_softmax(z)), y),
+        "logits: all of 40 rows are from 0 on and of sum 1, so they are probabilities",
+    ),
+    (
+        "logits",
+        lambda z, y: (np.exp(log_softmax(z)).astype(np.float16), y),
+        "name the array probabilities",
+    ),
+    ("logits", lambda z, y: (np.eye(C)[y], y), "so they are probabilities"),
+    (
+        "logits",
+        lambda z, y: (z.astype(jnp.bfloat16), y),
+        "logits is bfloat16[40, 6]: NumPy cannot read bfloat16",
     ),
     ("logits", lambda z, y: (z, y[1:]), "labels holds 39 labels for 40 rows"),
     ("logits", lambda z, y: (z, y - 1), "labels[7]=-1, and 6 of 40 are outside 0..5"),
@@ -181,6 +205,40 @@ def test_keys_bad_input():
     z, labels = draw()
     with pytest.raises(LogitsError, match=r"keys is \[39\]"):
         logits.from_arrays(z, labels, keys=labels[1:])
+    with pytest.raises(
+        LogitsError, match=r"arrays: train_keys\[0\]=b'\\xff' is not UTF"
+    ):
+        logits.from_arrays(z, labels, keys=np.array([b"\xff"] * 40), prefix="train_")
+
+
+def test_keys_as_bytes(tmp_path):
+    z, labels = draw()
+    keys = np.array([f"image {i}" for i in range(len(z))])
+    np.savez(tmp_path / "x.npz", logits=z, labels=labels, keys=keys.astype("S20"))
+    assert LogitsFile(tmp_path / "x.npz").logits().keys.tolist() == keys.tolist()
+    # NumPy would have to unpickle objects, which may run code.
+    np.savez(tmp_path / "x.npz", logits=z, labels=labels, keys=keys.astype(object))
+    with pytest.raises(LogitsError, match="keys is not a plain array.* dtype=str"):
+        LogitsFile(tmp_path / "x.npz").logits()
+
+
+def test_file_of_bfloat16(tmp_path):
+    z, labels = draw()
+    np.savez(tmp_path / "x.npz", logits=z.astype(jnp.bfloat16), labels=labels)
+    message = r"x.npz: logits is \|V2\[40, 6\]: .*bfloat16.*save .astype\(np.float32\)"
+    with pytest.raises(LogitsError, match=message):
+        LogitsFile(tmp_path / "x.npz").logits()
+
+
+def test_some_rows_of_logits_are_distributions():
+    """A few rows, or all but one, may be logits that sum to 1 by chance."""
+    z, labels = draw()
+    p = np.exp(log_softmax(z))
+    logits.from_arrays(p[:9], labels[:9])
+    logits.from_arrays(with_row(p, -1.0, row=39), labels)
+    with pytest.raises(LogitsError, match="name the array train_probabilities"):
+        views = np.stack([p, p], axis=1)
+        logits.from_arrays(views, labels, prefix="train_", views=True)
 
 
 def test_number_of_bad_rows():

@@ -108,6 +108,52 @@ def test_split_independent_of_order():
     assert draws[0] == draws[1]
 
 
+FORMS = {
+    "str": lambda keys: keys,
+    "list": lambda keys: keys.tolist(),
+    "bytes": np.char.encode,
+    "padded": lambda keys: np.char.encode(keys).astype("S99"),
+    "objects": lambda keys: keys.astype(object),
+    "bytes_as_objects": lambda keys: np.char.encode(keys).astype(object),
+    "padded_objects": lambda keys: np.array(
+        [key.encode() + b"\0\0" for key in keys], object
+    ),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_keys_in_every_form(form):
+    labels, keys = balanced_set()
+    keys = np.char.add(keys, "ü")
+    converted = FORMS[form](keys)
+    options = dict(num_classes=10, outer_per_class=3, validation_per_class=3)
+    actual = longtail.split(labels, converted, imbalance=20, **options)
+    expected = longtail.split(labels, keys, imbalance=20, **options)
+    for actual_indices, expected_indices in zip(actual, expected, strict=True):
+        np.testing.assert_array_equal(actual_indices, expected_indices)
+
+    image_list = longtail.ImageList(
+        tuple(f"train/{key}" for key in keys[::2]), tuple(labels[::2]), "list.txt"
+    )
+    actual = longtail.split_by_list(image_list, labels, converted, **options)
+    expected = longtail.split_by_list(image_list, labels, keys, **options)
+    for actual_indices, expected_indices in zip(actual, expected, strict=True):
+        np.testing.assert_array_equal(actual_indices, expected_indices)
+
+    with pytest.raises(ValueError, match="overlaps the training set"):
+        longtail.check_outer(labels, converted, keys, num_classes=10, batch_size=1)
+
+
+def test_integer_keys():
+    labels, _ = balanced_set()
+    keys = np.arange(len(labels))
+    options = dict(num_classes=10, imbalance=20)
+    expected = longtail.split(labels, keys.astype(str), **options).train
+    for converted in (keys, keys.astype(object), keys.astype(np.uint16)):
+        actual = longtail.split(labels, converted, **options).train
+        np.testing.assert_array_equal(actual, expected)
+
+
 def test_split_seed():
     labels, keys = balanced_set()
 
@@ -194,6 +240,15 @@ def test_split_small_tail_class():
         (dict(labels=np.array([0, 0, 0, 0])), "class 1 has no image"),
         (dict(keys=np.array(["a", "b", "b", "c"])), "'b' occurs 2 times"),
         (dict(keys=np.array(["a", "b"])), "2 keys for 4 labels"),
+        (dict(keys=np.array(["a", b"a", "b", "c"], object)), "'a' occurs 2 times"),
+        (dict(keys=np.array([0.0, 1, 2, 3])), r"keys\[0\]=0.0 is of type float"),
+        (dict(keys=np.array(["a", "b", None, "c"])), r"keys\[2\]=None is of type None"),
+        (dict(keys=np.eye(4) > 0), r"keys: shape \(4, 4\)"),
+        (dict(keys=np.array([True, False] * 2)), r"keys\[0\]=True is of type bool"),
+        (
+            dict(keys=np.array([b"a", b"\xfc", b"b", b"c"])),
+            r"keys\[1\]=b'.xfc' is not UTF",
+        ),
         (dict(n_max=3), "n_max=3: class 0 needs 3 images, but 2 are available"),
         (dict(n_max=-1), "n_max=-1"),
         (dict(outer_per_class=-1), "outer_per_class=-1"),

@@ -566,6 +566,17 @@ def test_labels_out_of_range(label):
         np.testing.assert_array_equal(np.isnan(traced[name]), np.arange(B) == 3)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, bool])
+def test_labels_of_another_type(dtype):
+    x = draw("random")
+    x = x._replace(labels=x.labels.astype(dtype))
+    for loss in LABEL_LOSSES.values():
+        with pytest.raises(TypeError, match="labels must be integers, got "):
+            loss.call(losses, x)
+        with pytest.raises(TypeError, match="labels must be integers, got "):
+            jax.jit(loss.call, static_argnums=0)(losses, x)
+
+
 def test_labels_as_constants_of_a_jitted_function():
     x = draw("random")
     constants = x._replace(labels=jnp.asarray(x.labels))
@@ -590,8 +601,9 @@ def test_wrong_types_and_counts():
     zeros = jnp.zeros((2, 3))
     with pytest.raises(TypeError, match="logits must be real"):
         losses.cross_entropy(zeros + 1j, jnp.array([0, 1]))
-    with pytest.raises(AssertionError, match="bool"):
-        losses.kd(zeros, zeros, where=jnp.full(3, 0.5))
+    for where in (jnp.full(3, 0.5), jnp.ones(3, int)):
+        with pytest.raises(TypeError, match="where must be bool, got .*(3,)"):
+            losses.kd(zeros, zeros, where=where)
     with pytest.raises(ValueError, match="positive and finite"):
         losses.balanced_softmax(zeros, jnp.array([0, 1]), [1.0, 2.0, float("inf")])
     for counts in ([3, 0], [3, -1]):

@@ -104,11 +104,19 @@ def test_number_of_groups():
 
 @pytest.mark.parametrize(
     "num_groups, message",
-    [(-1, "whole number"), (2.5, "whole number"), (8, "8 groups for 7 classes")],
+    [(-1, "whole number"), (2.5, "whole number"), (8, "num_groups=8 of 7 classes")],
 )
 def test_number_of_groups_bad_input(num_groups, message):
     with pytest.raises(ValueError, match=message):
         methods.create("ltkd", COUNTS, GROUPS, num_groups=num_groups)
+
+
+def test_two_classes():
+    assert methods.create("ce", [5, 3]).names == ("ce",)
+    objective = methods.create("ltkd", [5, 3], num_groups=2)
+    assert objective.names == ("ce", "inter", "intra")
+    with pytest.raises(ValueError, match="fractions=.*3 groups of 2 classes"):
+        methods.create("ltkd", [5, 3])
 
 
 def test_hyperparameters():
