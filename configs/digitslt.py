@@ -1,6 +1,6 @@
-r"""Digits-LT: scikit-learn's 1,797 real 8×8 digits, made long-tailed.
+"""Digits-LT: scikit-learn's 1,797 real 8×8 digits, made long-tailed.
 
-It needs no download, and minutes on a CPU.
+It needs no download, and trains within minutes on a CPU.
 
     python -m experiments.main --config=configs/digitslt.py            # LTKD
     python -m experiments.main --config=configs/digitslt.py:kd,seed=1
@@ -10,12 +10,13 @@ The argument is METHOD[,key=value…][,smoke]; configs/common.py has the methods
 short keys and all other keys.
 
 For bikd, 8 images of each digit are held out as the outer set. The training images stay
-the same, since n_max is set. Its weight net is the paper's for ten classes (CIFAR-10).
+the same, since n_max is set. The weight net is the one that the paper uses for the ten
+classes of CIFAR-10.
 
 Hardware: 2 CPU cores.
 
 Expected over student seeds 0-2 (results/README.md): ltkd 79.0 ± 1.1 all, 46.4 ± 1.8
-tail; bikd 75.3 ± 0.7 all, 26.8 ± 0.7 tail. `make demo` fills that table.
+tail; bikd 75.3 ± 0.7 all, 26.8 ± 0.7 tail. `make demo` writes that table.
 """
 
 from configs import common
