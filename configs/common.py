@@ -288,7 +288,7 @@ def split(argument: str) -> list[str]:
     >>> split("bikd, scales=(1.0,2.0),smoke")
     ['bikd', 'scales=(1.0,2.0)', 'smoke']
     """
-    # Within brackets the next bracket after a comma is a closing one.
+    # A comma is within brackets if the next bracket after it is a closing one.
     items = [item.strip() for item in re.split(r",(?![^(]*\))", argument)]
     return [item for item in items if item]
 
@@ -302,11 +302,11 @@ def apply_argument(
     method_defaults: dict[str, dict[str, float]] | None = None,
     default_recipe: str = "base",
 ) -> ml_collections.ConfigDict:
-    """Returns the config with the method and the values of its argument.
+    """Returns the config, changed by the argument after its colon.
 
     The argument has two keys of its own. `terms=METHOD` names the method whose terms
     bikd weighs. `recipe=bikd` sets the values of `bikd` for any method; `recipe=base`
-    leaves the config's own.
+    keeps those of `config`.
 
     Args:
       config: from `base`; it is changed.

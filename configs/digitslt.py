@@ -1,6 +1,6 @@
-r"""Digits-LT: scikit-learn's 1,797 real 8×8 digits, made long-tailed.
+"""Digits-LT: scikit-learn's 1,797 real 8×8 digits, made long-tailed.
 
-It needs no download, and minutes on a CPU.
+It needs no download, and trains within minutes on a CPU.
 
     python -m experiments.main --config=configs/digitslt.py            # LTKD
     python -m experiments.main --config=configs/digitslt.py:kd,seed=1
@@ -22,7 +22,7 @@ seeds of four splits at n_max 90.
 Hardware: 2 CPU cores.
 
 Expected over student seeds 0-2 (results/README.md): ltkd 96.8 ± 0.3 all, 93.7 ± 0.7
-tail; bikd 95.4 ± 0.7 all, 86.0 ± 2.6 tail. `make demo` fills that table.
+tail; bikd 95.4 ± 0.7 all, 86.0 ± 2.6 tail. `make demo` writes that table.
 """
 
 from configs import common

@@ -7,7 +7,7 @@ gives them, the inner loss of a batch of B examples is
 
 A virtual step is θ' = θ − η ∇_θ L(θ, φ). The weight net descends the outer loss, on
 balanced data, of the θ' that K virtual steps lead to. Its input, the features, carries
-no gradient, so that L is linear in the weights.
+no gradient to θ, so that ∇_θ L is linear in the weights.
 
 All functions take plain callables and pytrees: no model, no loss and no config. Under
 `pmap` or `shard_map`, set `Problem.axis_name`; under `jit` with sharded batches, leave
@@ -154,14 +154,14 @@ def step(
     """Computes one outer iteration: the weight net's gradient, then the student's.
 
     1. Look ahead: take K virtual steps of plain SGD over `batches`, and differentiate
-       the outer loss that they lead to with respect to the weight net.
-    2. Accumulate that gradient. Every `update_every` iterations, step the weight net's
-       optimizer on the mean of those accumulated.
-    3. Compute the student's gradient on the first batch under the weight net's weights
-       as they are then.
+       the outer loss at their end with respect to the weight net's parameters.
+    2. Accumulate that gradient. Every `update_every` iterations, update the weight net
+       with the mean of the accumulated gradients.
+    3. Compute the student's gradient at `params` on the first batch, with the weights
+       that the weight net gives after 2.
 
-    For K = 1 the steps share one linearization of the terms, and the virtual step's
-    gradient is the student's, too, unless the weight net was updated in between.
+    For K = 1, steps 1 and 3 share one linearization of the terms. If the weight net was
+    not updated, the gradient of the virtual step is the student's gradient.
 
     Source: arXiv 2605.17839, its algorithm ("multi-step SGD": `update_every` is 5 for
     CIFAR-100 and 1 for CIFAR-10).
@@ -175,11 +175,11 @@ def step(
       outer_batch: a batch of the balanced set.
       learning_rate: η of the virtual steps: the student's current one.
       optimizer: of the weight net.
-      update_every: k >= 1, a Python int.
-      update_weight_net: a Python bool, whether this iteration is a k-th one. None lets
-        the device decide by `meta.num_grads`. A caller who counts iterations anyway
-        should pass it: XLA compiles convolutions inside a branch to much slower code
-        on CPU.
+      update_every: k, a Python int >= 1.
+      update_weight_net: a Python bool, whether this iteration updates the weight net.
+        With None the device decides by `meta.num_grads`, in a branch. A caller who
+        counts iterations anyway should pass it: XLA compiles convolutions inside a
+        branch to much slower code on CPU.
       unroll: see `lookahead`.
 
     Returns:
@@ -237,6 +237,7 @@ def step(
         new_meta = accumulate(meta, hypergrad)
         if update_weight_net:
             new_meta = update(new_meta, optimizer)
+        # Else K = 1 and the weight net is unchanged: the virtual step's are the same.
         if update_weight_net or num_lookahead > 1:
             weights = _weigh(problem, new_meta.params, inner.terms, inner.aux)
             gradient = inner.weighted_grad(weights)
@@ -248,8 +249,8 @@ def step(
         update_weight_net = True
     if update_weight_net is not None:
         return iterate(update_weight_net)
-    # The whole iteration goes into the branch: to pass a linearization into one would
-    # copy all of its residuals.
+    # `meta` does not count this iteration's gradient yet. The whole iteration is in the
+    # branch: to pass a linearization into one would copy all of its residuals.
     return jax.lax.cond(
         meta.num_grads >= update_every - 1,
         lambda: iterate(True),
@@ -378,7 +379,10 @@ class _Linearization(NamedTuple):
 
 
 def _linearize(problem: Problem, params: PyTree, batch: PyTree) -> _Linearization:
-    """Returns the terms at `params`; one forward pass serves all products with J."""
+    """Returns the linearization at `params`.
+
+    A single forward pass serves all products with J.
+    """
     terms, jvp, aux = jax.linearize(
         lambda params: problem.terms_fn(params, batch), params, has_aux=True
     )
@@ -399,7 +403,7 @@ def _look_one_step_ahead(
     outer_batch: PyTree,
     learning_rate: jax.Array | float,
 ) -> tuple[jax.Array, PyTree, jax.Array, PyTree]:
-    """Returns weights, gradient of the inner loss, outer loss and hypergradient, K = 1.
+    """Looks ahead by a single step, K = 1.
 
     The virtual step θ' = θ − (η/B) Jᵀ w(φ) is linear in the weights w. With v the
     gradient of the outer loss at θ', the chain rule gives
@@ -408,6 +412,10 @@ def _look_one_step_ahead(
 
     so no second-order derivative is needed: one product J v, and a backward pass of
     the weight net.
+
+    Returns:
+      (weights, gradient of the inner loss, outer loss, gradient of the outer loss with
+      respect to φ).
     """
 
     def weigh(meta_params: PyTree) -> jax.Array:
@@ -416,7 +424,7 @@ def _look_one_step_ahead(
     weights, weight_vjp = jax.vjp(weigh, meta_params)
     gradient = inner.weighted_grad(weights)
     ahead_params = _descend(params, gradient, learning_rate)
-    # Averaged over devices before the product with J, which is this device's own.
+    # Averaged over devices before the product with J, which has this device's examples.
     outer_loss, outer_grad = _average(
         jax.value_and_grad(problem.outer_fn)(ahead_params, outer_batch),
         problem.axis_name,

@@ -24,7 +24,7 @@ def draw_split_bars(title, pairs, label, longest_bar):
       title: of the panel.
       pairs: {name: (inter, intra)}.
       label: what the bars measure.
-      longest_bar: length that the axis has room for.
+      longest_bar: length of the longest bar that the axis must have room for.
     """
     names = list(pairs)
     rows = range(len(names))
@@ -78,7 +78,8 @@ def draw_reliability(title, bins):
 
     Args:
       title: of the panel.
-      bins: `[3][bins]`: examples, sum of confidences and correct predictions.
+      bins: three lists with a value for each bin: number of examples, sum of their
+        confidences, number of correct predictions.
     """
     count, confidence, correct = np.array(bins)
     fig = figures.canvas(height=250)
@@ -127,7 +128,7 @@ def draw_mass_ratios(ratios, counts, assignment, group_names, labels, *, width):
       counts: `[C]`, training images; the classes are sorted by group and count.
       assignment: `[C]`, index of the group.
       group_names: of the groups.
-      labels: of the classes, which a pointer shows.
+      labels: of the classes, shown under the pointer.
       width: of the figure, in CSS pixels.
     """
     is_wide = width == figures.DESKTOP_WIDTH
@@ -139,12 +140,12 @@ def draw_mass_ratios(ratios, counts, assignment, group_names, labels, *, width):
         texts.append(f"{label}\nmass ÷ share {ratio:.2f}")
     # The axis is logarithmic, so zero is not on it.
     ratios = np.maximum(ratios, 1e-4)
-    is_large = len(ratios) < figures.MANY_CLASSES
+    has_few_classes = len(ratios) < figures.MANY_CLASSES
     color = figures.colour(_POINT_COLOUR)
     ax.axhline(1, color=figures.QUIET, linewidth=1, linestyle=figures.DASHED)
-    line = {"color": color, "alpha": 0.35, "linewidth": 4 if is_large else 1}
+    line = {"color": color, "alpha": 0.35, "linewidth": 4 if has_few_classes else 1}
     ax.vlines(x, np.minimum(ratios, 1), np.maximum(ratios, 1), **line)
-    marker = {"markersize": 6 if is_large else 3.2, "markeredgewidth": 0}
+    marker = {"markersize": 6 if has_few_classes else 3.2, "markeredgewidth": 0}
     ax.plot(x, ratios, "o", color=color, **marker)
     ax.set_yscale("log")
     low = min(0.5, np.nanmin(ratios) * 0.8)
@@ -216,7 +217,7 @@ def _mass_section(record):
         "share of that input’s examples, which an unbiased model would match. {} the "
         "share of the training images. τ = 1 is the model as it is; the other "
         "temperature is that of distillation."
-    ).format(figures.symbol("❙", 6), figures.symbol("◇", 7))
+    ).format(figures.TRUE_SHARE_SYMBOL, figures.TRAINING_SHARE_SYMBOL)
     components: list = [page.Text(text)]
     for input_set in record["inputs"]:
         panels = []
@@ -246,7 +247,7 @@ def _loss_section(record):
             if group["examples"]:
                 pairs[name] = group["inter"], group["intra"]
         pairs_by_model[model["name"]] = pairs
-    # Two models have the same scale.
+    # The panels of two models have the same scale.
     longest_bar = max(_longest_bar(pairs) for pairs in pairs_by_model.values())
     panels = []
     for name, pairs in pairs_by_model.items():
@@ -370,10 +371,11 @@ def _confusion_section(record):
         "mass, go; in percent of the row."
     )
     matrices = summary.confusion_matrices(record)
+    rows = [row for matrix in matrices.values() for row in matrix]
     component: page.HeatMaps | writers.Table
-    if all(all(matrix) for matrix in matrices.values()):
+    if None not in rows:
         component = page.HeatMaps(matrices, record["groups"]["names"])
     else:
-        # The row of a group without examples is missing, which a table can show.
+        # A group without examples has no row, which only a table can show.
         component = summary.confusion_table(record)
     return page.Section("Confusion between groups", [page.Text(text), component])

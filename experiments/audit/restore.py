@@ -25,10 +25,10 @@ class Restored:
     """Holds a network after its last step.
 
     Attributes:
-      name: what it is, in words.
-      spec: of its run, on one device.
+      name: what the network is, in words.
+      spec: of its run, executed on one device.
       data: the data set that it was trained on.
-      model: a Linen module without a device axis.
+      model: a Linen module that is not split over devices.
       variables: what `model.apply` takes; host arrays.
     """
 
@@ -83,7 +83,7 @@ def restore(folder, *, data_dir: str = "", subset: str = "") -> Restored:
       subset: the list of its training images, if it was trained on one.
 
     Raises:
-      ConfigError: the folder is of another kind, damaged or unfinished, or the data
+      ConfigError: the folder has something missing, damaged or unfinished, or the data
         are not those of its training.
     """
     folder = pathlib.Path(folder)
@@ -119,21 +119,22 @@ def restore(folder, *, data_dir: str = "", subset: str = "") -> Restored:
     else:
         last_step = identity.read_teacher_results(folder)["step"]
         name = f"teacher {spec.teacher.model}"
-    if checkpoint is None or checkpoint[0] != last_step:
-        checkpoint_step = "none" if checkpoint is None else f"step {checkpoint[0]}"
+    remedy = "finish it with the command that started it"
+    if checkpoint is None:
+        raise ConfigError(f"{folder} has no intact checkpoint: {remedy}")
+    step, state, _ = checkpoint
+    if step != last_step:
         raise ConfigError(
-            f"the last intact checkpoint in {folder} is of {checkpoint_step}, and "
-            f"training ends at step {last_step}: finish it with the command that "
-            "started it"
+            f"the last intact checkpoint in {folder} is of step {step}, and training "
+            f"ends at step {last_step}: {remedy}"
         )
-    _, state, _ = checkpoint
     return Restored(name, spec, trainer.data, trainer.model, state.variables)
 
 
 def _resolve(recorded, data_dir, subset):
     """Returns the specification of a recorded config on this machine, on one device.
 
-    It has no path of the teacher: an audit of the student does not need the teacher.
+    The path of an external teacher is removed, since a student is audited without it.
     """
     config = recorded["config"]
     content = recorded["content"]
@@ -141,8 +142,8 @@ def _resolve(recorded, data_dir, subset):
     if content["subset"]:
         if not subset:
             raise ValueError(
-                f"its training images are those of the list {content['subset']}: give "
-                "that by --subset"
+                f"its training images are those of the list {content['subset']}: pass "
+                "that list with --subset"
             )
         data["subset"] = subset
     teacher = config["teacher"] | {"checkpoint": ""}

@@ -142,7 +142,7 @@ def mass_ratio(classes, c) -> float:
 
 def _by_lost_mass(classes):
     """Returns the classes that have examples, those that lose most mass first."""
-    # Stable, so that the order of equal classes is that of their numbers.
+    # Stable: classes that lose the same mass keep the order of their indices.
     lost = np.subtract(classes["share"], classes["mass"])
     order = np.argsort(-lost, kind="stable")
     return [int(c) for c in order if classes["examples"][c]]
@@ -310,6 +310,7 @@ def class_table(record, limit: int | None = None) -> writers.Table:
             f"{classes['examples'][c]:,}",
         ]
         has_examples = classes["examples"][c] > 0
+        # `_class_cells` returns six cells.
         row += _class_cells(record, classes, c) if has_examples else ["–"] * 6
         rows.append(row)
     header = [

@@ -1,4 +1,4 @@
-"""Measures LTKD's loss alone: its value, and its gradient by the student's logits.
+"""Measures LTKD's loss alone: value and gradient with respect to student logits.
 
 The lower bound ("floor") is the time to read both logits once and to write the gradient
 once, at the bandwidth of adding two large arrays.
@@ -13,7 +13,7 @@ from experiments.benchmark import timing
 from experiments.reporting import writers
 from ltkd_jax import groups, losses
 
-# Of the logits, [B, C].
+# Shapes of the logits, [B, C].
 _SHAPES = ((64, 100), (1024, 1000), (4096, 10_000))
 
 
@@ -41,7 +41,7 @@ def report(*, repeats: int, pytorch_call_of=None) -> str:
     """Returns the measurement as text.
 
     Args:
-      repeats: timed calls of each.
+      repeats: timed calls of each implementation on the largest logits.
       pytorch_call_of: `shape -> call` of PyTorch's implementation, to compare with.
     """
     bandwidth = timing.bandwidth()
@@ -54,9 +54,9 @@ def report(*, repeats: int, pytorch_call_of=None) -> str:
         calls = {"jax": value_and_gradient(shape)}
         if pytorch_call_of:
             calls["pytorch"] = pytorch_call_of(shape)
-        # A small loss is called more often, since its times vary more.
+        # Calls on small logits are repeated more, since their times vary more.
         seconds = timing.best(calls, repeats * max(1, 1_000_000 // size))
-        # Three arrays of float32.
+        # Three arrays of float32, with four bytes for each number.
         floor = 3 * 4 * size / bandwidth
         row = [
             str(list(shape)),

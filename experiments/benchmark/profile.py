@@ -1,4 +1,4 @@
-"""Reports where a training step's time goes, by a trace of the device.
+"""Reports where the time of a training step goes, from a trace of the device.
 
 Each operation is counted under the JAX primitive that it comes from.
 """
@@ -16,16 +16,16 @@ from experiments import provenance
 from experiments.benchmark import train_step
 from experiments.reporting import writers
 
-# Operations that are listed; the others are one row.
+# How many operations have a row; the others share one.
 _NUM_LISTED = 12
 
 
 def primitives(hlo: str) -> dict[str, str]:
     """Returns the JAX primitive of each instruction of a compiled program.
 
-    The name of one in the backward pass ends in ", backward". A fusion without a
-    primitive gets that of the last instruction that it fuses, which may have no more
-    than the compiler's name.
+    For an instruction of the backward pass, ", backward" is appended. A fusion without
+    a primitive of its own gets that of the last instruction that it fuses or, if this
+    has none either, the compiler's name of that instruction.
     """
     labels = {}
     # By computation: the label of its last instruction, which is its root.
@@ -108,7 +108,7 @@ def report(
     logits_source = "none" if method == "ce" else teacher_from
     case = train_step.Case(method, logits_source, precision)
     training = train_step.start(case, teacher=teacher, student=student)
-    # Warms up, so that no memory is allocated in the trace.
+    # Warms up, so that the trace does not contain the first allocation of memory.
     training.seconds(steps)
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder, create_perfetto_trace=True):

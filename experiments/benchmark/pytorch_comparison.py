@@ -1,10 +1,12 @@
 """Compares the steps of KD, LTKD and BiKD, and LTKD's loss, with plain PyTorch.
 
-Both trainings are on noise of CIFAR's size, on the same device, in turns; of each the
-best of the repeats counts. The step of this project makes, crops and flips its batch,
-and looks the teacher's logits up in its table or, as PyTorch's does, computes them in
-the step. The time to make the table, a forward pass of every view, is not included. The
-images of PyTorch's step are ready.
+The images are noise of CIFAR's size. All steps are timed on the same device, in
+alternation, and the best time of each is reported.
+
+A step of this library gathers, crops and flips its batch. It reads the teacher's logits
+from a table, or computes them. To make the table takes a forward pass of every view;
+that time is not included. A step of PyTorch gets a finished batch and computes the
+teacher's logits.
 """
 
 import functools
@@ -23,8 +25,8 @@ def measure(
 ) -> tuple[int, dict[str, float]]:
     """Returns the batch size, and the seconds of a step by implementation.
 
-    The implementations are "table" and "network", of this project by the source of the
-    teacher's logits, and "pytorch".
+    The implementations are "pytorch" and this library with two sources of the teacher's
+    logits: "table" and "network".
     """
     trainings = {}
     for source in _LOGITS_SOURCES:
@@ -34,7 +36,7 @@ def measure(
     pytorch_step = pytorch_baseline.Step(
         method, **models, batch_size=batch_size, precision=precision
     )
-    # Rounded up to complete periods, so that both make the same steps.
+    # Rounded up to complete periods, so that all implementations make the same steps.
     period = max(training.period for training in trainings.values())
     steps = -(-steps // period) * period
     measures = {}

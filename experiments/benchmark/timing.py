@@ -1,4 +1,4 @@
-"""Times functions in turns, so that a slow minute slows down all of them."""
+"""Times functions in alternation, so that a slow minute affects all of them alike."""
 
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
-# JAX's name of the matmul precision of a run.
+# JAX's name for the matmul precision of a run. None leaves it to the dtype.
 _PRECISIONS = {"float32": "highest", "tf32": "tensorfloat32", "bfloat16": None}
 
 _Name = TypeVar("_Name", bound=Hashable)
@@ -21,17 +21,22 @@ def best_of_rounds(
     In each of the `repeats` rounds, every measure is called once. A round before them
     warms up and does not count.
     """
-    best = {}
+    smallest = {}
     for i in range(repeats + 1):
         for name, measure in measures.items():
             value = measure()
             if i > 0:
-                best[name] = min(value, best.get(name, value))
-    return best
+                smallest[name] = min(value, smallest.get(name, value))
+    return smallest
 
 
 def seconds(call: Callable[[], object], number: int = 1) -> float:
-    """Returns the mean seconds of a call that waits until its work is done."""
+    """Returns the mean seconds of a call.
+
+    Args:
+      call: returns only when its work is done.
+      number: how often it is called.
+    """
     start = time.perf_counter()
     for _ in range(number):
         call()
@@ -60,7 +65,7 @@ class RunningTraining:
     """Holds a training in progress, after a first call of its compiled step.
 
     Args:
-      trainer: of the network.
+      trainer: the `Trainer` of the network.
       teacher: the arrays that its `TeacherFn` reads.
     """
 
@@ -68,10 +73,10 @@ class RunningTraining:
         self.trainer = trainer
         self._data = trainer.device_data(teacher)
         self._state = trainer.parallel.replicate(trainer.init(0))
-        # No inputs yet: `advance` makes them when there are none left.
+        # The inputs of the calls to come. When none are left, `advance` makes new ones.
         self._calls: Iterator[tuple[int, Any]] = iter(())
         self._step = 0
-        # The first call compiles, and is not to be timed.
+        # The first call compiles, so it is made here, where it is not timed.
         self.advance()
 
     def advance(self) -> int:
@@ -96,7 +101,8 @@ class RunningTraining:
     def period(self) -> int:
         """Returns the number of steps after which the costs repeat.
 
-        It is k if the weight net is updated in one of k calls, else 1.
+        It is k for learned weights and calls of one step: the weight net is updated in
+        one of k calls. Otherwise it is 1.
         """
         weighting = self.trainer.loss_weighting
         if weighting is None or self.trainer.steps_per_call > 1:

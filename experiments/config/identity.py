@@ -17,8 +17,8 @@ from experiments.config.validation import SUBSETS, ConfigError
 from ltkd_jax import files
 from ltkd_jax.data import augment, datasets, longtail, records
 
-# These keys decide how a run is executed, not what it computes, so they are no part of
-# an identity. An external teacher enters it by the hash of its file, not by its path.
+# These keys decide how a run is executed, not what it computes, so an identity leaves
+# them out. It has the hash of an external teacher's file instead of its path.
 EXECUTION_KEYS = (
     "data.dir",
     "data.num_workers",
@@ -36,8 +36,8 @@ EXECUTION_KEYS = (
     "checkpoint_every",
     "smoke",
 )
-# Options with the values at which they have no effect. Such options are no part of an
-# identity, so a new option leaves the hashes of all earlier results as they are.
+# Options with the values at which they have no effect. An identity leaves out an option
+# with this value, so that a new option does not change the hashes of earlier results.
 NO_EFFECT = {
     "loss_weighting": {"name": "static"},
     "augment": dataclasses.asdict(augment.NO_EXTRA),
@@ -82,7 +82,8 @@ def content_hashes(config: dict) -> dict[str, str | None]:
         )
     if data["name"] not in datasets.NAMES:
         fingerprint = records.fingerprint(data["name"], data["dir"] or None)
-        content["data"] = fingerprint and fingerprint[:12]
+        if fingerprint:
+            content["data"] = fingerprint[:12]
     return content
 
 
@@ -110,7 +111,7 @@ def run_identity(config: dict, content: dict) -> dict:
     if kind == "folder":
         tree["teacher"]["checkpoint"] = content["teacher"]
     elif kind == "variables":
-        # Nobody knows how such a teacher was trained, so its recipe is left out.
+        # The config's recipe did not train this teacher, so it is left out.
         tree["teacher"] = {
             "model": config["teacher"]["model"],
             "variables": content["teacher"],
@@ -143,7 +144,7 @@ def recorded_identity(results: dict) -> dict:
 def teacher_identity(config: dict, identity: dict) -> dict:
     """Returns what a teacher depends on: data, split, model, recipe and precision.
 
-    The student is no part of it, so all methods and student seeds share a teacher.
+    It does not depend on the student, so all methods and student seeds share a teacher.
 
     Args:
       config: the complete config, nested.
@@ -155,6 +156,8 @@ def teacher_identity(config: dict, identity: dict) -> dict:
     # changes no training image; in all other cases it does.
     if config["data"]["subset"] == "exponential" and config["data"]["n_max"]:
         tree["data"] = tree["data"] | {"outer_per_class": 0, "validation_per_class": 0}
+    # A teacher from a folder has the identity of the teacher that this config would
+    # train, so the hash of the folder is left out.
     return {**tree, "teacher": without(identity["teacher"], ["checkpoint"])}
 
 

@@ -153,6 +153,12 @@ def symbol(text, index):
     return Markup('<span style="color: {}">{}</span>').format(css_colour(index), text)
 
 
+# The marks of `draw_group_mass`, for texts that explain them.
+_TRUE_SHARE_COLOUR = 6
+_TRAINING_SHARE_COLOUR = 7
+TRUE_SHARE_SYMBOL = symbol("❙", _TRUE_SHARE_COLOUR)
+TRAINING_SHARE_SYMBOL = symbol("◇", _TRAINING_SHARE_COLOUR)
+
 # {colour in Matplotlib's output: name of the CSS variable that replaces it}.
 _PLACEHOLDERS = {INK: "ink", QUIET: "quiet", GRID: "grid"}
 _PLACEHOLDERS |= {colour(i): f"c{i}" for i in range(len(LIGHT))}
@@ -469,14 +475,14 @@ def draw_group_mass(title, mass, true_share, training_share):
     if training_share != true_share:
         diamonds = {
             "markersize": 7,
-            "markeredgecolor": colour(7),
+            "markeredgecolor": colour(_TRAINING_SHARE_COLOUR),
             "markerfacecolor": "none",
             "markeredgewidth": 1.8,
             "clip_on": False,
         }
         ax.plot([training_share[name] for name in names], rows, "D", **diamonds)
     ticks = {
-        "color": colour(6),
+        "color": colour(_TRUE_SHARE_COLOUR),
         "markersize": 19,
         "markeredgewidth": 2.4,
         "clip_on": False,
@@ -484,6 +490,7 @@ def draw_group_mass(title, mass, true_share, training_share):
     ax.plot([true_share[name] for name in names], rows, "|", **ticks)
     texts = []
     for row, name in enumerate(names):
+        # In the right margin, since the axis ends at 1.
         ax.text(1.17, row, f"{mass[name]:.2f}", ha="right", va="center")
         texts.append(
             f"{name}: mass {mass[name]:.3f}, true share {true_share[name]:.3f}, of the "
@@ -536,7 +543,8 @@ def mark_groups(ax, assignment, names):
     """Draws the borders and the names of the groups over classes sorted by group."""
     for group, name in enumerate(names):
         members = np.flatnonzero(assignment == group)
-        if group and members[0]:
+        # The first group has no border on its left.
+        if group > 0 and members[0] > 0:
             ax.axvline(members[0] - 0.5, color=QUIET, linewidth=0.8, linestyle=DOTTED)
         if len(names) <= 6:
             middle = (members[0] + members[-1]) / 2

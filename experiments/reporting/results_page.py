@@ -1,6 +1,6 @@
 """The results page of the repository, results/README.md.
 
-It has published numbers beside the measured ones, the search for hyperparameters, and
+It compares measured with published numbers, and has the search for hyperparameters and
 the ablation.
 """
 
@@ -75,8 +75,8 @@ def _kind(group):
 def _setting_key(entry):
     """Returns (data set, imbalance, teacher, student) of an entry.
 
-    It is the same for published, planned and measured numbers that belong together: the
-    papers write "CIFAR-100", and the configs "cifar100".
+    Published, planned and measured numbers that belong together have the same key,
+    although the papers write "CIFAR-100", and the configs "cifar100".
     """
     data = re.sub("[^a-z0-9]", "", str(entry["data"]).lower())
     return data, float(entry["imbalance"]), entry["teacher"], entry["student"]
@@ -95,7 +95,7 @@ def _title(data, imbalance, teacher, student):
 
 
 def _preamble(published):
-    """Returns the paragraphs on how the numbers are to be read."""
+    """Returns the paragraphs that explain the numbers."""
     marks = []
     for mark, meaning in published["marks"].items():
         marks.append(f"- **[{mark}]** {meaning}")
@@ -123,8 +123,8 @@ def _preamble(published):
 def _section(key, settings, reference, planned):
     """Returns the section of a pair of models on a data set and an imbalance.
 
-    It has a table for each setting that was run, and one for each length of training
-    that is only planned.
+    It has a table for each setting that was run, and one for each number of epochs that
+    is only planned.
 
     Args:
       key: what `_setting_key` returns.
@@ -137,28 +137,32 @@ def _section(key, settings, reference, planned):
     if reference:
         text = f"Published: {reference['paper']}. {reference.get('note', '')}"
         paragraphs.append(text.rstrip())
-    names_by_epochs = {}
+    # Methods that get a row even if they were not run, by the length of training.
+    expected_by_epochs = {}
     for entry in planned:
-        names_by_epochs.setdefault(entry["epochs"], set()).add(entry["method"])
-    # A table is (epochs, setting), without a setting if none was run yet.
+        expected = expected_by_epochs.setdefault(entry["epochs"], set())
+        expected.add(entry["method"])
+    # A table is identified by (epochs, setting); the setting is None if only planned.
     table_keys = [(setting.epochs, setting) for setting in settings]
     lengths_of_runs = {setting.epochs for setting in settings}
-    for epochs in names_by_epochs:
+    for epochs in expected_by_epochs:
         if epochs not in lengths_of_runs:
             table_keys.append((epochs, None))
-    # Published numbers have a table even if nothing is run or planned.
-    table_keys = sorted(table_keys, key=_longest_first) or [(0, None)]
+    table_keys.sort(key=_longest_first)
+    if not table_keys:
+        # A table of the published numbers only.
+        table_keys.append((0, None))
     # Published numbers are in the table of the longest training, which is nearest to
     # that of the papers.
     published = reference.get("methods", {})
     longest, _ = table_keys[0]
-    names_by_epochs.setdefault(longest, set()).update(published)
+    expected_by_epochs.setdefault(longest, set()).update(published)
     for epochs, setting in table_keys:
-        # Planned methods are in the first of several tables of the same length.
-        planned_names = names_by_epochs.pop(epochs, set())
+        # Of several tables of the same length, the first gets the expected rows.
+        expected = expected_by_epochs.pop(epochs, set())
         if setting is None and len(table_keys) > 1:
             paragraphs.append(f"{epochs:g} epochs:")
-        paragraphs.append(as_markdown(_table(setting, published, planned_names)))
+        paragraphs.append(as_markdown(_table(setting, published, expected)))
         if setting:
             paragraphs += _differences(setting, published)
             paragraphs += _below_table(setting)
@@ -174,13 +178,13 @@ def _longest_first(table_key):
     return -epochs, (setting.split_seed, setting.num_images)
 
 
-def _table(setting, published, planned_names):
+def _table(setting, published, expected):
     """Returns the table of a setting, with published numbers beside the measured ones.
 
     Args:
       setting: the setting, or None if it was not run yet.
       published: {method: {"all": entry, "tail": entry}}.
-      planned_names: of methods; those that are not run yet get a row too.
+      expected: names of methods that get a row even if they were not run.
     """
     if setting:
         columns = tables.columns(setting)
@@ -190,7 +194,7 @@ def _table(setting, published, planned_names):
         columns = dict.fromkeys(("all", *_GROUPS))
         cells = {}
         methods = []
-    for name in planned_names - {method.name for method in methods}:
+    for name in expected - {method.name for method in methods}:
         methods.append(aggregate.Method(name, name, {}))
     published_columns = ("all", "tail") if any(published.values()) else ()
     rows = []
@@ -209,7 +213,7 @@ def _row_key(method):
 
 
 def _published_text(entry):
-    """Returns a published [number, mark] as "51.08 [S]", "?" if it is not known."""
+    """Returns [number, mark] as a text such as "51.08 [S]"; "?" for None."""
     return f"{entry[0]:.2f} [{entry[1]}]" if entry else "?"
 
 
@@ -231,7 +235,10 @@ def _differences(setting, published):
 
 
 def _below_table(setting):
-    """Returns the notes, comparisons, circumstances and commands of a setting."""
+    """Returns the paragraphs below the table of a setting.
+
+    These are notes, paired comparisons, and the hardware and commands of the runs.
+    """
     paragraphs = [f"{setting.note()}.", escape_markdown(tables.headline(setting))]
     for name, table in tables.comparison_tables(setting):
         paragraphs += [f"Paired, {escape_markdown(name)}:", as_markdown(table)]
@@ -250,7 +257,7 @@ def _below_table(setting):
 
 
 def _circumstances(method):
-    """Returns a row on how the runs of a method were made."""
+    """Returns a row on where and how the runs of a method were executed."""
     runs = method.sorted_runs
     row = [method.label]
     for key in ("device", "precision", "commit"):
@@ -334,7 +341,7 @@ def _values_at_edge(best, candidates):
     for key, value in _hyperparameters(best).items():
         tried = [_hyperparameters(candidate).get(key) for candidate in candidates]
         values = sorted({v for v in tried if isinstance(v, (int, float))})
-        # Below zero there is nothing to try.
+        # Zero is never reported, since nothing below it can be tried.
         if len(values) > 1 and value and value in (values[0], values[-1]):
             edges.append(f"{key} = {value:g} of {', '.join(f'{v:g}' for v in values)}")
     return edges

@@ -259,7 +259,7 @@ def _bias(setting):
         "Bars: the teacher’s mean probability mass on each group. {} the true share of "
         "that input’s images, which an unbiased teacher would match. {} the share of "
         "the training images."
-    ).format(figures.symbol("❙", 6), figures.symbol("◇", 7))
+    ).format(figures.TRUE_SHARE_SYMBOL, figures.TRAINING_SHARE_SYMBOL)
     return [page.Heading("The teacher’s bias"), page.Text(text), page.Panels(panels)]
 
 

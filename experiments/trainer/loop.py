@@ -1,4 +1,4 @@
-"""The training loop, of teacher and student alike."""
+"""The training loop, which is the same for teacher and student."""
 
 import contextlib
 import dataclasses
@@ -30,7 +30,7 @@ _GRID_SIZE = 16  # points on each axis of the map from features to weights
 class DivergedError(Exception):
     """Reports a loss or a parameter that is not finite.
 
-    No checkpoint has such values: the last one is from before.
+    It is raised before such a state is saved, so every checkpoint is finite.
     """
 
 
@@ -65,17 +65,17 @@ def fit(
     Args:
       trainer: of the network.
       data: from `trainer.device_data`.
-      seed: of initialisation, order and views.
+      seed: of the initialisation, and of the order and augmentation of images.
       workdir: the folder for `metrics.jsonl` and `checkpoints/`.
       stop: checked after each call of the compiled steps.
-      options: of the loop.
+      options: what the loop does besides training.
 
     Returns:
       The final state, replicated, and the timing for `results.json`.
 
     Raises:
-      StoppedError: after it has saved a checkpoint.
-      DivergedError: before it saves one.
+      StoppedError: `stop` asked for it; the state has been saved.
+      DivergedError: a value is not finite; the state has not been saved.
     """
     checkpoints = Checkpoints(workdir / "checkpoints")
     log = MetricsLog(workdir / "metrics.jsonl", options.on_record)
@@ -87,10 +87,11 @@ def fit(
         for num_steps, inputs in calls:
             state = trainer.train_steps(step, state, data, inputs)
             # JAX returns before the device is done. Without waiting, the host would
-            # issue calls far ahead: it would act on a signal late, and the progress bar
-            # would count steps that are not done.
+            # start many calls in advance: it would react late to a signal, and the
+            # progress bar would count steps that are not done.
             jax.block_until_ready(state.step)
             if not clock.warm:
+                # This was the first call, which compiled the step.
                 bar.set_postfix_str("")
             clock.count_call(num_steps)
             step += num_steps
@@ -126,8 +127,8 @@ def _resume(
 ) -> tuple[int, TrainState, "Clock"]:
     """Returns the step, the replicated state and the clock to start from.
 
-    They are those of the newest intact checkpoint, or of a new run. Whatever was
-    written after that checkpoint is removed: the run repeats it.
+    They come from the newest intact checkpoint, or start a new run. Everything that was
+    written after that checkpoint is removed, since the run will write it again.
     """
     initial_state = trainer.init(seed)
     template = jax.eval_shape(lambda: initial_state)
@@ -164,7 +165,7 @@ def _progress_bar(total_steps: int, step: int, label: str) -> Any:
         desc=label,
         unit="step",
         dynamic_ncols=True,
-        # In a log file every update is a line of its own.
+        # In a log file each update is a new line, so there are few.
         mininterval=0.2 if sys.stderr.isatty() else 20,
         disable=not hosts.is_primary(),
     )
@@ -242,8 +243,8 @@ def _check_finite(
 
 def _nonfinite_value(trainer: Trainer, state: TrainState) -> str | None:
     """Returns which value of a state is not finite, or None if all are."""
-    # The step records the first bad one on the device, so that the host need not fetch
-    # the loss of each step.
+    # The device records the first step with a bad loss, so that the host need not fetch
+    # the loss of every step.
     sums = trainer.parallel.unreplicate(state.sums)
     bad_step = int(sums.bad_step)
     if bad_step >= 0:
@@ -261,7 +262,7 @@ def _nonfinite_value(trainer: Trainer, state: TrainState) -> str | None:
         "meta": state.meta,
     }
     arrays = trainer.parallel.unreplicate(arrays)
-    # One scalar from the device is enough if all is well.
+    # If all is well, only one scalar is copied from the device.
     if _all_finite(arrays):
         return None
     bad_paths = []

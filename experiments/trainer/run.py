@@ -119,8 +119,8 @@ def _claim_workdir(
             f"{workdir} is in use by another run: wait for it, or give --workdir"
         ) from None
     path = workdir / "config.json"
-    # Without these a run failed before its first step. Then it has nothing to lose, and
-    # another run may use the directory.
+    # If neither exists, a run failed before its first checkpoint: nothing is lost if
+    # another run uses the directory.
     if any((workdir / name).exists() for name in ("results.json", "checkpoints")):
         _check_same_run(
             path, spec, remedy=f"give another --workdir, or remove {workdir}"
@@ -184,16 +184,18 @@ def _distil(
 ) -> dict[str, Any]:
     """Gets the teacher, trains the student and evaluates it; returns the results."""
     data = hosts.run_on_all(lambda: datasets.load(spec.data))
-    source = hosts.run_on_primary(lambda: teachers.choose_source(spec, data))
-    # Made before a teacher is trained, so that a bad config of the student fails first.
-    trainer = hosts.run_on_all(lambda: get_trainer(spec.student_training(source)))
-    teacher = None if source == "none" else teachers.obtain(spec, stop)
+    teacher_source = hosts.run_on_primary(lambda: teachers.choose_source(spec, data))
+    # Created before a teacher is trained, so that an error in the student's config is
+    # raised early.
+    training = spec.student_training(teacher_source)
+    trainer = hosts.run_on_all(lambda: get_trainer(training))
+    teacher = None if teacher_source == "none" else teachers.obtain(spec, stop)
 
     def teacher_data(images: Images | Records) -> Any:
         """Returns what the step reads of the teacher for a set of images."""
         if teacher is None:
             return None
-        if source == "table":
+        if teacher_source == "table":
             return teacher.table(images, stop)
         return teacher.variables
 
@@ -212,7 +214,7 @@ def _distil(
         **_describe_training(spec, data, trainer),
         **_evaluate(spec, data, trainer, state),
         "teacher": teacher.results if teacher else None,
-        "teacher_logits": source,
+        "teacher_logits": teacher_source,
         "timing": timing,
         **provenance.describe(spec.execution.precision, trainer.parallel.num_devices),
         "command": command,

@@ -35,13 +35,13 @@ class Trainer:
 
     Args:
       spec: of the training.
-      data: its data set.
+      data: the data set of the training.
 
     Attributes:
       steps_per_epoch: the number of steps of an epoch.
       total_steps: the number of steps of the complete run.
-      steps_per_call: the number of steps of one compiled call; the last call of an
-        epoch may have fewer.
+      steps_per_call: the number of steps that one call of `train_steps` makes; the last
+        call of an epoch may make fewer.
       objective: the loss terms with their static weights.
       schedule: the learning rate, a function of the step.
       loss_weighting: how a weight net learns the terms' weights; None if they are
@@ -70,13 +70,16 @@ class Trainer:
         )
         self.total_steps = recipe.total_steps(self.steps_per_epoch)
         # On CPU, XLA compiles convolutions inside a loop or a branch to much slower
-        # code. This switch avoids both: one step a call, and unrolled lookahead steps.
+        # code. So on CPU a call makes one step by default, and lookahead is unrolled.
         self._on_cpu = jax.default_backend() == "cpu"
-        # Streamed images are inputs of the call, and an epoch of them would not fit.
-        one_step_a_call = self._on_cpu or data.is_streamed
-        self.steps_per_call = execution.steps_per_call or (
-            1 if one_step_a_call else self.steps_per_epoch
-        )
+        if execution.steps_per_call:
+            self.steps_per_call = execution.steps_per_call
+        elif self._on_cpu or data.is_streamed:
+            # Streamed images are inputs of the call, and an epoch of them would not
+            # fit into memory.
+            self.steps_per_call = 1
+        else:
+            self.steps_per_call = self.steps_per_epoch
 
         self.objective = spec.method.objective(
             data.class_counts, data.groups, self.steps_per_epoch
@@ -96,8 +99,8 @@ class Trainer:
             self.loss_weighting = _create_weighting(
                 spec.loss_weighting, recipe, self.objective, data, self.total_steps
             )
-        # The same parameters fit both: under `pmap`, the network in the step averages
-        # its batch norm over the device axis.
+        # Two modules for the same parameters. They differ under `pmap`: the one in the
+        # training step averages the statistics of batch norm over the devices.
         self.model = self._create_model(axis_name=None)
         self._model_in_step = self._create_model(axis_name=self.parallel.axis_name)
         self._teacher_fn = _create_teacher_fn(spec, data)
@@ -112,6 +115,7 @@ class Trainer:
             self.model, data, self.parallel, execution.eval_batch_size
         ).evaluate
         self._epoch_fn = jax.jit(self._epoch_indices)
+        # Compiles each function once; `_compiled_at` chooses one.
         self._compiled = functools.cache(self._compile)
         self._check_image_size()
 
@@ -124,7 +128,8 @@ class Trainer:
         )
         if not self.objective.needs_features:
             return model
-        # With the layers that map its features to the shapes of the teacher's.
+        # The method compares features, so the student gets layers that map its features
+        # to the shapes of the teacher's.
         teacher: Any = teacher_model(self.spec, self.data)
         return review.with_fusion(model, teacher, self.data.image_shape)
 
@@ -188,16 +193,16 @@ class Trainer:
         update_weight_net: bool | None,
     ) -> TrainState:
         weighting = self.loss_weighting
-        learned = self.spec.loss_weighting
-        assert weighting is not None and learned is not None
+        weighting_spec = self.spec.loss_weighting
+        assert weighting is not None and weighting_spec is not None
         # Inputs are [B, K, …], split over the devices by B. The step takes [K, B, …].
         batches = []
-        for j in range(learned.lookahead):
+        for j in range(weighting_spec.lookahead):
             indices, mixup = jax.tree.map(
                 lambda x, j=j: x[:, j], (inputs.train, inputs.mixup)
             )
             batches.append(self._train_batch(data, indices, mixup))
-        if learned.outer_loss_needs_teacher:
+        if weighting_spec.outer_loss_needs_teacher:
             outer_teacher_fn = self._teacher_fn
         else:
             outer_teacher_fn = steps.no_teacher
@@ -258,12 +263,12 @@ class Trainer:
 
     def _compiled_at(self, step: int) -> Any:
         """Returns the compiled function for a call whose first step is `step`."""
-        learned = self.spec.loss_weighting
-        if learned is None or self.steps_per_call > 1:
+        weighting_spec = self.spec.loss_weighting
+        if weighting_spec is None or self.steps_per_call > 1:
             return self._compiled(None)
         # For a call of a single step the host knows whether the weight net is updated.
         # It chooses between two functions, so neither needs a branch on the device.
-        return self._compiled((step + 1) % learned.update_every == 0)
+        return self._compiled((step + 1) % weighting_spec.update_every == 0)
 
     def _compile(self, update_weight_net: bool | None) -> Any:
         """Returns the compiled `(state, data, inputs of S steps) -> state`."""
@@ -295,26 +300,26 @@ class Trainer:
 
         Args:
           seed: of the run.
-          step: the first step; the last is that of the run.
+          step: the first step; the last one is the last step of the run.
         """
         call_sizes = self._call_sizes(step)
         train = self.data.train
         outer = self.data.outer
         if isinstance(train, Records):
             assert isinstance(outer, Records)
-            learned = self.spec.loss_weighting
-            on_host = input_pipeline.from_disk(
+            weighting_spec = self.spec.loss_weighting
+            host_inputs = input_pipeline.from_disk(
                 train,
-                outer if learned else None,
+                outer if weighting_spec else None,
                 seed,
                 step,
                 call_sizes,
                 shard=self._batch_shard,
-                lookahead=learned.lookahead if learned else 1,
+                lookahead=weighting_spec.lookahead if weighting_spec else 1,
                 num_workers=self.spec.execution.num_workers,
             )
         else:
-            on_host = input_pipeline.from_memory(
+            host_inputs = input_pipeline.from_memory(
                 self._epoch_fn,
                 seed,
                 step,
@@ -322,8 +327,9 @@ class Trainer:
                 steps_per_epoch=self.steps_per_epoch,
                 shard=self._batch_shard,
             )
+        # Host arrays are [S, B, …], for S steps.
         put = functools.partial(self.parallel.shard, batch_axis=1)
-        return input_pipeline.prefetch(on_host, call_sizes, put)
+        return input_pipeline.prefetch(host_inputs, call_sizes, put)
 
     def _call_sizes(self, step: int) -> list[int]:
         """Returns the number of steps of each call, from a step to the end of the run.
@@ -343,7 +349,7 @@ class Trainer:
     ) -> tuple[sampling.BatchIndices, sampling.BatchIndices | None]:
         """Returns the indices of an epoch's batches of the training and the outer set.
 
-        The latter is None if weights are static.
+        The indices of the outer set are None if the weights are static.
         """
         batch_size = self.recipe.batch_size
         num_views = self.data.source.views.num
@@ -368,8 +374,8 @@ class Trainer:
             num_views=num_views,
             random_bits=random_bits,
         )
-        # The outer set has a sequence and epochs of its own; `epoch` counts those of
-        # the training set.
+        # An epoch of the outer set has another length. `epoch` is one of the training
+        # set, so its first step says which outer batches are next.
         outer_indices = sampling.step_indices(
             sampling.outer_seed(seed),
             epoch * self.steps_per_epoch,
@@ -402,7 +408,7 @@ class Trainer:
         )
 
     def device_data(self, teacher: Any, outer_teacher: Any = None) -> steps.TrainData:
-        """Puts the training set on the devices, with learned weights the outer set too.
+        """Puts the training set, and for learned weights the outer set, on the devices.
 
         Args:
           teacher: what the step reads of the teacher for the training set: a table of
@@ -421,7 +427,7 @@ class Trainer:
 def _train_data(images: Images | Records, teacher: Any) -> steps.TrainData:
     if isinstance(images, Records):
         return steps.TrainData(None, None, teacher)
-    # NumPy arrays, until they are put on the devices.
+    # These are NumPy arrays, which the types of `TrainData` do not allow.
     pixels: Any = images.images
     labels: Any = images.labels
     return steps.TrainData(pixels, labels, teacher)
@@ -479,14 +485,14 @@ def _create_teacher_fn(spec: TrainingSpec, data: Dataset) -> steps.TeacherFn:
 
 
 def teacher_model(spec: TrainingSpec, data: Dataset) -> models.Model:
-    """Returns the teacher's network, for evaluation and so without a device axis."""
+    """Returns the teacher's network; it is only evaluated and needs no device axis."""
     return models.create(
         spec.teacher_model, data.num_classes, precision=spec.execution.precision
     )
 
 
-# A few are kept, so that runs of one process that differ in their seeds share what is
-# compiled.
+# Trainers are kept, so that runs of one process that differ only in their seeds share
+# the compiled functions.
 @functools.lru_cache(maxsize=3)
 def get_trainer(spec: TrainingSpec) -> Trainer:
     """Returns the trainer of a specification.

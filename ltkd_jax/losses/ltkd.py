@@ -403,7 +403,7 @@ def _split(
         KL(p̃^T_{·|G} ‖ p̃^S_{·|G}) = Σ e^v (v − u) / Σ e^v − log Σ e^v + log Σ e^u.
 
     In this form no normalised distribution is stored for the backward pass, only e^u,
-    e^v and numbers per group.
+    e^v and a few numbers for each group.
 
     Args:
       student, teacher: `[..., C]`, from `_common.check_pair`.
@@ -415,7 +415,7 @@ def _split(
     v, teacher_max = _subtract_group_max(teacher, membership, temperature)
     exp_u = jnp.exp(u)
     exp_v = jnp.exp(v)
-    # A group without existing classes has the sum 0; 1 keeps its log finite.
+    # A group without existing classes has the sum 0: replaced by 1, its log is 0.
     student_sum = jnp.where(group_exists, _sum_by_group(exp_u, membership), 1)
     teacher_sum = jnp.where(group_exists, _sum_by_group(exp_v, membership), 1)
     # The teacher's mean of v − u. Subtracting before summing makes it exactly 0 for
@@ -440,11 +440,11 @@ def _subtract_group_max(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns (z_i − m_G) / τ, `[..., C]`, and (m_G − m) / τ, `[..., G]`.
 
-    Both differences are taken before the division by τ, and before anything is added:
-    they are small, so a large offset of one group or of all classes costs no precision.
+    The maxima are subtracted before anything else is done, so that a large offset of
+    one group or of all classes costs no precision; see `_common.subtract_max`.
     """
     group_exists = membership.any(axis=-1)
-    # The maxima need no derivative: they cancel in both formulas of `_split`.
+    # No gradient goes through the maxima: they cancel in the formulas of `_split`.
     group_max = _max_by_group(jax.lax.stop_gradient(logits), membership)
     group_max = jnp.where(group_exists, group_max, 0)
     below_group_max = (logits - _spread_to_classes(group_max, membership)) / temperature
@@ -524,5 +524,6 @@ def _by_platform(
     if differs_by_example:
         return default(x)
     matrix = membership.reshape(membership.shape[-2:]).astype(x.dtype)
-    # Decided when the function is lowered: one traced on CPU may be exported for a TPU.
+    # JAX chooses when the function is lowered, not when it is traced: a function that
+    # was traced on CPU may be exported for a TPU.
     return jax.lax.platform_dependent(x, cpu=lambda x: cpu(x, matrix), default=default)

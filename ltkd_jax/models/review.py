@@ -12,7 +12,7 @@ from ltkd_jax import models
 from ltkd_jax.models.linear import linear
 from ltkd_jax.models.network import Initialisers, Layers
 
-# Between the two convolutions of a level.
+# Limit of the channels between the two convolutions of a level.
 _MAX_CHANNELS = 512
 
 
@@ -41,7 +41,7 @@ class Fusion(Layers):
     brings it to the teacher's channels.
 
     Source: Chen et al., "Distilling Knowledge via Knowledge Review", CVPR 2021, section
-    3, as in its code.
+    3, as the authors' code implements it.
 
     Attributes:
       targets: (size, channels) of the teacher's features, from the first stage to the
@@ -62,7 +62,7 @@ class Fusion(Layers):
 
         Args:
           features: of the student, see `feature_maps`.
-          train: whether batch norm takes the batch's statistics.
+          train: whether batch norm uses the statistics of the batch.
         """
         common_width = min(_MAX_CHANNELS, features[-1].shape[-1])
         outputs = []
@@ -87,15 +87,15 @@ class Fusion(Layers):
         both = jnp.concatenate([x, deeper], axis=-1)
         weights = nn.sigmoid(linear(both, 2, precision=self.precision, name=name))
         # `linear` computes in float32; bfloat16 activations must stay bfloat16.
-        own_weight, deeper_weight = jnp.split(weights.astype(x.dtype), 2, axis=-1)
-        return x * own_weight + deeper * deeper_weight
+        x_weight, deeper_weight = jnp.split(weights.astype(x.dtype), 2, axis=-1)
+        return x * x_weight + deeper * deeper_weight
 
 
 def _resize_nearest(x: jax.Array, size: int) -> jax.Array:
-    """Returns `[B, size, size, c]` by the nearest pixel, as PyTorch chooses it."""
+    """Returns `[B, size, size, c]` of nearest pixels, chosen as in PyTorch."""
     if size == x.shape[1]:
         return x
-    # It rounds i · h / size down. `jax.image.resize` would round (i + ½) · h / size.
+    # PyTorch rounds i · h / size down. `jax.image.resize` takes (i + ½) · h / size.
     index = jnp.arange(size) * x.shape[1] // size
     return x[:, index][:, :, index]
 
@@ -116,7 +116,7 @@ class StudentWithFusion:
     fusion: Fusion
 
     def init(self, key: jax.Array, images: jax.Array, *, train: bool) -> dict[str, Any]:
-        """Returns new variables of both.
+        """Returns new variables of the student and of the fusion.
 
         Those of the student are the same as without a fusion.
         """
@@ -124,7 +124,7 @@ class StudentWithFusion:
         _, features, _ = models.apply_with_features(
             self.student, student, images, train=False
         )
-        # The student has used `key` itself.
+        # `key` itself was used for the student.
         fusion_key = jax.random.fold_in(key, 1)
         fusion = self.fusion.init(fusion_key, feature_maps(features), train=train)
         return {
@@ -162,7 +162,7 @@ class StudentWithFusion:
         """Applies the student and the fusion in training mode.
 
         Args:
-          variables: of both.
+          variables: of the student and of the fusion.
           images: float `[B, H, W, channels]`.
 
         Returns:
@@ -196,7 +196,7 @@ def student_variables(variables: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _select(variables: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Returns the variables of one of the two, "student" or "fusion"."""
+    """Returns the variables of one part, "student" or "fusion"."""
     return {collection: tree[name] for collection, tree in variables.items()}
 
 

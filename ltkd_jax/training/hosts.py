@@ -1,4 +1,4 @@
-"""Several processes that act as one: work done once, and decisions all agree on.
+"""Makes several processes act as one: they share results, decisions and errors.
 
 All processes must call `run_on_primary`, `run_on_all` and `all_gather` in the same
 order. These exchange values through the coordination service that `jax.distributed`
@@ -21,8 +21,8 @@ _T = TypeVar("_T")
 # process dies, its missing heartbeat ends all others much sooner.
 _WAIT_MS = 7 * 24 * 3600 * 1000
 
-# Calls are numbered, so that each has a key of its own in the service. The numbers
-# agree, because all processes make the same calls.
+# The number of a call is part of its key in the service. All processes make the same
+# calls in the same order, so their numbers agree.
 _call_numbers = itertools.count()
 
 # Keys that this process has set in `all_gather` and not deleted yet.
@@ -118,11 +118,11 @@ def run_on_primary(fn: Callable[[], _T]) -> _T:
     if is_primary():
         client.key_value_delete(key)
     if received_error is not None:
-        # Process 0 raises the original, with its traceback.
+        # Process 0 raises the original exception, the others the received copy.
         raise error or received_error
     if sizes:
-        # Arrays are too large for the service and go over the devices, joined to one
-        # array, because each shape would be compiled for.
+        # Arrays are too large for the service, so the devices send them. They are sent
+        # as one array, since a transfer is compiled for each shape.
         if is_primary():
             joined = np.concatenate(buffers)
         else:
@@ -137,9 +137,8 @@ def run_on_all(fn: Callable[[], _T]) -> _T:
     """Runs `fn` in every process, and returns the process's own result.
 
     All processes must call it; they wait for each other. If `fn` raises in some of
-    them, every process raises: its own exception where it has one, else that of the
-    first process that failed. So no process continues alone, to wait in vain for one
-    that has failed.
+    them, every process raises: its own exception if it has one, else that of the first
+    process that failed. Otherwise a process would wait forever for one that has failed.
 
     Args:
       fn: called without arguments.
@@ -173,7 +172,7 @@ def all_gather(value: _T) -> list[_T]:
     if client is None:
         return [value]
     folder = f"ltkd_jax/gather/{next(_call_numbers)}"
-    # Zeros in front make the order of the keys that of the indices.
+    # Padded with zeros, so that sorting the keys sorts the indices.
     own_key = f"{folder}/{_distributed_state().process_id:06d}"
     client.key_value_set_bytes(own_key, pickle.dumps(value))
     client.wait_at_barrier(folder, _WAIT_MS)
@@ -203,7 +202,7 @@ def _picklable(error: Exception) -> Exception:
 
 
 def _pickle(value: Any) -> tuple[bytes, list[np.ndarray]]:
-    """Returns a pickle without the memory of its arrays, and that memory as uint8."""
+    """Returns a pickle without the data of its arrays, and these data as uint8."""
     pickle_buffers: list[pickle.PickleBuffer] = []
     content = pickle.dumps(value, protocol=5, buffer_callback=pickle_buffers.append)
     return content, [np.frombuffer(buffer.raw(), np.uint8) for buffer in pickle_buffers]

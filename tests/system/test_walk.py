@@ -20,6 +20,9 @@ def shortened(command):
     # `make test` would run for minutes, and test_docs.py runs `make docs`.
     if command in ("make test", "make docs"):
         return f"{command} --dry-run"
+    # The clone's environment has pip only as a module.
+    if command.startswith("pip "):
+        return f"python -m {command}"
     if "experiments.reproduce" in command:
         return f"{command} --list"
     if "experiments.main" in command and "smoke" not in command:
