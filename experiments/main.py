@@ -18,6 +18,8 @@ import sys
 from absl import app, flags
 from ml_collections import config_flags
 
+from ltkd_jax import console
+
 _DEFAULT = "configs/digitslt.py"
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -71,6 +73,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     Returns:
       The arguments that are no flags: the program's name alone.
     """
+    console.replace_unencodable()
     flag_names = [word.lstrip("-").partition("=")[0] for word in argv[1:]]
     if "config" not in flag_names:
         argv = [argv[0], f"--config={_DEFAULT}", *argv[1:]]

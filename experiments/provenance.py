@@ -47,7 +47,12 @@ def _commit() -> str:
 
     def git(*words: str) -> str:
         process = subprocess.run(
-            ["git", *words], cwd=root, capture_output=True, text=True, check=True
+            ["git", *words],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=True,
         )
         return process.stdout.strip()
 

@@ -19,10 +19,12 @@ from typing import Any
 
 from experiments.jobs import queue_entry
 from experiments.reporting import load, report_page, results_page, tables, writers
+from ltkd_jax import console
 
 
 def main(argv: list[str] | None = None) -> None:
     """Writes the page that the arguments describe, and prints its tables."""
+    console.replace_unencodable()
     parser = argparse.ArgumentParser(
         prog="python -m experiments.report",
         description=__doc__,

@@ -31,10 +31,12 @@ import sys
 from experiments.config.validation import ConfigError
 from experiments.jobs import command
 from experiments.reporting.load import ReportError
+from ltkd_jax import console
 
 
 def main(argv: list[str] | None = None) -> None:
     """Does the runs of the queue that the arguments name, and exits."""
+    console.replace_unencodable()
     parser = argparse.ArgumentParser(
         prog="python -m experiments.reproduce",
         description=__doc__,

@@ -29,7 +29,7 @@ from experiments.config import load, spec
 from experiments.config.validation import ConfigError
 from experiments.jobs import command
 from experiments.reporting.load import ReportError
-from ltkd_jax import files
+from ltkd_jax import console, files
 
 # Keys of a setting, with example values for --help.
 _AXES = {
@@ -192,6 +192,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     """Does the sweep that the arguments describe, and exits."""
+    console.replace_unencodable()
     options = _parser().parse_args(argv)
     config_name = pathlib.Path(options.config.partition(":")[0]).stem
     name = options.name or f"sweep-{config_name}"

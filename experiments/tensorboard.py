@@ -14,10 +14,12 @@ import pathlib
 import sys
 
 from experiments.reporting import load, tensorboard
+from ltkd_jax import console
 
 
 def main(argv: list[str] | None = None) -> None:
     """Writes the event files of the work directories that the arguments name."""
+    console.replace_unencodable()
     parser = argparse.ArgumentParser(
         prog="python -m experiments.tensorboard", description=__doc__.splitlines()[0]
     )

@@ -40,9 +40,11 @@ def atomic_write(path: PathLike) -> Iterator[pathlib.Path]:
 
 
 def write_text(path: PathLike, text: str) -> None:
-    """Writes a text file as UTF-8, atomically."""
+    """Writes a text file as UTF-8, atomically; what UTF-8 does not have becomes "?"."""
     with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        # Python decodes an argument that is not in the console's encoding to
+        # surrogates, which UTF-8 does not have.
+        temporary.write_text(text, encoding="utf-8", errors="replace")
 
 
 def write_json(path: PathLike, value: Any) -> None:

@@ -21,10 +21,12 @@ import sys
 
 from experiments import runtime
 from experiments.audit import run, summary
+from ltkd_jax import console
 
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the command."""
+    console.replace_unencodable()
     parser = _parser()
     options = parser.parse_args(argv)
     if options.save and not options.checkpoint:

@@ -154,7 +154,7 @@ def _read_counts(path):
         if path.endswith(".npy"):
             # A pickle could run code.
             return np.load(path, allow_pickle=False)
-        text = pathlib.Path(path).read_text()
+        text = pathlib.Path(path).read_text(encoding="utf-8")
         if not path.endswith(".json"):
             return [float(word) for word in text.replace(",", " ").split()]
         content = json.loads(text)

@@ -139,11 +139,13 @@ def run_queue(
 
 
 def _report(queue: Queue, folder: pathlib.Path) -> None:
+    # The page first: it is kept if the console has been closed.
+    path = folder / "report.html"
+    workdirs = queue.workdirs()
+    if workdirs:
+        report_page.write_report([load.load(workdir) for workdir in workdirs], path)
     results = queue.results()
     if results:
         print(tables.render(results))
-    workdirs = queue.workdirs()
     if workdirs:
-        path = folder / "report.html"
-        report_page.write_report([load.load(workdir) for workdir in workdirs], path)
         print(f"\n{path}")

@@ -80,7 +80,10 @@ def count_devices() -> Machine:
       ConfigError: jax has no device.
     """
     child = subprocess.run(
-        [sys.executable, "-c", _COUNT_DEVICES], capture_output=True, text=True
+        [sys.executable, "-c", _COUNT_DEVICES],
+        capture_output=True,
+        text=True,
+        errors="replace",
     )
     if child.returncode:
         last_line = child.stderr.strip().rpartition("\n")[2]

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import serialization, traverse_util
 
-from ltkd_jax import files, models
+from ltkd_jax import console, files, models
 from ltkd_jax.models.wide_resnet import WideResNet
 
 # Patterns of the layers' names, and the zoo's name for each: its first {} is the stage,
@@ -204,6 +204,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     On an error it is 2, with a message on standard error.
     """
+    console.replace_unencodable()
     parser = argparse.ArgumentParser(
         "ltkd_jax.models.convert", description="Weights from PyTorch to Flax."
     )

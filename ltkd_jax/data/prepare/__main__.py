@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from ltkd_jax import signals
+from ltkd_jax import console, signals
 from ltkd_jax.data import records
 from ltkd_jax.data.prepare import archives, download, recipes
 from ltkd_jax.data.prepare.tfds_writer import PrepareError
@@ -119,6 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
       The exit code: 0, or 2 after a failure, whose message is on the standard error.
     """
+    console.replace_unencodable()
     args = _parse_args(argv)
     logging.basicConfig(format="%(message)s")
     try:
