@@ -1,5 +1,6 @@
 """Small complete runs in this process, over the eight devices of the tests."""
 
+import concurrent.futures
 import json
 import resource
 import shutil
@@ -54,6 +55,14 @@ def with_teacher(folder, checkpoint, **values):
     """Returns the specification of a run with a teacher's folder."""
     values = {"teacher.checkpoint": str(checkpoint), **values}
     return resolve(tiny(folder, "kd", **values))
+
+
+def test_run_in_a_thread(tmp_path):
+    """Only the main thread may set signal handlers."""
+    config = tiny(tmp_path, "ce", **{"train.max_steps": 2})
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        results = pool.submit(run, config, tmp_path / "run").result()
+    assert results["test"]["all"] >= 0
 
 
 # The files of a run.

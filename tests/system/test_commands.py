@@ -1,6 +1,7 @@
 """The command `experiments.main`: one-line errors, and interrupted runs that resume."""
 
 import os
+import pathlib
 import random
 import resource
 import signal
@@ -220,6 +221,30 @@ def test_signal_to_process_group(tmp_path, signum):
         for _ in range(600):
             os.killpg(process.pid, 0)
             time.sleep(0.1)
+
+
+def test_killed_worker(tmp_path):
+    """Kills a run's workers: one line, and the same command would resume the run."""
+    process = start(
+        f"--config={STREAM_CONFIG}",
+        "--config.data.num_workers=2",
+        f"--config.data.dir={prepare_insects(tmp_path)}",
+        f"--workdir={tmp_path / 'run'}",
+        stderr=subprocess.PIPE,
+    )
+    log = tmp_path / "run" / "metrics.jsonl"
+    wait_until(lambda: log.exists() and log.read_text(), process)
+    children = []
+    for path in pathlib.Path(f"/proc/{process.pid}/task").glob("*/children"):
+        children += path.read_text().split()
+    for child in children:
+        if "spawn_main" in pathlib.Path(f"/proc/{child}/cmdline").read_text():
+            os.kill(int(child), signal.SIGKILL)
+    _, errors = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 1, errors[-2000:]
+    assert "Traceback" not in errors, errors[-2000:]
+    (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert "SIGKILL" in line and "num_workers" in line
 
 
 @pytest.mark.parametrize(
