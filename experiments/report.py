@@ -32,12 +32,14 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument(
         "paths",
+        type=console.path_argument,
         nargs="*",
         metavar="PATH",
         help="work directories, result files, or folders of them",
     )
     parser.add_argument(
         "--output",
+        type=console.path_argument,
         default="report.html",
         metavar="FILE",
         help="the page (default: report.html)",
@@ -53,11 +55,13 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument(
         "--results",
+        type=console.path_argument,
         metavar="FOLDER",
         help="write README.md into this folder of result files instead",
     )
     parser.add_argument(
         "--queue",
+        type=console.path_argument,
         nargs="*",
         default=[],
         metavar="FILE",

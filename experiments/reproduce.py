@@ -44,13 +44,20 @@ def main(argv: list[str] | None = None) -> None:
         parents=[command.parent_parser()],
     )
     parser.add_argument(
-        "queue", help="a queue file, such as experiments/queues/demo.json"
+        "queue",
+        type=console.path_argument,
+        help="a queue file, such as experiments/queues/demo.json",
     )
     parser.add_argument(
-        "--results", default="results", help="folder of result JSONs (default: results)"
+        "--results",
+        type=console.path_argument,
+        default="results",
+        help="folder of result JSONs (default: results)",
     )
     parser.add_argument(
-        "--runs", help="folder of work directories (default: runs/<queue's name>)"
+        "--runs",
+        type=console.path_argument,
+        help="folder of work directories (default: runs/<queue's name>)",
     )
     options = parser.parse_args(argv)
     folder = options.runs or pathlib.Path("runs") / pathlib.Path(options.queue).stem

@@ -8,6 +8,7 @@ import sys
 
 import jax
 
+from ltkd_jax import files
 from ltkd_jax.training import hosts
 
 # Exit status of a command that saved and stopped, by a signal or its time limit.
@@ -36,8 +37,11 @@ def initialize(distributed: str | None = None) -> None:
     set_xla_flags()
     logging.getLogger().setLevel(logging.WARNING)
     logging.getLogger("absl").setLevel(logging.WARNING)
-    cache_dir = os.path.abspath(os.environ.get("LTKD_CACHE", ".jax_cache"))
-    jax.config.update("jax_compilation_cache_dir", cache_dir)
+    try:
+        cache_dir = files.expand_user(os.environ.get("LTKD_CACHE", ".jax_cache"))
+    except FileNotFoundError as error:
+        sys.exit(f"error: LTKD_CACHE={error}")
+    jax.config.update("jax_compilation_cache_dir", os.path.abspath(cache_dir))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     if distributed:
         print(

@@ -1,7 +1,10 @@
-"""The console of the commands."""
+"""The console of the commands, and arguments that are paths."""
 
+import argparse
 import io
 import sys
+
+from ltkd_jax import files
 
 
 def replace_unencodable() -> None:
@@ -13,3 +16,14 @@ def replace_unencodable() -> None:
     # A notebook, or a program without a console, has another object or None.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
+
+
+def path_argument(text: str) -> str:
+    """Returns an argument with ~ expanded: shells leave it in `--output=~/x`.
+
+    It is a `type` for `argparse`, which names the argument in the error.
+    """
+    try:
+        return files.expand_user(text)
+    except FileNotFoundError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None

@@ -12,6 +12,22 @@ from typing import Any
 PathLike = str | os.PathLike[str]
 
 
+def expand_user(path: PathLike) -> str:
+    """Returns a path with the home directory in place of a leading ~ or ~USER.
+
+    Raises:
+      FileNotFoundError: the home directory is not known.
+    """
+    expanded = os.path.expanduser(os.fspath(path))
+    # What Python cannot expand it leaves as it is.
+    if expanded.startswith("~"):
+        raise FileNotFoundError(
+            f"{str(path)!r} is in a home directory that is not known: set HOME, or "
+            "give a path without ~"
+        )
+    return expanded
+
+
 @contextlib.contextmanager
 def atomic_write(path: PathLike) -> Iterator[pathlib.Path]:
     """Yields a temporary path that replaces `path` when the block ends.

@@ -16,6 +16,7 @@ from experiments.jobs.queue_entry import read_queue
 from experiments.jobs.queue_runner import Queue, Results, run_missing
 from experiments.reporting import load, report_page, tables
 from experiments.trainer.interrupts import StopRequest
+from ltkd_jax import console
 
 
 def _positive_int(text: str) -> int:
@@ -29,7 +30,12 @@ def _positive_int(text: str) -> int:
 def parent_parser() -> argparse.ArgumentParser:
     """Returns a parser of the common options, for `parents` of another parser."""
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--data_dir", default="", help="TFDS directory, for every run")
+    parser.add_argument(
+        "--data_dir",
+        type=console.path_argument,
+        default="",
+        help="TFDS directory, for every run",
+    )
     parser.add_argument(
         "--time_limit",
         type=float,

@@ -69,7 +69,7 @@ def run(
     streaming.exit_from_worker()
     hosts.run_on_all(lambda: validation.validate_devices(spec.config))
     _check_same_everywhere(spec)
-    workdir = pathlib.Path(workdir)
+    workdir = pathlib.Path(files.expand_user(workdir))
     stop = stop or StopRequest()
     with contextlib.ExitStack() as locks, stop.listening():
         results = hosts.run_on_primary(lambda: _claim_workdir(workdir, spec, locks))

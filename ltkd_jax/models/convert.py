@@ -210,9 +210,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("model", help=f"one of {', '.join(SUPPORTED)}")
     parser.add_argument(
-        "checkpoint", help="a file of torch.save, by mdistiller or RepDistiller"
+        "checkpoint",
+        type=console.path_argument,
+        help="a file of torch.save, by mdistiller or RepDistiller",
     )
-    parser.add_argument("out", help="the file to write")
+    parser.add_argument("out", type=console.path_argument, help="the file to write")
     parser.add_argument("--num_classes", type=int, default=100)
     args = parser.parse_args(argv)
     try:

@@ -259,6 +259,8 @@ def test_killed_worker(tmp_path):
         ),
         (["--config.data.imbalance=0.5"], "config.data.imbalance=0.5"),
         (["stray"], "'stray'"),
+        (["--workdir=~nobody-here/x"], "'~nobody-here/x'"),
+        (["--config=~nobody-here/x.py"], "'~nobody-here/x.py'"),
         (["--distributed=auto"], "distributed='auto'"),
     ],
 )

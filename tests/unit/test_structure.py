@@ -21,7 +21,7 @@ PROJECT = (
 # The modules of its own package that each part may import, besides itself.
 BASE = {"console", "files", "names", "signals"}
 LIBRARY_RULES = {
-    "console": set(),
+    "console": {"files"},
     "files": set(),
     "names": set(),
     "signals": set(),

@@ -45,10 +45,12 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("dataset", choices=recipes.DATASETS)
     parser.add_argument(
         "--data_dir",
+        type=console.path_argument,
         help="TFDS's directory (default: $TFDS_DATA_DIR, or ~/tensorflow_datasets)",
     )
     parser.add_argument(
         "--source",
+        type=console.path_argument,
         metavar="PATH",
         help="a local archive or folder; without it, one is downloaded",
     )
