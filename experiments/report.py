@@ -14,6 +14,7 @@ The last form writes README.md into the results folder: the papers' numbers besi
 
 import argparse
 import os
+import pathlib
 import sys
 from typing import Any
 
@@ -70,6 +71,11 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if bool(options.paths) == bool(options.results):
         parser.error("give either PATHs or --results")
+    output = pathlib.Path(options.output)
+    if not options.results and not output.parent.is_dir():
+        parser.error(
+            f"--output={output}: there is no folder {output.parent}: make it first"
+        )
     try:
         if options.results:
             planned: list[dict[str, Any]] = []

@@ -212,7 +212,7 @@ def main(argv: list[str] | None = None) -> None:
         about = runtime.command_line("experiments.sweep", arguments)
         seeds = list(range(options.seeds))
         runs = [{"config": reference, "seeds": seeds} for reference in specs]
-        folder.mkdir(parents=True, exist_ok=True)
+        files.make_folder(folder, "give another --name, or start elsewhere")
         files.write_json(queue_path, {"about": about, "runs": runs})
         print(f"{queue_path}: {summary(specs, options.seeds)}")
         if any("recipe=bikd" in reference for reference in specs):

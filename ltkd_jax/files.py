@@ -1,7 +1,6 @@
 """Atomic writes, JSON, checksums, and locks between processes."""
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -109,6 +108,32 @@ def reserve(path: PathLike, size: int) -> None:
             os.posix_fallocate(file.fileno(), 0, max(size, 1))
 
 
+def make_folder(path: PathLike, remedy: str) -> pathlib.Path:
+    """Makes a folder and those above it unless they exist, and returns it.
+
+    Args:
+      path: of the folder.
+      remedy: what to do if that fails, for the error message.
+
+    Raises:
+      OSError: it cannot be made or written to.
+    """
+    path = pathlib.Path(path)
+    reason = None
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = error.strerror
+    else:
+        if not os.access(path, os.W_OK | os.X_OK):
+            reason = "Permission denied"
+    if reason:
+        raise OSError(
+            f"the folder {path} cannot be made or written to ({reason}): {remedy}"
+        )
+    return path
+
+
 @contextlib.contextmanager
 def lock(path: PathLike) -> Iterator[None]:
     """Holds an exclusive lock on a file until the block ends.
@@ -120,7 +145,15 @@ def lock(path: PathLike) -> Iterator[None]:
 
     Raises:
       BlockingIOError: another process, or another call in this one, holds the lock.
+      ImportError: the system is Windows, which has no such locks.
     """
+    try:
+        import fcntl
+    except ModuleNotFoundError:
+        raise ImportError(
+            "training and checkpoints need Linux or macOS, for their locks: on Windows "
+            "use the Windows Subsystem for Linux (WSL)"
+        ) from None
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Closing the file releases the lock. The file stays: if it were removed, a process

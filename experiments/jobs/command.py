@@ -16,7 +16,7 @@ from experiments.jobs.queue_entry import read_queue
 from experiments.jobs.queue_runner import Queue, Results, run_missing
 from experiments.reporting import load, report_page, tables
 from experiments.trainer.interrupts import StopRequest
-from ltkd_jax import console
+from ltkd_jax import console, files
 
 
 def _positive_int(text: str) -> int:
@@ -115,6 +115,9 @@ def run_queue(
         for entry in queue.missing():
             print(f"{entry.config} seed={entry.seed} {json.dumps(entry.set)}")
         return 0
+    # Before the runs, whose results would otherwise have no place.
+    files.make_folder(results_folder, "give another --results")
+    files.make_folder(folder, "give another --runs")
     if machine is None or not queue.missing():
         with stop.listening():
             num_failed = run_missing(queue, stop)

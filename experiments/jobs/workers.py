@@ -116,7 +116,6 @@ def run(
     Returns:
       The number of workers that failed.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     workers: list[subprocess.Popen] = []
 
     def pass_on(number: int, _frame: FrameType | None) -> None:

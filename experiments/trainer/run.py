@@ -113,6 +113,10 @@ def _claim_workdir(
     if workdir.exists() and not workdir.is_dir():
         raise ConfigError(f"{workdir} is a file: give --workdir a folder")
     try:
+        files.make_folder(workdir, "give another --workdir")
+    except OSError as error:
+        raise ConfigError(str(error)) from None
+    try:
         locks.enter_context(files.lock(workdir / ".lock"))
     except BlockingIOError:
         raise InUseError(

@@ -65,6 +65,24 @@ def test_run_in_a_thread(tmp_path):
     assert results["test"]["all"] >= 0
 
 
+@pytest.mark.parametrize("option", ["--workdir", "config.teacher.dir"])
+def test_folder_that_cannot_be_made(option, tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    folders = {"--workdir": tmp_path / "run", "config.teacher.dir": tmp_path}
+    folders[option] = file / "x"
+    values = {"teacher.dir": str(folders["config.teacher.dir"])}
+    config = tiny(tmp_path, "kd", **values)
+    with pytest.raises(ConfigError, match=f"{file}/x cannot .*: give another {option}"):
+        run(config, folders["--workdir"])
+
+
+def test_batch_larger_than_the_training_set(tmp_path, caplog):
+    values = {"train.batch_size": 128, "train.max_steps": 1}
+    run(tiny(tmp_path, "ce", **values), tmp_path / "run")
+    assert "train.batch_size=128 is larger than the training set of" in caplog.text
+
+
 # The files of a run.
 
 
