@@ -24,13 +24,13 @@ STREAM_CONFIG = (
 )
 
 
-def start(*arguments, stderr=subprocess.STDOUT, **options):
+def start(*arguments, stderr=subprocess.STDOUT, variables=None, **options):
     """Starts `experiments.main`; its errors are part of its output by default."""
     cache = os.environ.get("LTKD_CACHE", str(ROOT / ".jax_cache"))
     return subprocess.Popen(
         [sys.executable, "-m", "experiments.main", *arguments],
         cwd=ROOT,
-        env={**os.environ, "LTKD_CACHE": cache},
+        env={**os.environ, "LTKD_CACHE": cache, **(variables or {})},
         stdout=subprocess.PIPE,
         stderr=stderr,
         text=True,
@@ -274,6 +274,28 @@ def test_error_is_one_line(arguments, message):
     assert len(lines) == 1, errors
     assert lines[0].startswith("error: ")
     assert message in lines[0]
+
+
+def test_numbers_do_not_depend_on_the_environment(tmp_path):
+    """Variables of jax that change random numbers or precision change no result."""
+    variables = {
+        "JAX_DEFAULT_PRNG_IMPL": "rbg",
+        "JAX_THREEFRY_PARTITIONABLE": "0",
+        "JAX_RANDOM_SEED_OFFSET": "7",
+        "JAX_ENABLE_X64": "1",
+        "JAX_DEFAULT_MATMUL_PRECISION": "bfloat16",
+        "JAX_HIGH_DYNAMIC_RANGE_GUMBEL": "1",
+    }
+    for name, environment in (("default", {}), ("changed", variables)):
+        flags = [f"--config.{key}={value}" for key, value in TINY.items()]
+        workdir = tmp_path / name / "run"
+        flags.append(f"--config.teacher.dir={tmp_path / name / 'teachers'}")
+        flags.append(f"--workdir={workdir}")
+        finish(
+            start("--config=configs/digitslt.py:ltkd", *flags, variables=environment)
+        )
+    config = tiny(tmp_path / "default")
+    assert_same_bits(config, tmp_path / "changed" / "run", tmp_path / "default" / "run")
 
 
 def test_help():
