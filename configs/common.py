@@ -130,7 +130,8 @@ def base(
             outer_per_class=0,
             # Images of each class held out for the choice of hyperparameters.
             validation_per_class=0,
-            # Evaluate on this number of test images, the same for each class; 0: all.
+            # Evaluate on about this number of test images, the same for each class (all
+            # of a class that has fewer); 0: all.
             test_images=0,
             # Resize images to this side length; 0: leave them as they are stored.
             image_size=0,

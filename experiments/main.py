@@ -18,6 +18,8 @@ import sys
 from absl import app, flags
 from ml_collections import config_flags
 
+from ltkd_jax import console, files
+
 _DEFAULT = "configs/digitslt.py"
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -57,7 +59,9 @@ def main(argv: list[str]) -> None:
     runtime.initialize(_DISTRIBUTED.value)
     try:
         spec = hosts.run_on_all(lambda: resolve(_CONFIG.value))
-        workdir = pathlib.Path(_WORKDIR.value or pathlib.Path("runs") / spec.name)
+        workdir = pathlib.Path("runs") / spec.name
+        if _WORKDIR.value:
+            workdir = pathlib.Path(files.expand_user(_WORKDIR.value))
         command = runtime.command_line("experiments.main", sys.argv[1:])
         results = run.run(spec, workdir, command=command)
         if hosts.is_primary():
@@ -77,10 +81,12 @@ def parse_flags(argv: list[str]) -> list[str]:
     Returns:
       The arguments that are no flags: the program's name alone.
     """
+    console.replace_unencodable()
     flag_names = [word.lstrip("-").partition("=")[0] for word in argv[1:]]
     if "config" not in flag_names:
         argv = [argv[0], f"--config={_DEFAULT}", *argv[1:]]
     try:
+        argv = [_expand_config_path(word) for word in argv]
         arguments = flags.FLAGS(argv)
         # The flag keeps an error of loading its file until its value is first used.
         _CONFIG.value.lock()
@@ -91,6 +97,14 @@ def parse_flags(argv: list[str]) -> list[str]:
     if len(arguments) > 1:
         sys.exit(f"error: unexpected argument {arguments[1]!r}; --help has the flags")
     return arguments
+
+
+def _expand_config_path(word: str) -> str:
+    """Returns a word of the command with ~ expanded if it is --config=PATH."""
+    flag, _, path = word.partition("=")
+    if flag.lstrip("-") != "config" or not path:
+        return word
+    return f"{flag}={files.expand_user(path)}"
 
 
 def _one_line(error: Exception) -> str:

@@ -36,8 +36,11 @@ def short() -> str:
 def _device(num_devices: int) -> str:
     device = jax.devices()[0]
     if device.platform == "cpu":
-        # The cores that this process may use, of which the machine may have more.
-        return f"{len(os.sched_getaffinity(0))}-core CPU"
+        num_cores = os.cpu_count()
+        if hasattr(os, "sched_getaffinity"):  # macOS has none
+            # The cores that this process may use, of which the machine may have more.
+            num_cores = len(os.sched_getaffinity(0))
+        return f"{num_cores}-core CPU"
     return f"{num_devices} × {device.device_kind}"
 
 
@@ -47,7 +50,12 @@ def _commit() -> str:
 
     def git(*words: str) -> str:
         process = subprocess.run(
-            ["git", *words], cwd=root, capture_output=True, text=True, check=True
+            ["git", *words],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=True,
         )
         return process.stdout.strip()
 

@@ -14,15 +14,18 @@ The last form writes README.md into the results folder: the papers' numbers besi
 
 import argparse
 import os
+import pathlib
 import sys
 from typing import Any
 
 from experiments.jobs import queue_entry
 from experiments.reporting import load, report_page, results_page, tables, writers
+from ltkd_jax import console
 
 
 def main(argv: list[str] | None = None) -> None:
     """Writes the page that the arguments describe, and prints its tables."""
+    console.replace_unencodable()
     parser = argparse.ArgumentParser(
         prog="python -m experiments.report",
         description=__doc__,
@@ -30,12 +33,14 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument(
         "paths",
+        type=console.path_argument,
         nargs="*",
         metavar="PATH",
         help="work directories, result files, or folders of them",
     )
     parser.add_argument(
         "--output",
+        type=console.path_argument,
         default="report.html",
         metavar="FILE",
         help="the page (default: report.html)",
@@ -51,11 +56,13 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument(
         "--results",
+        type=console.path_argument,
         metavar="FOLDER",
         help="write README.md into this folder of result files instead",
     )
     parser.add_argument(
         "--queue",
+        type=console.path_argument,
         nargs="*",
         default=[],
         metavar="FILE",
@@ -64,6 +71,11 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if bool(options.paths) == bool(options.results):
         parser.error("give either PATHs or --results")
+    output = pathlib.Path(options.output)
+    if not options.results and not output.parent.is_dir():
+        parser.error(
+            f"--output={output}: there is no folder {output.parent}: make it first"
+        )
     try:
         if options.results:
             planned: list[dict[str, Any]] = []

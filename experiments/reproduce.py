@@ -31,10 +31,12 @@ import sys
 from experiments.config.validation import ConfigError
 from experiments.jobs import command
 from experiments.reporting.load import ReportError
+from ltkd_jax import console
 
 
 def main(argv: list[str] | None = None) -> None:
     """Does the runs of the queue that the arguments name, and exits."""
+    console.replace_unencodable()
     parser = argparse.ArgumentParser(
         prog="python -m experiments.reproduce",
         description=__doc__,
@@ -42,13 +44,20 @@ def main(argv: list[str] | None = None) -> None:
         parents=[command.parent_parser()],
     )
     parser.add_argument(
-        "queue", help="a queue file, such as experiments/queues/demo.json"
+        "queue",
+        type=console.path_argument,
+        help="a queue file, such as experiments/queues/demo.json",
     )
     parser.add_argument(
-        "--results", default="results", help="folder of result JSONs (default: results)"
+        "--results",
+        type=console.path_argument,
+        default="results",
+        help="folder of result JSONs (default: results)",
     )
     parser.add_argument(
-        "--runs", help="folder of work directories (default: runs/<queue's name>)"
+        "--runs",
+        type=console.path_argument,
+        help="folder of work directories (default: runs/<queue's name>)",
     )
     options = parser.parse_args(argv)
     folder = options.runs or pathlib.Path("runs") / pathlib.Path(options.queue).stem

@@ -8,6 +8,7 @@ import sys
 
 import jax
 
+from ltkd_jax import files
 from ltkd_jax.training import hosts
 
 # Exit status of a command that saved and stopped, by a signal or its time limit.
@@ -23,9 +24,21 @@ _NO_YNN_CONVOLUTIONS = (
 # releases of jaxlib that are known to accept it.
 _JAXLIB_WITH_FLAG = ("0.10.", "0.11.")
 
+# Options of jax that change random numbers or precision, at jax's defaults. They can be
+# set by environment variables, such as JAX_ENABLE_X64, but a result must depend on its
+# config alone.
+_NUMERICS = {
+    "jax_default_prng_impl": "threefry2x32",
+    "jax_threefry_partitionable": True,
+    "jax_random_seed_offset": 0,
+    "jax_high_dynamic_range_gumbel": False,
+    "jax_enable_x64": False,
+    "jax_default_matmul_precision": None,
+}
+
 
 def initialize(distributed: str | None = None) -> None:
-    """Sets up XLA, logging and the cache of compiled programs.
+    """Sets up XLA, jax's numbers, logging and the cache of compiled programs.
 
     The cache is on disk, in $LTKD_CACHE or .jax_cache, and shared by all runs.
 
@@ -34,10 +47,17 @@ def initialize(distributed: str | None = None) -> None:
         single process.
     """
     set_xla_flags()
+    for name, value in _NUMERICS.items():
+        # A later jax may lack an option.
+        if hasattr(jax.config, name):
+            jax.config.update(name, value)
     logging.getLogger().setLevel(logging.WARNING)
     logging.getLogger("absl").setLevel(logging.WARNING)
-    cache_dir = os.path.abspath(os.environ.get("LTKD_CACHE", ".jax_cache"))
-    jax.config.update("jax_compilation_cache_dir", cache_dir)
+    try:
+        cache_dir = files.expand_user(os.environ.get("LTKD_CACHE", ".jax_cache"))
+    except FileNotFoundError as error:
+        sys.exit(f"error: LTKD_CACHE={error}")
+    jax.config.update("jax_compilation_cache_dir", os.path.abspath(cache_dir))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     if distributed:
         print(

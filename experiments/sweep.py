@@ -29,7 +29,7 @@ from experiments.config import load, spec
 from experiments.config.validation import ConfigError
 from experiments.jobs import command
 from experiments.reporting.load import ReportError
-from ltkd_jax import files
+from ltkd_jax import console, files
 
 # Keys of a setting, with example values for --help.
 _AXES = {
@@ -206,6 +206,7 @@ def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     """Does the sweep that the arguments describe, and exits."""
+    console.replace_unencodable()
     options = _parse_arguments(argv)
     config_name = pathlib.Path(options.config.partition(":")[0]).stem
     name = options.name or f"sweep-{config_name}"
@@ -225,7 +226,7 @@ def main(argv: list[str] | None = None) -> None:
         about = runtime.command_line("experiments.sweep", arguments)
         seeds = list(range(options.seeds))
         runs = [{"config": reference, "seeds": seeds} for reference in specs]
-        folder.mkdir(parents=True, exist_ok=True)
+        files.make_folder(folder, "give another --name, or start elsewhere")
         files.write_json(queue_path, {"about": about, "runs": runs})
         print(f"{queue_path}: {summary(specs, options.seeds)}")
         if any("recipe=bikd" in reference for reference in specs):

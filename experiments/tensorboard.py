@@ -14,17 +14,28 @@ import pathlib
 import sys
 
 from experiments.reporting import load, tensorboard
+from ltkd_jax import console
 
 
 def main(argv: list[str] | None = None) -> None:
     """Writes the event files of the work directories that the arguments name."""
+    console.replace_unencodable()
     parser = argparse.ArgumentParser(
         prog="python -m experiments.tensorboard", description=__doc__.splitlines()[0]
     )
     parser.add_argument(
-        "paths", nargs="+", metavar="PATH", help="work directories, or folders of them"
+        "paths",
+        type=console.path_argument,
+        nargs="+",
+        metavar="PATH",
+        help="work directories, or folders of them",
     )
-    parser.add_argument("--output", default="runs/tensorboard", metavar="DIR")
+    parser.add_argument(
+        "--output",
+        type=console.path_argument,
+        default="runs/tensorboard",
+        metavar="DIR",
+    )
     options = parser.parse_args(argv)
     try:
         # A result file by itself has no metrics.
@@ -48,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(
             'error: tensorboardX is not installed: pip install -e ".[tensorboard]"'
         )
-    except load.ReportError as error:
+    except (load.ReportError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

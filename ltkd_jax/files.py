@@ -1,7 +1,6 @@
 """Atomic writes, JSON, checksums, and locks between processes."""
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -36,6 +35,22 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name.lower() in _SYSTEM_NAMES
 
 
+def expand_user(path: PathLike) -> str:
+    """Returns a path with the home directory in place of a leading ~ or ~USER.
+
+    Raises:
+      FileNotFoundError: the home directory is not known.
+    """
+    expanded = os.path.expanduser(os.fspath(path))
+    # What Python cannot expand it leaves as it is.
+    if expanded.startswith("~"):
+        raise FileNotFoundError(
+            f"{str(path)!r} is in a home directory that is not known: set HOME, or "
+            "give a path without ~"
+        )
+    return expanded
+
+
 @contextlib.contextmanager
 def atomic_write(path: PathLike) -> Iterator[pathlib.Path]:
     """Yields a temporary path that replaces `path` when the block ends.
@@ -64,9 +79,11 @@ def atomic_write(path: PathLike) -> Iterator[pathlib.Path]:
 
 
 def write_text(path: PathLike, text: str) -> None:
-    """Writes a text file as UTF-8, atomically."""
+    """Writes a text file as UTF-8, atomically; what UTF-8 does not have becomes "?"."""
     with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        # Python decodes an argument that is not in the console's encoding to
+        # surrogates, which UTF-8 does not have.
+        temporary.write_text(text, encoding="utf-8", errors="replace")
 
 
 def write_json(path: PathLike, value: Any) -> None:
@@ -115,6 +132,32 @@ def reserve(path: PathLike, size: int) -> None:
             os.posix_fallocate(file.fileno(), 0, max(size, 1))
 
 
+def make_folder(path: PathLike, remedy: str) -> pathlib.Path:
+    """Makes a folder and those above it unless they exist, and returns it.
+
+    Args:
+      path: of the folder.
+      remedy: what to do if that fails, for the error message.
+
+    Raises:
+      OSError: it cannot be made or written to.
+    """
+    path = pathlib.Path(path)
+    reason = None
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = error.strerror
+    else:
+        if not os.access(path, os.W_OK | os.X_OK):
+            reason = "Permission denied"
+    if reason:
+        raise OSError(
+            f"the folder {path} cannot be made or written to ({reason}): {remedy}"
+        )
+    return path
+
+
 @contextlib.contextmanager
 def lock(path: PathLike) -> Iterator[None]:
     """Holds an exclusive lock on a file until the block ends.
@@ -126,7 +169,15 @@ def lock(path: PathLike) -> Iterator[None]:
 
     Raises:
       BlockingIOError: another process, or another call in this one, holds the lock.
+      ImportError: the system is Windows, which has no such locks.
     """
+    try:
+        import fcntl
+    except ModuleNotFoundError:
+        raise ImportError(
+            "training and checkpoints need Linux or macOS, for their locks: on Windows "
+            "use the Windows Subsystem for Linux (WSL)"
+        ) from None
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Closing the file releases the lock. The file stays: if it were removed, a process

@@ -21,10 +21,12 @@ import sys
 
 from experiments import runtime
 from experiments.audit import run, summary
+from ltkd_jax import console
 
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the command."""
+    console.replace_unencodable()
     parser = _parser()
     options = parser.parse_args(argv)
     if options.save and not options.checkpoint:
@@ -52,20 +54,26 @@ def _parser():
     )
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument(
-        "--logits", metavar="FILE.npz", help="logits and labels of any model"
+        "--logits",
+        type=console.path_argument,
+        metavar="FILE.npz",
+        help="logits and labels of any model",
     )
     model.add_argument(
         "--checkpoint",
+        type=console.path_argument,
         metavar="FOLDER",
         help="a teacher's folder, or the work directory of a run",
     )
     parser.add_argument(
         "--compare",
+        type=console.path_argument,
         metavar="PATH",
         help="a second model, such as its student, as either of these",
     )
     parser.add_argument(
         "--counts",
+        type=console.path_argument,
         metavar="FILE",
         help="training images of each class: .json, .npy or text",
     )
@@ -87,20 +95,28 @@ def _parser():
         default=4.0,
         help="of distillation; default: 4",
     )
-    parser.add_argument("--data_dir", default="", help="of the checkpoint's data set")
+    parser.add_argument(
+        "--data_dir",
+        type=console.path_argument,
+        default="",
+        help="of the checkpoint's data set",
+    )
     parser.add_argument(
         "--subset",
+        type=console.path_argument,
         default="",
         metavar="LIST",
         help="of its training images, if it had one",
     )
     parser.add_argument(
         "--save",
+        type=console.path_argument,
         metavar="FILE.npz",
         help="write the checkpoint's logits, as --logits reads them",
     )
     parser.add_argument(
         "--output",
+        type=console.path_argument,
         default="audit.html",
         help="the page, with a .json beside it; default: audit.html",
     )

@@ -204,7 +204,9 @@ def _check_writable(option, path, suffix):
 
 def _check_replaceable(path):
     """Refuses to overwrite a file that is not an audit's, such as a run's results."""
-    if path.exists() and "counts_from" not in path.read_text(errors="replace"):
+    if path.exists() and "counts_from" not in path.read_text(
+        encoding="utf-8", errors="replace"
+    ):
         raise inputs.AuditError(
             f"{path} exists and is no audit's: give another --output"
         )

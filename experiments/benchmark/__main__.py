@@ -26,6 +26,7 @@ from experiments.benchmark import (
     train_step,
 )
 from experiments.config.validation import ConfigError
+from ltkd_jax import console
 
 _PRECISIONS = ("float32", "tf32", "bfloat16")
 _LOGITS_SOURCES = ("table", "network")
@@ -243,6 +244,7 @@ def _parser():
 
 def main(argv=None):
     """Runs the command."""
+    console.replace_unencodable()
     options = vars(_parser().parse_args(argv))
     report = options.pop("report")
     runtime.initialize()

@@ -6,7 +6,7 @@ import pathlib
 import ml_collections
 
 from experiments.config.validation import ConfigError
-from ltkd_jax import names
+from ltkd_jax import files, names
 
 
 def load_config(reference: str) -> ml_collections.ConfigDict:
@@ -17,6 +17,10 @@ def load_config(reference: str) -> ml_collections.ConfigDict:
         wrong.
     """
     path, _, argument = reference.partition(":")
+    try:
+        path = files.expand_user(path)
+    except FileNotFoundError as error:
+        raise ConfigError(str(error)) from None
     if not pathlib.Path(path).is_file():
         raise ConfigError(missing_file(path))
     try:

@@ -20,9 +20,12 @@ from experiments.config import validation
 from experiments.config.names import check_key
 from experiments.config.trees import flatten, without
 from experiments.config.validation import ConfigError
-from ltkd_jax import methods, names
+from ltkd_jax import files, methods, names
 from ltkd_jax.data import augment
 from ltkd_jax.groups import ClassGroups
+
+# Keys whose values are paths.
+_PATH_KEYS = ("data.dir", "data.subset", "teacher.dir", "teacher.checkpoint")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,8 +190,8 @@ class RunSpec:
     """Describes a run: a student, and the teacher if the method needs one.
 
     Attributes:
-      config: the complete config, nested, for `results.json`. `data.dir` is empty,
-        since it differs between machines.
+      config: the complete config, nested, for `results.json`: as it was given, but
+        `data.dir` is empty, since it differs between machines.
       content: hashes of the files that the config names, see `identity.content_hashes`.
       identity: what the result depends on.
       teacher_identity: what the teacher depends on.
@@ -311,6 +314,8 @@ def resolve(config: ml_collections.ConfigDict | Mapping) -> RunSpec:
         config = config.to_dict()
     tree = identities.add_new_options(_with_tuples(config))
     _check_keys(tree)
+    given = tree
+    tree = _with_home(tree)
     validation.validate(tree)
     try:
         content = identities.content_hashes(tree)
@@ -324,7 +329,7 @@ def resolve(config: ml_collections.ConfigDict | Mapping) -> RunSpec:
     weighting = without(tree["loss_weighting"], ["name"])
     teacher = {**tree["teacher"], "train": Recipe(**tree["teacher"]["train"])}
     return RunSpec(
-        config=tree | {"data": tree["data"] | {"dir": ""}},
+        config=given | {"data": given["data"] | {"dir": ""}},
         content=content,
         identity=identity,
         teacher_identity=identities.teacher_identity(tree, identity),
@@ -418,6 +423,18 @@ def _check_types(values: dict, defaults: dict) -> None:
             raise ConfigError(
                 f"config.{key}={value!r} must be of type {expected.__name__}"
             )
+
+
+def _with_home(tree: dict) -> dict:
+    """Returns the config with the home directory in place of ~ in its paths."""
+    sections = {name: dict(tree[name]) for name in ("data", "teacher")}
+    for path in _PATH_KEYS:
+        name, key = path.split(".")
+        try:
+            sections[name][key] = files.expand_user(sections[name][key])
+        except FileNotFoundError as error:
+            raise ConfigError(f"config.{path}: {error}") from None
+    return tree | sections
 
 
 def _with_tuples(value: Any) -> Any:

@@ -16,6 +16,7 @@ from experiments.jobs.queue_entry import read_queue
 from experiments.jobs.queue_runner import Queue, Results, run_missing
 from experiments.reporting import load, report_page, tables
 from experiments.trainer.interrupts import StopRequest
+from ltkd_jax import console, files
 
 
 def _positive_int(text: str) -> int:
@@ -29,7 +30,12 @@ def _positive_int(text: str) -> int:
 def parent_parser() -> argparse.ArgumentParser:
     """Returns a parser of the common options, for `parents` of another parser."""
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--data_dir", default="", help="TFDS directory, for every run")
+    parser.add_argument(
+        "--data_dir",
+        type=console.path_argument,
+        default="",
+        help="TFDS directory, for every run",
+    )
     parser.add_argument(
         "--time_limit",
         type=float,
@@ -109,6 +115,9 @@ def run_queue(
         for entry in queue.missing():
             print(f"{entry.config} seed={entry.seed} {json.dumps(entry.set)}")
         return 0
+    # Before the runs, whose results would otherwise have no place.
+    files.make_folder(results_folder, "give another --results")
+    files.make_folder(folder, "give another --runs")
     if machine is None or not queue.missing():
         with stop.listening():
             num_failed = run_missing(queue, stop)
@@ -139,11 +148,13 @@ def run_queue(
 
 
 def _report(queue: Queue, folder: pathlib.Path) -> None:
+    # The page first: it is kept if the console has been closed.
+    path = folder / "report.html"
+    workdirs = queue.workdirs()
+    if workdirs:
+        report_page.write_report([load.load(workdir) for workdir in workdirs], path)
     results = queue.results()
     if results:
         print(tables.render(results))
-    workdirs = queue.workdirs()
     if workdirs:
-        path = folder / "report.html"
-        report_page.write_report([load.load(workdir) for workdir in workdirs], path)
         print(f"\n{path}")

@@ -95,7 +95,7 @@ def read_queue(path: str | os.PathLike[str]) -> list[QueueEntry]:
     """
     entries = []
     try:
-        queue = json.loads(pathlib.Path(path).read_text())
+        queue = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
         for run in queue["runs"]:
             unknown = sorted(set(run) - _KEYS)
             if unknown:

@@ -80,7 +80,10 @@ def count_devices() -> Machine:
       ConfigError: jax has no device.
     """
     child = subprocess.run(
-        [sys.executable, "-c", _COUNT_DEVICES], capture_output=True, text=True
+        [sys.executable, "-c", _COUNT_DEVICES],
+        capture_output=True,
+        text=True,
+        errors="replace",
     )
     if child.returncode:
         last_line = child.stderr.strip().rpartition("\n")[2]
@@ -113,7 +116,6 @@ def run(
     Returns:
       The number of workers that failed.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     workers: list[subprocess.Popen] = []
 
     def pass_on(number: int, _frame: FrameType | None) -> None:

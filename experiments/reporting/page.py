@@ -152,7 +152,7 @@ def write(path, title, components, files=None):
         light=figures.LIGHT_VARIABLES,
         dark=figures.DARK_VARIABLES,
     )
-    path.write_text(html, encoding="utf-8")
+    path.write_text(html, encoding="utf-8", errors="replace")
 
 
 def _figure_files(components):
@@ -190,4 +190,5 @@ def _write_files(folder, files):
     if files:
         folder.mkdir(exist_ok=True)
     for name, text in files.items():
-        (folder / name).write_text(text.rstrip() + "\n", encoding="utf-8")
+        text = text.rstrip() + "\n"
+        (folder / name).write_text(text, encoding="utf-8", errors="replace")

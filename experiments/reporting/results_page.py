@@ -24,7 +24,7 @@ def write_results(folder, planned=()):
     path = pathlib.Path(folder) / "README.md"
     runs = load.load_all([folder])
     text = render_results(runs, load.read_json(PUBLISHED), planned)
-    path.write_text(text, encoding="utf-8")
+    path.write_text(text, encoding="utf-8", errors="replace")
     return path
 
 

@@ -25,7 +25,7 @@ class Dataset:
       train: the long-tailed training set.
       outer: balanced images, held out of it for the outer loss of learned weights.
       validation: balanced images, held out of it for the choice of hyperparameters.
-      test: the test set, or a balanced part of it.
+      test: the test set, or a part of it, as balanced as the set allows.
       class_counts: `[C]`, training images of each class.
       groups: head, medium and tail by these counts, see `group_classes`.
       shots: masks `[C]` of the classes with many, medium and few images, by name.
@@ -183,16 +183,29 @@ def _read(
 def _balanced_indices(
     images: Images | Records, number: int, num_classes: int
 ) -> np.ndarray:
-    """Returns the indices of about `number` images, the same number of each class.
+    """Returns the indices of about `number` images, as many of each class if possible.
 
-    They are always the same ones; 0 takes all images.
+    Of a class that has fewer, all are taken. They are always the same ones; 0 takes all
+    images.
     """
     if not 0 < number < len(images):
         return np.arange(len(images))
     per_class = max(number // num_classes, 1)
-    return longtail.balanced_subset(
-        images.labels, images.keys, num_classes=num_classes, per_class=per_class
+    class_sizes = np.bincount(images.labels, minlength=num_classes)
+    has_more = class_sizes > per_class
+    candidates = np.flatnonzero(has_more[images.labels])
+    all_of_small = np.flatnonzero(~has_more[images.labels])
+    if not candidates.size:
+        return all_of_small
+    # The draw depends on the keys only, so the classes may be numbered anew.
+    _, labels = np.unique(images.labels[candidates], return_inverse=True)
+    drawn = longtail.balanced_subset(
+        labels,
+        images.keys[candidates],
+        num_classes=int(has_more.sum()),
+        per_class=per_class,
     )
+    return np.sort(np.concatenate([all_of_small, candidates[drawn]]))
 
 
 def device_memory() -> int:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import logging
 import pathlib
 import sys
 import time
@@ -24,6 +25,7 @@ from ltkd_jax.training.checkpoint import Checkpoints
 from ltkd_jax.training.state import TrainState
 from ltkd_jax.training.steps import TrainData
 
+_log = logging.getLogger(__name__)
 _GRID_SIZE = 16  # points on each axis of the map from features to weights
 
 
@@ -81,6 +83,8 @@ def fit(
     log = MetricsLog(workdir / "metrics.jsonl", options.on_record)
     label = options.label
     step, state, clock = _resume(trainer, checkpoints, log, seed)
+    if step < trainer.total_steps and hosts.is_primary():
+        _warn_of_large_batch(trainer, label)
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(_progress_bar(trainer.total_steps, step, label))
         calls = stack.enter_context(contextlib.closing(trainer.inputs(seed, step)))
@@ -120,6 +124,21 @@ def fit(
                     f"{trainer.total_steps}, and saved"
                 )
     return state, clock.timing(trainer.recipe.batch_size)
+
+
+def _warn_of_large_batch(trainer: Trainer, label: str) -> None:
+    """Logs a warning if each step takes every image more than once."""
+    batch_size = trainer.recipe.batch_size
+    num_images = len(trainer.data.train)
+    if batch_size > num_images:
+        _log.warning(
+            "%s: train.batch_size=%d is larger than the training set of %d images: an "
+            "epoch is one step, which takes each image about %.3g times; lower it",
+            label,
+            batch_size,
+            num_images,
+            batch_size / num_images,
+        )
 
 
 def _resume(

@@ -37,7 +37,9 @@ class MetricsLog:
           step: of the checkpoint that the run resumes from.
           epochs: the number of epochs until that step.
         """
-        text = self._path.read_text(errors="replace") if self._path.exists() else ""
+        text = ""
+        if self._path.exists():
+            text = self._path.read_text(encoding="utf-8", errors="replace")
         lines = text.splitlines(keepends=True)
         lines = [line for line in lines if _step_of(line) <= step]
         if len(lines) < epochs:
@@ -52,7 +54,7 @@ class MetricsLog:
 
     def write(self, record: dict) -> None:
         """Appends a record."""
-        with open(self._path, "a") as file:
+        with open(self._path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         self._on_record(record)
 

@@ -20,7 +20,7 @@ from experiments.trainer.dataset import Dataset
 from experiments.trainer.interrupts import StopRequest
 from experiments.trainer.trainer import Trainer, get_trainer
 from ltkd_jax import files
-from ltkd_jax.data import records
+from ltkd_jax.data import records, streaming
 from ltkd_jax.data.records import Images, Records
 from ltkd_jax.training import hosts
 from ltkd_jax.training.state import TrainState
@@ -62,14 +62,15 @@ def run(
       The content of `results.json`.
 
     Raises:
-      ConfigError: a bad config or bad data, or a work directory that holds another
-        config or is in use (`InUseError`).
+      ConfigError: a bad config or bad data, a work directory that holds another config
+        or is in use (`InUseError`), or a stream's worker that was killed.
       StoppedError: see `loop.fit`.
       DivergedError: see `loop.fit`.
     """
+    streaming.exit_from_worker()
     hosts.run_on_all(lambda: validation.validate_devices(spec.config))
     _check_same_everywhere(spec)
-    workdir = pathlib.Path(workdir)
+    workdir = pathlib.Path(files.expand_user(workdir))
     stop = stop or StopRequest()
     with contextlib.ExitStack() as locks, stop.listening():
         results = hosts.run_on_primary(lambda: _claim_workdir(workdir, spec, locks))
@@ -77,7 +78,7 @@ def run(
             return results
         try:
             results = _distil(spec, workdir, stop, command, on_record)
-        except records.DamagedRecordError as error:
+        except (records.DamagedRecordError, streaming.WorkerError) as error:
             raise ConfigError(str(error)) from error
         path = workdir / "results.json"
         hosts.run_on_primary(functools.partial(files.write_json, path, results))
@@ -112,6 +113,10 @@ def _claim_workdir(
     """
     if workdir.exists() and not workdir.is_dir():
         raise ConfigError(f"{workdir} is a file: give --workdir a folder")
+    try:
+        files.make_folder(workdir, "give another --workdir")
+    except OSError as error:
+        raise ConfigError(str(error)) from None
     try:
         locks.enter_context(files.lock(workdir / ".lock"))
     except BlockingIOError:

@@ -280,6 +280,10 @@ def obtain(
     with contextlib.ExitStack() as locks:
 
         def claim() -> bool:
+            try:
+                files.make_folder(folder.parent, "give another config.teacher.dir")
+            except OSError as error:
+                raise ConfigError(str(error)) from None
             lock_path = folder.with_suffix(".lock")
             locks.enter_context(_wait_for_lock(lock_path, stop, "the teacher"))
             return folder.exists()

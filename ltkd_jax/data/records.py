@@ -487,6 +487,15 @@ def resolve_data_dir(data_dir: str | os.PathLike[str] | None) -> pathlib.Path:
 
     Args:
       data_dir: the directory; None means $TFDS_DATA_DIR, or ~/tensorflow_datasets.
+
+    Raises:
+      FileNotFoundError: it is in a home directory that is not known.
     """
     root = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-    return pathlib.Path(root).expanduser().absolute()
+    try:
+        return pathlib.Path(files.expand_user(root)).absolute()
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{error}; the data directory is set by --data_dir, by config.data.dir or "
+            "by $TFDS_DATA_DIR"
+        ) from None

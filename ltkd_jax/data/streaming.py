@@ -8,8 +8,11 @@ step, with any number of workers, and gives the same bytes.
 import contextlib
 import dataclasses
 import itertools
+import multiprocessing
 import os
+import re
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from multiprocessing import resource_tracker
 from typing import Any, NamedTuple
@@ -22,6 +25,12 @@ from ltkd_jax.data.sampling import Array, steps_per_epoch
 # Without workers, as many threads read a batch each, and as many batches are ready.
 _NUM_THREADS = min(16, os.cpu_count() or 4)
 _PREFETCH_PER_WORKER = 2  # batches
+# Exit status of a worker that runs the script which started it.
+_RUNS_SCRIPT = 76
+
+
+class WorkerError(RuntimeError):
+    """Reports a worker process that ended before its stream did."""
 
 
 class StreamedBatch(NamedTuple):
@@ -143,6 +152,8 @@ def batches(
     Raises:
       ValueError: there are no images, an argument is negative, or a position is not in
         0 to B − 1. The iterator raises it for an image that does not decode.
+      WorkerError: a worker was killed, or could not start. A script that starts workers
+        must do so under `if __name__ == "__main__":`, since each worker imports it.
     """
     import grain
 
@@ -170,6 +181,7 @@ def batches(
         grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=num_threads)
     )
     if num_workers:
+        exit_from_worker()
         _parse_flags()
         stream = stream.mp_prefetch(
             grain.MultiprocessingOptions(
@@ -177,17 +189,60 @@ def batches(
             )
         )
     iterator = iter(stream)
+    batches = _with_worker_errors(iterator)
     try:
         # Grain starts its workers when the first batch is requested, in threads that it
         # starts then, too. Both inherit the blocked signals.
         with _blocked_signals() if num_workers else contextlib.nullcontext():
-            first_batch = list(itertools.islice(iterator, 1))
+            first_batch = list(itertools.islice(batches, 1))
         # The batch's memory is shared with a worker, so it must not outlive the block:
         # popped from its list, it is referenced by the caller only.
         popped = (first_batch.pop() for _ in range(len(first_batch)))
-        yield itertools.chain(popped, iterator)
+        yield itertools.chain(popped, batches)
     finally:
         iterator.close()
+
+
+def exit_from_worker() -> None:
+    """Ends this process if it is a worker that runs the script which started it.
+
+    A worker imports that script. Without `if __name__ == "__main__":` it would repeat
+    all that the script does, with workers of its own, while the stream waits for it.
+    """
+    # The flag by which multiprocessing itself refuses to start processes there.
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        sys.exit(_RUNS_SCRIPT)
+
+
+def _with_worker_errors(batches: Iterator[StreamedBatch]) -> Iterator[StreamedBatch]:
+    """Yields the batches, and raises WorkerError once a worker has ended."""
+    try:
+        yield from batches
+    except RuntimeError as error:
+        status = re.search(r"Worker process .* exit code (-?\d+)", str(error))
+        if status is None:
+            raise
+        raise WorkerError(_describe_end(int(status[1]))) from None
+
+
+def _describe_end(status: int) -> str:
+    """Returns why a worker has ended, from its exit status, and the remedy."""
+    if status < 0:
+        return (
+            "a worker that reads the stream was killed by "
+            f"{signal.Signals(-status).name}, as the system does if memory runs out: "
+            "start again, with fewer workers (num_workers), or 0 for threads"
+        )
+    guard = (
+        'put what the script does under `if __name__ == "__main__":`, since each '
+        "worker imports it, or set num_workers to 0"
+    )
+    if status == _RUNS_SCRIPT:
+        return f"a worker that reads the stream ran the script again: {guard}"
+    return (
+        f"a worker that reads the stream ended with exit status {status}, and its "
+        f"error is above; if it ran the script again, {guard}"
+    )
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import serialization, traverse_util
 
-from ltkd_jax import files, models
+from ltkd_jax import console, files, models
 from ltkd_jax.models.wide_resnet import WideResNet
 
 # Patterns of the layers' names, and the zoo's name for each: its first {} is the stage,
@@ -238,14 +238,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     On an error it is 2, with a message on standard error.
     """
+    console.replace_unencodable()
     parser = argparse.ArgumentParser(
         "ltkd_jax.models.convert", description="Weights from PyTorch to Flax."
     )
     parser.add_argument("model", help=f"one of {', '.join(SUPPORTED)}")
     parser.add_argument(
-        "checkpoint", help="a file of torch.save, by mdistiller or RepDistiller"
+        "checkpoint",
+        type=console.path_argument,
+        help="a file of torch.save, by mdistiller or RepDistiller",
     )
-    parser.add_argument("out", help="the file to write")
+    parser.add_argument("out", type=console.path_argument, help="the file to write")
     parser.add_argument("--num_classes", type=int, default=100)
     args = parser.parse_args(argv)
     try:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pwd
 import shutil
 import subprocess
 import sys
@@ -120,6 +121,19 @@ def test_default_directory(monkeypatch, tmp_path):
     monkeypatch.delenv("TFDS_DATA_DIR")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert records.resolve_data_dir(None) == tmp_path / "tensorflow_datasets"
+
+
+def test_no_home_directory(monkeypatch):
+    """A user without HOME and without an entry in the list of users."""
+
+    def no_entry(uid):
+        raise KeyError(uid)
+
+    monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", no_entry)
+    with pytest.raises(FileNotFoundError, match="HOME.*--data_dir.*TFDS_DATA_DIR"):
+        datasets.load("cifar10")
 
 
 def test_load_another_file_format(prepared, tmp_path):

@@ -1,5 +1,6 @@
 """Small complete runs in this process, over the eight devices of the tests."""
 
+import concurrent.futures
 import json
 import resource
 import shutil
@@ -55,6 +56,32 @@ def with_teacher(folder, checkpoint, **values):
     """Returns the specification of a run with a teacher's folder."""
     values = {"teacher.checkpoint": str(checkpoint), **values}
     return resolve(tiny(folder, "kd", **values))
+
+
+def test_run_in_a_thread(tmp_path):
+    """Only the main thread may set signal handlers."""
+    config = tiny(tmp_path, "ce", **{"train.max_steps": 2})
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        results = pool.submit(run, config, tmp_path / "run").result()
+    assert results["test"]["all"] >= 0
+
+
+@pytest.mark.parametrize("option", ["--workdir", "config.teacher.dir"])
+def test_folder_that_cannot_be_made(option, tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    folders = {"--workdir": tmp_path / "run", "config.teacher.dir": tmp_path}
+    folders[option] = file / "x"
+    values = {"teacher.dir": str(folders["config.teacher.dir"])}
+    config = tiny(tmp_path, "kd", **values)
+    with pytest.raises(ConfigError, match=f"{file}/x cannot .*: give another {option}"):
+        run(config, folders["--workdir"])
+
+
+def test_batch_larger_than_the_training_set(tmp_path, caplog):
+    values = {"train.batch_size": 128, "train.max_steps": 1}
+    run(tiny(tmp_path, "ce", **values), tmp_path / "run")
+    assert "train.batch_size=128 is larger than the training set of" in caplog.text
 
 
 # The files of a run.

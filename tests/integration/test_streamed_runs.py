@@ -293,3 +293,19 @@ def test_subsets(data_dir, tmp_path):
         dataset.load(spec_of_list("d.txt", ["train/ant/gone.jpg 0"]).data)
     with pytest.raises(ConfigError, match="d.txt"):
         spec_of_list("d.txt", ["train/ant/gone.jpg"])
+
+
+@pytest.mark.parametrize("number, expected", [(30, [10, 3, 9]), (3, [1, 1, 1])])
+def test_part_of_an_uneven_test_set(number, expected, tmp_path):
+    """Of a class with too few images for a balanced part, all are taken."""
+    size = (12, 10)
+    sizes = {"ant": 40, "bee": 3, "cat": 9}
+    images = pictures.by_class(sizes, folder="test/", size=size)
+    images |= pictures.by_class(sizes, folder="train/", size=size)
+    pictures.write_folder(tmp_path / "images", images)
+    recipe = recipes.custom_recipe("uneven")
+    recipes.prepare(recipe, tmp_path / "tfds", tmp_path / "images")
+    values = {"data.dir": str(tmp_path / "tfds"), "data.test_images": number}
+    config = small_runs.config_of("folderlt", "ce,name=uneven,image_size=8")
+    data = dataset.load(resolve(small_runs.changed(config, **values)).data)
+    assert np.bincount(data.test.labels).tolist() == expected

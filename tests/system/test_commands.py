@@ -1,6 +1,7 @@
 """The command `experiments.main`: one-line errors, and interrupted runs that resume."""
 
 import os
+import pathlib
 import random
 import resource
 import signal
@@ -23,13 +24,13 @@ STREAM_CONFIG = (
 )
 
 
-def start(*arguments, stderr=subprocess.STDOUT, **options):
+def start(*arguments, stderr=subprocess.STDOUT, variables=None, **options):
     """Starts `experiments.main`; its errors are part of its output by default."""
     cache = os.environ.get("LTKD_CACHE", str(ROOT / ".jax_cache"))
     return subprocess.Popen(
         [sys.executable, "-m", "experiments.main", *arguments],
         cwd=ROOT,
-        env={**os.environ, "LTKD_CACHE": cache},
+        env={**os.environ, "LTKD_CACHE": cache, **(variables or {})},
         stdout=subprocess.PIPE,
         stderr=stderr,
         text=True,
@@ -222,6 +223,30 @@ def test_signal_to_process_group(tmp_path, signum):
             time.sleep(0.1)
 
 
+def test_killed_worker(tmp_path):
+    """Kills a run's workers: one line, and the same command would resume the run."""
+    process = start(
+        f"--config={STREAM_CONFIG}",
+        "--config.data.num_workers=2",
+        f"--config.data.dir={prepare_insects(tmp_path)}",
+        f"--workdir={tmp_path / 'run'}",
+        stderr=subprocess.PIPE,
+    )
+    log = tmp_path / "run" / "metrics.jsonl"
+    wait_until(lambda: log.exists() and log.read_text(), process)
+    children = []
+    for path in pathlib.Path(f"/proc/{process.pid}/task").glob("*/children"):
+        children += path.read_text().split()
+    for child in children:
+        if "spawn_main" in pathlib.Path(f"/proc/{child}/cmdline").read_text():
+            os.kill(int(child), signal.SIGKILL)
+    _, errors = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 1, errors[-2000:]
+    assert "Traceback" not in errors, errors[-2000:]
+    (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert "SIGKILL" in line and "num_workers" in line
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -234,6 +259,8 @@ def test_signal_to_process_group(tmp_path, signum):
         ),
         (["--config.data.imbalance=0.5"], "config.data.imbalance=0.5"),
         (["stray"], "'stray'"),
+        (["--workdir=~nobody-here/x"], "'~nobody-here/x'"),
+        (["--config=~nobody-here/x.py"], "'~nobody-here/x.py'"),
         (["--distributed=auto"], "distributed='auto'"),
     ],
 )
@@ -247,6 +274,28 @@ def test_error_is_one_line(arguments, message):
     assert len(lines) == 1, errors
     assert lines[0].startswith("error: ")
     assert message in lines[0]
+
+
+def test_numbers_do_not_depend_on_the_environment(tmp_path):
+    """Variables of jax that change random numbers or precision change no result."""
+    variables = {
+        "JAX_DEFAULT_PRNG_IMPL": "rbg",
+        "JAX_THREEFRY_PARTITIONABLE": "0",
+        "JAX_RANDOM_SEED_OFFSET": "7",
+        "JAX_ENABLE_X64": "1",
+        "JAX_DEFAULT_MATMUL_PRECISION": "bfloat16",
+        "JAX_HIGH_DYNAMIC_RANGE_GUMBEL": "1",
+    }
+    for name, environment in (("default", {}), ("changed", variables)):
+        flags = [f"--config.{key}={value}" for key, value in TINY.items()]
+        workdir = tmp_path / name / "run"
+        flags.append(f"--config.teacher.dir={tmp_path / name / 'teachers'}")
+        flags.append(f"--workdir={workdir}")
+        finish(
+            start("--config=configs/digitslt.py:ltkd", *flags, variables=environment)
+        )
+    config = tiny(tmp_path / "default")
+    assert_same_bits(config, tmp_path / "changed" / "run", tmp_path / "default" / "run")
 
 
 def test_help():

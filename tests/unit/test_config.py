@@ -439,3 +439,32 @@ def test_groups_of_two_classes():
 def test_impossible_draws(values, message):
     with pytest.raises(ConfigError, match=message):
         dataset.load(resolve(changed(config_of("digitslt"), **values)).data)
+
+
+def test_home_in_paths(monkeypatch, tmp_path):
+    """`~` is expanded, and changes no hash and no record of the config."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "list.txt").write_text("a 0\n")
+    specs = []
+    for home in ("~", str(tmp_path)):
+        paths = {
+            "data.subset": f"{home}/list.txt",
+            "data.dir": f"{home}/data",
+            "teacher.dir": f"{home}/teachers",
+        }
+        specs.append(resolve(changed(config_of("digitslt", "kd"), **paths)))
+    short, absolute = specs
+    assert short.data == absolute.data
+    assert short.teacher == absolute.teacher
+    assert short.teacher.dir == str(tmp_path / "teachers")
+    assert short.hash == absolute.hash
+    assert short.config["teacher"]["dir"] == "~/teachers"
+
+
+@pytest.mark.parametrize(
+    "key", ["data.dir", "data.subset", "teacher.dir", "teacher.checkpoint"]
+)
+def test_unknown_home_in_paths(key):
+    config = changed(config_of("digitslt", "kd"), **{key: "~nobody-here/x"})
+    with pytest.raises(ConfigError, match=rf"config.{key}: '~nobody-here/x'.* HOME"):
+        resolve(config)

@@ -1,6 +1,7 @@
 """The checkout's metadata: its version, hooks, lazily loaded modules, requirements."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from helpers.environments import ROOT
 import ltkd_jax
 
 # Modules of `ltkd_jax` that are not part of its interface.
-INTERNAL = {"files", "names", "signals"}
+INTERNAL = {"console", "files", "names", "signals"}
 # Packages of the checkout, and those that jax, ml_collections and Jinja2 require.
 PROVIDED = {"ltkd_jax", "experiments", "configs", "numpy", "absl", "markupsafe"}
 # Distributions whose name differs from that of their module.
@@ -98,3 +99,25 @@ def test_imports_are_requirements():
     for extra in ("train", "torch", "tensorboard"):
         requirements += project["optional-dependencies"][extra]
     assert distributions <= {normalized_name(line) for line in requirements}
+
+
+def test_program_without_its_extra(tmp_path):
+    """Python imports `sitecustomize` first: here it hides two packages."""
+    (tmp_path / "sitecustomize.py").write_text("""
+from importlib.machinery import PathFinder
+find = PathFinder.find_spec
+hidden = {"matplotlib", "tqdm"}
+PathFinder.find_spec = lambda name, *args: None if name in hidden else find(name, *args)
+""")
+    for module in ("experiments.main", "experiments.sweep", "experiments.audit"):
+        process = subprocess.run(
+            [sys.executable, "-m", module],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        )
+        assert process.returncode == 1
+        (line,) = process.stderr.splitlines()
+        assert "needs matplotlib, tqdm" in line
+        assert 'pip install -e ".[train]"' in line

@@ -53,6 +53,18 @@ def fake_run(monkeypatch):
     return replace_by
 
 
+@pytest.mark.parametrize("option", ["--results", "--runs"])
+def test_folder_that_cannot_be_made(option, tmp_path, fake_run):
+    """It is an error before the first run."""
+    path = queue_file(tmp_path, {"config": "configs/digitslt.py:ce"})
+    (tmp_path / "file").touch()
+    folders = {"--results": tmp_path / "results", "--runs": tmp_path / "runs"}
+    folders[option] = tmp_path / "file" / "x"
+    flags = [f"{flag}={folder}" for flag, folder in folders.items()]
+    with pytest.raises(SystemExit, match=f"cannot be made.*give another {option}"):
+        reproduce.main([str(path), *flags])
+
+
 def test_project_queues():
     for path in sorted((ROOT / "experiments" / "queues").glob("*.json")):
         entries = read_queue(path)

@@ -19,8 +19,9 @@ PROJECT = (
 )
 
 # The modules of its own package that each part may import, besides itself.
-BASE = {"files", "names", "signals"}
+BASE = {"console", "files", "names", "signals"}
 LIBRARY_RULES = {
+    "console": {"files"},
     "files": set(),
     "names": set(),
     "signals": set(),

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from ltkd_jax import signals
+from ltkd_jax import console, signals
 from ltkd_jax.data import records
 from ltkd_jax.data.prepare import archives, download, recipes
 from ltkd_jax.data.prepare.tfds_writer import PrepareError
@@ -46,10 +46,12 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("dataset", choices=recipes.DATASETS)
     parser.add_argument(
         "--data_dir",
+        type=console.path_argument,
         help="TFDS's directory (default: $TFDS_DATA_DIR, or ~/tensorflow_datasets)",
     )
     parser.add_argument(
         "--source",
+        type=console.path_argument,
         metavar="PATH",
         help="a local archive or folder; without it, one is downloaded",
     )
@@ -120,6 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
       The exit code: 0, or 2 after a failure, whose message is on the standard error.
     """
+    console.replace_unencodable()
     args = _parse_args(argv)
     logging.basicConfig(format="%(message)s")
     try:

@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from ltkd_jax import files
 from ltkd_jax.data.prepare import archives, download, folders, tfds_writer
 from ltkd_jax.data.prepare.tfds_writer import PrepareError
 
@@ -155,7 +156,7 @@ def prepare(
     if source is None:
         source = _download(recipe, data_dir, show_progress)
     content = recipe.read(pathlib.Path(source))
-    data_dir.mkdir(parents=True, exist_ok=True)
+    files.make_folder(data_dir, "give another --data_dir")
     # Written here first, on the same file system, so that one rename completes it.
     temporary = pathlib.Path(
         tempfile.mkdtemp(prefix=f".{recipe.name}.incomplete.", dir=data_dir)
@@ -199,6 +200,7 @@ def _download(
             f"{recipe.name} cannot be downloaded: give --source, {required_source}"
         )
     folder = data_dir / "downloads" / recipe.name
+    files.make_folder(folder, "give another --data_dir")
     paths = [
         download.fetch(file, folder, show_progress=show_progress)
         for file in recipe.downloads
