@@ -14,23 +14,31 @@ import sys
 import jax
 import numpy as np
 
-from ltkd_jax import files, inference
+from ltkd_jax import console, files, inference
 
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the command line."""
+    console.replace_unencodable()
     parser = argparse.ArgumentParser(
         prog="python -m experiments.predict",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run", help="the folder of a run or of a teacher")
-    parser.add_argument("images", nargs="*", help="image files")
+    parser.add_argument(
+        "run", type=console.path_argument, help="the folder of a run or of a teacher"
+    )
+    parser.add_argument(
+        "images", nargs="*", type=console.path_argument, help="image files"
+    )
     parser.add_argument(
         "--top", type=int, default=1, help="how many classes are printed (default: 1)"
     )
     parser.add_argument(
-        "--export", metavar="FILE", help="write the model as StableHLO, with any batch"
+        "--export",
+        metavar="FILE",
+        type=console.path_argument,
+        help="write the model as StableHLO, with any batch",
     )
     args = parser.parse_args(argv)
     if not args.images and not args.export:
