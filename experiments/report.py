@@ -71,11 +71,6 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if bool(options.paths) == bool(options.results):
         parser.error("give either PATHs or --results")
-    output = pathlib.Path(options.output)
-    if not options.results and not output.parent.is_dir():
-        parser.error(
-            f"--output={output}: there is no folder {output.parent}: make it first"
-        )
     try:
         if options.results:
             planned: list[dict[str, Any]] = []
@@ -83,6 +78,11 @@ def main(argv: list[str] | None = None) -> None:
                 planned += planned_runs(path)
             print(results_page.write_results(options.results, planned))
             return
+        folder = pathlib.Path(options.output).parent
+        if not folder.is_dir():
+            raise load.ReportError(
+                f"--output={options.output}: there is no folder {folder}: make it first"
+            )
         runs = load.load_all(options.paths)
         if not runs:
             raise load.ReportError(f"no runs in {', '.join(options.paths)}")

@@ -153,7 +153,10 @@ def test_command_output(output_format, start, tmp_path, capsys):
     [
         (["absent"], "absent: no such file"),
         (["empty"], "no runs in empty"),
-        (["run", "--output=absent/page.html"], "absent/page"),
+        (
+            ["run", "--output=absent/page.html"],
+            "--output=absent/page.*no folder absent",
+        ),
         (["run", "--output=run"], "run"),
         (["--results=empty", "--queue=absent.json"], "absent.json"),
     ],
