@@ -173,7 +173,10 @@ def step(
       batches: a pytree with leading axes `[K, B]`: the batch of this iteration, and the
         K − 1 that follow it.
       outer_batch: a batch of the balanced set.
-      learning_rate: η of the virtual steps: the student's current one.
+      learning_rate: η of the virtual steps, which are plain SGD whatever the student's
+        optimizer is. For SGD, pass its current learning rate. For Adam and its kind, it
+        must be chosen: about the rate at which plain SGD would move the parameters as
+        far in one step.
       optimizer: of the weight net.
       update_every: k, a Python int >= 1.
       update_weight_net: a Python bool, whether this iteration updates the weight net.
