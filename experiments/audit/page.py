@@ -371,9 +371,9 @@ def _confusion_section(record):
         "mass, go; in percent of the row."
     )
     matrices = summary.confusion_matrices(record)
-    rows = [row for matrix in matrices.values() for row in matrix]
+    is_complete = all(None not in matrix for matrix in matrices.values())
     component: page.HeatMaps | writers.Table
-    if None not in rows:
+    if is_complete:
         component = page.HeatMaps(matrices, record["groups"]["names"])
     else:
         # A group without examples has no row, which only a table can show.

@@ -88,12 +88,12 @@ class MethodSpec:
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether a term compares with a teacher."""
+        """Returns whether a term compares with a teacher."""
         return methods.METHODS[self.name].needs_teacher
 
     @property
     def needs_features(self) -> bool:
-        """Whether a term compares with the teacher's features."""
+        """Returns whether a term compares with the teacher's features."""
         return methods.METHODS[self.name].needs_features
 
     def objective(
@@ -125,7 +125,7 @@ class LearnedWeights:
 
     @property
     def outer_loss_needs_teacher(self) -> bool:
-        """Whether the loss on the outer set compares with the teacher."""
+        """Returns whether the loss on the outer set compares with the teacher."""
         return self.outer_loss != "hard"
 
 
@@ -178,7 +178,7 @@ class TeacherSpec:
 
     @property
     def kind(self) -> str:
-        """Its origin: "trained", "folder", "variables" or "logits".
+        """Returns its origin: "trained", "folder", "variables" or "logits".
 
         See `identity.teacher_kind`.
         """
@@ -190,8 +190,8 @@ class RunSpec:
     """Describes a run: a student, and the teacher if the method needs one.
 
     Attributes:
-      config: the complete config, nested, for `results.json`: as it was given, but
-        `data.dir` is empty, since it differs between machines.
+      config: the complete config, nested, for `results.json`; its `data.dir` is empty,
+        since it differs between machines.
       content: hashes of the files that the config names, see `identity.content_hashes`.
       identity: what the result depends on.
       teacher_identity: what the teacher depends on.
@@ -259,12 +259,12 @@ class RunSpec:
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether a term of the method compares with a teacher."""
+        """Returns whether a term of the method compares with a teacher."""
         return self.method.needs_teacher
 
     @property
     def outer_loss_needs_teacher(self) -> bool:
-        """Whether there is an outer loss that compares with the teacher."""
+        """Returns whether there is an outer loss that compares with the teacher."""
         return (
             self.loss_weighting is not None
             and self.loss_weighting.outer_loss_needs_teacher
@@ -272,7 +272,7 @@ class RunSpec:
 
     @property
     def can_use_table(self) -> bool:
-        """Whether the teacher's logits can be looked up in a table of all views."""
+        """Returns whether a table of all views can hold the teacher's logits."""
         return self.needs_teacher and validation.no_table(self.config) is None
 
     def student_training(self, teacher_source: str) -> TrainingSpec:
@@ -314,7 +314,8 @@ def resolve(config: ml_collections.ConfigDict | Mapping) -> RunSpec:
         config = config.to_dict()
     tree = identities.add_new_options(_with_tuples(config))
     _check_keys(tree)
-    given = tree
+    # Recorded with its ~, so that the record does not depend on the user.
+    recorded_config = tree
     tree = _with_home(tree)
     validation.validate(tree)
     try:
@@ -329,7 +330,7 @@ def resolve(config: ml_collections.ConfigDict | Mapping) -> RunSpec:
     weighting = without(tree["loss_weighting"], ["name"])
     teacher = {**tree["teacher"], "train": Recipe(**tree["teacher"]["train"])}
     return RunSpec(
-        config=given | {"data": given["data"] | {"dir": ""}},
+        config=recorded_config | {"data": recorded_config["data"] | {"dir": ""}},
         content=content,
         identity=identity,
         teacher_identity=identities.teacher_identity(tree, identity),

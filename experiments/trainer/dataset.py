@@ -52,7 +52,7 @@ class Dataset:
 
     @property
     def is_streamed(self) -> bool:
-        """Whether images stay on disk."""
+        """Returns whether images stay on disk."""
         return isinstance(self.train, Records)
 
     def preprocess(self, images: jax.Array) -> jax.Array:

@@ -34,7 +34,7 @@ class StopRequest:
 
     @property
     def reason(self) -> str | None:
-        """Why this process should stop; None if it should not."""
+        """Returns why this process should stop; None if it should not."""
         if self.signal is not None:
             return signal.Signals(self.signal).name
         if self._deadline is not None and time.monotonic() > self._deadline:

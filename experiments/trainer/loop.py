@@ -212,7 +212,7 @@ class Clock:
 
     @property
     def warm(self) -> bool:
-        """Whether the first call has ended."""
+        """Returns whether the first call has ended."""
         return self._warm_since is not None
 
     def count_call(self, steps: int) -> None:
