@@ -4,13 +4,12 @@
 the library, as `ltkd_jax.models.convert` writes it. FILE.npz (see
 `ltkd_jax.data.logits`) holds
 
-- `train_logits` `[N, C]` or `[N, views, C]`, and `train_labels` `[N]`, of all training
-  images of the data set (not only of the long-tailed draw), sorted by key;
-- optionally `logits` `[M, C]` and `labels` `[M]` of its test images, for the report;
-- optionally `train_keys` and `keys`.
+- `train_logits` `[N, C]` or `[N, views, C]`, `train_labels` `[N]` and `train_keys`
+  `[N]`, of all training images of the data set, not only of the long-tailed draw;
+- optionally `logits` `[M, C]`, `labels` `[M]` and `keys` `[M]` of its test images, for
+  the report.
 
-The order of the images is checked by the labels, and exactly by the keys if there are
-any.
+A row belongs to the image of its key, and the order does not matter.
 """
 
 import dataclasses
@@ -102,10 +101,10 @@ def _read_logits(
     num_classes = dataset.num_classes
     file = LogitsFile(path)
     train = file.logits(TRAIN_PREFIX, views=True)
-    num_train = len(source.train)
-    views_shape = (num_train, source.views.num, num_classes)
-    _check_images(train, source.train, [(num_train, num_classes), views_shape])
-    logits = train.to_logits().reshape(num_train, -1, num_classes)
+    rows = _match_rows(
+        train, source.train, [(num_classes,), (source.views.num, num_classes)]
+    )
+    logits = train.to_logits()[rows].reshape(len(rows), -1, num_classes)
 
     # Bias is measured on the images as they are, not on crops and flips of them.
     identity_view = source.views.identity if logits.shape[1] > 1 else 0
@@ -119,35 +118,68 @@ def _read_logits(
     }
     if file.has_logits():
         test = file.logits()
-        _check_images(test, source.test, [(len(source.test), num_classes)])
-        test_sums = _eval_sums(test.to_logits(), source.test, dataset.test)
+        rows = _match_rows(test, source.test, [(num_classes,)])
+        test_sums = _eval_sums(test.to_logits()[rows], source.test, dataset.test)
         results["test"] = metrics.summarize(test_sums, dataset.groups, dataset.shots)
         group_mass["balanced"] = metrics.group_mass(test_sums, dataset.groups)
     return logits, results
 
 
-def _check_images(
+def _match_rows(
     logits: Logits, images: Images | Records, allowed_shapes: list[tuple[int, ...]]
-) -> None:
-    """Raises LogitsError unless the logits are of these images, in their order."""
+) -> np.ndarray:
+    """Returns the row of each image, found by its key.
+
+    The rows may be in any order, and some may be of other images.
+
+    Args:
+      logits: N rows with labels and keys.
+      images: of the data set.
+      allowed_shapes: of one row.
+
+    Raises:
+      LogitsError: rows of another shape, no keys, or keys or labels that do not fit.
+    """
     shape = logits.values.shape
-    if shape not in allowed_shapes:
-        shapes = " or ".join(str(list(allowed)) for allowed in allowed_shapes)
+    if shape[1:] not in allowed_shapes:
+        shapes = " or ".join(
+            f"[N, {', '.join(map(str, allowed))}]" for allowed in allowed_shapes
+        )
         raise LogitsError(
             f"{logits.source}: {logits.array_name} is of shape {list(shape)}, but must "
             f"be {shapes}"
         )
-    if not np.array_equal(logits.labels, images.labels):
+    keys_name = f"{logits.prefix}keys"
+    if logits.keys is None:
+        raise LogitsError(
+            f"{logits.source} lacks {keys_name}: labels do not show which image of a "
+            "class a row is of. Add the keys of the images, one for each row: "
+            "ltkd_jax.data.datasets.load(NAME, DATA_DIR) has them, as .train.keys and "
+            f".test.keys; the first is {images.keys[0]!r}"
+        )
+    order = np.argsort(logits.keys, kind="stable")
+    sorted_keys = logits.keys[order]
+    is_repeated = sorted_keys[1:] == sorted_keys[:-1]
+    if is_repeated.any():
+        key = str(sorted_keys[1:][is_repeated][0])
+        raise LogitsError(f"{logits.source}: {keys_name} has {key!r} twice")
+    positions = np.searchsorted(sorted_keys, images.keys)
+    positions = np.minimum(positions, len(sorted_keys) - 1)
+    is_missing = sorted_keys[positions] != images.keys
+    if is_missing.any():
+        examples = ", ".join(repr(str(key)) for key in images.keys[is_missing][:3])
+        raise LogitsError(
+            f"{logits.source}: {keys_name} lacks {is_missing.sum()} of the data set's "
+            f"{len(images)} images, such as {examples}; it has {str(logits.keys[0])!r}"
+        )
+    rows = order[positions]
+    if not np.array_equal(logits.labels[rows], images.labels):
         raise LogitsError(
             f"{logits.source}: the labels of {logits.array_name} are not those of the "
-            "data set, so the logits are not in its order: sort the images by their "
-            "keys, for CIFAR the order of the original files"
+            "data set for the same keys: the classes are in another order, or the rows "
+            "are not those of the keys"
         )
-    if logits.keys is not None and not np.array_equal(logits.keys, images.keys):
-        raise LogitsError(
-            f"{logits.source}: the keys of {logits.array_name} are not those of the "
-            "data set, sorted: sort the rows by their keys"
-        )
+    return rows
 
 
 def _eval_sums(

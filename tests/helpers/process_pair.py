@@ -131,7 +131,12 @@ def check_logits_teacher(folder):
     if hosts.is_primary():
         rng = np.random.default_rng(0)
         logits = rng.normal(size=(len(source.train), 10)).astype(np.float32)
-        np.savez(path, train_logits=logits, train_labels=source.train.labels)
+        np.savez(
+            path,
+            train_logits=logits,
+            train_labels=source.train.labels,
+            train_keys=source.train.keys,
+        )
     # The other process waits for the file.
     hosts.all_gather(None)
     with config.unlocked():

@@ -25,12 +25,13 @@ def arrays(data):
     for prefix, images in (("train_", data.source.train), ("", data.source.test)):
         arrays[f"{prefix}logits"] = 9 * np.eye(10, dtype=np.float16)[images.labels]
         arrays[f"{prefix}labels"] = images.labels
+        arrays[f"{prefix}keys"] = images.keys
     return arrays
 
 
 def test_logits(data, arrays, tmp_path):
     path = tmp_path / "own.npz"
-    np.savez(path, **arrays, train_keys=data.source.train.keys)
+    np.savez(path, **arrays)
     teacher = external_teacher.load_logits(path, data)
     table = teacher.table(data.train)
     assert table.dtype == np.float32 and teacher.variables is None
@@ -46,14 +47,31 @@ def test_logits(data, arrays, tmp_path):
     assert mass["long_tailed"]["head"] == pytest.approx(head_fraction, abs=2e-3)
 
 
-def test_keys_as_bytes(data, arrays, tmp_path):
-    keys = data.source.train.keys
+def test_rows_are_matched_by_key(data, arrays, tmp_path):
+    """In any order, beside rows of other images, with keys as bytes."""
+    rng = np.random.default_rng(0)
+    shuffled = {}
+    for prefix in ("train_", ""):
+        number = len(arrays[f"{prefix}labels"])
+        # The last row is of an image that the data set does not have.
+        order = np.append(rng.permutation(number), 0)
+        for name in ("logits", "labels", "keys"):
+            shuffled[prefix + name] = arrays[prefix + name][order]
+        keys = shuffled[f"{prefix}keys"]
+        keys[-1] = "other"
+        shuffled[f"{prefix}keys"] = keys.astype("S30")
+    # No two images of a class may have the same logits here.
+    noise = rng.normal(size=(len(arrays["train_labels"]), 1))
     path = tmp_path / "own.npz"
-    np.savez(path, **arrays, train_keys=keys.astype("S30"))
-    assert external_teacher.load_logits(path, data).results["test"]["all"] == 100.0
-    np.savez(path, **arrays, train_keys=keys.astype("S")[::-1])
-    with pytest.raises(ValueError, match=WRONG_ORDER % "keys"):
-        external_teacher.load_logits(path, data)
+    ordered = {**arrays, "train_logits": arrays["train_logits"] + noise}
+    np.savez(path, **ordered)
+    expected = external_teacher.load_logits(path, data)
+    rows = np.searchsorted(arrays["train_keys"], shuffled["train_keys"].astype(str))
+    rows = np.minimum(rows, len(noise) - 1)
+    np.savez(path, **{**shuffled, "train_logits": ordered["train_logits"][rows]})
+    teacher = external_teacher.load_logits(path, data)
+    np.testing.assert_array_equal(teacher.table(data.train), expected.table(data.train))
+    assert teacher.results["test"] == expected.results["test"]
 
 
 def test_logits_of_views(data, arrays, tmp_path):
@@ -61,7 +79,8 @@ def test_logits_of_views(data, arrays, tmp_path):
     num_views = data.source.views.num
     views = np.repeat(arrays["train_logits"][:, None], num_views, 1)
     views += np.arange(num_views, dtype=np.float16)[:, None]
-    np.savez(path, train_logits=views, train_labels=arrays["train_labels"])
+    labels_and_keys = {name: arrays[name] for name in ("train_labels", "train_keys")}
+    np.savez(path, train_logits=views, **labels_and_keys)
     teacher = external_teacher.load_logits(path, data)
     indices = np.searchsorted(data.source.train.keys, data.train.keys)
     np.testing.assert_array_equal(teacher.table(data.train), views[indices])
@@ -73,13 +92,13 @@ def test_probabilities(data, arrays, tmp_path):
     path = tmp_path / "own.npz"
     labels = data.source.train.labels
     p = np.full((len(labels), 10), 0.05, np.float32) + 0.5 * np.eye(10)[labels]
-    np.savez(path, train_probabilities=p, train_labels=arrays["train_labels"])
+    labels_and_keys = {name: arrays[name] for name in ("train_labels", "train_keys")}
+    np.savez(path, train_probabilities=p, **labels_and_keys)
     table = external_teacher.load_logits(path, data).table(data.train)
     np.testing.assert_allclose(jax.nn.softmax(table[:, 0]).max(axis=1), 0.55, rtol=1e-5)
 
 
-WRONG_SHAPE = r"shape \[%s\], but must be \[1097, 10\] or"
-WRONG_ORDER = "%s of train_logits are not those of the data set"
+WRONG_SHAPE = r"shape \[%s\], but must be \[N, 10\] or"
 
 
 @pytest.mark.parametrize(
@@ -99,13 +118,20 @@ WRONG_ORDER = "%s of train_logits are not those of the data set"
             lambda x: np.full(x.shape, 0.1, np.float32),
             "name the array train_probabilities",
         ),
-        ("train_labels", lambda y: np.roll(y, 1), WRONG_ORDER % "labels"),
+        ("train_labels", lambda y: np.roll(y, 1), "labels of train_logits are not"),
         ("train_labels", lambda y: y + 1, "train_labels run from 1 to 10"),
         ("train_labels", lambda y: np.eye(10)[y], "that are one-hot: give np.argmax"),
+        ("train_keys", None, "lacks train_keys: labels do not show.*'digits_0000'"),
+        ("keys", None, "lacks keys"),
         (
             "train_keys",
-            lambda _: np.array(["digits_0001"] * 1097),
-            WRONG_ORDER % "keys",
+            lambda keys: np.array(["digits_0001"] * len(keys)),
+            "train_keys has 'digits_0001' twice",
+        ),
+        (
+            "train_keys",
+            lambda keys: np.char.add("train/", keys),
+            "train_keys lacks 1097 of .* such as 'digits_0000'.*'train/digits_0000'",
         ),
     ],
 )

@@ -32,6 +32,7 @@ def original(tmp_path_factory):
     arrays = {
         "train_logits": teacher.table(images, StopRequest()),
         "train_labels": train.labels,
+        "train_keys": train.keys,
     }
     np.savez(folder / "own.npz", **arrays)
     return folder, results, arrays
@@ -72,15 +73,15 @@ def test_logits_without_views_are_repeated(original, tmp_path):
     config = tiny(tmp_path, "kd", **{"train.epochs": 1.0})
     views = dataset.load(resolve(config).data).source.views
     logits = arrays["train_logits"][:, views.identity]
-    labels = arrays["train_labels"]
+    others = {name: arrays[name] for name in ("train_labels", "train_keys")}
 
     config.teacher.checkpoint = str(tmp_path / "one.npz")
-    np.savez(tmp_path / "one.npz", train_logits=logits, train_labels=labels)
+    np.savez(tmp_path / "one.npz", train_logits=logits, **others)
     results = run(config, tmp_path / "one")
     assert results["teacher_logits"] == "table"
 
     repeated = np.repeat(logits[:, None], views.num, axis=1)
     config.teacher.checkpoint = str(tmp_path / "all.npz")
-    np.savez(tmp_path / "all.npz", train_logits=repeated, train_labels=labels)
+    np.savez(tmp_path / "all.npz", train_logits=repeated, **others)
     run(config, tmp_path / "all")
     assert curves(tmp_path / "one") == curves(tmp_path / "all")
