@@ -7,6 +7,12 @@ Shapes: B examples, C classes, G groups. Every loss
 - sends no gradient into the teacher;
 - contains its factor τ² (`group_kl` does not), and is not averaged over the batch.
 
+`ltkd` and `rebalanced_inter_group` return one loss per example, too, but the target of
+their inter-group part depends on the batch, see `rebalance`. With gradient accumulation
+each part of the batch is rebalanced by itself. In a batch of one example, such as under
+`vmap` over examples, every group has the same target mass. A batch should be large
+enough to contain several images of the rarest group.
+
 `where` (bool, broadcastable to `[..., C]`) marks the classes that exist; `example_mask`
 (bool `[B]`) marks the examples that are not padding. Logits that are masked count
 nowhere, whatever they are, and get the gradient 0. Temperatures and weights may be
