@@ -216,7 +216,7 @@ def calibration_table(record) -> writers.Table:
     """Returns the table of confidence, accuracy and calibration error by group."""
 
     def cells_of(group):
-        over = f"{group['confidence'] - group['accuracy']:+.1f}".replace("-", "−")
+        over = writers.signed(group["confidence"] - group["accuracy"], decimals=1)
         return [
             f"{group['accuracy']:.1f}",
             f"{group['confidence']:.1f}",

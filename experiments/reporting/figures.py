@@ -124,16 +124,27 @@ def method_styles(methods):
 
     The name sets the colour. Dashes distinguish methods of the same name.
     """
-    styles = {}
+    free_styles = [
+        (index, dashes)
+        for dashes in DASHES
+        for index in range(len(LIGHT))
+        if (index, dashes) not in STYLES.values()
+    ]
+    styles: dict = {}
     repeats = collections.Counter()
     for method in methods:
-        # The colour of an unknown method depends on its name only, so that it is the
-        # same in every figure.
-        unknown_style = sum(method.name.encode()) % len(LIGHT), MIXED
-        index, dashes = STYLES.get(method.name, unknown_style)
-        position = DASHES.index(dashes) + repeats[method.name]
-        styles[method.label] = index, DASHES[position % len(DASHES)]
-        repeats[method.name] += 1
+        if method.name in STYLES:
+            index, dashes = STYLES[method.name]
+            position = DASHES.index(dashes) + repeats[method.name]
+            styles[method.label] = index, DASHES[position % len(DASHES)]
+            repeats[method.name] += 1
+            continue
+        # By its name, so that it is nearly always the same in every figure; the next
+        # one where another method has it.
+        position = sum(method.name.encode()) % len(free_styles)
+        while free_styles[position] in styles.values():
+            position = (position + 1) % len(free_styles)
+        styles[method.label] = free_styles[position]
     styles["teacher"] = None, DOTTED
     return styles
 
@@ -368,14 +379,14 @@ def _round(match):
 # Empty figures.
 
 
-def canvas(width=PANEL_WIDTH, height=190, *, left=34, right=12):
+def canvas(width=PANEL_WIDTH, height=190, *, left=34, right=12, bottom=40):
     """Returns an empty Matplotlib figure of a size and margins in CSS pixels.
 
     The margins are fixed, so that the axes of neighbouring panels are aligned.
     """
     fig = matplotlib.figure.Figure(figsize=(width / 72, height / 72), dpi=72)
     fig.subplots_adjust(
-        left / width, 40 / height, 1 - right / width, 1 - 25 / height, hspace=0.3
+        left / width, bottom / height, 1 - right / width, 1 - 25 / height, hspace=0.3
     )
     return fig
 

@@ -10,7 +10,13 @@ import re
 from experiments.config.trees import flatten
 from experiments.reporting import aggregate, load, report_page, tables
 from experiments.reporting.statistics import mean_std
-from experiments.reporting.writers import Cell, Table, as_markdown, escape_markdown
+from experiments.reporting.writers import (
+    Cell,
+    Table,
+    as_markdown,
+    escape_markdown,
+    signed,
+)
 
 PUBLISHED = pathlib.Path(__file__).with_name("published.json")
 _NOT_RUN = Cell("not run yet", quiet=True)
@@ -226,7 +232,7 @@ def _differences(setting, published):
             entry = published.get(method.name, {}).get(name)
             if entry and method.values(column):
                 difference = method.mean(column) - entry[0]
-                differences.append(f"{name} {difference:+.2f}".replace("-", "−"))
+                differences.append(f"{name} {signed(difference)}")
         if differences:
             clauses.append(f"{method.label}: {', '.join(differences)}")
     if not clauses:

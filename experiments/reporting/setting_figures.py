@@ -36,6 +36,9 @@ def mean_array(method, key):
 
 # Accuracy by class.
 
+_MAX_NAMED_CLASSES = 15
+_LETTER_WIDTH = 7  # in CSS pixels, about
+
 
 @dataclasses.dataclass(frozen=True)
 class _Classes:
@@ -45,12 +48,14 @@ class _Classes:
       counts: `[C]`, training images.
       assignment: `[C]`, index of the group; empty if there are no groups.
       group_names: the most frequent first, empty if there are no groups.
+      names: of the classes.
       texts: what a pointer over the class shows.
     """
 
     counts: np.ndarray
     assignment: np.ndarray
     group_names: list
+    names: list
     texts: list
 
 
@@ -130,7 +135,8 @@ def _sorted_classes(setting, run, counts, order):
     for c in order:
         plural = "" if counts[c] == 1 else "s"
         texts.append(f"{names[c]}, {counts[c]:,.0f} training image{plural}")
-    return _Classes(counts[order], assignment, group_names, texts)
+    sorted_names = [names[c] for c in order]
+    return _Classes(counts[order], assignment, group_names, sorted_names, texts)
 
 
 @figures.styled
@@ -145,7 +151,8 @@ def _draw_classes(curves, legend, classes, *, width):
     """
     num_classes = len(classes.counts)
     is_smoothed = num_classes >= figures.MANY_CLASSES
-    fig = figures.canvas(width, 350)
+    labels, label_height = _class_labels(classes.names, width)
+    fig = figures.canvas(width, 350 + label_height, bottom=40 + label_height)
     ax, count_ax = fig.subplots(2, 1, sharex=True, height_ratios=(4.2, 1))
     for label, accuracies in curves.items():
         index, dashes = legend.styles[label]
@@ -159,6 +166,9 @@ def _draw_classes(curves, legend, classes, *, width):
     ax.set_title("test accuracy, %")
     figures.mark_groups(ax, classes.assignment, classes.group_names)
     _draw_counts(count_ax, classes.counts)
+    if labels:
+        rotation = 90 if label_height else 0
+        count_ax.set_xticks(range(num_classes), labels, rotation=rotation)
     hovers = ()
     # A pointer cannot hit an area that is narrower than half a pixel.
     if num_classes < 2 * width:
@@ -190,6 +200,24 @@ def _draw_counts(ax, counts):
     ax.set_xlabel("class, the most frequent first")
     ax.set_xlim(-0.5, len(counts) - 0.5)
     figures.set_plain_log_ticks(ax)
+
+
+def _class_labels(names, width):
+    """Returns labels for the axis of classes, and the height of upright ones.
+
+    There are none for many classes. The height is 0 if they fit side by side.
+
+    Args:
+      names: of the classes.
+      width: of the axis, in CSS pixels.
+    """
+    if len(names) > _MAX_NAMED_CLASSES:
+        return [], 0
+    # The axis says already that a number is a class.
+    labels = [name.removeprefix("class ") for name in names]
+    labels = [label if len(label) <= 16 else f"{label[:15]}…" for label in labels]
+    longest = _LETTER_WIDTH * max(len(label) for label in labels)
+    return labels, longest if longest * len(labels) > width else 0
 
 
 @figures.styled

@@ -169,11 +169,10 @@ def _comparison_cell(candidate, reference, column):
     difference = compare_paired(candidate.values(column), reference.values(column))
     if not difference.num_pairs:
         return Cell("no shared seed", quiet=True)
-    text = f"{difference.mean:+.2f}"
+    text = writers.signed(difference.mean)
     if difference.standard_error is not None:
         text += f" ± {difference.standard_error:.2f}"
-    # A minus sign is as wide as a plus sign, and a hyphen is not.
-    text = f"{text} {difference.verdict}".replace("-", "−")
+    text = f"{text} {difference.verdict}"
     is_unclear = difference.verdict == UNCLEAR
     return Cell(text, f"n = {difference.num_pairs}", quiet=is_unclear)
 

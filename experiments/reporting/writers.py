@@ -9,6 +9,17 @@ import dataclasses
 import re
 
 
+def signed(value: float, decimals: int = 2) -> str:
+    """Returns a difference with its sign; no zero is negative.
+
+    >>> signed(-1.005), signed(-0.001), signed(2, 1)
+    ('−1.00', '+0.00', '+2.0')
+    """
+    # Adding 0 makes −0.0 positive. A minus sign is as wide as a plus sign, and a hyphen
+    # is not.
+    return f"{round(value, decimals) + 0.0:+.{decimals}f}".replace("-", "−")
+
+
 @dataclasses.dataclass(frozen=True)
 class Cell:
     """Holds the content of a table's cell.

@@ -148,6 +148,13 @@ def test_command_output(output_format, start, tmp_path, capsys):
     assert file is None or (tmp_path / "page_files" / file).read_text() == out
 
 
+@pytest.mark.parametrize("classes, is_named", [(10, True), (16, False)])
+def test_class_names_on_the_axis(tmp_path, classes, is_named):
+    names = [f"a rather long name {c}" for c in range(classes)]
+    text = write([fabricate(classes=classes, class_names=names)], tmp_path)
+    assert ("a rather long n…" in text) is is_named
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -169,6 +169,9 @@ def test_distinct_titles():
 def test_distinct_styles():
     methods = [aggregate.Method(name, name, {}) for name in aggregate.METHOD_ORDER]
     methods.append(aggregate.Method("ltkd", "ltkd (alpha=4)", {}))
+    # Names of the same sum, which picks the style of a method that is not built in.
+    methods += [aggregate.Method(name, name, {}) for name in ("mine", "mnie", "kd2")]
+    methods.append(aggregate.Method("mine", "mine (alpha=4)", {}))
     styles = figures.method_styles(methods)
     assert len({str(style) for style in styles.values()}) == len(styles)
 
