@@ -36,6 +36,9 @@ _DISTRIBUTED = flags.DEFINE_string(
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "The work directory; runs/<what is trained> by default."
 )
+_IMPORT = flags.DEFINE_string(
+    "import", "", "Modules that register custom methods and models, by commas."
+)
 _PRINT_CONFIG = flags.DEFINE_bool(
     "print_config", False, "Print the config with all its keys, and stop."
 )
@@ -87,16 +90,28 @@ def parse_flags(argv: list[str]) -> list[str]:
         argv = [argv[0], f"--config={_DEFAULT}", *argv[1:]]
     try:
         argv = [_expand_config_path(word) for word in argv]
+        _import_modules(argv)
         arguments = flags.FLAGS(argv)
         # The flag keeps an error of loading its file until its value is first used.
         _CONFIG.value.lock()
-    except (flags.Error, OSError, SyntaxError, ImportError) as error:
+    # A ValueError is of a module that --import names.
+    except (flags.Error, OSError, SyntaxError, ImportError, ValueError) as error:
         sys.exit(f"error: {_one_line(error)}")
     except (AttributeError, KeyError, TypeError):
         sys.exit(f"error: {_unknown_key(argv)}")
     if len(arguments) > 1:
         sys.exit(f"error: unexpected argument {arguments[1]!r}; --help has the flags")
     return arguments
+
+
+def _import_modules(argv: list[str]) -> None:
+    """Imports the modules of --import: the config's argument may name their methods."""
+    from experiments.config import load
+
+    for flag, following in zip(argv, [*argv[1:], ""]):
+        name, equals, value = flag.lstrip("-").partition("=")
+        if flag.startswith("-") and name == "import":
+            load.import_modules(value if equals else following)
 
 
 def _expand_config_path(word: str) -> str:

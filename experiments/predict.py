@@ -14,6 +14,7 @@ import sys
 import jax
 import numpy as np
 
+from experiments.config import load
 from ltkd_jax import console, files, inference
 
 
@@ -40,10 +41,12 @@ def main(argv: list[str] | None = None) -> None:
         type=console.path_argument,
         help="write the model as StableHLO, with any batch",
     )
+    load.add_import_argument(parser)
     args = parser.parse_args(argv)
     if not args.images and not args.export:
         parser.error("give images, or --export=FILE")
     try:
+        load.import_modules(args.modules)
         classifier = inference.load(args.run)
         if args.export:
             with files.atomic_write(pathlib.Path(args.export)) as temporary:

@@ -18,6 +18,7 @@ import pathlib
 import sys
 from typing import Any
 
+from experiments.config import load as load_config
 from experiments.jobs import queue_entry
 from experiments.reporting import load, report_page, results_page, tables, writers
 from ltkd_jax import console
@@ -68,10 +69,12 @@ def main(argv: list[str] | None = None) -> None:
         metavar="FILE",
         help="queues, for --results: their runs without a result are listed, too",
     )
+    load_config.add_import_argument(parser)
     options = parser.parse_args(argv)
     if bool(options.paths) == bool(options.results):
         parser.error("give either PATHs or --results")
     try:
+        load_config.import_modules(options.modules)
         if options.results:
             planned: list[dict[str, Any]] = []
             for path in options.queue:

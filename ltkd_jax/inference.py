@@ -165,6 +165,7 @@ class Classifier:
           platforms: on which it is to run.
 
         Raises:
+          ModelError: the model needs the number of images when it is traced.
           ImportError: jax needs the package flatbuffers for it; the extra `train` has
             it.
         """
@@ -172,9 +173,14 @@ class Classifier:
         shape = (batch_size, *self.image_shape)
         # The variables become constants.
         logits_fn = jax.jit(functools.partial(self._logits, self.variables))
-        exported = jax.export.export(logits_fn, platforms=platforms)(
-            jax.ShapeDtypeStruct(shape, jnp.uint8)
-        )
+        try:
+            exported = jax.export.export(logits_fn, platforms=platforms)(
+                jax.ShapeDtypeStruct(shape, jnp.uint8)
+            )
+        except TypeError as error:
+            raise ModelError(
+                f"{self.model} cannot be exported for any batch size: {error}"
+            ) from error
         return bytes(exported.serialize())
 
     @functools.cached_property
@@ -211,6 +217,12 @@ def load(path: str | os.PathLike[str]) -> Classifier:
         checksum = fields.pop("sha256")
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ModelError(f"{path} is damaged, or describes no model: {error}") from None
+    name = fields.get("model")
+    if name not in models.REGISTRY:
+        raise ModelError(
+            f"{path} is of an unknown model {name!r}: import the module that registers "
+            "it first (--import=MODULE)"
+        )
     if version != _FORMAT:
         raise ModelError(
             f"{path} is of format {version!r}, and this version of ltkd_jax reads "

@@ -1,6 +1,6 @@
 """The table of methods. A method is a weighted sum of per-example loss terms.
 
-To add one, write a function that returns its terms, and decorate it with `@_register`.
+To add one, write a function that returns its terms, and decorate it with `register`.
 Its name is then `config.method.name`, and its keyword arguments are the hyperparameters
 that a config may set.
 """
@@ -215,16 +215,48 @@ class Method:
 METHODS: dict[str, Method] = {}
 
 
-def _register(fn: TermsFn) -> TermsFn:
-    """Adds a function to the table, under its own name."""
-    METHODS[fn.__name__] = Method(fn)
+def register(fn: TermsFn) -> TermsFn:
+    """Adds a method to the table, under the function's name; a decorator.
+
+    The keyword arguments of the function are the hyperparameters that a config may set.
+    Their defaults are numbers. A module that is loaded again replaces its own methods.
+
+    Args:
+      fn: `(ClassInfo, **hyperparameters) -> terms`.
+
+    Raises:
+      ValueError: another module has registered that name.
+
+    >>> @register
+    ... def only_kd(info: ClassInfo, *, temperature: float = 2.0) -> tuple[Term, ...]:
+    ...     def loss(z, teacher):
+    ...         return losses.kd(z, teacher, temperature=temperature)
+    ...     return (soft_term("kd", loss, 1.0),)
+    >>> create("only_kd", [30, 20, 10]).names
+    ('kd',)
+    >>> del METHODS["only_kd"]
+    """
+    name = fn.__name__
+    registered = METHODS.get(name)
+    if registered and registered.terms_fn.__module__ != fn.__module__:
+        raise ValueError(
+            f"there is a method {name!r} already, of {registered.terms_fn.__module__}: "
+            "give the function another name"
+        )
+    METHODS[name] = Method(fn)
     return fn
 
 
-def _hard_term(
+def hard_term(
     name: str, loss: Callable[[jax.Array, jax.Array], jax.Array], weight: float = 1.0
 ) -> Term:
-    """Returns a term of `loss(student logits, labels)`."""
+    """Returns a term of labels.
+
+    Args:
+      name: of the term.
+      loss: `(student logits [B, C], labels [B]) -> [B]`.
+      weight: static.
+    """
 
     def fn(p: Predictions) -> jax.Array:
         return loss(p.student_logits, p.labels)
@@ -232,10 +264,16 @@ def _hard_term(
     return Term(name, fn, weight, needs_teacher=False)
 
 
-def _soft_term(
+def soft_term(
     name: str, loss: Callable[[jax.Array, jax.Array], jax.Array], weight: float
 ) -> Term:
-    """Returns a term of `loss(student logits, teacher logits)`."""
+    """Returns a term of the teacher's logits.
+
+    Args:
+      name: of the term.
+      loss: `(student logits [B, C], teacher logits [B, C]) -> [B]`.
+      weight: static.
+    """
 
     def fn(p: Predictions) -> jax.Array:
         return loss(p.student_logits, p.require_teacher())
@@ -243,13 +281,13 @@ def _soft_term(
     return Term(name, fn, weight, needs_teacher=True)
 
 
-@_register
+@register
 def ce(info: ClassInfo) -> tuple[Term, ...]:
     """Returns the term of cross-entropy."""
-    return (_hard_term("ce", losses.cross_entropy),)
+    return (hard_term("ce", losses.cross_entropy),)
 
 
-@_register
+@register
 def balanced_softmax(info: ClassInfo) -> tuple[Term, ...]:
     """Returns the term of balanced softmax."""
     return (_balanced_softmax_term(info),)
@@ -259,20 +297,20 @@ def _balanced_softmax_term(info: ClassInfo, weight: float = 1.0) -> Term:
     def loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
         return losses.balanced_softmax(logits, labels, info.counts)
 
-    return _hard_term("balanced_softmax", loss, weight)
+    return hard_term("balanced_softmax", loss, weight)
 
 
-@_register
+@register
 def logit_adjusted(info: ClassInfo, *, tau: float = 1.0) -> tuple[Term, ...]:
     """Returns the term of cross-entropy with logit adjustment."""
 
     def loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
         return losses.logit_adjusted(logits, labels, info.counts, tau=tau)
 
-    return (_hard_term("logit_adjusted", loss),)
+    return (hard_term("logit_adjusted", loss),)
 
 
-@_register
+@register
 def kd(
     info: ClassInfo,
     *,
@@ -281,14 +319,14 @@ def kd(
     temperature: float = 4.0,
 ) -> tuple[Term, ...]:
     """Returns the terms of knowledge distillation, with mdistiller's weights."""
-    hard = _hard_term("ce", losses.cross_entropy, hard_weight)
-    soft = _soft_term(
+    hard = hard_term("ce", losses.cross_entropy, hard_weight)
+    soft = soft_term(
         "kd", functools.partial(losses.kd, temperature=temperature), soft_weight
     )
     return (hard, soft)
 
 
-@_register
+@register
 def dkd(
     info: ClassInfo, *, alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0
 ) -> tuple[Term, ...]:
@@ -315,13 +353,13 @@ def dkd(
         )
 
     return (
-        _hard_term("ce", losses.cross_entropy),
+        hard_term("ce", losses.cross_entropy),
         Term("tckd", tckd, alpha, needs_teacher=True),
         Term("nckd", nckd, beta, needs_teacher=True),
     )
 
 
-@_register
+@register
 def dive(
     info: ClassInfo,
     *,
@@ -335,10 +373,10 @@ def dive(
     """
     loss = functools.partial(losses.dive, power=power, temperature=temperature)
     hard = _balanced_softmax_term(info, 1.0 - soft_weight)
-    return (hard, _soft_term("dive", loss, soft_weight))
+    return (hard, soft_term("dive", loss, soft_weight))
 
 
-@_register
+@register
 def bkd(
     info: ClassInfo,
     *,
@@ -355,11 +393,11 @@ def bkd(
     def loss(student: jax.Array, teacher: jax.Array) -> jax.Array:
         return losses.bkd(student, teacher, class_weights, temperature=temperature)
 
-    hard = _hard_term("ce", losses.cross_entropy)
-    return (hard, _soft_term("bkd", loss, soft_weight))
+    hard = hard_term("ce", losses.cross_entropy)
+    return (hard, soft_term("bkd", loss, soft_weight))
 
 
-@_register
+@register
 def wsl(
     info: ClassInfo, *, soft_weight: float = 2.5, temperature: float = 4.0
 ) -> tuple[Term, ...]:
@@ -372,12 +410,12 @@ def wsl(
         )
 
     return (
-        _hard_term("ce", losses.cross_entropy),
+        hard_term("ce", losses.cross_entropy),
         Term("wsl", soft, soft_weight, needs_teacher=True),
     )
 
 
-@_register
+@register
 def reviewkd(info: ClassInfo, *, feature_weight: float = 5.0) -> tuple[Term, ...]:
     """Returns the terms of ReviewKD: CE + a distillation of features.
 
@@ -393,12 +431,12 @@ def reviewkd(info: ClassInfo, *, feature_weight: float = 5.0) -> tuple[Term, ...
         return losses.hierarchical_context(p.student_features, p.teacher_features)
 
     return (
-        _hard_term("ce", losses.cross_entropy),
+        hard_term("ce", losses.cross_entropy),
         Term("review", review, feature_weight, needs_teacher=True, needs_features=True),
     )
 
 
-@_register
+@register
 def ltkd(
     info: ClassInfo,
     *,
@@ -412,11 +450,11 @@ def ltkd(
     With `num_groups` > 0, classes are split by rank into that many groups of about
     equal size, which is this library's extension; 0 means `info.groups`.
     """
-    hard = _hard_term("ce", losses.cross_entropy)
+    hard = hard_term("ce", losses.cross_entropy)
     return (hard, *_ltkd_terms(info, alpha, beta, temperature, num_groups))
 
 
-@_register
+@register
 def ltkd_bs(
     info: ClassInfo,
     *,
@@ -455,7 +493,7 @@ def _ltkd_terms(
         )
 
     inter_term = Term("inter", inter, alpha, needs_teacher=True)
-    return (inter_term, _soft_term("intra", intra, beta))
+    return (inter_term, soft_term("intra", intra, beta))
 
 
 def _equal_groups(class_counts: npt.ArrayLike, num_groups: int) -> ClassGroups:

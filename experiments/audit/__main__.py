@@ -21,6 +21,7 @@ import sys
 
 from experiments import runtime
 from experiments.audit import run, summary
+from experiments.config import load
 from ltkd_jax import console
 
 
@@ -35,9 +36,11 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("give either --counts or --imbalance")
     runtime.initialize()
     arguments = vars(options)
+    modules = arguments.pop("modules")
     checkpoint = arguments.pop("checkpoint")
     path = arguments.pop("logits") or checkpoint
     try:
+        load.import_modules(modules)
         record = run.run(path, **arguments)
     except (ValueError, OSError) as error:
         # One line, also if the message has several.
@@ -120,6 +123,7 @@ def _parser():
         default="audit.html",
         help="the page, with a .json beside it; default: audit.html",
     )
+    load.add_import_argument(parser)
     return parser
 
 

@@ -11,10 +11,12 @@ import hashlib
 import json
 import os
 import pathlib
+import sys
+from typing import Any
 
 from experiments.config.trees import at, without
 from experiments.config.validation import SUBSETS, ConfigError
-from ltkd_jax import files
+from ltkd_jax import files, methods, models
 from ltkd_jax.data import augment, datasets, longtail, records
 
 # These keys decide how a run is executed, not what it computes, so an identity leaves
@@ -52,7 +54,7 @@ NO_EFFECT = {
 _TEACHER_KEYS = ("data", "groups", "augment", "split_seed", "teacher_seed", "precision")
 
 
-def content_hashes(config: dict) -> dict[str, str | None]:
+def content_hashes(config: dict) -> dict[str, Any]:
     """Returns hashes of the files that a config names.
 
     A data set of the library is identified by its name, a custom one by its content.
@@ -63,14 +65,15 @@ def content_hashes(config: dict) -> dict[str, str | None]:
     Returns:
       `{"teacher", "subset", "data"}`: the hashes of the external teacher, of the list
       of training images and of a custom data set. Each is None if the config names no
-      such file, or if the custom data set is not prepared yet.
+      such file, or if the custom data set is not prepared yet. "code" is there for
+      custom methods and models only, by their role.
 
     Raises:
       ConfigError: a file cannot be read.
     """
     data = config["data"]
     checkpoint = config["teacher"]["checkpoint"]
-    content: dict[str, str | None] = {"teacher": None, "subset": None, "data": None}
+    content: dict[str, Any] = {"teacher": None, "subset": None, "data": None}
     if teacher_kind(checkpoint) == "folder":
         content["teacher"] = read_teacher_results(checkpoint)["hash"]
     elif checkpoint:
@@ -84,7 +87,31 @@ def content_hashes(config: dict) -> dict[str, str | None]:
         fingerprint = records.fingerprint(data["name"], data["dir"] or None)
         if fingerprint:
             content["data"] = fingerprint[:12]
+    code = _custom_code(config)
+    if code:
+        content["code"] = code
     return content
+
+
+def _custom_code(config: dict) -> dict[str, str]:
+    """Returns "module hash" of the method and the models that are not the library's."""
+    module_names = {
+        "method": methods.METHODS[config["method"]["name"]].terms_fn.__module__,
+        "student": models.defining_module(config["student"]["model"]),
+        "teacher": models.defining_module(config["teacher"]["model"]),
+    }
+    code = {}
+    for role, name in module_names.items():
+        if name.partition(".")[0] == "ltkd_jax":
+            continue
+        path = getattr(sys.modules.get(name), "__file__", None)
+        if path is None:
+            raise ConfigError(
+                f"the {role} is of the module {name}, which has no file: put it into a "
+                "file, so that its results can be repeated"
+            )
+        code[role] = f"{name} {files.sha256(path)[:12]}"
+    return code
 
 
 def run_identity(config: dict, content: dict) -> dict:
@@ -106,6 +133,8 @@ def run_identity(config: dict, content: dict) -> dict:
         tree["data"]["subset"] = f"list {content['subset']}"
     if content["data"]:
         tree["data"]["content"] = content["data"]
+    if content.get("code"):
+        tree["code"] = content["code"]
 
     kind = teacher_kind(config["teacher"]["checkpoint"])
     if kind == "folder":
@@ -156,6 +185,9 @@ def teacher_identity(config: dict, identity: dict) -> dict:
     # changes no training image; in all other cases it does.
     if config["data"]["subset"] == "exponential" and config["data"]["n_max"]:
         tree["data"] = tree["data"] | {"outer_per_class": 0, "validation_per_class": 0}
+    code = identity.get("code", {})
+    if "teacher" in code:
+        tree["code"] = {"teacher": code["teacher"]}
     # A teacher from a folder has the identity of the teacher that this config would
     # train, so the hash of the folder is left out.
     return {**tree, "teacher": without(identity["teacher"], ["checkpoint"])}

@@ -1,5 +1,7 @@
 """Loads config files."""
 
+import argparse
+import importlib
 import importlib.util
 import pathlib
 
@@ -7,6 +9,37 @@ import ml_collections
 
 from experiments.config.validation import ConfigError
 from ltkd_jax import files, names
+
+
+def add_import_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds --import, the modules for `import_modules`, as the option `modules`."""
+    parser.add_argument(
+        "--import",
+        dest="modules",
+        metavar="MODULE",
+        default="",
+        help="modules that register custom methods and models, separated by commas",
+    )
+
+
+def import_modules(module_names: str) -> None:
+    """Imports modules that register methods or models.
+
+    Args:
+      module_names: separated by commas, such as "my_methods,my_models"; may be empty.
+
+    Raises:
+      ConfigError: a module cannot be imported.
+    """
+    for name in filter(None, module_names.split(",")):
+        try:
+            importlib.import_module(name.strip())
+        except Exception as error:  # a user's module may raise anything
+            raise ConfigError(
+                f"--import={module_names}: {name} cannot be imported "
+                f"({type(error).__name__}: {error}): give the names of modules in this "
+                "folder or in the environment, without .py"
+            ) from error
 
 
 def load_config(reference: str) -> ml_collections.ConfigDict:

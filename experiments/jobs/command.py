@@ -10,6 +10,7 @@ import time
 import jax
 
 from experiments import runtime
+from experiments.config import load as load_config
 from experiments.config.validation import ConfigError
 from experiments.jobs import workers
 from experiments.jobs.queue_entry import read_queue
@@ -51,6 +52,7 @@ def parent_parser() -> argparse.ArgumentParser:
         help="processes that share the queue, each on a device of its own (default: 1, "
         "which does one run at a time on all devices)",
     )
+    load_config.add_import_argument(parser)
     parser.add_argument(
         "--list", action="store_true", help="only print what is missing"
     )
@@ -70,6 +72,7 @@ def set_up(options: argparse.Namespace) -> workers.Machine | None:
       ConfigError: there are more workers than devices.
     """
     runtime.initialize()
+    load_config.import_modules(options.modules)
     if options.num_workers == 1 or options.list:
         return None
     machine = workers.count_devices()
@@ -132,6 +135,7 @@ def run_queue(
             f"--runs={folder}",
             f"--data_dir={options.data_dir}",
             f"--time_limit={options.time_limit}",
+            f"--import={options.modules}",
         ]
         num_failed = workers.run(
             command,

@@ -68,6 +68,11 @@ class QueueEntry:
             # Repeated alone, the run cannot look the best result up.
             values |= _hyperparameters(run_spec.config, run_spec.config)
         words = [f"--config.{key}={value}" for key, value in values.items()]
+        modules = {
+            code.split()[0] for code in run_spec.content.get("code", {}).values()
+        }
+        if modules:
+            words.insert(0, f"--import={','.join(sorted(modules))}")
         return shlex.join(
             ["python", "-m", "experiments.main", f"--config={self.config}", *words]
         )

@@ -74,6 +74,8 @@ __all__ = [
     "WeightNet",
     "apply_with_features",
     "create",
+    "defining_module",
+    "register",
     "resnet",
 ]
 
@@ -97,6 +99,55 @@ class Model(Protocol):
         mutable: Sequence[str] = (),
     ) -> Any:
         """Returns logits `[B, C]`; with `mutable`, (logits, updated collections)."""
+
+
+def register(name: str, constructor: Callable[..., nn.Module]) -> None:
+    """Adds a model to those of `create`.
+
+    A plain Linen module is enough. Its `__call__(images, train)` maps float images
+    `[B, H, W, channels]` to float32 logits `[B, C]`; where `train` is true, batch norm
+    takes the batch's statistics. ReviewKD also needs features, see
+    `apply_with_features`. For an export, take B from `images.shape[0]`, since `len`
+    needs a number.
+
+    Args:
+      name: the new name.
+      constructor: called as `constructor(num_classes=…, dtype=…, precision=…,
+        axis_name=…)`, see `create`; dtype and precision are those that Linen's layers
+        take. It may ignore the last three if it is only used in float32 and with
+        `parallel=jit`.
+
+    Raises:
+      ValueError: another module has registered that name.
+
+    >>> class Linear(nn.Module):
+    ...     num_classes: int
+    ...     @nn.compact
+    ...     def __call__(self, images, train):
+    ...         return nn.Dense(self.num_classes)(images.reshape((images.shape[0], -1)))
+    >>> register("linear", lambda num_classes, **_: Linear(num_classes))
+    >>> model = create("linear", 3)
+    >>> model.init(jax.random.key(0), jnp.zeros((1, 2, 2, 1)), train=False).keys()
+    dict_keys(['params'])
+    >>> del REGISTRY["linear"]
+    """
+    if name in REGISTRY and defining_module(name) != _module_of(constructor):
+        raise ValueError(
+            f"there is a model {name!r} already, of {defining_module(name)}: choose "
+            "another name"
+        )
+    REGISTRY[name] = constructor
+
+
+def defining_module(name: str) -> str:
+    """Returns the name of the module that defines a model's constructor."""
+    return _module_of(REGISTRY[name])
+
+
+def _module_of(constructor: Callable[..., nn.Module]) -> str:
+    while isinstance(constructor, functools.partial):
+        constructor = constructor.func
+    return constructor.__module__
 
 
 def create(

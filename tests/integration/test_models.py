@@ -341,3 +341,11 @@ def test_impossible_depth(name, depth, form):
     init = functools.partial(model.init, train=False)
     with pytest.raises(ValueError, match=f"depth={depth} must be {form}"):
         jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+
+
+def test_register():
+    with pytest.raises(
+        ValueError, match="'resnet8' already, of ltkd_jax.models.resnet"
+    ):
+        models.register("resnet8", lambda num_classes, **_: None)
+    assert models.create("resnet8", 10).num_classes == 10

@@ -20,19 +20,9 @@ REFERENCE = ("losses", "groups", "bilevel", "methods", "metrics")
 
 
 def add_captioned_code(page, checkout):
-    """Inserts the captioned blocks of a page into the files that the captions name.
-
-    A caption is "FILE, below: LINE", "FILE, at the end" or, for a new file, "FILE".
-    """
-    for caption, code in captioned(page).items():
-        name, _, anchor = caption.partition(", below: ")
-        path = checkout / name.removesuffix(", at the end")
-        text = path.read_text() if path.exists() else ""
-        if anchor:
-            assert text.count(f"{anchor}\n") == 1, f"{name}: {anchor}"
-            path.write_text(text.replace(f"{anchor}\n", f"{anchor}\n{code}"))
-        else:
-            path.write_text(f"{text}\n\n{code}")
+    """Writes the captioned blocks of a page into the files that the captions name."""
+    for name, code in captioned(page).items():
+        (checkout / name).write_text(code)
 
 
 def test_added_method(tmp_path):
@@ -43,16 +33,21 @@ def test_added_method(tmp_path):
     checkout = environments.copy_checkout(tmp_path / "checkout")
     add_captioned_code(DOCS / "add_a_method.md", checkout)
     python = functools.partial(environments.run, sys.executable, "-m", cwd=checkout)
-    python("pytest", "-q", "-p", "no:cacheprovider", "tests/unit/test_methods.py")
-    queue = python("experiments.reproduce", "experiments/queues/mine.json", "--list")
+    python("pytest", "-q", "-p", "no:cacheprovider", "test_my_methods.py")
+    modules = "--import=my_methods,my_models"
+    queue = python(
+        "experiments.reproduce", "experiments/queues/mine.json", "--list", modules
+    )
     assert queue.count("kd_adjusted") == 6
     assert queue.count('{"method.tau": 0.5}') == 3
     for argument in ("kd_adjusted", "bikd,terms=kd_adjusted"):
         config = f"--config=configs/digitslt.py:{argument},smoke"
         workdir = checkout / argument
-        python("experiments.main", config, "--workdir", workdir)
+        options = ["--config.student.model=mlp", "--workdir", workdir]
+        python("experiments.main", modules, config, *options)
         results = json.loads((workdir / "results.json").read_text())
         assert results["config"]["method"]["name"] == "kd_adjusted"
+        assert results["content"]["code"]["student"].startswith("my_models ")
         assert results["test"]["all"] > 0
 
 

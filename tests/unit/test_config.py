@@ -4,18 +4,20 @@ import copy
 import dataclasses
 import importlib
 import json
+import sys
 
 import numpy as np
 import pytest
 from helpers.small_runs import ROOT, changed, config_of, tiny
 
 from configs import common
-from experiments.config import identity, names, validation
+from experiments.config import identity, load, names, validation
 from experiments.config.spec import resolve
 from experiments.config.trees import flatten, without
 from experiments.config.validation import ConfigError
+from experiments.jobs.queue_entry import QueueEntry
 from experiments.trainer import dataset, teacher
-from ltkd_jax import methods
+from ltkd_jax import methods, models
 from ltkd_jax.data import longtail
 from ltkd_jax.groups import DEFAULT_FRACTIONS
 
@@ -468,3 +470,65 @@ def test_unknown_home_in_paths(key):
     config = changed(config_of("digitslt", "kd"), **{key: "~nobody-here/x"})
     with pytest.raises(ConfigError, match=rf"config.{key}: '~nobody-here/x'.* HOME"):
         resolve(config)
+
+
+MODULE = """
+from flax import linen as nn
+from ltkd_jax import methods, models
+from ltkd_jax.losses import cross_entropy
+
+@methods.register
+def custom_ce(info, *, weight=1.0):
+    return (methods.hard_term("ce", cross_entropy, weight),)
+
+class Linear(nn.Module):
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, images, train):
+        return nn.Dense(self.num_classes)(images.reshape((images.shape[0], -1)))
+
+models.register("custom_linear", lambda num_classes, **_: Linear(num_classes))
+"""
+
+
+@pytest.fixture
+def custom_module(tmp_path, monkeypatch):
+    """Returns the file of a module that registers a method and a model."""
+    monkeypatch.setattr(methods, "METHODS", dict(methods.METHODS))
+    monkeypatch.setattr(models, "REGISTRY", dict(models.REGISTRY))
+    monkeypatch.syspath_prepend(tmp_path)
+    path = tmp_path / "custom_module.py"
+    path.write_text(MODULE)
+    load.import_modules("custom_module")
+    yield path
+    del sys.modules["custom_module"]
+
+
+def test_identity_of_custom_code(custom_module):
+    """It is part of the identity of what uses it, and of nothing else."""
+    builtin = resolve(config_of("digitslt", "kd,imbalance=50"))
+    assert builtin.hash == "0e68e06baf35" and "code" not in builtin.content
+    spec = resolve(config_of("digitslt", "custom_ce,weight=2,student=custom_linear"))
+    assert set(spec.content["code"]) == {"method", "student"}
+    assert spec.content["code"]["method"].startswith("custom_module ")
+    library_teacher = resolve(config_of("digitslt", "ce")).teacher_hash
+    assert spec.teacher_hash == library_teacher
+    custom_teacher = resolve(config_of("digitslt", "custom_ce,teacher=custom_linear"))
+    assert custom_teacher.teacher_hash != library_teacher
+
+    custom_module.write_text(MODULE + "# changed")
+    changed = resolve(config_of("digitslt", "custom_ce,weight=2,student=custom_linear"))
+    assert changed.hash != spec.hash
+    entry = QueueEntry("configs/digitslt.py:custom_ce", {}, seed=0)
+    assert "--import=custom_module" in entry.command(entry.resolve())
+
+
+def test_modules_that_cannot_be_imported(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "broken_module.py").write_text("1 / 0")
+    load.import_modules("")
+    with pytest.raises(ConfigError, match="--import=absent_module: .*without .py"):
+        load.import_modules("absent_module")
+    with pytest.raises(ConfigError, match="broken_module .*ZeroDivisionError"):
+        load.import_modules("broken_module")

@@ -222,3 +222,12 @@ def test_one_group():
 def test_bad_input(arguments, options, message):
     with pytest.raises(ValueError, match=message):
         methods.create(*arguments, **options)
+
+
+def test_register():
+    def kd(info, *, temperature=1.0):
+        return ()
+
+    with pytest.raises(ValueError, match="a method 'kd' already, of ltkd_jax.methods"):
+        methods.register(kd)
+    assert methods.METHODS["kd"].terms_fn is not kd
