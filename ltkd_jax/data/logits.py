@@ -53,7 +53,7 @@ _REMEDIES = {
         "logit such as -1e4"
     ),
     "probabilities": (
-        "are no probabilities, from 0 on and of sum 1: if they are logits, name their "
+        "are no probabilities, non-negative with sum 1: if they are logits, name their "
         "array so"
     ),
     "log_probabilities": (
@@ -254,7 +254,7 @@ def _check_no_distributions(values: Array, name: str, prefix: str) -> None:
         if not _valid_rows(block, "probabilities").all():
             return
     raise LogitsError(
-        f"{name}: all of {len(values)} rows are from 0 on and of sum 1, so they are "
+        f"{name}: all {len(values)} rows are non-negative and sum to 1, so they are "
         f"probabilities: name the array {prefix}probabilities"
     )
 

@@ -152,7 +152,7 @@ ERRORS = [
     (
         "logits",
         lambda z, y: (np.exp(log_softmax(z)), y),
-        "logits: all of 40 rows are from 0 on and of sum 1, so they are probabilities",
+        "logits: all 40 rows are non-negative and sum to 1, so they are probabilities",
     ),
     (
         "logits",
