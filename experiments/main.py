@@ -11,7 +11,6 @@ The work directory gets config.json, metrics.jsonl, checkpoints, results.json an
 report.html. The same command resumes an interrupted run, exactly.
 """
 
-import pathlib
 import re
 import sys
 
@@ -50,27 +49,20 @@ def main(argv: list[str]) -> None:
         print(_CONFIG.value)
         return
     # Imported after the flags are parsed: --help need not wait for jax.
-    from experiments import runtime
-    from experiments.config.spec import resolve
+    from experiments import runtime, training
     from experiments.config.validation import ConfigError
-    from experiments.reporting import load, report_page, tables
-    from experiments.trainer import run
+    from experiments.reporting import load, tables
     from experiments.trainer.interrupts import StoppedError
     from experiments.trainer.loop import DivergedError
     from ltkd_jax.training import hosts
 
     runtime.initialize(_DISTRIBUTED.value)
     try:
-        spec = hosts.run_on_all(lambda: resolve(_CONFIG.value))
-        workdir = pathlib.Path("runs") / spec.name
-        if _WORKDIR.value:
-            workdir = pathlib.Path(files.expand_user(_WORKDIR.value))
         command = runtime.command_line("experiments.main", sys.argv[1:])
-        results = run.run(spec, workdir, command=command)
+        finished = training.train(_CONFIG.value, _WORKDIR.value, command=command)
         if hosts.is_primary():
-            report_page.write_report([load.load(workdir)], workdir / "report.html")
-            print(tables.render([results]))
-            print(f"\n{workdir / 'results.json'}   {workdir / 'report.html'}")
+            print(tables.render([finished.results]))
+            print(f"\n{finished.workdir / 'results.json'}   {finished.report}")
     except (ConfigError, DivergedError, load.ReportError, OSError) as error:
         sys.exit(f"error: {error}")
     except StoppedError as error:

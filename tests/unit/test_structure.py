@@ -50,6 +50,7 @@ EXPERIMENTS_RULES = {
     "runtime": set(),
     "config": set(),
     "trainer": {"config", "provenance"},
+    "training": {"config", "reporting", "runtime", "trainer"},
     "reporting": {"config"},
     "jobs": {"config", "trainer", "reporting", "runtime"},
     "audit": {"config", "trainer", "reporting", "runtime"},
