@@ -12,6 +12,7 @@ import copy
 import dataclasses
 import hashlib
 import io
+import itertools
 import math
 import re
 import textwrap
@@ -124,12 +125,8 @@ def method_styles(methods):
 
     The name sets the colour. Dashes distinguish methods of the same name.
     """
-    free_styles = [
-        (index, dashes)
-        for dashes in DASHES
-        for index in range(len(LIGHT))
-        if (index, dashes) not in STYLES.values()
-    ]
+    all_styles = itertools.product(range(len(LIGHT)), DASHES)
+    free_styles = [style for style in all_styles if style not in STYLES.values()]
     styles: dict = {}
     repeats = collections.Counter()
     for method in methods:
