@@ -75,7 +75,7 @@ def remove_steps(workdir):
     [
         (damage_config, "config.json is damaged"),
         (remove_results, "has no results.json"),
-        (remove_steps, "training ends at step"),
+        (remove_steps, "has no intact checkpoint"),
     ],
 )
 def test_unfinished_or_damaged_run(trained, tmp_path, spoil, message):

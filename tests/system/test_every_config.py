@@ -105,7 +105,7 @@ def test_no_config_is_left_out():
 # Config, argument, values and the number of training images, None where it is not
 # checked. The values allow for the small number of fabricated images.
 CASES = [
-    ("digitslt", "bikd", {}, longtail.counts(100, 50, 10).sum()),
+    ("digitslt", "bikd", {}, longtail.counts(100, 10, 10).sum()),
     ("cifar100lt", "ltkd", {}, 10_847),
     ("cifar100lt", "bikd,terms=ltkd", {}, 10_626),
     ("cifar10lt", "ltkd", {"data.n_max": 150}, longtail.counts(150, 50, 10).sum()),

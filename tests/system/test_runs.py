@@ -22,7 +22,7 @@ def data_dir(tmp_path_factory):
 def learned(tmp_path_factory):
     """Returns the folder of a run with learned weights, on one device."""
     folder = tmp_path_factory.mktemp("learned")
-    run(tiny(folder, "bikd", devices=1), folder / "run")
+    run(tiny(folder, "bikd,outer_loss=mix", devices=1), folder / "run")
     return folder
 
 
@@ -71,7 +71,8 @@ def test_one_device_and_pmap(data_dir, tmp_path, argument, values, teacher_logit
 def test_learned_weights(learned, tmp_path, values, tolerance):
     """Uses tables of the training and the outer images, and bfloat16."""
     with_table = "teacher.table" in values
-    results = run(tiny(learned, "bikd", devices=1, **values), tmp_path / "run")
+    config = tiny(learned, "bikd,outer_loss=mix", devices=1, **values)
+    results = run(config, tmp_path / "run")
     assert results["teacher_logits"] == ("table" if with_table else "network")
     expected = first_record(learned / "run")
     actual = first_record(tmp_path / "run")
