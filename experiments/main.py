@@ -59,7 +59,9 @@ def main(argv: list[str]) -> None:
     runtime.initialize(_DISTRIBUTED.value)
     try:
         command = runtime.command_line("experiments.main", sys.argv[1:])
-        finished = training.train(_CONFIG.value, _WORKDIR.value, command=command)
+        # An empty --workdir means the default, too.
+        workdir = _WORKDIR.value or None
+        finished = training.train(_CONFIG.value, workdir, command=command)
         if hosts.is_primary():
             print(tables.render([finished.results]))
             print(f"\n{finished.workdir / 'results.json'}   {finished.report}")

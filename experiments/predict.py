@@ -14,6 +14,7 @@ import sys
 import jax
 import numpy as np
 
+from experiments import runtime
 from experiments.config import load
 from ltkd_jax import console, files, inference
 
@@ -45,6 +46,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if not args.images and not args.export:
         parser.error("give images, or --export=FILE")
+    if args.top < 1:
+        parser.error(f"--top={args.top} must be at least 1")
+    runtime.initialize()
     try:
         load.import_modules(args.modules)
         classifier = inference.load(args.run)
@@ -54,7 +58,8 @@ def main(argv: list[str] | None = None) -> None:
             print(args.export)
         if args.images:
             _print_classes(classifier, args.images, args.top)
-    except (ValueError, OSError) as error:
+    # An ImportError is of the package that jax needs for an export.
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -217,16 +217,16 @@ def load(path: str | os.PathLike[str]) -> Classifier:
         checksum = fields.pop("sha256")
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ModelError(f"{path} is damaged, or describes no model: {error}") from None
+    if version != _FORMAT:
+        raise ModelError(
+            f"{path} is of format {version!r}, and this version of ltkd_jax reads "
+            f"format {_FORMAT}: use the version that wrote it"
+        )
     name = fields.get("model")
     if name not in models.REGISTRY:
         raise ModelError(
             f"{path} is of an unknown model {name!r}: import the module that registers "
             "it first (--import=MODULE)"
-        )
-    if version != _FORMAT:
-        raise ModelError(
-            f"{path} is of format {version!r}, and this version of ltkd_jax reads "
-            f"format {_FORMAT}: use the version that wrote it"
         )
     weights = path.with_suffix(".msgpack")
     if not weights.is_file() or files.sha256(weights) != checksum:

@@ -13,6 +13,7 @@ COMMANDS = [
     "experiments.reproduce",
     "experiments.report",
     "experiments.audit",
+    "experiments.predict",
     "experiments.tensorboard",
     "experiments.benchmark",
     "ltkd_jax.data.prepare",

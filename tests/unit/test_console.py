@@ -62,6 +62,6 @@ def test_unknown_home_in_arguments(module, arguments, capsys):
 
 
 def test_home_in_arguments(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/me")
-    assert console.path_argument("~/x") == "/home/me/x"
+    monkeypatch.setenv("HOME", "/users/me")
+    assert console.path_argument("~/x") == "/users/me/x"
     assert console.path_argument("") == ""
