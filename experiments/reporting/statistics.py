@@ -4,9 +4,13 @@ import dataclasses
 import math
 import statistics
 
+import scipy.stats
+
 BETTER = "better"
 WORSE = "worse"
 UNCLEAR = "not distinguishable"
+
+_CONFIDENCE = 0.95
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,13 +19,14 @@ class Difference:
 
     Attributes:
       mean: of the paired differences, None without a shared seed.
-      standard_error: of that mean, None for fewer than two pairs.
+      margin: half the length of the 95 % confidence interval of that mean, by the t
+        distribution; None for fewer than two pairs.
       num_pairs: how many seeds both methods have.
       verdict: BETTER, WORSE or UNCLEAR.
     """
 
     mean: float | None
-    standard_error: float | None
+    margin: float | None
     num_pairs: int
     verdict: str
 
@@ -41,17 +46,19 @@ def mean_std(values):
 def compare_paired(candidate, reference, *, lower_is_better=False):
     """Returns the `Difference` of two {seed: value} dictionaries over shared seeds.
 
-    The verdict is clear if the mean difference exceeds twice its standard error.
+    The verdict is clear if the confidence interval of the mean difference, which
+    assumes that differences are normal, does not contain 0.
     """
     shared_seeds = sorted(candidate.keys() & reference.keys())
     differences = [candidate[seed] - reference[seed] for seed in shared_seeds]
     mean, deviation, num_pairs = mean_std(differences)
     if deviation is None:
         return Difference(mean, None, num_pairs, UNCLEAR)
-    standard_error = deviation / math.sqrt(num_pairs)
-    # Strictly greater: identical runs have a difference and an error of zero.
-    if abs(mean) > 2 * standard_error:
+    quantile = scipy.stats.t.ppf((1 + _CONFIDENCE) / 2, df=num_pairs - 1)
+    margin = float(quantile) * deviation / math.sqrt(num_pairs)
+    # Strictly greater: identical runs have a difference and a margin of zero.
+    if abs(mean) > margin:
         verdict = BETTER if (mean < 0) == lower_is_better else WORSE
     else:
         verdict = UNCLEAR
-    return Difference(mean, standard_error, num_pairs, verdict)
+    return Difference(mean, margin, num_pairs, verdict)

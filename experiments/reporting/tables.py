@@ -13,11 +13,11 @@ from experiments.reporting.statistics import (
 from experiments.reporting.writers import Cell, Table
 
 VERDICT_NOTE = (
-    "A method is called better than another only if, paired over the same student "
-    "seeds, the mean difference exceeds twice its standard error; the ± of a "
-    "difference is that standard error. This is a rule of thumb: two equal methods "
-    "would pass it, one way or the other, in 30 % of cases with 2 seeds, 18 % with 3 "
-    "and 12 % with 5."
+    "A method is called better than another only if the 95 % t interval of their mean "
+    "difference, paired over the same student seeds, does not contain 0; the ± of a "
+    "difference is half the length of that interval. It is 9.0 standard deviations of "
+    "the differences with 2 seeds, 2.5 with 3 and 1.2 with 5. A table has many pairs: "
+    "of equal methods one in 20 passes by chance."
 )
 COLUMNS_NOTE = (
     "Head, medium and tail are groups by rank; many, mid and few are the classes with "
@@ -170,8 +170,8 @@ def _comparison_cell(candidate, reference, column):
     if not difference.num_pairs:
         return Cell("no shared seed", quiet=True)
     text = writers.signed(difference.mean)
-    if difference.standard_error is not None:
-        text += f" ± {difference.standard_error:.2f}"
+    if difference.margin is not None:
+        text += f" ± {difference.margin:.2f}"
     text = f"{text} {difference.verdict}"
     is_unclear = difference.verdict == UNCLEAR
     return Cell(text, f"n = {difference.num_pairs}", quiet=is_unclear)

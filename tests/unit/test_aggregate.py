@@ -31,27 +31,32 @@ def test_mean_std():
     assert statistics.mean_std([]) == (None, None, 0)
 
 
-def test_compare_paired_standard_error():
+def test_compare_paired_margin():
     # The differences are 2, 3 and 7: mean 4, sample variance (4 + 1 + 9) / 2 = 7,
-    # standard error sqrt(7 / 3) = 1.5275.
+    # standard error sqrt(7 / 3) = 1.5275. The 97.5 % quantile of t with two degrees of
+    # freedom is 4.3027 in the usual tables.
     difference = statistics.compare_paired(
         {0: 12.0, 1: 23.0, 2: 17.0}, {0: 10.0, 1: 20.0, 2: 10.0}
     )
     assert difference.mean == 4.0
     assert difference.num_pairs == 3
-    assert difference.verdict == "better"
-    assert difference.standard_error == pytest.approx(1.5275, abs=1e-4)
+    assert difference.verdict == "not distinguishable"
+    assert difference.margin == pytest.approx(4.3027 * 1.5275, abs=1e-3)
 
 
 @pytest.mark.parametrize(
     "candidate, reference, verdict",
     [
-        # Differences 1 and 2: mean 1.5 > 2 · 0.5.
-        ({0: 10.0, 1: 12.0}, {0: 9.0, 1: 10.0}, "better"),
-        ({0: 9.0, 1: 10.0}, {0: 10.0, 1: 12.0}, "worse"),
-        # Differences 1 and 3: mean 2 = 2 · 1, not above it.
-        ({0: 11.0, 1: 13.0}, {0: 10.0, 1: 10.0}, "not distinguishable"),
-        ({0: 50.0, 1: 10.0}, {0: 40.0, 1: 15.0}, "not distinguishable"),
+        # Differences 1.0 and 1.1: mean 1.05 > 12.706 · 0.05.
+        ({0: 10.0, 1: 11.1}, {0: 9.0, 1: 10.0}, "better"),
+        ({0: 9.0, 1: 10.0}, {0: 10.0, 1: 11.1}, "worse"),
+        # Differences 1.0 and 1.2: mean 1.1 < 12.706 · 0.1.
+        ({0: 10.0, 1: 11.2}, {0: 9.0, 1: 10.0}, "not distinguishable"),
+        # Three seeds with differences 1, 2 and 3: mean 2 < 4.303 · 0.577.
+        ({0: 1.0, 1: 2.0, 2: 3.0}, {0: 0.0, 1: 0.0, 2: 0.0}, "not distinguishable"),
+        # Equal differences.
+        ({0: 2.0, 1: 3.0}, {0: 1.0, 1: 2.0}, "better"),
+        ({0: 2.0, 1: 3.0}, {0: 2.0, 1: 3.0}, "not distinguishable"),
         # One seed.
         ({0: 90.0}, {0: 10.0}, "not distinguishable"),
         # No shared seed.
@@ -63,7 +68,7 @@ def test_compare_paired_verdict(candidate, reference, verdict):
 
 
 def test_compare_paired_lower_is_better():
-    seeds = {0: 5.0, 1: 6.0}, {0: 9.0, 1: 9.5}
+    seeds = {0: 5.0, 1: 6.0}, {0: 9.0, 1: 10.1}
     assert statistics.compare_paired(*seeds).verdict == "worse"
     difference = statistics.compare_paired(*seeds, lower_is_better=True)
     assert difference.verdict == "better"
@@ -193,7 +198,7 @@ def test_render_has_deviations_and_verdicts():
     # ltkd, by about 10.
     assert "better than ce and kd" in text
     # kd against ce: 1, −0.5 and 0.2.
-    assert "+0.23 ± 0.43 not distinguishable n = 3" in text
+    assert "+0.23 ± 1.86 not distinguishable n = 3" in text
 
 
 def test_render_one_seed():
