@@ -7,7 +7,7 @@
     python -m experiments.benchmark bilevel   # beside naive differentiation
     python -m experiments.benchmark bilevel --repeats=0    # the compiler's counts alone
     python -m experiments.benchmark stream    # images/s of a stream and of a plain loop
-    python -m experiments.benchmark pytorch   # KD, LTKD and BiKD, beside plain PyTorch
+    python -m experiments.benchmark pytorch   # steps and the loss, beside PyTorch's
 
 The modules of experiments/benchmark say what each of them measures, and
 docs/performance.md has results.
@@ -30,7 +30,7 @@ from ltkd_jax import console
 
 _PRECISIONS = ("float32", "tf32", "bfloat16")
 _LOGITS_SOURCES = ("table", "network")
-_PYTORCH_METHODS = ("kd", "ltkd", "bikd")
+_PYTORCH_METHODS = ("ce", "kd", "ltkd", "bikd")
 
 
 def _names(choices):
@@ -210,7 +210,7 @@ def _add_stream(commands):
 
 def _add_pytorch(commands):
     parser = _add_command(
-        commands, "pytorch", _pytorch, "KD, LTKD and BiKD beside plain PyTorch"
+        commands, "pytorch", _pytorch, "training steps beside PyTorch's"
     )
     _add_steps(parser, _PYTORCH_METHODS)
 

@@ -1,4 +1,4 @@
-"""Compares the steps of KD, LTKD and BiKD, and LTKD's loss, with plain PyTorch.
+"""Compares training steps, and LTKD's loss, with PyTorch.
 
 The images are noise of CIFAR's size. All steps are timed on the same device, in
 alternation, and the best time of each is reported.
@@ -6,7 +6,7 @@ alternation, and the best time of each is reported.
 A step of this library gathers, crops and flips its batch. It reads the teacher's logits
 from a table, or computes them. To make the table takes a forward pass of every view;
 that time is not included. A step of PyTorch gets a finished batch and computes the
-teacher's logits.
+teacher's logits; see `pytorch_baseline` for its two forms.
 """
 
 import functools
@@ -17,7 +17,12 @@ from experiments import provenance
 from experiments.benchmark import loss, pytorch_baseline, timing, train_step
 from experiments.reporting import writers
 
-_LOGITS_SOURCES = ("table", "network")
+_OURS = {
+    "none": "ours",
+    "table": "ours, teacher's table",
+    "network": "ours, teacher in the step",
+}
+_PYTORCH = {"PyTorch": False, "PyTorch, channels last, compiled": True}
 
 
 def measure(
@@ -25,24 +30,24 @@ def measure(
 ) -> tuple[int, dict[str, float]]:
     """Returns the batch size, and the seconds of a step by implementation.
 
-    The implementations are "pytorch" and this library with two sources of the teacher's
-    logits: "table" and "network".
+    This library's come first, with the teacher's table before the teacher in the step.
     """
     trainings = {}
-    for source in _LOGITS_SOURCES:
-        case = train_step.Case(method, source, precision)
-        trainings[source] = train_step.start(case, **models)
-    batch_size = trainings["table"].trainer.recipe.batch_size
-    pytorch_step = pytorch_baseline.Step(
-        method, **models, batch_size=batch_size, precision=precision
-    )
+    for case in train_step.cases([method], ["table", "network"], [precision]):
+        trainings[_OURS[case.teacher]] = train_step.start(case, **models)
+    first_training = next(iter(trainings.values()))
+    batch_size = first_training.trainer.recipe.batch_size
     # Rounded up to complete periods, so that all implementations make the same steps.
     period = max(training.period for training in trainings.values())
     steps = -(-steps // period) * period
     measures = {}
-    for source, training in trainings.items():
-        measures[source] = functools.partial(training.seconds, steps)
-    measures["pytorch"] = functools.partial(timing.seconds, pytorch_step, steps)
+    for name, training in trainings.items():
+        measures[name] = functools.partial(training.seconds, steps)
+    for name, tuned in _PYTORCH.items():
+        step = pytorch_baseline.Step(
+            method, **models, batch_size=batch_size, precision=precision, tuned=tuned
+        )
+        measures[name] = functools.partial(step.seconds, steps)
     return batch_size, timing.best_of_rounds(measures, repeats)
 
 
@@ -61,29 +66,26 @@ def report(
                 teacher=teacher,
                 student=student,
             )
-            pytorch_seconds = seconds["pytorch"]
-            row = [method, precision, f"{batch_size}", f"{1e3 * pytorch_seconds:,.1f}"]
-            for source in _LOGITS_SOURCES:
-                row.append(f"{1e3 * seconds[source]:,.1f}")
-                row.append(f"{pytorch_seconds / seconds[source]:.2f}")
-            rows.append(row)
-    header = [
-        "method",
-        "precision",
-        "batch",
-        "PyTorch, ms",
-        "ours, table, ms",
-        "PyTorch / ours",
-        "ours, teacher in the step, ms",
-        "PyTorch / ours",
-    ]
+            first_seconds = next(iter(seconds.values()))
+            for name, step_seconds in seconds.items():
+                row = [
+                    method,
+                    precision,
+                    f"{batch_size}",
+                    name,
+                    f"{1e3 * step_seconds:,.2f}",
+                    f"{step_seconds / first_seconds:.2f}",
+                ]
+                rows.append(row)
+    header = ["method", "precision", "batch", "implementation", "ms", "/ first"]
+    table = writers.Table(header, rows, num_text_columns=4)
 
     def ltkd_call_of(shape):
         return pytorch_baseline.ltkd_call(*loss.random_logits(shape))
 
     lines = [
         f"{teacher} → {student}, a step of training",
-        writers.as_text(writers.Table(header, rows)),
+        writers.as_text(table),
         f"PyTorch {torch.__version__}, {torch.get_num_threads()} threads; "
         f"{provenance.short()}",
         "",

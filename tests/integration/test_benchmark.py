@@ -57,7 +57,7 @@ def test_bilevel_ratios():
             "train",
             ("--methods=kd,nosuch", "--precisions=", "--teachers=file", "--steps=0"),
         ),
-        ("pytorch", ("--methods=ce", "--repeats=0")),
+        ("pytorch", ("--methods=dkd", "--repeats=0")),
     ],
 )
 def test_bad_options_are_refused(capsys, command, options):

@@ -39,7 +39,7 @@ def cheap_variants(monkeypatch):
         ),
         (
             ["pytorch", "--methods=kd", *QUICK],
-            ["kd ", "PyTorch / ours", "[4096, 10000]"],
+            ["kd ", "PyTorch, channels last, compiled", "[4096, 10000]"],
         ),
     ],
     ids=["train", "profile", "bilevel", "pytorch"],
@@ -111,17 +111,23 @@ def test_pytorch_losses_agree():
     np.testing.assert_allclose(float(actual), expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["kd", "ltkd", "bikd"])
-def test_pytorch_step_updates_parameters(method):
+@pytest.mark.parametrize("tuned", [False, True])
+@pytest.mark.parametrize("method", ["ce", "kd", "ltkd", "bikd"])
+def test_pytorch_step_updates_parameters(method, tuned):
     torch = pytest.importorskip("torch")
     from experiments.benchmark import pytorch_baseline
 
     step = pytorch_baseline.Step(
-        method, teacher="resnet8", student="resnet8", batch_size=4, update_every=1
+        method,
+        teacher="resnet8",
+        student="resnet8",
+        batch_size=4,
+        update_every=1,
+        tuned=tuned,
     )
 
     def parameters(network):
-        return torch.nn.utils.parameters_to_vector(network.parameters()).detach()
+        return torch.cat([p.detach().flatten() for p in network.parameters()])
 
     student = parameters(step.student)
     weight_net = parameters(step.weight_net)
