@@ -9,6 +9,7 @@ from flax.typing import PrecisionLike
 from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
+from ltkd_jax.models.batch_norm import BatchNorm
 from ltkd_jax.models.linear import linear, uniform_fan_in
 
 kaiming_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -84,18 +85,8 @@ class Layers(nn.Module, kw_only=True):
 
     def norm(self, x: jax.Array, train: bool, name: str) -> jax.Array:
         """Applies batch norm, with PyTorch's momentum and epsilon."""
-        layer = nn.BatchNorm(
-            use_running_average=not train,
-            # Flax weighs the old statistics by it, PyTorch (0.1) the new ones.
-            momentum=0.9,
-            epsilon=1e-5,
-            # The fast variance, E[x²] − E[x]², loses precision by cancellation.
-            use_fast_variance=False,
-            dtype=self.dtype,
-            axis_name=self.axis_name,
-            name=name,
-        )
-        return layer(x)
+        layer = BatchNorm(dtype=self.dtype, axis_name=self.axis_name, name=name)
+        return layer(x, train=train)
 
     def conv_norm(
         self,

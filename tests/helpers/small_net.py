@@ -9,6 +9,7 @@ from flax import linen as nn
 
 from ltkd_jax import groups, methods, models
 from ltkd_jax.data import augment, sampling
+from ltkd_jax.models.batch_norm import BatchNorm
 from ltkd_jax.training import bilevel_steps, steps, teacher_table
 from ltkd_jax.training import state as states
 from ltkd_jax.training.parallel import Parallel
@@ -46,9 +47,7 @@ class SmallNet(nn.Module):
     @nn.compact
     def __call__(self, images, *, train):
         x = nn.Dense(12)(images.reshape(len(images), -1))
-        x = nn.BatchNorm(
-            use_running_average=not train, momentum=0.9, axis_name=self.axis_name
-        )(x)
+        x = BatchNorm(axis_name=self.axis_name)(x, train=train)
         return nn.Dense(CLASSES)(nn.relu(x))
 
 
