@@ -7,6 +7,8 @@ the ablation.
 import pathlib
 import re
 
+from experiments.config import identity
+from experiments.config.spec import method_label
 from experiments.config.trees import flatten
 from experiments.reporting import aggregate, load, report_page, tables
 from experiments.reporting.statistics import mean_std
@@ -386,9 +388,8 @@ def _variant_rows(runs, planned, split):
             for column in columns:
                 row.append(tables.mean_cell(method.values(column, split).values()))
             rows.append([*row, str(len(method.runs)), f"{setting.epochs:g}"])
-    configs = [flatten(run["config"]) for run in runs]
     for entry in planned:
-        if any(_is_run_of(entry, config) for config in configs):
+        if any(_is_run_of(entry, run) for run in runs):
             continue
         row = [
             _title(*_setting_key(entry)),
@@ -414,8 +415,9 @@ def _planned_label(entry):
     return f"{entry['method']} ({', '.join(assignments)})"
 
 
-def _is_run_of(entry, config):
-    """Returns whether a flat config is that of a planned run."""
+def _is_run_of(entry, run):
+    """Returns whether a run is the planned one."""
+    config = flatten(run["config"])
     setting = {
         "data": config.get("data.name"),
         "imbalance": config.get("data.imbalance"),
@@ -424,11 +426,14 @@ def _is_run_of(entry, config):
     }
     if setting["imbalance"] is None or _setting_key(setting) != _setting_key(entry):
         return False
-    if config.get("method.name") != entry["method"]:
+    if method_label(run["config"]) != entry["method"]:
         return False
-    # A key that the result does not record is not compared.
+    # Not compared are keys on which no result depends, and those that the result does
+    # not record.
     return all(
-        str(config.get(key, value)) == str(value) for key, value in entry["set"].items()
+        str(config.get(key, value)) == str(value)
+        for key, value in entry["set"].items()
+        if key not in identity.EXECUTION_KEYS
     )
 
 

@@ -560,7 +560,8 @@ def test_search_chooses_on_validation(tmp_path):
         queue.append(
             {
                 "config": "configs/cifar100lt.py:ltkd",
-                "set": {"method.alpha": alpha},
+                # No result depends on the second key.
+                "set": {"method.alpha": alpha, "checkpoint_every": 77},
                 "group": "search",
             }
         )
