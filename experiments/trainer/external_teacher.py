@@ -1,8 +1,8 @@
 """Reads external teachers: the variables of a network, or the logits of any model.
 
-`teacher.checkpoint` names the file. FILE.msgpack holds the variables of a network of
-the library, as `ltkd_jax.models.convert` writes it. FILE.npz (see
-`ltkd_jax.data.logits`) holds
+`teacher.checkpoint` names the file, or the work directory of a finished run, whose
+student then teaches. FILE.msgpack holds the variables of a network of the library, as
+`ltkd_jax.models.convert` writes it. FILE.npz (see `ltkd_jax.data.logits`) holds
 
 - `train_logits` `[N, C]` or `[N, views, C]`, `train_labels` `[N]` and `train_keys`
   `[N]`, of all training images of the data set, not only of the long-tailed draw;
@@ -15,6 +15,7 @@ order does not matter.
 
 import dataclasses
 import os
+import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ import numpy as np
 
 from experiments.trainer.dataset import Dataset
 from experiments.trainer.interrupts import StopRequest
-from ltkd_jax import files, metrics
+from ltkd_jax import files, inference, metrics
 from ltkd_jax.data import longtail
 from ltkd_jax.data.logits import TRAIN_PREFIX, Logits, LogitsError, LogitsFile
 from ltkd_jax.data.records import Images, Records
@@ -52,6 +53,67 @@ def read_variables(
         raise ValueError(
             f"teacher.checkpoint, with teacher.model={model_name!r}: {error}"
         ) from error
+
+
+def check_data(
+    folder: str | os.PathLike[str], dataset: Dataset, content: str | None
+) -> None:
+    """Checks that a network was trained on the data set that it teaches.
+
+    Args:
+      folder: of a finished teacher or run, `teacher.checkpoint`.
+      dataset: the data set that it teaches.
+      content: the hash of the data set's images if it is a custom one.
+
+    Raises:
+      ValueError: it was trained on another one, or on other images.
+    """
+    path = pathlib.Path(folder) / "config.json"
+    recorded = files.read_json(path, "give another config.teacher.checkpoint")
+    try:
+        name = recorded["config"]["data"]["name"]
+        recorded_content = recorded["content"]["data"]
+    except (KeyError, TypeError):
+        raise ValueError(
+            f"{path} is of another version of this program: train the teacher again"
+        ) from None
+    if name != dataset.source.name:
+        raise ValueError(
+            f"teacher.checkpoint={os.fspath(folder)!r} was trained on the data set "
+            f"{name!r}, but is to teach {dataset.source.name!r}: give a teacher that "
+            "was trained on that one"
+        )
+    if recorded_content != content:
+        raise ValueError(
+            f"teacher.checkpoint={os.fspath(folder)!r} was trained on other images of "
+            f"{name!r} (their hash was {recorded_content}, and now is {content}): "
+            "train it again on those that there are now"
+        )
+
+
+def check_run(
+    folder: str | os.PathLike[str], dataset: Dataset, content: str | None
+) -> None:
+    """Checks that the student of a finished run can teach on a data set.
+
+    Args:
+      folder: the run's work directory, `teacher.checkpoint`.
+      dataset, content: see `check_data`.
+
+    Raises:
+      ValueError: the student is damaged, or was trained on another data set, other
+        classes or images of another shape.
+    """
+    check_data(folder, dataset, content)
+    student = inference.load(folder)
+    source = f"teacher.checkpoint={os.fspath(folder)!r}"
+    check_class_names(student.class_names, dataset.source.class_names, source)
+    if student.image_shape != dataset.image_shape:
+        raise ValueError(
+            f"{source} was trained on images of shape {list(student.image_shape)}, but "
+            f"those of the config are {list(dataset.image_shape)}: give both runs the "
+            "same config.data.image_size"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
