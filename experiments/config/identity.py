@@ -12,7 +12,7 @@ import json
 import os
 import pathlib
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 from experiments.config.trees import at, without
 from experiments.config.validation import SUBSETS, ConfigError
@@ -218,6 +218,42 @@ def teacher_kind(checkpoint: str, content: str | None = None) -> str:
         return "run"
     suffix = pathlib.Path(checkpoint).suffix.lower()
     return {".msgpack": "variables", ".npz": "logits"}.get(suffix, "folder")
+
+
+class ExternalTeacher(NamedTuple):
+    """Describes a teacher that a run did not train.
+
+    Attributes:
+      name: of its file, or of the folder of the run or the teacher.
+      content: the hash of its content.
+      key: that has this hash in the section `teacher` of the run's identity.
+    """
+
+    name: str
+    content: str
+    key: str
+
+
+def external_teacher(results: dict) -> ExternalTeacher | None:
+    """Returns the external teacher that a `results.json` records, None without one.
+
+    >>> config = {"teacher": {"checkpoint": "runs/a.msgpack"}}
+    >>> external_teacher({"config": config, "content": {"teacher": "12ab"}})
+    ExternalTeacher(name='a.msgpack', content='12ab', key='variables')
+    """
+    checkpoint = results["config"]["teacher"]["checkpoint"]
+    if not checkpoint:
+        return None
+    path = pathlib.PurePath(checkpoint)
+    if path.name == inference.WEIGHTS_NAME:
+        # Every run has a file of that name.
+        path = path.parent
+    content = results["content"]["teacher"]
+    kind = teacher_kind(checkpoint, content)
+    key = {"folder": "checkpoint", "logits": "model"}.get(kind, "variables")
+    return ExternalTeacher(
+        path.name or checkpoint, content.removeprefix(_RUN_PREFIX), key
+    )
 
 
 def read_teacher_results(folder: str | os.PathLike[str]) -> dict:

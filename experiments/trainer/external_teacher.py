@@ -176,10 +176,9 @@ def _read_logits(
     identity_view = source.views.identity if logits.shape[1] > 1 else 0
     train_sums = _eval_sums(logits[:, identity_view], source.train, dataset.train)
     group_mass = {"long_tailed": metrics.group_mass(train_sums, dataset.groups)}
-    file_hash = files.sha256(path)[:12]
     results: dict[str, Any] = {
-        "hash": file_hash,
-        "model": f"logits {file_hash}",
+        "hash": files.sha256(path)[:12],
+        "model": pathlib.Path(path).name,
         "group_mass": group_mass,
     }
     if file.has_logits():
