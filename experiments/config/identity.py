@@ -150,7 +150,7 @@ def run_identity(config: dict, content: dict) -> dict:
         # The config's recipe did not train this teacher, so it is left out.
         tree["teacher"] = {
             "model": config["teacher"]["model"],
-            "variables": content["teacher"].removeprefix(_RUN_PREFIX),
+            "variables": _without_run(content["teacher"]),
         }
     elif kind == "logits":
         tree["teacher"] = {"model": f"logits {content['teacher']}"}
@@ -242,18 +242,16 @@ def external_teacher(results: dict) -> ExternalTeacher | None:
     ExternalTeacher(name='a.msgpack', content='12ab', key='variables')
     """
     checkpoint = results["config"]["teacher"]["checkpoint"]
+    content = results["content"]["teacher"]
     if not checkpoint:
         return None
     path = pathlib.PurePath(checkpoint)
     if path.name == inference.WEIGHTS_NAME:
         # Every run has a file of that name.
         path = path.parent
-    content = results["content"]["teacher"]
     kind = teacher_kind(checkpoint, content)
     key = {"folder": "checkpoint", "logits": "model"}.get(kind, "variables")
-    return ExternalTeacher(
-        path.name or checkpoint, content.removeprefix(_RUN_PREFIX), key
-    )
+    return ExternalTeacher(path.name or checkpoint, _without_run(content), key)
 
 
 def read_teacher_results(folder: str | os.PathLike[str]) -> dict:
@@ -287,6 +285,11 @@ def _read_folder(folder: str | os.PathLike[str]) -> dict:
         "config.teacher.dir, a file of variables (.msgpack) or of logits (.npz); "
         f"{remedy}"
     )
+
+
+def _without_run(content: str) -> str:
+    """Returns the hash of a teacher, without the mark that it is a run's."""
+    return content.removeprefix(_RUN_PREFIX)
 
 
 def _is_run(results: dict) -> bool:
