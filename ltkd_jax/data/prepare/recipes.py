@@ -209,7 +209,7 @@ def write_split_table(name: str, data_dir: pathlib.Path, folder: pathlib.Path) -
         files.atomic_write(folder / SPLIT_TABLE) as temporary,
         open(temporary, "w", encoding="utf-8", newline="") as file,
     ):
-        writer = csv.writer(file)
+        writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("key", "label", "class", "split"))
         for split, images in (("train", source.train), ("test", source.test)):
             for key, label in zip(images.keys, images.labels):
