@@ -78,7 +78,7 @@ def content_hashes(config: dict) -> dict[str, Any]:
     checkpoint = config["teacher"]["checkpoint"]
     content: dict[str, Any] = {"teacher": None, "subset": None, "data": None}
     if teacher_kind(checkpoint) == "folder":
-        results = _read_folder(checkpoint)
+        results = read_teacher_results(checkpoint)
         if _is_run(results):
             content["teacher"] = _hash_run(checkpoint, config["teacher"]["model"])
         else:
@@ -255,19 +255,11 @@ def external_teacher(results: dict) -> ExternalTeacher | None:
 
 
 def read_teacher_results(folder: str | os.PathLike[str]) -> dict:
-    """Returns the `results.json` of a finished teacher.
+    """Returns the `results.json` of a finished teacher, or of a finished run.
 
     Raises:
       ConfigError: the folder has none.
     """
-    results = _read_folder(folder)
-    if _is_run(results):
-        raise ConfigError(f"{folder} is the work directory of a run, not a teacher's")
-    return results
-
-
-def _read_folder(folder: str | os.PathLike[str]) -> dict:
-    """Returns the `results.json` of a finished teacher, or of a finished run."""
     path = pathlib.Path(folder) / "results.json"
     remedy = (
         "if it is in config.teacher.dir, remove it, and the teacher is trained again"
