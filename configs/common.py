@@ -168,8 +168,9 @@ def base(
             train=recipe(),
             # Trained teachers are kept here, and shared by all runs.
             dir="runs/teachers",
-            # An external teacher: the folder of a trained one, FILE.msgpack (its
-            # variables) or FILE.npz (its logits); empty: train one.
+            # An external teacher: the folder of a trained one, the work directory of a
+            # run (its student), FILE.msgpack (variables) or FILE.npz (logits); empty:
+            # train one.
             checkpoint="",
             # Look the teacher's logits up in a table: auto (if worthwhile) | always |
             # never.

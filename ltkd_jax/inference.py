@@ -35,6 +35,7 @@ PyTree = Any
 Images = np.ndarray | Sequence[str | os.PathLike[str]]
 
 FILE_NAME = "model.json"
+WEIGHTS_NAME = "model.msgpack"
 _FORMAT = 1
 # Images that are classified at once.
 _MAX_BATCH = 64

@@ -1,9 +1,12 @@
-"""The CIFAR ResNet and the WRN in PyTorch, with the zoo's names in their state dicts.
+"""ResNets and the WRN in PyTorch, with the published names in their state dicts.
 
-They are the models of the PyTorch benchmark, and a reference for the converter. To be
-an independent reference, they are written from the papers' figures and the zoo's names
+These are those of the CIFAR distillation zoo, and torchvision's for ImageNet. They are
+the models of the PyTorch benchmark, and a reference for the converter. To be an
+independent reference, they are written from the papers' figures and the published names
 alone, in another form than `ltkd_jax.models`.
 """
+
+import collections
 
 import torch
 from torch import nn
@@ -29,6 +32,27 @@ class _Basic(nn.Module):
     def forward(self, x):
         branch = nn.Sequential(self.conv1, self.bn1, nn.ReLU(), self.conv2, self.bn2)
         return torch.relu(branch(x) + self.downsample(x))
+
+
+class _Bottleneck(nn.Module):
+    def __init__(self, inputs, width, stride):
+        super().__init__()
+        self.conv1 = _conv(inputs, width, 1)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = _conv(width, width, 3, stride)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = _conv(width, 4 * width, 1)
+        self.bn3 = nn.BatchNorm2d(4 * width)
+        self.downsample: nn.Module = nn.Identity()
+        if inputs != 4 * width or stride > 1:
+            self.downsample = nn.Sequential(
+                _conv(inputs, 4 * width, 1, stride), nn.BatchNorm2d(4 * width)
+            )
+
+    def forward(self, x):
+        y = torch.relu(self.bn1(self.conv1(x)))
+        y = torch.relu(self.bn2(self.conv2(y)))
+        return torch.relu(self.bn3(self.conv3(y)) + self.downsample(x))
 
 
 class _PreActivation(nn.Module):
@@ -113,6 +137,37 @@ class WideResNet(nn.Module):
         return self.fc(torch.relu(self.bn1(x)).mean((2, 3)))
 
 
+class ImageNetResNet(nn.Sequential):
+    """Computes logits by a ResNet for ImageNet.
+
+    Args:
+      depth: 18, 34 or 50; 50 has bottlenecks.
+      num_classes: C.
+    """
+
+    def __init__(self, depth, num_classes):
+        num_blocks = (2, 2, 2, 2) if depth == 18 else (3, 4, 6, 3)
+        block, expansion = (_Bottleneck, 4) if depth == 50 else (_Basic, 1)
+        layers = {
+            "conv1": _conv(3, 64, 7, 2),
+            "bn1": nn.BatchNorm2d(64),
+            "relu": nn.ReLU(),
+            "maxpool": nn.MaxPool2d(3, 2, padding=1),
+        }
+        inputs = 64
+        for stage, number in enumerate(num_blocks):
+            width = 64 * 2**stage
+            outputs = expansion * width
+            blocks = [block(inputs, width, 1 if stage == 0 else 2)]
+            blocks += [block(outputs, width, 1) for _ in range(number - 1)]
+            layers[f"layer{stage + 1}"] = nn.Sequential(*blocks)
+            inputs = outputs
+        layers["avgpool"] = nn.AdaptiveAvgPool2d(1)
+        layers["flatten"] = nn.Flatten()
+        layers["fc"] = nn.Linear(inputs, num_classes)
+        super().__init__(collections.OrderedDict(layers))
+
+
 def create(name, num_classes, seed=0):
     """Returns a model in evaluation mode.
 
@@ -122,6 +177,9 @@ def create(name, num_classes, seed=0):
     if name.startswith("wrn_"):
         _, depth, widening = name.split("_")
         model: nn.Module = WideResNet(int(depth), int(widening), num_classes)
+    elif name.endswith("_imagenet"):
+        depth = name.removeprefix("resnet").removesuffix("_imagenet")
+        model = ImageNetResNet(int(depth), num_classes)
     else:
         depth, _, times_four = name.removeprefix("resnet").partition("x")
         widths = (32, 64, 128, 256) if times_four else (16, 16, 32, 64)

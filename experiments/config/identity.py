@@ -12,11 +12,11 @@ import json
 import os
 import pathlib
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 from experiments.config.trees import at, without
 from experiments.config.validation import SUBSETS, ConfigError
-from ltkd_jax import files, methods, models
+from ltkd_jax import files, inference, methods, models
 from ltkd_jax.data import augment, datasets, longtail, records
 
 # These keys decide how a run is executed, not what it computes, so an identity leaves
@@ -50,6 +50,8 @@ NO_EFFECT = {
     "train.lr_warmup_epochs": 0.0,
     "teacher.train.lr_warmup_epochs": 0.0,
 }
+# Precedes the hash of a teacher that is the student of a run.
+_RUN_PREFIX = "run "
 # The keys that a teacher depends on, besides `teacher` itself.
 _TEACHER_KEYS = ("data", "groups", "augment", "split_seed", "teacher_seed", "precision")
 
@@ -65,17 +67,22 @@ def content_hashes(config: dict) -> dict[str, Any]:
     Returns:
       `{"teacher", "subset", "data"}`: the hashes of the external teacher, of the list
       of training images and of a custom data set. Each is None if the config names no
-      such file, or if the custom data set is not prepared yet. "code" is there for
-      custom methods and models only, by their role.
+      such file, or if the custom data set is not prepared yet. If the teacher is the
+      student of a run, its hash is preceded by "run ". "code" is there for custom
+      methods and models only, by their role.
 
     Raises:
-      ConfigError: a file cannot be read.
+      ConfigError: a file cannot be read, or the teacher is a run of another model.
     """
     data = config["data"]
     checkpoint = config["teacher"]["checkpoint"]
     content: dict[str, Any] = {"teacher": None, "subset": None, "data": None}
     if teacher_kind(checkpoint) == "folder":
-        content["teacher"] = read_teacher_results(checkpoint)["hash"]
+        results = read_teacher_results(checkpoint)
+        if _is_run(results):
+            content["teacher"] = _hash_run(checkpoint, config["teacher"]["model"])
+        else:
+            content["teacher"] = results["hash"]
     elif checkpoint:
         content["teacher"] = _hash_checkpoint(checkpoint)
     if data["subset"] not in SUBSETS:
@@ -136,14 +143,14 @@ def run_identity(config: dict, content: dict) -> dict:
     if content.get("code"):
         tree["code"] = content["code"]
 
-    kind = teacher_kind(config["teacher"]["checkpoint"])
+    kind = teacher_kind(config["teacher"]["checkpoint"], content["teacher"])
     if kind == "folder":
         tree["teacher"]["checkpoint"] = content["teacher"]
-    elif kind == "variables":
+    elif kind in ("variables", "run"):
         # The config's recipe did not train this teacher, so it is left out.
         tree["teacher"] = {
             "model": config["teacher"]["model"],
-            "variables": content["teacher"],
+            "variables": _without_run(content["teacher"]),
         }
     elif kind == "logits":
         tree["teacher"] = {"model": f"logits {content['teacher']}"}
@@ -193,21 +200,62 @@ def teacher_identity(config: dict, identity: dict) -> dict:
     return {**tree, "teacher": without(identity["teacher"], ["checkpoint"])}
 
 
-def teacher_kind(checkpoint: str) -> str:
+def teacher_kind(checkpoint: str, content: str | None = None) -> str:
     """Returns what `teacher.checkpoint` names.
 
+    Args:
+      checkpoint: its value.
+      content: "teacher" of `content_hashes`; without it, a run counts as a folder.
+
     Returns:
-      "folder" (of a finished teacher), "variables" or "logits" (a file of them), or
-      "trained" if it is empty: then the run trains its teacher itself.
+      "folder" (of a finished teacher), "run" (the work directory of a finished run),
+      "variables" or "logits" (a file of them), or "trained" if it is empty: then the
+      run trains its teacher itself.
     """
     if not checkpoint:
         return "trained"
+    if content and content.startswith(_RUN_PREFIX):
+        return "run"
     suffix = pathlib.Path(checkpoint).suffix.lower()
     return {".msgpack": "variables", ".npz": "logits"}.get(suffix, "folder")
 
 
+class ExternalTeacher(NamedTuple):
+    """Describes a teacher that a run did not train.
+
+    Attributes:
+      name: of its file, or of the folder of the run or the teacher.
+      content: the hash of its content.
+      key: that has this hash in the section `teacher` of the run's identity.
+    """
+
+    name: str
+    content: str
+    key: str
+
+
+def external_teacher(results: dict) -> ExternalTeacher | None:
+    """Returns the external teacher that a `results.json` records, None without one.
+
+    >>> config = {"teacher": {"checkpoint": "runs/a.msgpack"}}
+    >>> external_teacher({"config": config, "content": {"teacher": "12ab"}})
+    ExternalTeacher(name='a.msgpack', content='12ab', key='variables')
+    """
+    checkpoint = results["config"]["teacher"]["checkpoint"]
+    content = results["content"]["teacher"]
+    if not checkpoint:
+        return None
+    path = pathlib.PurePath(checkpoint)
+    if path.name == inference.WEIGHTS_NAME:
+        # Every run has a file of that name.
+        path = path.parent
+    kind = teacher_kind(checkpoint, content)
+    key = {"folder": "checkpoint", "logits": "model"}.get(kind, "variables")
+    return ExternalTeacher(path.name or checkpoint, _without_run(content), key)
+
+
 def read_teacher_results(folder: str | os.PathLike[str]) -> dict:
-    """Returns the `results.json` of a finished teacher.
+    """Returns the `results.json` of a finished teacher, or of a finished run.
 
     Raises:
       ConfigError: the folder has none.
@@ -217,13 +265,45 @@ def read_teacher_results(folder: str | os.PathLike[str]) -> dict:
         "if it is in config.teacher.dir, remove it, and the teacher is trained again"
     )
     results = read_json(path, remedy) if path.is_file() else {}
-    if not {"hash", "model", "step"} <= set(results):
+    if _is_run(results) or {"hash", "model", "step"} <= results.keys():
+        return results
+    if os.path.isfile(folder):
+        remedy = "python -m ltkd_jax.models.convert converts a PyTorch checkpoint"
+    elif (path.parent / "config.json").is_file():
+        remedy = f"if it is of a run, finish it by its command; {remedy}"
+    raise ConfigError(
+        f"{folder} holds no finished teacher: set config.teacher.checkpoint to the "
+        "work directory of a finished run, whose student then teaches, a folder of "
+        "config.teacher.dir, a file of variables (.msgpack) or of logits (.npz); "
+        f"{remedy}"
+    )
+
+
+def _without_run(content: str) -> str:
+    """Returns the hash of a teacher, without the mark that it is a run's."""
+    return content.removeprefix(_RUN_PREFIX)
+
+
+def _is_run(results: dict) -> bool:
+    return {"config_hash", "config", "content"} <= results.keys()
+
+
+def _hash_run(folder: str, model: str) -> str:
+    """Returns the hash of the student in the work directory of a finished run."""
+    path = pathlib.Path(folder) / inference.FILE_NAME
+    if not path.is_file():
         raise ConfigError(
-            f"{folder} holds no finished teacher: set config.teacher.checkpoint to a "
-            "folder of config.teacher.dir, a file of variables (.msgpack) or of logits "
-            f"(.npz); {remedy}"
+            f"config.teacher.checkpoint={folder!r} is a run without {path.name}, which "
+            "earlier versions did not write: repeat the run"
         )
-    return results
+    run_model = read_json(path, "repeat the run").get("model")
+    if run_model != model:
+        raise ConfigError(
+            f"config.teacher.checkpoint={folder!r} is a run of the student "
+            f"{run_model!r}, but config.teacher.model={model!r}: set it to "
+            f"{run_model!r}, or give another run"
+        )
+    return _RUN_PREFIX + _hash_checkpoint(str(path.with_name(inference.WEIGHTS_NAME)))
 
 
 def read_json(path: str | os.PathLike[str], remedy: str = "remove it") -> dict:

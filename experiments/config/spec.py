@@ -166,7 +166,11 @@ class TrainingSpec:
 
 @dataclasses.dataclass(frozen=True)
 class TeacherSpec:
-    """Describes the teacher and its origin; see `teacher` in configs/common.py."""
+    """Describes the teacher and its origin; see `teacher` in configs/common.py.
+
+    Attributes:
+      kind: its origin, see `identity.teacher_kind`.
+    """
 
     model: str
     train: Recipe
@@ -175,14 +179,7 @@ class TeacherSpec:
     table: str
     table_memory: float
     table_runs: int
-
-    @property
-    def kind(self) -> str:
-        """Returns its origin: "trained", "folder", "variables" or "logits".
-
-        See `identity.teacher_kind`.
-        """
-        return identities.teacher_kind(self.checkpoint)
+    kind: str
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -243,6 +240,8 @@ class RunSpec:
             subset = pathlib.Path(self.data.subset).stem
         if self.teacher.kind in ("variables", "logits"):
             teacher = pathlib.Path(self.teacher.checkpoint).stem
+        elif self.teacher.kind == "run":
+            teacher = pathlib.Path(self.teacher.checkpoint).resolve().name
         else:
             teacher = self.teacher.model
         fields = [
@@ -328,7 +327,11 @@ def resolve(config: ml_collections.ConfigDict | Mapping) -> RunSpec:
     identity = json.loads(json.dumps(identities.run_identity(tree, content)))
 
     weighting = without(tree["loss_weighting"], ["name"])
-    teacher = {**tree["teacher"], "train": Recipe(**tree["teacher"]["train"])}
+    teacher = TeacherSpec(
+        **without(tree["teacher"], ["train"]),
+        train=Recipe(**tree["teacher"]["train"]),
+        kind=identities.teacher_kind(tree["teacher"]["checkpoint"], content["teacher"]),
+    )
     return RunSpec(
         config=recorded_config | {"data": recorded_config["data"] | {"dir": ""}},
         content=content,
@@ -347,7 +350,7 @@ def resolve(config: ml_collections.ConfigDict | Mapping) -> RunSpec:
         loss_weighting=LearnedWeights(**weighting) if weighting else None,
         student_model=tree["student"]["model"],
         train=Recipe(**tree["train"]),
-        teacher=TeacherSpec(**teacher),
+        teacher=teacher,
         execution=Execution(
             precision=tree["precision"],
             devices=tree["devices"],

@@ -87,12 +87,14 @@ class Setting:
     Attributes:
       data: name of the data set.
       imbalance: largest over smallest class count.
-      teacher: name of its model.
+      teacher: name of its model, or of a file of logits.
       student: name of its model.
       split_seed: seed of the draw of the training images.
       epochs: length of training.
       num_images: training images, 0 if not recorded.
       methods: list of `Method`, sorted.
+      teacher_files: names of the files and runs that the teacher's variables come from,
+        sorted; empty if the teacher was trained for it, or is a file of logits.
     """
 
     data: str
@@ -103,13 +105,15 @@ class Setting:
     epochs: int
     num_images: int
     methods: list
+    teacher_files: list
 
     def title_parts(self):
         """Returns the phrases that a title may be made of, by name."""
+        files = f" ({', '.join(self.teacher_files)})" if self.teacher_files else ""
         return {
             "data": self.data,
             "imbalance": f"imbalance {self.imbalance:g}",
-            "models": f"{self.teacher} → {self.student}",
+            "models": f"{self.teacher}{files} → {self.student}",
             "epochs": f"{self.epochs:g} epochs",
             "split_seed": f"split seed {self.split_seed}",
             "num_images": f"{self.num_images:,} training images",
@@ -251,9 +255,8 @@ def group_runs(runs):
     Two copies of a run count as one.
     """
     runs_by_setting = collections.defaultdict(list)
-    for run in runs:
-        if run.get("finished", True):
-            runs_by_setting[_setting_key(run)].append(run)
+    for run in _with_identity([run for run in runs if run.get("finished", True)]):
+        runs_by_setting[_setting_key(run)].append(run)
     # A key that distinguishes two rows in one setting is part of the label in all
     # settings, so that a label means the same method everywhere.
     label_keys = collections.defaultdict(set)
@@ -263,13 +266,45 @@ def group_runs(runs):
     settings = []
     for key in sorted(runs_by_setting):
         methods = _methods(runs_by_setting[key], label_keys)
-        settings.append(Setting(*key, methods=methods))  # type: ignore[misc]
+        files = _teacher_files(runs_by_setting[key])
+        settings.append(Setting(*key, methods=methods, teacher_files=files))  # type: ignore[misc]
     return settings
 
 
+def _with_identity(runs):
+    """Returns copies of the runs with the key `identity`: what the result depends on.
+
+    In it, the name of an external teacher replaces the hash of its content. If two
+    teachers have one name, both have the hash behind it.
+    """
+    names = {}
+    for run in runs:
+        external = identity.external_teacher(run)
+        if external:
+            names.setdefault(external.content, external.name)
+    occurrences = collections.Counter(names.values())
+    runs_with_identity = []
+    for run in runs:
+        tree = identity.recorded_identity(run)
+        external = identity.external_teacher(run)
+        if external:
+            name = names[external.content]
+            if occurrences[name] > 1:
+                name = f"{name} {external.content}"
+            tree["teacher"][external.key] = name
+        runs_with_identity.append(run | {"identity": tree})
+    return runs_with_identity
+
+
+def _teacher_files(runs):
+    """Returns the names of the files and runs that teachers' variables come from."""
+    files = {run["identity"]["teacher"].get("variables") for run in runs}
+    return sorted(files - {None})
+
+
 def _setting_key(run):
-    """Returns the fields of the run's `Setting`, without the methods."""
-    config = identity.recorded_identity(run)
+    """Returns the fields of the run's `Setting`, but methods and teachers' files."""
+    config = run["identity"]
     data, imbalance = _data_and_imbalance(config["data"], run.get("class_counts"))
     return (
         data,
@@ -323,7 +358,7 @@ def _differing_keys(runs):
 
 def _flat_config(run):
     """Returns {key: text} of the config keys that affect a result, without seeds."""
-    config = flatten(identity.recorded_identity(run))
+    config = flatten(run["identity"])
     return {key: str(value) for key, value in config.items() if key not in _SEED_KEYS}
 
 

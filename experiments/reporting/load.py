@@ -127,6 +127,9 @@ def _read_results(path):
     if not isinstance(flat.get("test.all"), (int, float)):
         raise ReportError(f"{path}: not a result file, it has no test accuracy")
     is_valid = {
+        # An external teacher has a hash.
+        "content": not flat["config.teacher.checkpoint"]
+        or isinstance(flat["content.teacher"], str),
         "teacher": isinstance(results.get("teacher"), (dict, type(None))),
         "seeds": _are_seeds(results.get("seeds")),
         "class_names": isinstance(results.get("class_names"), (list, type(None))),

@@ -1,19 +1,22 @@
 """Reads external teachers: the variables of a network, or the logits of any model.
 
-`teacher.checkpoint` names the file. FILE.msgpack holds the variables of a network of
-the library, as `ltkd_jax.models.convert` writes it. FILE.npz (see
-`ltkd_jax.data.logits`) holds
+`teacher.checkpoint` names the file, or the work directory of a finished run, whose
+student then teaches. FILE.msgpack holds the variables of a network of the library, as
+`ltkd_jax.models.convert` writes it. FILE.npz (see `ltkd_jax.data.logits`) holds
 
 - `train_logits` `[N, C]` or `[N, views, C]`, `train_labels` `[N]` and `train_keys`
   `[N]`, of all training images of the data set, not only of the long-tailed draw;
 - optionally `logits` `[M, C]`, `labels` `[M]` and `keys` `[M]` of its test images, for
   the report.
 
-A row belongs to the image of its key, and the order does not matter.
+A row belongs to the image of its key, or whose key its key ends in, as a path does. The
+order does not matter.
 """
 
 import dataclasses
 import os
+import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -21,7 +24,8 @@ import numpy as np
 
 from experiments.trainer.dataset import Dataset
 from experiments.trainer.interrupts import StopRequest
-from ltkd_jax import files, metrics
+from ltkd_jax import files, inference, metrics
+from ltkd_jax.data import longtail
 from ltkd_jax.data.logits import TRAIN_PREFIX, Logits, LogitsError, LogitsFile
 from ltkd_jax.data.records import Images, Records
 from ltkd_jax.models import convert
@@ -49,6 +53,67 @@ def read_variables(
         raise ValueError(
             f"teacher.checkpoint, with teacher.model={model_name!r}: {error}"
         ) from error
+
+
+def check_data(
+    folder: str | os.PathLike[str], dataset: Dataset, content: str | None
+) -> None:
+    """Checks that a network was trained on the data set that it teaches.
+
+    Args:
+      folder: of a finished teacher or run, `teacher.checkpoint`.
+      dataset: the data set that it teaches.
+      content: the hash of the data set's images if it is a custom one.
+
+    Raises:
+      ValueError: it was trained on another one, or on other images.
+    """
+    path = pathlib.Path(folder) / "config.json"
+    recorded = files.read_json(path, "give another config.teacher.checkpoint")
+    try:
+        name = recorded["config"]["data"]["name"]
+        recorded_content = recorded["content"]["data"]
+    except (KeyError, TypeError):
+        raise ValueError(
+            f"{path} is of another version of this program: train the teacher again"
+        ) from None
+    if name != dataset.source.name:
+        raise ValueError(
+            f"teacher.checkpoint={os.fspath(folder)!r} was trained on the data set "
+            f"{name!r}, but is to teach {dataset.source.name!r}: give a teacher that "
+            "was trained on that one"
+        )
+    if recorded_content != content:
+        raise ValueError(
+            f"teacher.checkpoint={os.fspath(folder)!r} was trained on other images of "
+            f"{name!r} (their hash was {recorded_content}, and now is {content}): "
+            "train it again on those that there are now"
+        )
+
+
+def check_run(
+    folder: str | os.PathLike[str], dataset: Dataset, content: str | None
+) -> None:
+    """Checks that the student of a finished run can teach on a data set.
+
+    Args:
+      folder: the run's work directory, `teacher.checkpoint`.
+      dataset, content: see `check_data`.
+
+    Raises:
+      ValueError: the student is damaged, or was trained on another data set, other
+        classes or images of another shape.
+    """
+    check_data(folder, dataset, content)
+    student = inference.load(folder)
+    source = f"teacher.checkpoint={os.fspath(folder)!r}"
+    check_class_names(student.class_names, dataset.source.class_names, source)
+    if student.image_shape != dataset.image_shape:
+        raise ValueError(
+            f"{source} was trained on images of shape {list(student.image_shape)}, but "
+            f"those of the config are {list(dataset.image_shape)}: give both runs the "
+            "same config.data.image_size"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +165,7 @@ def _read_logits(
     source = dataset.source
     num_classes = dataset.num_classes
     file = LogitsFile(path)
+    _check_class_names(file, source.class_names)
     train = file.logits(TRAIN_PREFIX, views=True)
     rows = _match_rows(
         train, source.train, [(num_classes,), (source.views.num, num_classes)]
@@ -110,10 +176,9 @@ def _read_logits(
     identity_view = source.views.identity if logits.shape[1] > 1 else 0
     train_sums = _eval_sums(logits[:, identity_view], source.train, dataset.train)
     group_mass = {"long_tailed": metrics.group_mass(train_sums, dataset.groups)}
-    file_hash = files.sha256(path)[:12]
     results: dict[str, Any] = {
-        "hash": file_hash,
-        "model": f"logits {file_hash}",
+        "hash": files.sha256(path)[:12],
+        "model": pathlib.Path(path).name,
         "group_mass": group_mass,
     }
     if file.has_logits():
@@ -125,12 +190,52 @@ def _read_logits(
     return logits, results
 
 
+def _check_class_names(file: LogitsFile, class_names: tuple[str, ...]) -> None:
+    """Raises LogitsError if a file has names of classes that are not the data set's."""
+    if "class_names" not in file.names:
+        return
+    name = f"{file.path}: class_names"
+    try:
+        names = longtail.as_strings(file.array("class_names"), name).tolist()
+    except ValueError as error:
+        raise LogitsError(str(error)) from None
+    check_class_names(names, class_names, name)
+
+
+def check_class_names(
+    names: Sequence[str], class_names: Sequence[str], source: str
+) -> None:
+    """Checks that a teacher has the classes of the data set, in the same order.
+
+    Args:
+      names: of the teacher's classes, in the order of its logits.
+      class_names: of the data set, in label order.
+      source: of the teacher, for messages.
+
+    Raises:
+      LogitsError: there are others, or they are in another order.
+    """
+    if len(names) != len(class_names):
+        raise LogitsError(
+            f"{source} has {len(names)} classes, and the data set {len(class_names)}: "
+            "use a teacher of the same classes, or select its columns"
+        )
+    for label, (name, expected) in enumerate(zip(names, class_names)):
+        if name != expected:
+            raise LogitsError(
+                f"{source}: class {label} is {name!r}, but {expected!r} in the data "
+                "set: put the teacher's classes into the data set's order, or use a "
+                "teacher of the same classes"
+            )
+
+
 def _match_rows(
     logits: Logits, images: Images | Records, allowed_shapes: list[tuple[int, ...]]
 ) -> np.ndarray:
     """Returns the row of each image, found by its key.
 
-    The rows may be in any order, and some may be of other images.
+    The rows may be in any order, and some may be of other images. Their keys may be
+    longer paths, see `longtail.match_paths`.
 
     Args:
       logits: N rows with labels and keys.
@@ -154,30 +259,62 @@ def _match_rows(
         raise LogitsError(
             f"{logits.source} lacks {keys_name}: labels do not show which image of a "
             "class a row is of. Add the keys of the images, one for each row: "
-            "ltkd_jax.data.datasets.load(NAME, DATA_DIR) has them, as .train.keys and "
-            f".test.keys; the first is {images.keys[0]!r}"
+            "split.csv beside the prepared data has them, and so has "
+            "ltkd_jax.data.datasets.load(NAME, DATA_DIR), as .train.keys and "
+            f".test.keys; the first is {str(images.keys[0])!r}"
         )
-    order = np.argsort(logits.keys, kind="stable")
-    sorted_keys = logits.keys[order]
-    is_repeated = sorted_keys[1:] == sorted_keys[:-1]
-    if is_repeated.any():
-        key = str(sorted_keys[1:][is_repeated][0])
-        raise LogitsError(f"{logits.source}: {keys_name} has {key!r} twice")
-    positions = np.searchsorted(sorted_keys, images.keys)
-    positions = np.minimum(positions, len(sorted_keys) - 1)
-    is_missing = sorted_keys[positions] != images.keys
+    rows = _rows_by_key(logits.keys, images.keys, f"{logits.source}: {keys_name}")
+    is_missing = rows < 0
     if is_missing.any():
         examples = ", ".join(repr(str(key)) for key in images.keys[is_missing][:3])
         raise LogitsError(
             f"{logits.source}: {keys_name} lacks {is_missing.sum()} of the data set's "
             f"{len(images)} images, such as {examples}; it has {str(logits.keys[0])!r}"
         )
-    rows = order[positions]
-    if not np.array_equal(logits.labels[rows], images.labels):
+    (wrong,) = np.nonzero(logits.labels[rows] != images.labels)
+    if wrong.size:
+        first = wrong[0]
         raise LogitsError(
             f"{logits.source}: the labels of {logits.array_name} are not those of the "
-            "data set for the same keys: the classes are in another order, or the rows "
-            "are not those of the keys"
+            f"data set for {wrong.size} of {len(images)} images, such as "
+            f"{str(images.keys[first])!r}, labelled {logits.labels[rows[first]]} "
+            f"instead of {images.labels[first]}: the classes are in another order, or "
+            "the rows are not those of the keys"
+        )
+    return rows
+
+
+def _rows_by_key(row_keys: np.ndarray, keys: np.ndarray, name: str) -> np.ndarray:
+    """Returns the row of each image, -1 where there is none.
+
+    Args:
+      row_keys: str `[N]`.
+      keys: str `[M]`, of the images.
+      name: of the array with the rows' keys, for messages.
+
+    Raises:
+      LogitsError: two rows are of one image.
+    """
+    images = longtail.match_paths(row_keys.tolist(), keys)
+    (matched,) = np.nonzero(images >= 0)
+    is_exact = row_keys[matched] == keys[images[matched]]
+    # Where a row has an image's very key, longer paths are of other images.
+    has_exact = np.zeros(len(keys), bool)
+    has_exact[images[matched[is_exact]]] = True
+    matched = matched[is_exact | ~has_exact[images[matched]]]
+    rows = np.full(len(keys), -1)
+    rows[images[matched]] = matched
+    # Of two rows of an image, the other one is in `rows`.
+    lost = matched[rows[images[matched]] != matched]
+    if lost.size:
+        key = str(row_keys[lost[0]])
+        other = str(row_keys[rows[images[lost[0]]]])
+        if key == other:
+            raise LogitsError(f"{name} has {key!r} twice: keep one of the rows")
+        raise LogitsError(
+            f"{name} has {key!r} and {other!r}, which both end in the key of one "
+            f"image, {str(keys[images[lost[0]]])!r}: keep its row only, or give the "
+            "keys of split.csv"
         )
     return rows
 

@@ -259,7 +259,8 @@ def obtain(
       `teacher_hash`, which is trained if it does not exist yet.
     - If it is a folder of a trained teacher, that one is loaded.
     - If it is a file of variables, these are copied into `teacher.dir` and evaluated,
-      once; then they are loaded like a trained teacher.
+      once; then they are loaded like a trained teacher. So are the variables of the
+      student if it is the work directory of a finished run.
     - If it is a file of logits, there is no network; see `LogitsTeacher`.
 
     Args:
@@ -267,15 +268,17 @@ def obtain(
       stop: checked while the teacher is trained, or another process trains it.
 
     Raises:
-      ConfigError: the checkpoint is absent or damaged, or has another model or number
-        of classes.
+      ConfigError: the checkpoint is absent or damaged, or has another model, data set
+        or number of classes.
       StoppedError: the teacher is not finished; the next call resumes its training.
     """
     kind = spec.teacher.kind
-    if kind == "folder":
-        return _load_teacher(spec, pathlib.Path(spec.teacher.checkpoint))
     if kind == "logits":
         return _load_logits(spec)
+    if kind in ("folder", "run"):
+        hosts.run_on_primary(lambda: _check_folder(spec))
+    if kind == "folder":
+        return _load_teacher(spec, pathlib.Path(spec.teacher.checkpoint))
     folder = pathlib.Path(spec.teacher.dir) / spec.teacher_hash
     with contextlib.ExitStack() as locks:
 
@@ -289,7 +292,7 @@ def obtain(
             return folder.exists()
 
         is_finished = hosts.run_on_primary(claim)
-        if not is_finished and kind == "variables":
+        if not is_finished and kind in ("variables", "run"):
             _import_variables(spec, folder)
         elif not is_finished:
             _train_teacher(spec, folder, stop)
@@ -345,15 +348,33 @@ def _train_teacher(spec: RunSpec, folder: pathlib.Path, stop: StopRequest) -> No
     _finish_folder(spec, folder, unfinished, results, trainer.classifier(state))
 
 
+def _check_folder(spec: RunSpec) -> None:
+    """Raises ConfigError unless an external teacher fits the data set that it teaches.
+
+    A run is checked every time: its student's variables may have been imported from
+    their file before, which does not name the classes.
+    """
+    is_run = spec.teacher.kind == "run"
+    check = external_teacher.check_run if is_run else external_teacher.check_data
+    data = datasets.load(spec.data)
+    try:
+        check(spec.teacher.checkpoint, data, spec.content["data"])
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
 def _import_variables(spec: RunSpec, folder: pathlib.Path) -> None:
     """Evaluates the variables of a file and puts them into a new folder."""
     trainer = get_trainer(spec.teacher_training())
     unfinished = _make_unfinished_folder(folder)
+    path = pathlib.Path(spec.teacher.checkpoint)
+    if spec.teacher.kind == "run":
+        path = path / inference.WEIGHTS_NAME
 
     def read() -> dict:
         try:
             return external_teacher.read_variables(
-                spec.teacher.checkpoint, spec.teacher.model, trainer.data
+                path, spec.teacher.model, trainer.data
             )
         except ValueError as error:
             raise ConfigError(str(error)) from error

@@ -8,7 +8,7 @@ import hashlib
 import os
 import pathlib
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -244,11 +244,8 @@ def read_list(path: str | os.PathLike[str]) -> ImageList:
 def match_list(
     image_list: ImageList, labels: np.ndarray, keys: np.ndarray
 ) -> np.ndarray:
-    r"""Returns the sorted indices of the images of a list.
+    r"""Returns the sorted indices of the images of a list, found by `match_paths`.
 
-    A path matches the image whose key it is. If there is none, its leading folders are
-    removed one by one until there is. If there still is none, "\" in the path is read
-    as "/", and other Unicode forms of the same letters match, as macOS writes them.
     Hidden files that are no images of the data set, such as "._a.JPEG", are skipped.
 
     Args:
@@ -271,19 +268,11 @@ def match_list(
     """
     file_name = image_list.file_name
     keys = as_strings(keys, "keys")
-    index_of = {str(key): index for index, key in enumerate(keys)}
-    index_of_normal: dict[str, int | None] = {}
-    for key, key_index in index_of.items():
-        normal = _normalize(key)
-        # None where the forms of two keys are the same: then neither is meant.
-        index_of_normal[normal] = None if normal in index_of_normal else key_index
     path_of: dict[int, str] = {}
     missing: list[str] = []
-    for path, label in zip(image_list.paths, image_list.labels):
-        index = _match_path(path, index_of)
-        if index is None:
-            index = _match_path(_normalize(path), index_of_normal)
-        if index is None:
+    indices = match_paths(image_list.paths, keys).tolist()
+    for path, label, index in zip(image_list.paths, image_list.labels, indices):
+        if index < 0:
             if not files.is_hidden(_normalize(path).rpartition("/")[2]):
                 missing.append(path)
         elif index in path_of:
@@ -307,6 +296,38 @@ def match_list(
             f"keys are like {example_keys} (some may be held out for the test)"
         )
     return np.array(sorted(path_of), np.int64)
+
+
+def match_paths(paths: Iterable[str], keys: npt.ArrayLike) -> np.ndarray:
+    r"""Returns the index of the image that each path names, by the path's last parts.
+
+    A path matches the image whose key it is. If there is none, its leading folders are
+    removed one by one until there is. If there still is none, "\" in the path is read
+    as "/", and other Unicode forms of the same letters match, as macOS writes them.
+
+    Args:
+      paths: P paths.
+      keys: `[N]`, of the images, see `as_strings`.
+
+    Returns:
+      int64 `[P]`, -1 where there is no such image.
+
+    >>> match_paths(["train/n02/b.png", "a.png", "c.png"], ["a.png", "b.png"]).tolist()
+    [1, 0, -1]
+    """
+    index_of = {key: i for i, key in enumerate(as_strings(keys, "keys").tolist())}
+    index_of_normal: dict[str, int | None] = {}
+    for key, key_index in index_of.items():
+        normal = _normalize(key)
+        # None where the forms of two keys are the same: then neither is meant.
+        index_of_normal[normal] = None if normal in index_of_normal else key_index
+    indices = []
+    for path in paths:
+        index = _match_path(path, index_of)
+        if index is None:
+            index = _match_path(_normalize(path), index_of_normal)
+        indices.append(-1 if index is None else index)
+    return np.array(indices, np.int64)
 
 
 def _normalize(path: str) -> str:

@@ -3,9 +3,9 @@
 A model is a Linen module, called as `model.apply(variables, images, train=…)` on float
 images `[B, H, W, channels]`; it returns logits `[B, C]` in float32 or wider.
 
-Most models are those of the common CIFAR distillation zoo (mdistiller, RepDistiller),
-whose checkpoints `ltkd_jax.models.convert` reads; those named `…_imagenet` are
-torchvision's.
+Most models are those of the common CIFAR distillation zoo (mdistiller, RepDistiller);
+those named `…_imagenet` are torchvision's. `ltkd_jax.models.convert` reads checkpoints
+of those in its `SUPPORTED`.
 """
 
 import functools

@@ -1,8 +1,11 @@
-"""Converts PyTorch checkpoints of the CIFAR distillation zoo's ResNets and WRNs.
+"""Converts PyTorch checkpoints of the CIFAR zoo's and of torchvision's networks.
 
     python -m ltkd_jax.models.convert resnet32x4 ckpt_epoch_240.pth resnet32x4.msgpack
+    python -m ltkd_jax.models.convert resnet50_imagenet resnet50.pth \
+        resnet50.msgpack --num_classes=1000
 
-reads a checkpoint of mdistiller or RepDistiller and writes {"params", "batch_stats"} in
+reads a checkpoint of mdistiller or RepDistiller (ResNets and WRNs for CIFAR), or a
+state dict of torchvision's ResNet-18, 34 or 50, and writes {"params", "batch_stats"} in
 Flax's msgpack format, which `load` reads. Only reading the checkpoint needs PyTorch.
 """
 
@@ -22,26 +25,32 @@ from flax import serialization, traverse_util
 from ltkd_jax import console, files, models
 from ltkd_jax.models.wide_resnet import WideResNet
 
-# Patterns of the layers' names, and the zoo's name for each: its first {} is the stage,
-# its second the block. Blocks are numbered from 1 in this library, from 0 in the zoo.
-_MODULES = {
-    models.resnet.CifarResNet: {
-        r"stem": "conv1",
-        r"stem_norm": "bn1",
-        r"stage(\d+)_block(\d+)_conv([12])": "layer{}.{}.conv{}",
-        r"stage(\d+)_block(\d+)_norm([12])": "layer{}.{}.bn{}",
-        r"stage(\d+)_block(\d+)_conv3": "layer{}.{}.downsample.0",
-        r"stage(\d+)_block(\d+)_norm3": "layer{}.{}.downsample.1",
-        r"classifier": "fc",
-    },
-    WideResNet: {
-        r"stem": "conv1",
-        r"last_norm": "bn1",
-        r"stage(\d+)_block(\d+)_conv([12])": "block{}.layer.{}.conv{}",
-        r"stage(\d+)_block(\d+)_norm([12])": "block{}.layer.{}.bn{}",
-        r"stage(\d+)_block(\d+)_conv3": "block{}.layer.{}.convShortcut",
-        r"classifier": "fc",
-    },
+# Patterns of the layers' names, and PyTorch's name for each: its first {} is the stage,
+# its second the block. Blocks are numbered from 1 in this library, from 0 in PyTorch.
+_BASIC_RESNET = {
+    r"stem": "conv1",
+    r"stem_norm": "bn1",
+    r"stage(\d+)_block(\d+)_conv([12])": "layer{}.{}.conv{}",
+    r"stage(\d+)_block(\d+)_norm([12])": "layer{}.{}.bn{}",
+    r"stage(\d+)_block(\d+)_conv3": "layer{}.{}.downsample.0",
+    r"stage(\d+)_block(\d+)_norm3": "layer{}.{}.downsample.1",
+    r"classifier": "fc",
+}
+# The projection comes after the convolutions of the block, of which there are three.
+_BOTTLENECK_RESNET = {
+    r"stage(\d+)_block(\d+)_conv4": "layer{}.{}.downsample.0",
+    r"stage(\d+)_block(\d+)_norm4": "layer{}.{}.downsample.1",
+    r"stage(\d+)_block(\d+)_conv(3)": "layer{}.{}.conv{}",
+    r"stage(\d+)_block(\d+)_norm(3)": "layer{}.{}.bn{}",
+    **_BASIC_RESNET,
+}
+_WIDE_RESNET = {
+    r"stem": "conv1",
+    r"last_norm": "bn1",
+    r"stage(\d+)_block(\d+)_conv([12])": "block{}.layer.{}.conv{}",
+    r"stage(\d+)_block(\d+)_norm([12])": "block{}.layer.{}.bn{}",
+    r"stage(\d+)_block(\d+)_conv3": "block{}.layer.{}.convShortcut",
+    r"classifier": "fc",
 }
 # Flax's names of a layer's arrays, and PyTorch's.
 _LEAVES = {
@@ -59,9 +68,21 @@ _CIFAR_SHAPE = (32, 32, 3)
 # Of missing or unexpected keys, an error names the first ones.
 _MAX_LISTED_KEYS = 5
 
-SUPPORTED = tuple(
-    name for name in models.REGISTRY if type(models.create(name, 1)) in _MODULES
-)
+
+def _module_patterns(name: str) -> dict[str, str] | None:
+    """Returns the patterns of a model's layers, None if it has no converter."""
+    model = models.create(name, 1)
+    if isinstance(model, models.resnet.CifarResNet):
+        return _BASIC_RESNET
+    if isinstance(model, WideResNet):
+        return _WIDE_RESNET
+    # The zoo's variants for small images have other names.
+    if isinstance(model, models.resnet.ResNet) and model.imagenet_stem:
+        return _BOTTLENECK_RESNET if model.bottleneck else _BASIC_RESNET
+    return None
+
+
+SUPPORTED = tuple(name for name in models.REGISTRY if _module_patterns(name))
 
 
 def from_torch(
@@ -71,9 +92,9 @@ def from_torch(
 
     Args:
       name: of the model, one of `SUPPORTED`.
-      state_dict: arrays by the zoo's names, see `read_state_dict`. A prefix of all
-        names, such as "module." or "_orig_mod.model.", does not matter;
-        `num_batches_tracked` is ignored.
+      state_dict: arrays by the names of the zoo or of torchvision, see
+        `read_state_dict`. A prefix of all names, such as "module." or
+        "_orig_mod.model.", does not matter; `num_batches_tracked` is ignored.
       num_classes: C, of the model.
 
     Returns:
@@ -93,7 +114,8 @@ def from_torch(
         for key, x in state_dict.items()
         if not key.endswith("num_batches_tracked")
     }
-    modules = _MODULES[type(models.create(name, num_classes))]
+    modules = _module_patterns(name)
+    assert modules is not None
     shapes = _variable_shapes(name, num_classes)
     torch_keys = {}
     for path in shapes:
@@ -110,9 +132,15 @@ def from_torch(
         axes = _AXES[len(shape)]
         if array.ndim != len(axes) or array.transpose(axes).shape != shape:
             torch_shape = [shape[axes.index(axis)] for axis in range(len(axes))]
+            remedy = ""
+            is_classifier = path.startswith("params/classifier/")
+            if is_classifier and list(array.shape[1:]) == torch_shape[1:]:
+                remedy = (
+                    f": if it has {len(array)} classes, give num_classes={len(array)}"
+                )
             raise ValueError(
                 f"{key!r} has shape {list(array.shape)}, but {name} with {num_classes} "
-                f"classes needs {torch_shape}"
+                f"classes needs {torch_shape}{remedy}"
             )
         # A copy, which shares no memory with PyTorch's tensor. Numbers too large for
         # float32 become infinite, and are refused.
@@ -246,10 +274,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "checkpoint",
         type=console.path_argument,
-        help="a file of torch.save, by mdistiller or RepDistiller",
+        help="a file of torch.save, by mdistiller, RepDistiller or torchvision",
     )
     parser.add_argument("out", type=console.path_argument, help="the file to write")
-    parser.add_argument("--num_classes", type=int, default=100)
+    parser.add_argument(
+        "--num_classes",
+        type=int,
+        default=100,
+        help="of the checkpoint, 1000 for ImageNet (default: %(default)s)",
+    )
     args = parser.parse_args(argv)
     try:
         state_dict = read_state_dict(args.checkpoint)
@@ -276,10 +309,10 @@ def _variable_shapes(
 
 
 def _torch_key(modules: dict[str, str], layer: str, leaf: str) -> str:
-    """Returns the zoo's name of an array.
+    """Returns PyTorch's name of an array.
 
     Args:
-      modules: see `_MODULES`.
+      modules: see `_module_patterns`.
       layer: name of a layer, such as stage1_block1_conv2.
       leaf: name of the array in the layer.
     """
@@ -291,7 +324,7 @@ def _torch_key(modules: dict[str, str], layer: str, leaf: str) -> str:
             stage, block, *index = match.groups()
             module = module.format(stage, int(block) - 1, *index)
         return f"{module}.{_LEAVES[leaf]}"
-    raise AssertionError(f"no name in the zoo for {layer}")
+    raise AssertionError(f"no name in PyTorch for {layer}")
 
 
 def _without_prefix(

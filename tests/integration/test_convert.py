@@ -1,4 +1,4 @@
-"""The converter of the zoo's checkpoints: names, shapes and errors."""
+"""The converter of PyTorch's checkpoints: names, shapes and errors."""
 
 import functools
 import sys
@@ -85,7 +85,8 @@ def test_supported_models():
     narrow = {f"resnet{depth}" for depth in (8, 14, 20, 32, 44, 56, 110)}
     wide = {"resnet8x4", "resnet32x4"}
     wrns = {"wrn_16_1", "wrn_16_2", "wrn_40_1", "wrn_40_2"}
-    assert set(convert.SUPPORTED) == narrow | wide | wrns
+    imagenet = {f"resnet{depth}_imagenet" for depth in (18, 34, 50)}
+    assert set(convert.SUPPORTED) == narrow | wide | wrns | imagenet
 
 
 @pytest.mark.parametrize(
@@ -105,8 +106,19 @@ def test_supported_models():
         (
             "resnet8",
             {"fc.weight": np.zeros((7, 64))},
-            r"'fc.weight'.* \[7, 64\].*10 classes.* \[10, 64\]",
+            r"'fc.weight'.* \[7, 64\].*10 classes.* \[10, 64\]: .*num_classes=7$",
         ),
+        (
+            "resnet8",
+            {"fc.weight": np.zeros((10, 32))},
+            r"'fc.weight'.* \[10, 32\].* needs \[10, 64\]$",
+        ),
+        (
+            "resnet8",
+            {"conv1.weight": np.zeros((32, 3, 3, 3))},
+            r"'conv1.weight'.* needs \[16, 3, 3, 3\]$",
+        ),
+        ("resnet18", {}, "'resnet18'.* resnet8, .*resnet50_imagenet"),
         (
             "resnet8",
             {"conv1.weight": np.zeros(16)},

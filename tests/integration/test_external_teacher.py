@@ -38,7 +38,7 @@ def test_logits(data, arrays, tmp_path):
     np.testing.assert_array_equal(table, 9 * np.eye(10)[data.train.labels][:, None])
     results = teacher.results
     assert results["hash"] == files.sha256(path)[:12]
-    assert results["hash"] in results["model"]
+    assert results["model"] == "own.npz"
     assert results["test"]["all"] == 100.0
     mass = results["group_mass"]
     assert mass["balanced"]["head"] == pytest.approx(0.3, abs=1e-3)
@@ -72,6 +72,32 @@ def test_rows_are_matched_by_key(data, arrays, tmp_path):
     teacher = external_teacher.load_logits(path, data)
     np.testing.assert_array_equal(teacher.table(data.train), expected.table(data.train))
     assert teacher.results["test"] == expected.results["test"]
+
+
+def test_keys_that_are_paths(data, arrays, tmp_path):
+    """The key is at the end of a path; rows of other paths are ignored."""
+    path = tmp_path / "own.npz"
+    noise = np.random.default_rng(0).normal(size=(len(arrays["train_labels"]), 10))
+    arrays = {**arrays, "train_logits": noise, "class_names": [*"0123456789"]}
+    np.savez(path, **arrays)
+    expected = external_teacher.load_logits(path, data).table(data.train)
+    paths = np.char.add("/home/me/train/", arrays["train_keys"])
+    # Half of the rows have the very key: they go before longer paths.
+    paths[::2] = arrays["train_keys"][::2]
+    others = np.char.add("C:\\test\\", arrays["train_keys"][::2])
+    changed = {
+        **arrays,
+        "train_logits": np.concatenate([noise, noise[::2] + 1]),
+        "train_labels": np.concatenate(
+            [arrays["train_labels"], arrays["train_labels"][::2]]
+        ),
+        "train_keys": np.concatenate([paths, others]),
+        "keys": np.char.add("test\\", arrays["keys"]),
+    }
+    np.savez(path, **changed)
+    teacher = external_teacher.load_logits(path, data)
+    np.testing.assert_array_equal(teacher.table(data.train), expected)
+    assert teacher.results["test"]["all"] == 100.0
 
 
 def test_logits_of_views(data, arrays, tmp_path):
@@ -130,9 +156,22 @@ WRONG_SHAPE = r"shape \[%s\], but must be \[N, 10\] or"
         ),
         (
             "train_keys",
-            lambda keys: np.char.add("train/", keys),
-            "train_keys lacks 1097 of .* such as 'digits_0000'.*'train/digits_0000'",
+            lambda keys: np.char.add(keys, ".png"),
+            "train_keys lacks 1097 of .* such as 'digits_0000'.*'digits_0000.png'",
         ),
+        (
+            "keys",
+            lambda keys: np.where(keys == keys[7], "other", keys),
+            "keys lacks 1 of the data set's 700 images, such as 'digits_.*'",
+        ),
+        (
+            "keys",
+            lambda keys: np.where(keys == keys[7], "a/b/" + str(keys[8]), "a/" + keys),
+            "keys has 'a/(?:b/)?(digits_....)' and 'a/(?:b/)?digits_.*, 'digits_",
+        ),
+        ("class_names", lambda _: [*"0132456789"], "class_names: class 2 is '3'"),
+        ("class_names", lambda _: [*"012"], "class_names has 3 classes, .* 10"),
+        ("class_names", lambda _: np.eye(10), r"class_names: shape \(10, 10\)"),
     ],
 )
 def test_bad_logits(data, arrays, tmp_path, name, change, message):

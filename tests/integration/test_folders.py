@@ -1,5 +1,6 @@
 """Tests the preparation of image archives, and of folders of images by class."""
 
+import csv
 import functools
 import io
 import logging
@@ -262,7 +263,10 @@ def test_custom_folder(tmp_path, capsys):
     files["cat/deep/er/grey.png"] = grey
     files["dog/old.bmp"] = pictures.picture(2, 51, kind="bmp")
     assert prepare_folder(tmp_path, files | ignored, "--test_per_class=2") == 0
-    assert "pets is prepared" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "pets is prepared" in output
+    command_line = recipes.training_command("folder", "pets", tmp_path / "tfds")
+    assert output.splitlines()[-1].strip() == command_line
     source = load_pets(tmp_path)
     assert source.class_names == ("ant", "cat", "dog")
     assert np.bincount(source.train.labels).tolist() == [2, 5, 4]
@@ -277,6 +281,56 @@ def test_custom_folder(tmp_path, capsys):
     assert prepare_folder(tmp_path, files, "--test_per_class=2") == 0
     output = capsys.readouterr().out
     assert "already prepared" in output and "nothing was read" in output
+
+
+def read_split_table(tmp_path, name="pets"):
+    """Returns the rows of `split.csv`."""
+    (path,) = (tmp_path / "tfds" / name).glob("*/split.csv")
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_split_table(tmp_path):
+    """It has every image, also one whose name needs quotes; an old one is kept."""
+    files = PET_FILES | {'cat/a, "ü"\'.jpg': pictures.picture(1, 50)}
+    assert prepare_folder(tmp_path, files, "--test_per_class=2") == 0
+    rows = read_split_table(tmp_path)
+    source = load_pets(tmp_path)
+    for split, images in (("train", source.train), ("test", source.test)):
+        selected = [row for row in rows if row["split"] == split]
+        assert [row["key"] for row in selected] == images.keys.tolist()
+        assert [int(row["label"]) for row in selected] == images.labels.tolist()
+    assert {row["key"] for row in rows} == set(files)
+    assert all(row["key"].startswith(f"{row['class']}/") for row in rows)
+
+    # A directory of an earlier version has none.
+    (path,) = (tmp_path / "tfds").rglob("split.csv")
+    path.unlink()
+    assert prepare_folder(tmp_path, files, "--test_per_class=2") == 0
+    assert read_split_table(tmp_path) == rows
+    path.write_text("mine")
+    assert prepare_folder(tmp_path, files, "--test_per_class=2") == 0
+    assert path.read_text() == "mine"
+
+
+def test_split_table_of_imagenet(tmp_path):
+    """The test images are called so, although TFDS calls them "validation"."""
+    stock = recipes.official_recipe("imagenet2012").read.keywords
+    names = stock["class_names"][:2]
+    files = pictures.by_class(dict.fromkeys(names, 2), folder="train/")
+    for number in (1, 2):
+        picture = pictures.picture(0, number)
+        files[f"val/ILSVRC2012_val_0000000{number}.JPEG"] = picture
+    read = functools.partial(
+        folders.imagenet, class_names=names, validation_labels=names[::-1]
+    )
+    recipe = recipes.Recipe("imagenet2012", (), read)
+    source = pictures.write_folder(tmp_path / "images", files)
+    recipes.prepare(recipe, tmp_path / "tfds", source)
+    rows = read_split_table(tmp_path, "imagenet2012")
+    assert [row["split"] for row in rows] == ["train"] * 4 + ["test"] * 2
+    test_classes = [row["class"] for row in rows if row["split"] == "test"]
+    assert test_classes == [names[1], names[0]]
 
 
 def test_custom_folder_reports_what_is_left_out(tmp_path, caplog):

@@ -4,6 +4,7 @@ import dataclasses
 import http.server
 import pathlib
 import pickle
+import shlex
 import threading
 
 import numpy as np
@@ -23,6 +24,7 @@ from helpers.archives import (
 from helpers.content import Malicious
 from helpers.pictures import write_folder
 
+from experiments.config import load
 from ltkd_jax.data import records
 from ltkd_jax.data.prepare import __main__ as command
 from ltkd_jax.data.prepare import archives, download, recipes
@@ -196,11 +198,24 @@ def test_command_without_the_source(name, tmp_path, capsys):
     assert list_files(tmp_path) == []
 
 
+@pytest.mark.parametrize("dataset", recipes.DATASETS)
+def test_training_command(dataset):
+    name = "birds" if dataset == "folder" else dataset
+    words = shlex.split(recipes.training_command(dataset, name, pathlib.Path("my dir")))
+    *program, config, data_dir = words
+    assert program == ["python", "-m", "experiments.main"]
+    assert load.load_config(config.removeprefix("--config=")).data.name == name
+    assert data_dir == "--config.data.dir=my dir"
+
+
 def test_command_again(cifar10, tmp_path, capsys):
     source, recipe = cifar10
     written = recipes.prepare(recipe, tmp_path / "tfds", source)
     assert command.main(["cifar10", "--data_dir", str(tmp_path / "tfds")]) == 0
-    assert capsys.readouterr().out == f"cifar10 is already prepared: {written}\n"
+    first_line, *others = capsys.readouterr().out.splitlines()
+    assert first_line == f"cifar10 is already prepared: {written}"
+    command_line = recipes.training_command("cifar10", "cifar10", tmp_path / "tfds")
+    assert others[-1].strip() == command_line
 
 
 @pytest.mark.parametrize("depth", ["cifar10", "cifar10/3.0.2"])

@@ -89,6 +89,13 @@ def results_without(*path):
     return json.dumps(results)
 
 
+def results_with_teacher(checkpoint):
+    """Returns the text of a result file with an external teacher that has no hash."""
+    results = fabricate()
+    results["config"]["teacher"]["checkpoint"] = checkpoint
+    return json.dumps(results)
+
+
 @pytest.mark.parametrize(
     "text, message",
     [
@@ -97,6 +104,7 @@ def results_without(*path):
         ("{}", "config"),
         (results_without("config", "data"), "config.data"),
         (results_without("content"), "content"),
+        (results_with_teacher("a.msgpack"), "'content'"),
         (results_without("test", "all"), "test accuracy"),
         (json.dumps(fabricate(class_counts=[0, 0])), "'class_counts'"),
         (json.dumps(fabricate(class_counts="x")), "'class_counts'"),

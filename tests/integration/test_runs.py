@@ -1,6 +1,7 @@
 """Small complete runs in this process, over the eight devices of the tests."""
 
 import concurrent.futures
+import dataclasses
 import json
 import resource
 import shutil
@@ -11,15 +12,16 @@ import pytest
 from helpers import small_runs
 from helpers.small_runs import assert_same_bits, run, tiny
 
+from experiments.config import identity
 from experiments.config.spec import resolve
 from experiments.config.validation import ConfigError
-from experiments.trainer import dataset
+from experiments.trainer import dataset, external_teacher
 from experiments.trainer import run as runs
 from experiments.trainer import teacher as teachers
 from experiments.trainer.interrupts import StoppedError, StopRequest
 from experiments.trainer.metrics_log import MetricsLog
 from experiments.trainer.trainer import get_trainer
-from ltkd_jax import files
+from ltkd_jax import files, inference
 from ltkd_jax.training import teacher_table
 from ltkd_jax.training.checkpoint import Checkpoints
 
@@ -246,10 +248,10 @@ def test_resume_from_a_damaged_checkpoint(finished, copied_run, caplog):
     assert_same_bits(tiny(folder), copied_run, folder / "run")
 
 
-def flip_a_byte(folder):
-    """Damages the largest file of a folder."""
-    paths = [path for path in folder.rglob("*") if path.is_file()]
-    largest = max(paths, key=lambda path: path.stat().st_size)
+def flip_a_byte(path):
+    """Damages a file, or the largest one of a folder."""
+    paths = [file for file in [path, *path.rglob("*")] if file.is_file()]
+    largest = max(paths, key=lambda file: file.stat().st_size)
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 1
     largest.write_bytes(content)
@@ -335,6 +337,102 @@ def test_teacher_with_nan(copied_teacher, tmp_path):
     message = "teacher: params/classifier/bias has 1 of 10 values that are NaN"
     with pytest.raises(ConfigError, match=message):
         teachers.obtain(spec, StopRequest())
+
+
+def test_teacher_of_another_data_set(copied_teacher, tmp_path):
+    change_json(copied_teacher / "config.json", "config", "data", name="mnist")
+    spec = with_teacher(tmp_path, copied_teacher)
+    with pytest.raises(ConfigError, match="teacher' was .* 'mnist', .* teach 'digits'"):
+        teachers.obtain(spec, StopRequest())
+
+
+def test_run_as_teacher(finished, copied_run, tmp_path):
+    """The student of a run teaches, as it does from its own file."""
+    spec = with_teacher(tmp_path, copied_run)
+    teacher = teachers.obtain(spec, StopRequest())
+    student = inference.load(copied_run)
+    jax.tree.map(np.testing.assert_array_equal, teacher.variables, student.variables)
+    _, results = finished
+    assert teacher.results["test"] == results["test"]
+    assert spec.name.endswith("-run-resnet8-s0")
+    from_file = with_teacher(tmp_path, copied_run / "model.msgpack")
+    assert spec.hash == from_file.hash and spec.teacher_hash == from_file.teacher_hash
+
+    moved = copied_run.rename(tmp_path / "moved")
+    assert with_teacher(tmp_path, moved).hash == spec.hash
+    # It is known from the record alone, since the folder need not be there.
+    recorded = json.loads(json.dumps({"config": spec.config, "content": spec.content}))
+    assert identity.recorded_identity(recorded) == spec.identity
+    flip_a_byte(moved / "model.msgpack")
+    assert with_teacher(tmp_path, moved).hash != spec.hash
+
+
+def change_json(path, *keys, **values):
+    """Changes values in a section of a JSON file."""
+    content = json.loads(path.read_text())
+    section = content
+    for key in keys:
+        section = section[key]
+    section.update(values)
+    path.write_text(json.dumps(content))
+
+
+DIGITS = [*"0123456789"]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            lambda run: change_json(run / "config.json", "config", "data", name="x"),
+            "checkpoint=.*run' was trained on the data set 'x', .* teach 'digits'",
+        ),
+        (
+            lambda run: change_json(run / "config.json", "content", data="abc"),
+            "was trained on other images of 'digits' .*was abc, and now is None",
+        ),
+        (
+            lambda run: change_json(run / "model.json", class_names=DIGITS[::-1]),
+            "checkpoint=.*run': class 0 is '9', but '0' in the data set",
+        ),
+        (
+            lambda run: change_json(run / "model.json", image_shape=[9, 9, 1]),
+            r"run' was trained on images of shape \[9, 9, 1\], .* \[8, 8, 1\]",
+        ),
+        (
+            lambda run: change_json(run / "model.json", model="resnet14"),
+            "run' is a run of the student 'resnet14', .* set it to 'resnet14'",
+        ),
+        (lambda run: (run / "model.json").unlink(), "without model.json.*: repeat"),
+        (lambda run: (run / "results.json").unlink(), "no finished .* by its command"),
+        (
+            lambda run: flip_a_byte(run / "model.msgpack"),
+            "model.msgpack is missing or damaged",
+        ),
+        (lambda run: (run / "config.json").write_text("{"), "config.json is damaged"),
+    ],
+)
+def test_run_that_cannot_teach(copied_run, tmp_path, change, message):
+    change(copied_run)
+    with pytest.raises(ConfigError, match=message):
+        teachers.obtain(with_teacher(tmp_path, copied_run), StopRequest())
+
+
+def test_run_of_another_number_of_classes(finished, tmp_path):
+    folder, _ = finished
+    spec = resolve(tiny(folder, "kd"))
+    data = dataset.load(spec.data)
+    source = dataclasses.replace(data.source, class_names=data.source.class_names[:9])
+    with pytest.raises(ValueError, match="run' has 10 classes, and the data set 9"):
+        external_teacher.check_run(
+            folder / "run", dataclasses.replace(data, source=source), None
+        )
+
+
+def test_pytorch_file_as_teacher(tmp_path):
+    (tmp_path / "resnet.pth").touch()
+    with pytest.raises(ConfigError, match="resnet.pth holds no .*models.convert"):
+        with_teacher(tmp_path, tmp_path / "resnet.pth")
 
 
 def test_external_teacher_in_identity(copied_teacher, tmp_path):

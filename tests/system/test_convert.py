@@ -1,4 +1,4 @@
-"""Converted checkpoints of the zoo give PyTorch's logits; `torch.save`'s files load."""
+"""Converted checkpoints give PyTorch's logits; `torch.save`'s files load."""
 
 import functools
 
@@ -19,10 +19,21 @@ def numpy_state(model):
     return {name: tensor.numpy() for name, tensor in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("name", ["resnet8x4", "resnet32x4", "wrn_40_2"])
-def test_logits(name):
+@pytest.mark.parametrize(
+    "name, size",
+    [
+        ("resnet8x4", 32),
+        ("resnet32x4", 32),
+        ("wrn_40_2", 32),
+        # Sizes at which the strides and the pool have a remainder.
+        ("resnet18_imagenet", 75),
+        ("resnet34_imagenet", 64),
+        ("resnet50_imagenet", 77),
+    ],
+)
+def test_logits(name, size):
     model = pytorch_models.create(name, 100)
-    images = torch.randn(4, 3, 32, 32)
+    images = torch.randn(4, 3, size, size)
     with torch.no_grad():
         expected = model(images).numpy()
     variables = convert.from_torch(name, numpy_state(model), 100)

@@ -5,14 +5,16 @@ import html.parser
 import json
 import pathlib
 import re
+import shlex
 import sys
 import types
 import typing
 
 import pytest
-from helpers import environments
+from helpers import environments, pictures
 from helpers.environments import ROOT
 from helpers.pages import DOCS, PAGES, blocks, captioned
+from helpers.small_runs import INSECTS
 
 import ltkd_jax
 
@@ -49,6 +51,67 @@ def test_added_method(tmp_path):
         assert results["config"]["method"]["name"] == "kd_adjusted"
         assert results["content"]["code"]["student"].startswith("my_models ")
         assert results["test"]["all"] > 0
+
+
+# Recognizes the class of `pictures.picture` by its brightness.
+TEACHER = """
+import numpy as np
+import torch
+
+class_names = ["ant", "bee", "cat", "dog"]
+
+def transform(image):
+    return torch.tensor(np.asarray(image, np.float32).mean())
+
+class Teacher(torch.nn.Module):
+    def forward(self, brightness):
+        return -((brightness[:, None] - 31.5 - 12 * torch.arange(4)) ** 2)
+
+model = Teacher()
+"""
+
+
+def test_logits_from_pytorch(tmp_path):
+    """Runs teacher_logits.py of docs/custom_teacher.md, then trains on its file.
+
+    The script finds the images in both layouts of a folder.
+    """
+    pytest.importorskip("torch", reason="the script is for PyTorch")
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "my_teacher.py").write_text(TEACHER)
+    add_captioned_code(DOCS / "custom_teacher.md", tmp_path)
+    python = functools.partial(
+        environments.run, sys.executable, cwd=tmp_path, PYTHONPATH=str(ROOT)
+    )
+    by_split = pictures.by_class(INSECTS, folder="train/")
+    by_split |= pictures.by_class(dict.fromkeys(INSECTS, 5), folder="test/")
+    layouts = {"splits": by_split, "classes": pictures.by_class(INSECTS)}
+    for layout, images in layouts.items():
+        folder = pictures.write_folder(tmp_path / layout, images)
+        prepare = ["-m", "ltkd_jax.data.prepare", "folder", "--name=insects"]
+        options = ["--test_per_class=5"] if layout == "classes" else []
+        data_dir = tmp_path / f"{layout}_tfds"
+        output = python(
+            *prepare, f"--source={folder}", f"--data_dir={data_dir}", *options
+        )
+        python("teacher_logits.py", data_dir / "insects" / "1.0.0", folder)
+
+    # The command that `prepare` printed, with a smoke test's options.
+    _, *command = shlex.split(output.splitlines()[-1])
+    config = command.index("--config=configs/folderlt.py:ltkd,name=insects")
+    command[config] += ",image_size=16,smoke"
+    python(
+        *command,
+        "--config.teacher.checkpoint=teacher.npz",
+        "--config.student.model=resnet8",
+        "--config.train.batch_size=16",
+        "--workdir=run",
+    )
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["teacher"]["test"]["all"] == 100
+    assert results["teacher"]["model"] == "teacher.npz"
+    assert results["teacher_logits"] == "table"
+    assert "teacher.npz → resnet8" in (tmp_path / "run" / "report.html").read_text()
 
 
 # Replaces wandb: prints each record.

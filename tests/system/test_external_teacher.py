@@ -68,6 +68,16 @@ def test_same_run_from_file(original, tmp_path, kind):
     assert inputs.read(tmp_path / "run").name == "kd resnet8"
 
 
+def test_run_from_run(original, tmp_path):
+    """The student of a run teaches the next one."""
+    folder, first, _ = original
+    config = tiny(tmp_path, "kd", **{"teacher.checkpoint": str(folder / "run")})
+    results = run(config, tmp_path / "second")
+    assert results["teacher"]["test"] == first["test"]
+    assert results["seeds"]["teacher"] is None
+    assert run(config, tmp_path / "second") == json.loads(json.dumps(results))
+
+
 def test_logits_without_views_are_repeated(original, tmp_path):
     _, _, arrays = original
     config = tiny(tmp_path, "kd", **{"train.epochs": 1.0})

@@ -119,6 +119,60 @@ def test_group_runs_separates_settings():
     assert len(aggregate.group_runs(runs)) == 4
 
 
+def taught_by(checkpoint, content, method="kd", seed=0):
+    """Returns a run with an external teacher."""
+    run = fabricate(method, seed)
+    run["config"]["teacher"]["checkpoint"] = checkpoint
+    run["content"]["teacher"] = content
+    return run
+
+
+@pytest.mark.parametrize(
+    "checkpoint, content, models",
+    [
+        ("a/means.npz", "0123456789ab", "means.npz → resnet8x4"),
+        ("a/b.msgpack", "0123456789ab", "resnet32x4 (b.msgpack) → resnet8x4"),
+        ("runs/mine/", "run 0123456789ab", "resnet32x4 (mine) → resnet8x4"),
+        ("runs/mine/model.msgpack", "0123456789ab", "resnet32x4 (mine) → resnet8x4"),
+        # It was trained by this config.
+        ("runs/teachers/ab", "ab", "resnet32x4 → resnet8x4"),
+    ],
+)
+def test_teacher_is_named(checkpoint, content, models):
+    runs = [taught_by(checkpoint, content, seed=seed) for seed in (0, 1)]
+    (setting,) = aggregate.group_runs(runs)
+    assert setting.title == f"cifar10, imbalance 100, {models}"
+    assert [method.label for method in setting.methods] == ["kd"]
+
+
+def test_teachers_of_one_model():
+    """They are in one setting with methods that need none; labels name the files."""
+    runs = [
+        taught_by("a.msgpack", "0a"),
+        taught_by("runs/b", "run 0b"),
+        # The same as the second.
+        taught_by("copy/b/model.msgpack", "0b", seed=1),
+        fabricate("ce"),
+    ]
+    (setting,) = aggregate.group_runs(runs)
+    assert setting.title.endswith("resnet32x4 (a.msgpack, b) → resnet8x4")
+    rows = [(method.label, len(method.runs)) for method in setting.methods]
+    assert rows == [
+        ("ce", 1),
+        ("kd (teacher.variables=a.msgpack)", 1),
+        ("kd (teacher.variables=b)", 2),
+    ]
+
+
+def test_teachers_of_one_name():
+    runs = [taught_by("a/t.npz", "0a"), taught_by("b/t.npz", "0b")]
+    titles = [setting.title for setting in aggregate.group_runs(runs)]
+    assert [title.split(", ")[2].split(" → ")[0] for title in titles] == [
+        "t.npz 0a",
+        "t.npz 0b",
+    ]
+
+
 def test_group_runs_subsets():
     drawn = fabricate("kd")
     complete = fabricate("kd", class_counts=[40, 30, 16])

@@ -1,7 +1,9 @@
 """Prepares a data set once: `python -m ltkd_jax.data.prepare NAME --data_dir=DIR`."""
 
 import argparse
+import contextlib
 import logging
+import pathlib
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -90,9 +92,16 @@ def _prepare(args: argparse.Namespace) -> None:
         recipe = recipes.official_recipe(name)
     builder = records.find_builder(name, data_dir)
     if builder is not None:
-        print(f"{name} is already prepared: {builder.data_path}")
+        path = pathlib.Path(builder.data_path)
+        print(f"{name} is already prepared: {path}")
         if args.source:
             print("nothing was read; to prepare it again, remove that folder first")
+        # TFDS itself writes none. Where the directory is read-only or damaged, it is
+        # no error here that there is none.
+        if not (path / recipes.SPLIT_TABLE).exists():
+            with contextlib.suppress(OSError, ValueError):
+                recipes.write_split_table(name, data_dir, path)
+        _print_next_command(args.dataset, name, data_dir)
         return
     path = recipes.prepare(
         recipe,
@@ -104,6 +113,13 @@ def _prepare(args: argparse.Namespace) -> None:
     print(f"{name} is prepared: {path}")
     for split, info in records.open_builder(name, data_dir).info.splits.items():
         print(f"  {split}: {info.num_examples:,} images")
+    print(f"  {recipes.SPLIT_TABLE}: key, label, class and split of each image")
+    _print_next_command(args.dataset, name, data_dir)
+
+
+def _print_next_command(dataset: str, name: str, data_dir: pathlib.Path) -> None:
+    print("train on it, in a checkout of ltkd_jax:")
+    print(f"  {recipes.training_command(dataset, name, data_dir)}")
 
 
 def _interrupt(signal_number: int, frame: Any) -> None:

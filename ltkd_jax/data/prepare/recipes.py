@@ -7,6 +7,7 @@ network. Any other is read by `tfds.builder_from_directory`.
 """
 
 import contextlib
+import csv
 import dataclasses
 import functools
 import inspect
@@ -15,12 +16,14 @@ import logging
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from ltkd_jax import files
+from ltkd_jax.data import datasets
 from ltkd_jax.data.prepare import archives, download, folders, tfds_writer
 from ltkd_jax.data.prepare.tfds_writer import PrepareError
 
@@ -31,6 +34,16 @@ _REQUIRED_SOURCES = {
         "the images from https://image-net.org (an account is needed), unpacked"
     ),
     "folder": "your folder of images",
+}
+SPLIT_TABLE = "split.csv"
+# The config of the training program for each of `DATASETS`.
+_CONFIGS = {
+    "cifar100": "configs/cifar100lt.py:ltkd",
+    "cifar10": "configs/cifar10lt.py:ltkd",
+    "fashion_mnist": "configs/fashionmnistlt.py:ltkd",
+    "tiny_imagenet": "configs/tinyimagenetlt.py:ltkd",
+    "imagenet2012": "configs/imagenetlt.py:ltkd",
+    "folder": "configs/folderlt.py:ltkd,name={name}",
 }
 _MAX_REASONS = 10  # lines of the report of what was left out
 _log = logging.getLogger(__name__)
@@ -130,7 +143,7 @@ def prepare(
     skip_damaged: bool = False,
     show_progress: bool = False,
 ) -> pathlib.Path:
-    """Writes the TFDS directory of a data set.
+    """Writes the TFDS directory of a data set, with its `split.csv`.
 
     The directory appears only when it is complete. Files that were left out are counted
     in warnings at the end.
@@ -163,6 +176,7 @@ def prepare(
     )
     try:
         written = _write(recipe.name, content, temporary, skip_damaged, show_progress)
+        write_split_table(recipe.name, temporary, written)
         final = data_dir / written.relative_to(temporary)
         final.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -176,6 +190,49 @@ def prepare(
     if isinstance(content, folders.ImageFiles):
         _report_left_out(content.left_out)
     return final
+
+
+def write_split_table(name: str, data_dir: pathlib.Path, folder: pathlib.Path) -> None:
+    """Writes `split.csv`, with a row for each image: key, label, class and split.
+
+    It tells another framework, such as that of a teacher, which images are in which
+    set. Split is "train" or "test"; the rows of each are sorted by key.
+
+    Args:
+      name: of the data set.
+      data_dir: TFDS's directory.
+      folder: to write into.
+    """
+    # Only keys and labels are read, so any size will do.
+    source = datasets.load(name, data_dir, size=32)
+    with (
+        files.atomic_write(folder / SPLIT_TABLE) as temporary,
+        open(temporary, "w", encoding="utf-8", newline="") as file,
+    ):
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("key", "label", "class", "split"))
+        for split, images in (("train", source.train), ("test", source.test)):
+            for key, label in zip(images.keys, images.labels):
+                writer.writerow((key, label, source.class_names[label], split))
+
+
+def training_command(dataset: str, name: str, data_dir: pathlib.Path) -> str:
+    """Returns the command that trains on a prepared data set.
+
+    Args:
+      dataset: one of `DATASETS`.
+      name: of the data set, another one for a "folder" only.
+      data_dir: TFDS's directory.
+
+    >>> command = training_command("folder", "birds", pathlib.Path("data"))
+    >>> shlex.split(command)[3:]
+    ['--config=configs/folderlt.py:ltkd,name=birds', '--config.data.dir=data']
+    """
+    config = _CONFIGS[dataset].format(name=name)
+    return (
+        f"python -m experiments.main --config={config} "
+        f"--config.data.dir={shlex.quote(str(data_dir))}"
+    )
 
 
 def _report_left_out(left_out: dict[str, list[str]]) -> None:
