@@ -29,6 +29,11 @@ from ltkd_jax.files import PathLike
 
 Array = npt.NDArray[Any]
 
+# Within these, no difference from a mean overflows in float32, or is a subnormal
+# number, which devices round to 0.
+_LARGEST = 1e30
+_SMALLEST_STD = 1e-30
+
 
 class FeaturesFile(npz.ArrayFile):
     """Reads an .npz file of features."""
@@ -130,8 +135,7 @@ def check(x: npt.ArrayLike, name: str, num_columns: int | None = None) -> Array:
       num_columns: D; None for any.
 
     Raises:
-      ValueError: another type or shape, NaN, an infinity, or a number that is one in
-        float32.
+      ValueError: another type or shape, NaN, or a number beyond ±1e30.
 
     >>> check([[1, 2]], "x").dtype
     dtype('float32')
@@ -151,12 +155,13 @@ def check(x: npt.ArrayLike, name: str, num_columns: int | None = None) -> Array:
     # A number beyond float32 is what is looked for, so NumPy need not warn of it.
     with np.errstate(over="ignore"):
         values = array.astype(np.float32)
-    wrong = np.argwhere(~np.isfinite(values))
+    # Not ">", so that NaN is wrong, too.
+    wrong = np.argwhere(~(np.abs(values) <= _LARGEST))
     if wrong.size:
         row, column = wrong[0].tolist()
         raise ValueError(
             f"{name}[{row}, {column}]={array[row, column]}: {len(wrong)} values are "
-            "NaN, infinite, or too large for float32; fill them in, or leave their "
+            f"NaN, infinite, or beyond ±{_LARGEST:g}; fill them in, or leave their "
             "rows or columns out"
         )
     return values
@@ -165,14 +170,15 @@ def check(x: npt.ArrayLike, name: str, num_columns: int | None = None) -> Array:
 def _check_not_constant(x: Array, std: Array, name: str) -> None:
     """Checks that every column can be divided by its deviation in float32."""
     # The computed deviation of a constant may be a rounding error.
-    is_constant = (x.min(axis=0) == x.max(axis=0)) | (std < np.finfo(np.float32).tiny)
+    is_constant = (x.min(axis=0) == x.max(axis=0)) | (std < _SMALLEST_STD)
     constant = np.flatnonzero(is_constant)
     if constant.size:
         column = constant[0]
         raise ValueError(
             f"{name}[:, {column}] is {x[0, column]:g} in all rows, and {constant.size} "
-            f"of {len(std)} columns are constant: they say nothing of the class; keep "
-            "the others, x[:, x.std(axis=0) > 0], and the same of x_test"
+            f"of {len(std)} columns are constant (deviation below {_SMALLEST_STD:g}): "
+            "they say nothing of the class; keep the others, "
+            "x[:, np.ptp(x, axis=0) > 0], and the same of x_test"
         )
 
 

@@ -185,7 +185,8 @@ class Network(Layers, kw_only=True):
             raise ValueError(
                 f"{type(self).__name__} takes images [B, H, W, channels] of at least "
                 f"{self.min_image_size}×{self.min_image_size} pixels, not an array of "
-                f"shape {list(shape)}"
+                f"shape {list(shape)}: choose another model, such as mlp_2_512 for "
+                "features [B, D]"
             )
 
     def body(self, x: jax.Array, train: bool) -> jax.Array:
