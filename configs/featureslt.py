@@ -26,8 +26,9 @@ the only augmentation.
 For bikd, 8 rows of each class are held out. They must fill a batch of 64: with fewer
 than 8 classes, increase data.outer_per_class.
 
-Hardware: a CPU. Expected, on scikit-learn's digits as rows of 64 numbers:
-results/README.md; docs/features.md has the data.
+Hardware: a CPU. Expected on the digits of docs/features.md, drawn with imbalance 10 and
+data.n_max=100, over student seeds 0-2 (results/README.md): ltkd 91.8 ± 0.8 all,
+88.3 ± 2.9 tail; ce 90.6 ± 1.7 all, 78.7 ± 3.5 tail.
 """
 
 from configs import common
