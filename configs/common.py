@@ -117,7 +117,7 @@ def base(
     config.data = ml_collections.ConfigDict(
         dict(
             name=dataset,
-            # The TFDS directory; empty: TFDS's own default.
+            # The TFDS directory, also of files of features; empty: TFDS's own default.
             dir="",
             # exponential: make it long-tailed by `imbalance`; all: take all images;
             # or the path of a list of images.

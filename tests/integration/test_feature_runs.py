@@ -87,7 +87,7 @@ def test_static_weights(folder, ltkd):
 
 @pytest.mark.parametrize(
     "argument, values",
-    [("bikd", {"data.outer_per_class": 4}), ("ce,mixup=0.4", {})],
+    [("bikd", {"data.outer_per_class": 4}), ("ce,mixup=0.4", {"steps_per_call": 2})],
 )
 def test_other_runs(folder, argument, values):
     workdir = folder / argument.partition(",")[0]
