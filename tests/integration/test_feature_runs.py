@@ -156,6 +156,24 @@ def test_predict(folder, ltkd, tmp_path, capsys):
         predict.main([str(workdir), str(tmp_path / "new.png")])
 
 
+def test_teacher_of_logits(folder, tmp_path):
+    """A teacher without a network, whose rows are found by key in any order."""
+    points = np.load(folder / "points.npz")
+    logits = 5 * np.eye(4, dtype=np.float32)[points["y"]]
+    keys = [f"row_{row:08d}" for row in range(len(logits))]
+    order = np.random.default_rng(0).permutation(len(logits))
+    np.savez(
+        tmp_path / "teacher.npz",
+        train_logits=logits[order],
+        train_labels=points["y"][order],
+        train_keys=np.array(keys)[order],
+    )
+    values = {"teacher.checkpoint": str(tmp_path / "teacher.npz")}
+    results = run(config_in(folder, "kd", **values), tmp_path / "run")
+    assert results["teacher_logits"] == "table"
+    assert results["test"]["all"] > 60
+
+
 def test_audit(folder, ltkd):
     workdir, results = ltkd
     model = inputs.read(workdir, data_dir=str(folder))
