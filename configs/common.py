@@ -117,7 +117,7 @@ def base(
     config.data = ml_collections.ConfigDict(
         dict(
             name=dataset,
-            # The TFDS directory; empty: TFDS's own default.
+            # The TFDS directory, also of files of features; empty: TFDS's own default.
             dir="",
             # exponential: make it long-tailed by `imbalance`; all: take all images;
             # or the path of a list of images.
@@ -303,6 +303,7 @@ def apply_argument(
     loss_weighting: dict[str, Any],
     method_defaults: dict[str, dict[str, float]] | None = None,
     default_recipe: str = "base",
+    smoke_models: tuple[str, str] = ("resnet14", "resnet8"),
 ) -> ml_collections.ConfigDict:
     """Returns the config, changed by the argument after its colon.
 
@@ -318,6 +319,7 @@ def apply_argument(
       method_defaults: hyperparameters by method that differ from the library's defaults
         on this data set.
       default_recipe: the recipe of all methods but bikd, whose default is "bikd".
+      smoke_models: the teacher's and the student's model of a smoke test.
 
     Raises:
       ValueError: an unknown method or key, or a value of the wrong type.
@@ -346,7 +348,7 @@ def apply_argument(
     if recipe_name == "bikd":
         config.update_from_flattened_dict(bikd)
     if smoke:
-        _make_smoke_test(config)
+        _make_smoke_test(config, *smoke_models)
     for key, text in values.items():
         _set_value(config, key, text)
 
@@ -474,15 +476,17 @@ def _is_storable(value: Any) -> bool:
     return isinstance(value, (str, float))
 
 
-def _make_smoke_test(config: ml_collections.ConfigDict) -> None:
+def _make_smoke_test(
+    config: ml_collections.ConfigDict, teacher: str, student: str
+) -> None:
     """Shortens a run to a test of seconds.
 
     It trains small models for 20 steps, and evaluates on at most 1,000 images. Streamed
     images get smaller crops and batches.
     """
     config.smoke = True
-    config.teacher.model = "resnet14"
-    config.student.model = "resnet8"
+    config.teacher.model = teacher
+    config.student.model = student
     config.data.test_images = 1000
     for steps in (config.train, config.teacher.train):
         steps.max_steps = 20

@@ -1,15 +1,18 @@
-"""Classifies images with a trained student, or with a teacher.
+"""Classifies images or features with a trained student, or with a teacher.
 
     python -m experiments.predict runs/digits-10-ltkd-resnet20-resnet8-s0 a.png b.png
     python -m experiments.predict RUN --top=3 images/*.png
+    python -m experiments.predict RUN rows.npz
     python -m experiments.predict RUN --export=student.stablehlo
 
-RUN is the folder of a finished run, or of a teacher. The data set is not needed.
+RUN is the folder of a finished run, or of a teacher. The data set is not needed. Of
+features, the rows `x` of an .npz file are classified, see `ltkd_jax.data.features`.
 """
 
 import argparse
 import pathlib
 import sys
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,6 +20,7 @@ import numpy as np
 from experiments import runtime
 from experiments.config import load
 from ltkd_jax import console, files, inference
+from ltkd_jax.data import features
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -31,7 +35,10 @@ def main(argv: list[str] | None = None) -> None:
         "run", type=console.path_argument, help="the folder of a run or of a teacher"
     )
     parser.add_argument(
-        "images", nargs="*", type=console.path_argument, help="image files"
+        "images",
+        nargs="*",
+        type=console.path_argument,
+        help="image files, or .npz files of features",
     )
     parser.add_argument(
         "--top", type=int, default=1, help="how many classes are printed (default: 1)"
@@ -56,23 +63,29 @@ def main(argv: list[str] | None = None) -> None:
             with files.atomic_write(pathlib.Path(args.export)) as temporary:
                 temporary.write_bytes(classifier.export())
             print(args.export)
-        if args.images:
-            _print_classes(classifier, args.images, args.top)
+        if classifier.takes_features:
+            for path in args.images:
+                rows, keys = features.read_rows(path)
+                _print_classes(
+                    classifier, rows, [f"{path} {key}" for key in keys], args.top
+                )
+        elif args.images:
+            _print_classes(classifier, args.images, args.images, args.top)
     # An ImportError is of the package that jax needs for an export.
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
 
 
 def _print_classes(
-    classifier: inference.Classifier, paths: list[str], top: int
+    classifier: inference.Classifier, inputs: Any, input_names: list[str], top: int
 ) -> None:
-    """Prints the most probable classes of each image, with their probabilities."""
-    logits, _ = classifier(paths)
+    """Prints the most probable classes of each input, with their probabilities."""
+    logits, _ = classifier(inputs)
     probabilities = np.asarray(jax.nn.softmax(logits, axis=-1))
-    for path, row in zip(paths, probabilities):
+    for name, row in zip(input_names, probabilities):
         best = np.argsort(-row)[:top]
         classes = [f"{classifier.class_names[c]} {100 * row[c]:.1f} %" for c in best]
-        print(f"{path}: {', '.join(classes)}")
+        print(f"{name}: {', '.join(classes)}")
 
 
 if __name__ == "__main__":

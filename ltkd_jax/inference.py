@@ -1,4 +1,4 @@
-"""A trained classifier by itself: saved, loaded, applied to images, and exported.
+"""A trained classifier by itself: saved, loaded, applied, and exported.
 
 It needs neither the data set nor the run that it comes from. Two files hold it:
 `model.msgpack`, its variables as Flax serializes them, and `model.json`, what else is
@@ -9,6 +9,8 @@ needed to classify an image.
     classifier = inference.load("runs/digits-10-ltkd-resnet20-resnet8-s0")
     logits, labels = classifier(["a.png", "b.png"])
     names = [classifier.class_names[label] for label in labels]
+
+One that was trained on features takes an array of them, as they are in the file.
 """
 
 # So that help() shows ArrayLike, not all that it stands for.
@@ -23,12 +25,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import serialization
 
 from ltkd_jax import files, models
-from ltkd_jax.data import augment, resize
+from ltkd_jax.data import augment, features, resize
 from ltkd_jax.models import convert
 
 PyTree = Any
@@ -60,15 +61,15 @@ class Classification(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Classifier:
-    """Holds a trained network, and how an image becomes its input.
+    """Holds a trained network, and how an image, or features, become its input.
 
     Attributes:
       model: its name, a key of `models.REGISTRY`.
       variables: what `model.apply` takes.
       class_names: one for each of the C classes.
-      image_shape: `(H, W, channels)` of its input.
-      mean: of each channel, on the [0, 1] scale.
-      std: of each channel, on the [0, 1] scale.
+      image_shape: `(H, W, channels)` of its input, or `(D,)` of features.
+      mean: of each channel on the [0, 1] scale, or of each column.
+      std: likewise.
       margin: whether a resized image loses a margin, see `resize.center_crop`.
       precision: see `models.create`.
     """
@@ -76,38 +77,56 @@ class Classifier:
     model: str
     variables: PyTree
     class_names: tuple[str, ...]
-    image_shape: tuple[int, int, int]
+    image_shape: tuple[int, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     margin: bool = False
     precision: str = "float32"
 
     def __call__(self, images: Images) -> Classification:
-        """Classifies any number of images.
+        """Classifies any number of images or features.
 
         Args:
           images: uint8 `[N, H, W, channels]`, or paths of image files, which are
-            converted and resized as `read_images` does it.
+            converted and resized as `read_images` does it; for a network of features,
+            numbers `[N, D]` that are not normalised.
 
         Raises:
-          ValueError: images of another type or shape, or a file that is no image.
+          ValueError: images or features of another type or shape, a file that is no
+            image, or a feature that is not finite.
         """
+        inputs = self._check(images)
+        logits = np.zeros((len(inputs), len(self.class_names)), np.float32)
+        for start in range(0, len(inputs), _MAX_BATCH):
+            part = inputs[start : start + _MAX_BATCH]
+            # Filled up to a power of two, so that few sizes are compiled.
+            size = 1 << (len(part) - 1).bit_length()
+            batch = np.zeros((size, *self.image_shape), self._dtype)
+            batch[: len(part)] = part
+            batch_logits = self._jitted(self.variables, batch)
+            logits[start : start + len(part)] = batch_logits[: len(part)]
+        return Classification(logits, logits.argmax(axis=-1))
+
+    @property
+    def takes_features(self) -> bool:
+        """Returns whether its input is features, not images."""
+        return len(self.image_shape) == 1
+
+    @property
+    def _dtype(self) -> type[np.generic]:
+        return np.float32 if self.takes_features else np.uint8
+
+    def _check(self, images: Images) -> np.ndarray:
+        """Returns the network's input: images, or features as float32."""
+        if self.takes_features:
+            return features.check(np.asarray(images), "features", *self.image_shape)
         pixels = images if isinstance(images, np.ndarray) else self.read_images(images)
         if pixels.dtype != np.uint8 or pixels.shape[1:] != self.image_shape:
             raise ValueError(
                 f"images are {pixels.dtype} of shape {list(pixels.shape)}: give uint8 "
                 f"[N, {', '.join(map(str, self.image_shape))}], or paths of image files"
             )
-        logits = np.zeros((len(pixels), len(self.class_names)), np.float32)
-        for start in range(0, len(pixels), _MAX_BATCH):
-            part = pixels[start : start + _MAX_BATCH]
-            # Filled up to a power of two, so that few sizes are compiled.
-            size = 1 << (len(part) - 1).bit_length()
-            batch = np.zeros((size, *self.image_shape), np.uint8)
-            batch[: len(part)] = part
-            batch_logits = self._jitted(self.variables, batch)
-            logits[start : start + len(part)] = batch_logits[: len(part)]
-        return Classification(logits, logits.argmax(axis=-1))
+        return pixels
 
     def read_images(self, paths: Sequence[str | os.PathLike[str]]) -> np.ndarray:
         """Returns the images in files as uint8 `[N, H, W, channels]`.
@@ -156,8 +175,9 @@ class Classifier:
     def export(self, platforms: Sequence[str] = _PLATFORMS) -> bytes:
         """Returns the classifier as StableHLO, for `jax.export.deserialize`.
 
-        It maps uint8 `[N, H, W, channels]`, for any N, to float32 logits `[N, C]`. The
-        variables are part of it, and it runs where this library is not installed:
+        It maps uint8 `[N, H, W, channels]`, or float32 features `[N, D]`, for any N, to
+        float32 logits `[N, C]`. The variables and the normalisation are part of it, and
+        it runs where this library is not installed:
 
             exported = jax.export.deserialize(bytearray(path.read_bytes()))
             logits = exported.call(images)
@@ -176,7 +196,7 @@ class Classifier:
         logits_fn = jax.jit(functools.partial(self._logits, self.variables))
         try:
             exported = jax.export.export(logits_fn, platforms=platforms)(
-                jax.ShapeDtypeStruct(shape, jnp.uint8)
+                jax.ShapeDtypeStruct(shape, self._dtype)
             )
         except TypeError as error:
             raise ModelError(

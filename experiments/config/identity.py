@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from experiments.config.trees import at, without
 from experiments.config.validation import SUBSETS, ConfigError
 from ltkd_jax import files, inference, methods, models
-from ltkd_jax.data import augment, datasets, longtail, records
+from ltkd_jax.data import augment, datasets, features, longtail, records
 
 # These keys decide how a run is executed, not what it computes, so an identity leaves
 # them out. It has the hash of an external teacher's file instead of its path.
@@ -84,16 +84,16 @@ def content_hashes(config: dict) -> dict[str, Any]:
         else:
             content["teacher"] = results["hash"]
     elif checkpoint:
-        content["teacher"] = _hash_checkpoint(checkpoint)
+        content["teacher"] = _hash_if_changed(
+            checkpoint, f"config.teacher.checkpoint={checkpoint!r}"
+        )
     if data["subset"] not in SUBSETS:
         image_list = longtail.read_list(data["subset"])
         content["subset"] = hash_tree(
             {"paths": image_list.paths, "labels": image_list.labels}
         )
     if data["name"] not in datasets.NAMES:
-        fingerprint = records.fingerprint(data["name"], data["dir"] or None)
-        if fingerprint:
-            content["data"] = fingerprint[:12]
+        content["data"] = _hash_data(data["name"], data["dir"] or None)
     code = _custom_code(config)
     if code:
         content["code"] = code
@@ -303,7 +303,8 @@ def _hash_run(folder: str, model: str) -> str:
             f"{run_model!r}, but config.teacher.model={model!r}: set it to "
             f"{run_model!r}, or give another run"
         )
-    return _RUN_PREFIX + _hash_checkpoint(str(path.with_name(inference.WEIGHTS_NAME)))
+    weights = str(path.with_name(inference.WEIGHTS_NAME))
+    return _RUN_PREFIX + _hash_if_changed(weights, weights)
 
 
 def read_json(path: str | os.PathLike[str], remedy: str = "remove it") -> dict:
@@ -321,14 +322,22 @@ def hash_tree(tree: dict) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _hash_checkpoint(path: str) -> str:
+def _hash_data(name: str, data_dir: str | None) -> str | None:
+    """Returns the hash of a custom data set, None if there is no such data set."""
+    features_path = features.find(name, data_dir)
+    if features_path:
+        return _hash_if_changed(str(features_path), str(features_path))
+    fingerprint = records.fingerprint(name, data_dir)
+    return fingerprint[:12] if fingerprint else None
+
+
+def _hash_if_changed(path: str, name: str) -> str:
+    """Returns the hash of a file; an error has its name."""
     try:
         stat = os.stat(path)
         return _hash_file(path, stat.st_mtime_ns, stat.st_size)
     except OSError as error:
-        raise ConfigError(
-            f"config.teacher.checkpoint={path!r} cannot be read: {error.strerror}"
-        ) from None
+        raise ConfigError(f"{name} cannot be read: {error.strerror}") from None
 
 
 @functools.lru_cache(maxsize=8)

@@ -1,4 +1,4 @@
-"""The images of a run, in memory or on disk."""
+"""The images or features of a run, in memory or on disk."""
 
 import dataclasses
 import functools
@@ -46,8 +46,8 @@ class Dataset:
         return self.source.num_classes
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(height, width, channels) of an image."""
+    def image_shape(self) -> tuple[int, ...]:
+        """(height, width, channels) of an image, or (columns,) of features."""
         return self.train.shape
 
     @property
@@ -56,7 +56,7 @@ class Dataset:
         return isinstance(self.train, Records)
 
     def preprocess(self, images: jax.Array) -> jax.Array:
-        """Returns uint8 images as normalised float images."""
+        """Returns uint8 images, or features, normalised as float32."""
         return augment.normalize(images, self.source.mean, self.source.std)
 
 
@@ -170,12 +170,15 @@ def _read(
         return subsets
     size = 0
     for images, indices in selections:
-        size += len(indices) * int(np.prod(images.shape))
+        # Records are decoded to bytes; features have four for each number.
+        itemsize = images.images.itemsize if isinstance(images, Images) else 1
+        size += len(indices) * int(np.prod(images.shape)) * itemsize
     # The other half is for the network, its optimizer and the teacher's table.
     if size > device_memory() / 2:
         raise ValueError(
             f"the images take {size / 2**30:.1f} GiB, more than half of the device's "
-            "memory: set data.stream=True, or a smaller data.image_size"
+            "memory: set data.stream=True, or a smaller data.image_size; of features, "
+            "keep fewer rows or columns"
         )
     return [images.take(indices) for images, indices in selections]
 

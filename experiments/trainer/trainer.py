@@ -117,7 +117,7 @@ class Trainer:
         self._epoch_fn = jax.jit(self._epoch_indices)
         # Compiles each function once; `_compiled_at` chooses one.
         self._compiled = functools.cache(self._compile)
-        self._check_image_size()
+        self._check_input()
 
     def _create_model(self, axis_name: str | None) -> models.Model:
         model = models.create(
@@ -133,8 +133,14 @@ class Trainer:
         teacher: Any = teacher_model(self.spec, self.data)
         return review.with_fusion(model, teacher, self.data.image_shape)
 
-    def _check_image_size(self) -> None:
+    def _check_input(self) -> None:
+        policy = self.spec.augment.policy
         cutout = self.spec.augment.cutout
+        if len(self.data.image_shape) == 1 and (policy != "none" or cutout):
+            raise ValueError(
+                f"augment.policy={policy!r}, augment.cutout={cutout}: features have no "
+                "pixels: set them to 'none' and 0"
+            )
         height_width = self.data.image_shape[:2]
         if cutout >= min(height_width):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Augments images on the device.
+"""Augments images on the device; of this, features have Mixup and normalisation.
 
 Each combination of a crop offset and a flip is a numbered view. AutoAugment, Cutout and
 Mixup are drawn beyond the views.
@@ -142,21 +142,22 @@ def mix(images: jax.Array, partner_images: jax.Array, lam: jax.Array) -> jax.Arr
     """Computes Mixup's λ · images + (1 − λ) · partner images.
 
     Args:
-      images: float `[B, H, W, channels]`.
-      partner_images: float `[B, H, W, channels]`.
+      images: float `[B, H, W, channels]`, or features `[B, D]`.
+      partner_images: of the same shape.
       lam: λ, `[B]`.
 
     Returns:
-      float `[B, H, W, channels]`.
+      float, of the same shape.
     """
-    lam = lam[:, None, None, None].astype(images.dtype)
+    lam = jnp.expand_dims(lam, range(1, images.ndim)).astype(images.dtype)
     return lam * images + (1.0 - lam) * partner_images
 
 
 def apply_views(images: jax.Array, view: Array, views: Views) -> jax.Array:
     """Returns view `view[b]` of `images[b]`, uint8 `[B, H, W, channels]`.
 
-    The padding is black, before normalisation.
+    The padding is black, before normalisation. Where there is one view only, the images
+    are returned as they are, and may be features.
 
     Args:
       images: uint8 `[B, H, W, channels]`.
@@ -170,11 +171,11 @@ def apply_views(images: jax.Array, view: Array, views: Views) -> jax.Array:
     >>> apply_views(image, jnp.array([1]), Views(pad=0, flip=True)).ravel().tolist()
     [1, 0]
     """
+    if views.num == 1:
+        return images
     chex.assert_type(images, jnp.uint8)
     chex.assert_rank([images, view], [4, 1])
     chex.assert_equal_shape_prefix([images, view], 1)
-    if not views.pad and not views.flip:
-        return images
     pad = views.pad
     padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
     offset, flip = jnp.divmod(view, views.num_flips)
@@ -200,29 +201,35 @@ def normalize(
 ) -> jax.Array:
     """Computes (x / 255 − mean) / std in float32, and casts it to `dtype`.
 
+    Features are not divided by 255.
+
     Args:
-      images: uint8 `[B, H, W, channels]`.
-      mean: of each channel, on the [0, 1] scale.
-      std: of each channel, on the [0, 1] scale.
+      images: uint8 `[B, H, W, channels]`, or features, float32 `[B, D]`.
+      mean: of each channel on the [0, 1] scale, or of each column.
+      std: likewise.
       dtype: of the result.
 
     Returns:
-      `[B, H, W, channels]` of `dtype`.
+      An array of the same shape, of `dtype`.
 
     Raises:
       AssertionError: a wrong dtype, a wrong rank, or a number of means that is not the
-        number of channels.
+        number of channels or columns.
 
     >>> normalize(jnp.full((1, 1, 1, 1), 255, jnp.uint8), (0.5,), (0.25,)).item()
     2.0
+    >>> normalize(jnp.array([[3.0, 5.0]]), (1.0, 9.0), (2.0, 4.0)).tolist()
+    [[1.0, -1.0]]
     """
-    chex.assert_type(images, jnp.uint8)
-    chex.assert_rank(images, 4)
+    are_features = images.ndim == 2
+    chex.assert_type(images, jnp.float32 if are_features else jnp.uint8)
+    chex.assert_rank(images, {2, 4})
+    values = images if are_features else images.astype(jnp.float32) / 255
     shift = jnp.asarray(mean, jnp.float32)
     scale = jnp.asarray(std, jnp.float32)
     chex.assert_shape([shift, scale], (images.shape[-1],))
     # Explicit axes, so that it also works where rank promotion is an error.
-    shift = shift[None, None, None]
-    scale = scale[None, None, None]
-    normalized = (images.astype(jnp.float32) / 255 - shift) / scale
-    return normalized.astype(dtype)
+    leading_axes = range(images.ndim - 1)
+    shift = jnp.expand_dims(shift, leading_axes)
+    scale = jnp.expand_dims(scale, leading_axes)
+    return ((values - shift) / scale).astype(dtype)

@@ -1,12 +1,13 @@
-"""Loads image data sets by name, with what training needs to know of them."""
+"""Loads data sets by name, with what training needs to know of them."""
 
 import dataclasses
 import os
+import pathlib
 
 import numpy as np
 
 from ltkd_jax import names
-from ltkd_jax.data import augment, longtail, records
+from ltkd_jax.data import augment, features, longtail, records
 from ltkd_jax.data.records import Images, Records
 
 _DIGITS_TEST_PER_CLASS = 70
@@ -24,9 +25,9 @@ class Source:
       test: its test images.
       num_classes: C.
       class_names: `[C]`, in label order.
-      mean: of each channel, on the [0, 1] scale.
-      std: of each channel, on the [0, 1] scale.
-      views: the crops and flips of its training images.
+      mean: of each channel on the [0, 1] scale, or of each column of features.
+      std: likewise.
+      views: the crops and flips of its training images; features have one view.
     """
 
     name: str
@@ -100,7 +101,8 @@ def load(
 ) -> Source:
     """Returns a data set: digits, an official one, or a custom one.
 
-    The digits come from scikit-learn. All others must have been prepared by
+    The digits come from scikit-learn, and features from the file `name.npz` in
+    `data_dir`, see `features`. All others must have been prepared by
     `python -m ltkd_jax.data.prepare`; custom ones are prepared from a folder of images.
 
     Args:
@@ -114,8 +116,8 @@ def load(
     Raises:
       DatasetNotPreparedError: an official data set is not in `data_dir`; the message
         has the command that prepares it.
-      ValueError: the name is unknown, a label is out of range, or the size is missing
-        or not possible.
+      ValueError: the name is unknown, a label is out of range, the size is missing or
+        not possible, or features cannot be used, see `features.read`.
 
     >>> source = load("digits")
     >>> source.train.shape, len(source.test), str(source.train.keys[0])
@@ -123,6 +125,9 @@ def load(
     """
     train: Images | Records
     test: Images | Records
+    features_path = None if name in _SPECS else features.find(name, data_dir)
+    if features_path:
+        return _load_features(name, features_path, size)
     if name == "digits":
         if size:
             raise ValueError(
@@ -164,7 +169,8 @@ def _open_builder(
         raise ValueError(
             f"{names.unknown('data set', name, sorted(_SPECS))}. To make a data set "
             "of your own folder, run: python -m ltkd_jax.data.prepare folder --name "
-            f"{name} --source FOLDER --data_dir {records.resolve_data_dir(data_dir)}"
+            f"{name} --source FOLDER --data_dir {records.resolve_data_dir(data_dir)}; "
+            f"features are read from {name}.npz in that directory"
         )
     return builder
 
@@ -184,6 +190,26 @@ def _custom_spec(builder: records.Builder, size: int) -> _Spec:
     side = size or features["image"].shape[0] or 0
     views = augment.Views(pad=side // 8, flip=True)
     return _Spec(_IMAGENET_MEAN, _IMAGENET_STD, views)
+
+
+def _load_features(name: str, path: pathlib.Path, size: int) -> Source:
+    """Returns the features of a file."""
+    if size:
+        raise ValueError(
+            f"{path} holds features, which have no pixels: set data.image_size={size} "
+            "to 0, and data.stream to False"
+        )
+    data = features.read(path)
+    return Source(
+        name=name,
+        train=data.train,
+        test=data.test,
+        num_classes=len(data.class_names),
+        class_names=data.class_names,
+        mean=data.mean,
+        std=data.std,
+        views=augment.Views(pad=0, flip=False),
+    )
 
 
 def _load_digits() -> tuple[Images, Images]:

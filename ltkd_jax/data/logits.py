@@ -16,18 +16,14 @@ Its arrays:
 """
 
 import dataclasses
-import pathlib
-import zipfile
-import zlib
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numpy.lib.npyio import NpzFile
 
 from ltkd_jax import files
-from ltkd_jax.data import longtail
+from ltkd_jax.data import longtail, npz
 
 KINDS = ("logits", "probabilities", "log_probabilities")
 TRAIN_PREFIX = "train_"
@@ -44,9 +40,6 @@ _SUM_TOLERANCE = 0.02
 _MIN_DISTRIBUTIONS = 10
 # Number of examples that are checked at once, so that temporary arrays stay small.
 _CHECK_BLOCK = 4096
-# What NumPy raises for a broken archive. A RuntimeError is of an encrypted archive, or
-# of an unsupported compression.
-_DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError)
 _REMEDIES = {
     "logits": (
         "hold NaN or infinite logits: leave them out, or give a masked class a finite "
@@ -294,51 +287,11 @@ def _to_logits(values: Array, kind: str) -> Array:
     return np.where(is_positive, logits, floor)
 
 
-class LogitsFile:
-    """Reads an .npz file of logits.
+class LogitsFile(npz.ArrayFile):
+    """Reads an .npz file of logits; its errors are `LogitsError`."""
 
-    The file is opened for each array, and closed again.
-
-    Attributes:
-      path: of the file.
-      names: of its arrays.
-
-    Raises:
-      LogitsError: there is no such file, or it is no .npz file.
-    """
-
-    def __init__(self, path: files.PathLike):
-        self.path = pathlib.Path(path)
-        try:
-            with open(self.path, "rb") as file, NpzFile(file) as archive:
-                self.names: tuple[str, ...] = tuple(archive.files)
-        except _DAMAGED as error:
-            raise LogitsError(
-                f"{path} cannot be read as an .npz file ({error}); write one by "
-                f'np.savez("{self.path.stem}.npz", logits=logits, labels=labels)'
-            ) from None
-
-    def array(self, name: str) -> Array:
-        """Returns an array of the file.
-
-        Raises:
-          LogitsError: the array holds Python objects, is damaged, or does not fit in
-            memory.
-        """
-        try:
-            with open(self.path, "rb") as file, NpzFile(file) as archive:
-                return np.asarray(archive[name])
-        except ValueError as error:
-            # NumPy refuses to unpickle objects, since a pickle may run code.
-            raise LogitsError(
-                f"{self.path}: {name} is not a plain array ({error}); give numbers, or "
-                "names as np.array(names, dtype=str)"
-            ) from None
-        except (MemoryError, *_DAMAGED) as error:
-            raise LogitsError(
-                f"{self.path}: {name} is damaged or too large ({error}): write the "
-                "file again, with fewer examples if memory is short"
-            ) from None
+    error = LogitsError
+    example = "logits=logits, labels=labels"
 
     def has_logits(self, prefix: str = "") -> bool:
         """Returns whether there are logits or probabilities with a prefix."""

@@ -129,7 +129,7 @@ def split(
     [2, 2]
     """
     labels = check_labels(labels, num_classes)
-    keys = _check_keys(keys, len(labels))
+    keys = check_keys(keys, len(labels))
     _check_held_out(outer_per_class, validation_per_class)
     class_sizes = np.bincount(labels, minlength=num_classes)
     num_held_out = outer_per_class + validation_per_class
@@ -368,7 +368,7 @@ def split_by_list(
         image of some class.
     """
     labels = check_labels(labels, num_classes)
-    keys = _check_keys(keys, len(labels))
+    keys = check_keys(keys, len(labels))
     _check_held_out(outer_per_class, validation_per_class)
     train = match_list(image_list, labels, keys)
     train_counts = np.bincount(labels[train], minlength=num_classes)
@@ -493,11 +493,18 @@ def _as_string(element: object, name: str) -> str:
     )
 
 
-def check_labels(labels: np.ndarray, num_classes: int) -> np.ndarray:
+def check_labels(
+    labels: npt.ArrayLike, num_classes: int, name: str = "labels"
+) -> np.ndarray:
     """Returns the labels as int64 `[N]`, checked to be in [0, C).
 
     Call it on the host: under `jit`, a label out of range silently wraps around or
     gives NaN.
+
+    Args:
+      labels: integers `[N]`.
+      num_classes: C.
+      name: of the labels, for messages.
 
     Raises:
       ValueError: the labels are not a vector of integers in [0, C).
@@ -509,13 +516,13 @@ def check_labels(labels: np.ndarray, num_classes: int) -> np.ndarray:
     labels = np.asarray(labels)
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
         raise ValueError(
-            f"labels: shape {labels.shape}, dtype {labels.dtype}; give a vector of "
+            f"{name}: shape {labels.shape}, dtype {labels.dtype}; give a vector of "
             "integers"
         )
     wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
     if wrong.size:
         raise ValueError(
-            f"labels[{wrong[0]}]={labels[wrong[0]]}: {wrong.size} labels are outside "
+            f"{name}[{wrong[0]}]={labels[wrong[0]]}: {wrong.size} labels are outside "
             f"0..{num_classes - 1}; check num_classes={num_classes} or the labels"
         )
     return labels.astype(np.int64)
@@ -526,19 +533,30 @@ def _check_num_classes(num_classes: int) -> None:
         raise ValueError(f"num_classes={num_classes}: give at least 1 class")
 
 
-def _check_keys(keys: npt.ArrayLike, num_labels: int) -> np.ndarray:
-    """Returns the keys as strings: one for each label, and none that repeats."""
-    keys = as_strings(keys, "keys")
+def check_keys(keys: npt.ArrayLike, num_labels: int, name: str = "keys") -> np.ndarray:
+    """Returns the keys as strings, checked to be one for each label, and unique.
+
+    Args:
+      keys: `[N]`, see `as_strings`.
+      num_labels: N.
+      name: of the keys, for messages.
+
+    Raises:
+      ValueError: a key repeats, or is no text; or there are more or fewer than N.
+
+    >>> check_keys([b"a", b"b"], 2).tolist()
+    ['a', 'b']
+    """
+    keys = as_strings(keys, name)
     if len(keys) != num_labels:
         raise ValueError(
-            f"keys: {len(keys)} keys for {num_labels} labels; give one key for each "
-            "image"
+            f"{name}: {len(keys)} keys for {num_labels} labels; give one key for each"
         )
     unique_keys, occurrences = np.unique(keys, return_counts=True)
     if unique_keys.size != num_labels:
         repeated = str(unique_keys[np.argmax(occurrences)])
         raise ValueError(
-            f"keys: {repeated!r} occurs {occurrences.max()} times; the draw needs "
+            f"{name}: {repeated!r} occurs {occurrences.max()} times; the draw needs "
             "unique keys"
         )
     return keys

@@ -1,4 +1,6 @@
-"""Holds labelled images: in memory, or as records on disk that are decoded when read.
+"""Holds labelled images in memory, or as records on disk that are decoded when read.
+
+Features are held in memory as images are.
 
 This is the only module of the library that reads TFDS directories. It reads their
 array_record files without TensorFlow.
@@ -40,10 +42,10 @@ class DatasetNotPreparedError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Images:
-    """Holds labelled images in memory, sorted by key.
+    """Holds labelled images or features in memory, sorted by key.
 
     Attributes:
-      images: uint8 `[N, H, W, channels]`.
+      images: uint8 `[N, H, W, channels]`, or features, float32 `[N, D]`.
       labels: int32 `[N]`.
       keys: str `[N]`, unique.
     """
@@ -56,8 +58,8 @@ class Images:
         return len(self.labels)
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """Returns height, width and channels."""
+    def shape(self) -> tuple[int, ...]:
+        """Returns height, width and channels, or the number of columns."""
         return self.images.shape[1:]
 
     def take(self, indices: np.ndarray) -> "Images":

@@ -1,7 +1,8 @@
 """Models by name: `models.create("resnet8x4", num_classes=100)`.
 
 A model is a Linen module, called as `model.apply(variables, images, train=…)` on float
-images `[B, H, W, channels]`; it returns logits `[B, C]` in float32 or wider.
+images `[B, H, W, channels]`; it returns logits `[B, C]` in float32 or wider. The models
+`mlp_DEPTH_WIDTH` take features `[B, D]` instead.
 
 Most models are those of the common CIFAR distillation zoo (mdistiller, RepDistiller);
 those named `…_imagenet` are torchvision's. `ltkd_jax.models.convert` reads checkpoints
@@ -18,6 +19,7 @@ from flax import linen as nn
 
 from ltkd_jax import names
 from ltkd_jax.models import resnet
+from ltkd_jax.models.mlp import MLP
 from ltkd_jax.models.mobilenet import MobileNetV2
 from ltkd_jax.models.shufflenet import ShuffleNetV1, ShuffleNetV2
 from ltkd_jax.models.vgg import VGG
@@ -55,6 +57,9 @@ REGISTRY: dict[str, Callable[..., nn.Module]] = {
     "resnet18_imagenet": functools.partial(_resnet18, imagenet_stem=True),
     "resnet34_imagenet": functools.partial(_resnet34, imagenet_stem=True),
     "resnet50_imagenet": functools.partial(_resnet50, imagenet_stem=True),
+    "mlp_1_32": functools.partial(MLP, 1, 32),
+    "mlp_1_128": functools.partial(MLP, 1, 128),
+    "mlp_2_512": functools.partial(MLP, 2, 512),
 }
 
 # For each precision, the dtype of activations (None keeps that of the input) and the

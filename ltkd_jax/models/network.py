@@ -1,5 +1,6 @@
 """The base classes of the networks: their layers, and the frame of a classifier."""
 
+from collections.abc import Sequence
 from typing import ClassVar, NamedTuple
 
 import jax
@@ -152,15 +153,11 @@ class Network(Layers, kw_only=True):
         Raises:
           ValueError: the images are of another rank, or too small for the model.
         """
-        if images.ndim != 4 or min(images.shape[1:3]) < self.min_image_size:
-            raise ValueError(
-                f"{type(self).__name__} takes images [B, H, W, channels] of at least "
-                f"{self.min_image_size}×{self.min_image_size} pixels, not an array of "
-                f"shape {list(images.shape)}"
-            )
+        self.check_shape(images.shape)
         x = images if self.dtype is None else images.astype(self.dtype)
         feature_map = self.body(x, train)
-        pooled = feature_map.mean(axis=(1, 2))
+        # A vector, which has no axes between the first and the last, stays as it is.
+        pooled = feature_map.mean(axis=tuple(range(1, feature_map.ndim - 1)))
         # The classifier is cheap, and losses need exact logits: never in bfloat16.
         pooled = pooled.astype(jnp.promote_types(pooled.dtype, jnp.float32))
         self.sow_feature("pooled", pooled)
@@ -172,6 +169,16 @@ class Network(Layers, kw_only=True):
             bias_init=self.initialisers.classifier_bias,
             name="classifier",
         )
+
+    def check_shape(self, shape: Sequence[int]) -> None:
+        """Raises ValueError unless a batch of this shape can be classified."""
+        if len(shape) != 4 or min(shape[1:3]) < self.min_image_size:
+            raise ValueError(
+                f"{type(self).__name__} takes images [B, H, W, channels] of at least "
+                f"{self.min_image_size}×{self.min_image_size} pixels, not an array of "
+                f"shape {list(shape)}: choose another model, such as mlp_2_512 for "
+                "features [B, D]"
+            )
 
     def body(self, x: jax.Array, train: bool) -> jax.Array:
         """Returns the last feature map, `[B, h, w, D]`.

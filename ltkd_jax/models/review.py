@@ -201,14 +201,14 @@ def _select(variables: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def with_fusion(
-    student: nn.Module, teacher: nn.Module, image_shape: tuple[int, int, int]
+    student: nn.Module, teacher: nn.Module, image_shape: tuple[int, ...]
 ) -> StudentWithFusion:
     """Returns a student with the fusion that fits the teacher's features.
 
     Args:
       student: a model of `models.create`.
       teacher: a model of `models.create`.
-      image_shape: `(H, W, channels)`.
+      image_shape: `(H, W, channels)`, or `(D,)` of features.
 
     Raises:
       ValueError: the two have different numbers of stages, so that the features cannot
@@ -238,7 +238,7 @@ def with_fusion(
 
 
 def _feature_shapes(
-    model: nn.Module, image_shape: tuple[int, int, int]
+    model: nn.Module, image_shape: tuple[int, ...]
 ) -> tuple[tuple[int, int], ...]:
     """Returns (size, channels) of each feature, without computing any."""
 

@@ -109,7 +109,7 @@ def create(
       model: the student.
       optimizer: of the student.
       num_terms: T, the number of loss terms.
-      image_shape: `(H, W, channels)`.
+      image_shape: `(H, W, channels)`, or `(D,)` of features.
       seed: int scalar, may be traced.
     """
     key = jax.random.key(seed)

@@ -29,7 +29,8 @@ class TrainData(NamedTuple):
     """Holds what stays on the device for all steps.
 
     Attributes:
-      images: uint8 `[N, H, W, channels]`; None where batches are streamed.
+      images: uint8 `[N, H, W, channels]`, or features, float32 `[N, D]`; None where
+        batches are streamed.
       labels: int32 `[N]`; None where batches are streamed.
       teacher: what the run's `TeacherFn` reads: the table of logits, the teacher's
         variables, or None.
@@ -77,7 +78,7 @@ class Batch(NamedTuple):
     """Holds a batch as the loss needs it.
 
     Attributes:
-      images: float `[B, H, W, channels]`, augmented and normalised.
+      images: float `[B, H, W, channels]`, augmented and normalised, or `[B, D]`.
       labels: int32 `[B]`.
       teacher: the teacher's outputs for these images.
       mixup: labels and shares of the other images under Mixup, else None.
@@ -93,7 +94,7 @@ class EvalBatch(NamedTuple):
     """Holds a batch of an evaluation, of images that are not augmented.
 
     Attributes:
-      images: uint8 `[B, H, W, channels]`.
+      images: uint8 `[B, H, W, channels]`, or features, float32 `[B, D]`.
       labels: int32 `[B]`.
       mask: bool `[B]`, False for the padding that fills up the last batch.
     """
@@ -103,7 +104,7 @@ class EvalBatch(NamedTuple):
     mask: jax.Array
 
 
-# uint8 images -> float images
+# uint8 images, or features -> normalised float images
 Preprocess = Callable[[jax.Array], jax.Array]
 # (data.teacher, source of the batch, float images) -> the teacher's outputs
 TeacherFn = Callable[[Any, Any, jax.Array], TeacherOutputs]

@@ -53,6 +53,8 @@ FEATURES = {
     "shufflenetv2": ([(16, 116), (8, 232), (4, 464)], 1024),
 }
 
+IMAGE_MODELS = [name for name in models.REGISTRY if not name.startswith("mlp_")]
+
 
 # Cached, because tracing a deep net takes up to a second.
 @functools.cache
@@ -99,7 +101,7 @@ def test_published_size(name):
         assert total / 1e6 == pytest.approx(millions, abs=0.1)
 
 
-@pytest.mark.parametrize("name", models.REGISTRY)
+@pytest.mark.parametrize("name", IMAGE_MODELS)
 def test_logits_and_features(name):
     _, (logits, variables) = trace(name)
     assert logits.shape == (1, 100)
@@ -109,7 +111,7 @@ def test_logits_and_features(name):
     assert shapes == expected_features(name)
 
 
-@pytest.mark.parametrize("name", models.REGISTRY)
+@pytest.mark.parametrize("name", IMAGE_MODELS)
 def test_features_of_large_images(name):
     _, (_, outputs) = trace(name)
     variables = {key: outputs[key] for key in ("params", "batch_stats")}
@@ -154,6 +156,8 @@ def test_small_grey_images(name):
             r"VGG takes .* at least 8×8 pixels, not an array of shape \[2, 7, 32, 3\]",
         ),
         ("resnet18_imagenet", (2, 0, 8, 3), r"ResNet takes .* at least 1×1 pixels"),
+        ("mlp_1_32", (2, 8, 8, 3), r"MLP takes features .* shape \[2, 8, 8, 3\]: ch"),
+        ("resnet8", (2, 8), r"CifarResNet takes .* shape \[2, 8\]: .*mlp_2_512"),
         (
             "resnet8",
             (8, 8, 3),
@@ -165,6 +169,48 @@ def test_wrong_image_shape(name, shape, message):
     init = functools.partial(models.create(name, 10).init, train=False)
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(init, jax.random.key(0), jnp.zeros(shape))
+
+
+def test_mlp():
+    """The values of two hidden layers, by NumPy; the bias-free layers have one norm."""
+    rng = np.random.default_rng(0)
+    model = models.create("mlp_2_512", 7)
+    x = rng.normal(size=(3, 5)).astype(np.float32)
+    variables = model.init(jax.random.key(0), x, train=False)
+    variables = jax.tree.map(
+        lambda leaf: (
+            rng.uniform(0.5, 1.5, leaf.shape).astype(np.float32)
+            * np.sign(np.asarray(leaf) + 0.5)
+        ),
+        variables,
+    )
+    params = variables["params"]
+    expected = x.astype(np.float64)
+    for i in (1, 2):
+        norm = params[f"hidden{i}_norm"]
+        running = variables["batch_stats"][f"hidden{i}_norm"]
+        expected = expected @ params[f"hidden{i}"]["kernel"].astype(np.float64)
+        expected = (expected - running["mean"]) / np.sqrt(running["var"] + 1e-5)
+        expected = np.maximum(expected * norm["scale"] + norm["bias"], 0)
+    classifier = params["classifier"]
+    expected = expected @ classifier["kernel"].astype(np.float64) + classifier["bias"]
+    apply = functools.partial(models.apply_with_features, model, train=False)
+    logits, features, _ = apply(variables, x)
+    np.testing.assert_allclose(logits, expected, rtol=1e-5)
+    assert features["pooled"].shape == (3, 512)
+    assert {key: set(layer) for key, layer in params.items()} == {
+        "hidden1": {"kernel"},
+        "hidden2": {"kernel"},
+        "hidden1_norm": {"scale", "bias"},
+        "hidden2_norm": {"scale", "bias"},
+        "classifier": {"kernel", "bias"},
+    }
+    low, _, _ = models.apply_with_features(
+        models.create("mlp_2_512", 7, precision="bfloat16"), variables, x, train=False
+    )
+    assert low.dtype == jnp.float32
+    np.testing.assert_allclose(low, expected, rtol=0.05)
+    assert not np.array_equal(low, logits)
 
 
 # Standard deviations of a convolution's kernel, the classifier's kernel and its bias.

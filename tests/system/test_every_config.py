@@ -62,6 +62,21 @@ def prepare_imagenet(folder):
     recipes.prepare(recipe, folder / "tfds", source)
 
 
+def prepare_points(folder):
+    """Writes three hundred rows of features of each of ten classes."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(3000) % 10
+    x = rng.normal(size=(3000, 16)) + 2 * np.eye(10, 16)[labels]
+    (folder / "tfds").mkdir()
+    np.savez(
+        folder / "tfds" / "points.npz",
+        x=x[:2500],
+        y=labels[:2500],
+        x_test=x[2500:],
+        y_test=labels[2500:],
+    )
+
+
 def prepare_birds(folder):
     class_sizes = enumerate(longtail.counts(80, 5, 12))
     counts = {f"bird{i:02d}": count for i, count in class_sizes}
@@ -79,6 +94,7 @@ PREPARE = {
     "tinyimagenetlt": prepare_tiny_imagenet,
     "imagenetlt": prepare_imagenet,
     "folderlt": prepare_birds,
+    "featureslt": prepare_points,
 }
 
 
@@ -117,6 +133,7 @@ CASES = [
     ),
     ("tinyimagenetlt", "reviewkd,imbalance=10", {}, longtail.counts(20, 10, 200).sum()),
     ("imagenetlt", "bikd,subset={folder}/list.txt", {"data.outer_per_class": 2}, 2288),
+    ("featureslt", "ltkd_bs,name=points", {}, 2500),
     # Five images of each of the 12 classes are test images.
     ("folderlt", "ltkd,name=birds", {}, longtail.counts(80, 5, 12).sum() - 60),
     (
@@ -148,6 +165,7 @@ def test_smoke(name, argument, values, num_images, data_folder, request, tmp_pat
     assert min(results["class_counts"]) > 0
     assert np.isfinite(results["test"]["all"])
     assert ("loss_weighting" in results) == argument.startswith("bikd")
-    assert results["teacher"]["model"] == "resnet14"
+    teacher = "mlp_1_128" if name == "featureslt" else "resnet14"
+    assert results["teacher"]["model"] == teacher
     teacher_logits = "features" if "reviewkd" in argument else "network"
     assert results["teacher_logits"] == teacher_logits

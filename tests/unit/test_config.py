@@ -25,8 +25,8 @@ CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*lt.py"))
 
 
 def config_with_data(name, argument):
-    """Returns a config; the one for custom data sets gets the name of one."""
-    if name == "folderlt":
+    """Returns a config; those for custom data sets get the name of one."""
+    if name in ("folderlt", "featureslt"):
         argument = f"{argument},name=birds,subset=exponential"
     return config_of(name, argument)
 
