@@ -7,8 +7,8 @@
 Its arrays, in which object arrays are refused, since they are pickles:
 
 - `x`, `x_test`: training and test rows, numbers `[N, D]` and `[M, D]`. They are used as
-  float32, normalised by mean and deviation of each column of `x`; a constant column, such
-  as a pixel that is always black, becomes 0.
+  float32, normalised by mean and deviation of each column of `x`; a constant column,
+  such as a pixel that is always black, becomes 0.
 - `y`, `y_test`: their labels, integers in [0, C).
 - `keys`, `keys_test`: a unique name for each row; by default its number, as in
   `row_00000042`.
