@@ -258,7 +258,7 @@ def set_method(
     name: str,
     *,
     loss_weighting: dict[str, Any] | None = None,
-    **defaults: float,
+    **defaults: float | str,
 ) -> None:
     """Puts a method and its hyperparameters into `config.method`.
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from experiments.config.spec import LearnedWeights, Recipe, TrainingSpec
 from experiments.config.validation import ConfigError
@@ -17,7 +18,7 @@ from experiments.trainer import dataset as datasets
 from experiments.trainer import input_pipeline
 from experiments.trainer.dataset import Dataset
 from experiments.trainer.evaluator import Evaluator
-from ltkd_jax import inference, methods, models
+from ltkd_jax import inference, methods, metrics, models
 from ltkd_jax.data import augment, longtail, sampling
 from ltkd_jax.data.records import Images, Records
 from ltkd_jax.models import review
@@ -418,19 +419,55 @@ class Trainer:
         Returns:
           Replicated data for `train_steps`.
         """
-        data = _train_data(self.data.train, teacher)
+        class_mass = self._class_mass(teacher)
+        data = _train_data(self.data.train, teacher, class_mass)
         if self.loss_weighting is not None:
-            data = data._replace(outer=_train_data(self.data.outer, outer_teacher))
+            # The target is the same everywhere: the mass is that of the training set.
+            outer = _train_data(self.data.outer, outer_teacher, class_mass)
+            data = data._replace(outer=outer)
         return self.parallel.replicate(data)
 
+    def _class_mass(self, teacher: Any) -> np.ndarray | None:
+        """Returns the class mass `[C]` of the teacher, if a term reads it.
 
-def _train_data(images: Images | Records, teacher: Any) -> steps.TrainData:
+            (1/N) Σ_n softmax(z_n / τ)
+
+        z_n are its logits of the N training images as they are, without crops and
+        flips, from the table if there is one.
+        """
+        temperature = self.objective.mass_temperature
+        if temperature is None:
+            return None
+        images = self.data.train
+        if self.spec.teacher_source == "table":
+            view = self.data.source.views.identity if teacher.shape[1] > 1 else 0
+            logits = jnp.asarray(teacher[:, view]) / temperature
+            is_image = np.ones(len(images), bool)
+            mass = metrics.eval_sums(logits, images.labels, is_image).mass
+        else:
+            evaluator = Evaluator(
+                teacher_model(self.spec, self.data),
+                self.data,
+                self.parallel,
+                self.spec.execution.eval_batch_size,
+                temperature,
+            )
+            mass = evaluator.evaluate(self.parallel.replicate(teacher), images).mass
+        # The loss divides by the mass of a group, which must not underflow to 0.
+        return np.maximum(
+            np.asarray(mass / len(images), np.float32), np.finfo(np.float32).tiny
+        )
+
+
+def _train_data(
+    images: Images | Records, teacher: Any, class_mass: Any
+) -> steps.TrainData:
     if isinstance(images, Records):
-        return steps.TrainData(None, None, teacher)
+        return steps.TrainData(None, None, teacher, class_mass=class_mass)
     # These are NumPy arrays, which the types of `TrainData` do not allow.
     pixels: Any = images.images
     labels: Any = images.labels
-    return steps.TrainData(pixels, labels, teacher)
+    return steps.TrainData(pixels, labels, teacher, class_mass=class_mass)
 
 
 def _create_weighting(

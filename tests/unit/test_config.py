@@ -57,7 +57,9 @@ def test_config_of_learned_weights(name):
         argument = f"bikd,terms={terms},seed=3,lookahead=2,update_every=4"
         config = config_with_data(name, argument)
         # There are no keys that the run does not use.
-        keys = {"name", "temperature"} | ({"num_groups"} if terms == "ltkd" else set())
+        keys = {"name", "temperature"} | (
+            {"num_groups", "mass"} if terms == "ltkd" else set()
+        )
         assert set(config.method) == keys
         spec = resolve(config)
         assert (spec.method.name, spec.seed) == (terms, 3)
@@ -174,6 +176,7 @@ def test_bad_argument(argument, message):
         ("method.temperature", 0.0),
         ("method.name", "kdd"),
         ("method.name", "kd"),
+        ("method.mass", "epoch"),
         ("method.warmup_epochs", -1.0),
     ],
 )
@@ -313,6 +316,8 @@ def test_renamed_keys():
         ("seed", 1, False, True),
         ("train.lr", 0.1, False, True),
         ("method.alpha", 2.0, False, True),
+        ("method.mass", "dataset", False, True),
+        ("method.mass", "batch", True, True),
         ("student.model", "resnet14", False, True),
         ("teacher_seed", 1, False, False),
         ("split_seed", 1, False, False),
@@ -371,6 +376,11 @@ def test_identity_without_unused_options():
     config = copy.deepcopy(static.config)
     del config["train"]["lr_warmup_epochs"]
     assert resolve(config).hash == static.hash
+    ltkd = resolve(config_of("digitslt", "ltkd"))
+    config = copy.deepcopy(ltkd.config)
+    del config["method"]["mass"]
+    assert resolve(config).hash == ltkd.hash
+    assert "mass" not in ltkd.identity["method"]
 
 
 def test_teacher_hash_and_held_out_images():
