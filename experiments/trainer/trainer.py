@@ -5,6 +5,7 @@ teacher, model, loss terms and optimizer.
 """
 
 import functools
+import math
 from collections.abc import Generator
 from typing import Any
 
@@ -105,10 +106,18 @@ class Trainer:
         self.model = self._create_model(axis_name=None)
         self._model_in_step = self._create_model(axis_name=self.parallel.axis_name)
         self._teacher_fn = _create_teacher_fn(spec, data)
-        self._batch_shard = input_pipeline.BatchShard(
+        self._shard = input_pipeline.BatchShard(
             self.parallel.local_positions(recipe.batch_size),
             recipe.batch_size,
             mixup=spec.augment.mixup > 0,
+        )
+        outer_size = 0
+        if self.loss_weighting is not None:
+            # If the outer set is smaller than a batch, each step takes all of it.
+            outer_size = min(recipe.batch_size, len(data.outer))
+            self._check_outer_batch(outer_size)
+        self._outer_shard = input_pipeline.BatchShard(
+            self.parallel.local_positions(outer_size), outer_size
         )
 
         self.init = jax.jit(self._init)
@@ -145,6 +154,21 @@ class Trainer:
         # Only shapes are computed: a model that needs larger images fails here, before
         # any work is done.
         jax.eval_shape(self.init, 0)
+
+    def _check_outer_batch(self, size: int) -> None:
+        num_devices = self.parallel.num_devices
+        if size % num_devices == 0:
+            return
+        per_class = self.spec.data.outer_per_class
+        fitting = per_class
+        while fitting * self.data.num_classes % num_devices:
+            fitting += 1
+        raise ValueError(
+            f"data.outer_per_class={per_class}: each step takes the whole outer set, "
+            f"since it has only {size} images, fewer than a batch, and {size} cannot "
+            f"be divided among {num_devices} devices: hold out {fitting} of each "
+            f"class, or set config.devices to {math.gcd(size, num_devices)}"
+        )
 
     def _init(self, seed: jax.Array | int) -> TrainState:
         state = states.create(
@@ -315,7 +339,8 @@ class Trainer:
                 seed,
                 step,
                 call_sizes,
-                shard=self._batch_shard,
+                shard=self._shard,
+                outer_shard=self._outer_shard,
                 lookahead=weighting_spec.lookahead if weighting_spec else 1,
                 num_workers=self.spec.execution.num_workers,
             )
@@ -326,7 +351,8 @@ class Trainer:
                 step,
                 call_sizes,
                 steps_per_epoch=self.steps_per_epoch,
-                shard=self._batch_shard,
+                shard=self._shard,
+                outer_shard=self._outer_shard,
             )
         # Host arrays are [S, B, …], for S steps.
         put = functools.partial(self.parallel.shard, batch_axis=1)
@@ -382,7 +408,7 @@ class Trainer:
             epoch * self.steps_per_epoch,
             num_steps=self.steps_per_epoch,
             num_examples=len(self.data.outer),
-            batch_size=batch_size,
+            batch_size=self._outer_shard.batch_size,
             num_views=num_views,
         )
         return indices, outer_indices
@@ -483,7 +509,6 @@ def _create_weighting(
         data.outer.keys,
         data.train.keys,
         num_classes=data.num_classes,
-        batch_size=recipe.batch_size,
     )
     schedule = states.step_schedule(
         spec.lr,

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import importlib
 import json
+import re
 import sys
 
 import numpy as np
@@ -441,7 +442,10 @@ def test_groups_of_two_classes():
     [
         ({"data.imbalance": 500.0}, "imbalance"),
         ({"data.n_max": 100_000}, "n_max"),
-        ({"data.validation_per_class": 500}, "validation_per_class"),
+        (
+            {"data.validation_per_class": 500},
+            "config.data: .*validation_per_class=500: class 0 .*class 0 is '0'",
+        ),
         ({"groups.fractions": (1 / 11,) * 11}, "groups.fractions.* 11 .*10 classes"),
         ({"groups.fractions": (0.5, 0.1)}, "groups.fractions.* sum"),
         ({"groups.fractions": (0.01, 0.99)}, "groups.fractions.* would be empty"),
@@ -451,6 +455,20 @@ def test_groups_of_two_classes():
 def test_impossible_draws(values, message):
     with pytest.raises(ConfigError, match=message):
         dataset.load(resolve(changed(config_of("digitslt"), **values)).data)
+
+
+def test_warning_of_few_images(caplog):
+    """It is given once, however often the data are loaded."""
+    values = {"data.n_max": 9, "data.imbalance": 4.5}
+    for validation_per_class in (0, 2, 2):
+        values["data.validation_per_class"] = validation_per_class
+        spec = resolve(changed(config_of("digitslt", "ce"), **values))
+        dataset.load.cache_clear()
+        assert dataset.load(spec.data).class_counts[-1] == 2
+        expected = 1 if validation_per_class else 0
+        assert caplog.text.count("remain for training") == expected
+    message = r"class '7', 2 images .*\(3 of 10 .*validation_per_class=2"
+    assert re.search(message, caplog.text)
 
 
 def test_home_in_paths(monkeypatch, tmp_path):
