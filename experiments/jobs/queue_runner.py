@@ -2,6 +2,7 @@
 
 import collections
 import enum
+import json
 import os
 import pathlib
 import sys
@@ -133,6 +134,30 @@ class Queue:
         """Returns the entries without a result, in order."""
         return [entry for entry in self._entries if self.result(entry) is None]
 
+    def check(self, *, devices: bool) -> None:
+        """Checks all runs without a result before the first of them starts.
+
+        Args:
+          devices: see `experiments.trainer.run.check`.
+
+        Raises:
+          ConfigError: some cannot run; it names all of them.
+        """
+        problems = {}
+        for entry in self.missing():
+            # Runs that differ only in their seeds have the same problem.
+            name = f"{entry.config} {json.dumps(entry.set) if entry.set else ''}"
+            if name not in problems:
+                # The hyperparameters of `best_of` have nothing to do with the data.
+                spec = self.spec(entry) or entry.resolve(None, self._overrides)
+                problems[name] = _problem(spec, devices)
+        lines = [f"{name.strip()}: {text}" for name, text in problems.items() if text]
+        if lines:
+            raise ConfigError(
+                f"no run was started, since {len(lines)} of {len(problems)} configs "
+                "cannot run: " + "\n  ".join(["", *lines])
+            )
+
     def results(self) -> list[dict[str, Any]]:
         """Returns the results that exist, in the order of the queue."""
         results = [self.result(entry) for entry in self._entries]
@@ -171,6 +196,15 @@ class Queue:
 
     def _workdir(self, spec: RunSpec) -> pathlib.Path:
         return self._folder / f"{spec.name}-{spec.hash}"
+
+
+def _problem(spec: RunSpec, devices: bool) -> str:
+    """Returns why a run cannot start, "" if it can."""
+    try:
+        run.check(spec, devices=devices)
+    except (ConfigError, OSError) as error:
+        return str(error)
+    return ""
 
 
 class _Outcome(enum.Enum):
