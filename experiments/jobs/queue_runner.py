@@ -143,20 +143,28 @@ class Queue:
         Raises:
           ConfigError: some cannot run; it names all of them.
         """
-        problems = {}
-        for entry in self.missing():
+        checked = set()
+        configs_of = collections.defaultdict(list)  # by their problem
+        # For a long queue it takes a minute.
+        for entry in tqdm.tqdm(self.missing(), desc="checking", unit="run", delay=5):
             # Runs that differ only in their seeds have the same problem.
             name = f"{entry.config} {json.dumps(entry.set) if entry.set else ''}"
-            if name not in problems:
-                # The hyperparameters of `best_of` have nothing to do with the data.
-                spec = self.spec(entry) or entry.resolve(None, self._overrides)
-                problems[name] = _problem(spec, devices)
-        lines = [f"{name.strip()}: {text}" for name, text in problems.items() if text]
-        if lines:
-            raise ConfigError(
-                f"no run was started, since {len(lines)} of {len(problems)} configs "
-                "cannot run: " + "\n  ".join(["", *lines])
-            )
+            if name in checked:
+                continue
+            checked.add(name)
+            # The hyperparameters of `best_of` have nothing to do with the data.
+            spec = self.spec(entry) or entry.resolve(None, self._overrides)
+            try:
+                run.check(spec, devices=devices)
+            except (ConfigError, OSError) as error:
+                configs_of[str(error)].append(name.strip())
+        if not configs_of:
+            return
+        lines = ["no run was started, since some cannot run:"]
+        for problem, (name, *others) in configs_of.items():
+            more = f" (and {len(others)} more)" if others else ""
+            lines.append(f"{name}{more}: {problem}")
+        raise ConfigError("\n  ".join(lines))
 
     def results(self) -> list[dict[str, Any]]:
         """Returns the results that exist, in the order of the queue."""
@@ -196,15 +204,6 @@ class Queue:
 
     def _workdir(self, spec: RunSpec) -> pathlib.Path:
         return self._folder / f"{spec.name}-{spec.hash}"
-
-
-def _problem(spec: RunSpec, devices: bool) -> str:
-    """Returns why a run cannot start, "" if it can."""
-    try:
-        run.check(spec, devices=devices)
-    except (ConfigError, OSError) as error:
-        return str(error)
-    return ""
 
 
 class _Outcome(enum.Enum):

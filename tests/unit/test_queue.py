@@ -132,6 +132,7 @@ def test_configs_are_checked_before_the_first_run(tmp_path, monkeypatch):
         tmp_path,
         {"config": f"{DIGITS}:ce", "group": "g", "seeds": [0, 1]},
         {"config": f"{DIGITS}:ce,imbalance=500", "seeds": [0, 1]},
+        {"config": f"{DIGITS}:kd,imbalance=500"},
         {
             "config": f"{DIGITS}:bikd",
             "set": {"data.outer_per_class": 80},
@@ -140,11 +141,12 @@ def test_configs_are_checked_before_the_first_run(tmp_path, monkeypatch):
     )
     message = str(exit_status(tmp_path, path))
     first, *problems = message.splitlines()
-    assert first.startswith("error: no run was started, since 2 of 3 configs cannot")
+    assert first == "error: no run was started, since some cannot run:"
     assert [line.split()[0] for line in problems] == [
-        f"{DIGITS}:ce,imbalance=500:",
+        f"{DIGITS}:ce,imbalance=500",
         f"{DIGITS}:bikd",
     ]
+    assert "(and 1 more): " in problems[0]
     assert "imbalance of at most 100" in problems[0]
     assert "such as outer_per_class=8 and validation_per_class=0" in problems[1]
 
