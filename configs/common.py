@@ -126,7 +126,8 @@ def base(
             # Training images of the most frequent class; 0: the size of the smallest
             # class, less its held-out images.
             n_max=0,
-            # Images of each class held out for the outer loss of learned weights.
+            # Images of each class held out for the outer loss of learned weights. An
+            # outer batch has train.batch_size of them, or all if there are fewer.
             outer_per_class=0,
             # Images of each class held out for the choice of hyperparameters.
             validation_per_class=0,
@@ -259,7 +260,7 @@ def set_method(
     name: str,
     *,
     loss_weighting: dict[str, Any] | None = None,
-    **defaults: float,
+    **defaults: float | str,
 ) -> None:
     """Puts a method and its hyperparameters into `config.method`.
 

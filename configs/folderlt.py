@@ -31,8 +31,7 @@ each image is resized to `image_size` (64 by default); training crops it (padded
 eighth) and flips it. With data.stream=True images stay on disk, and training takes
 random resized crops.
 
-For bikd, 10 images of each class are held out. They must fill a batch of 64: with fewer
-than 7 classes, increase data.outer_per_class.
+For bikd, 10 images of each class are held out (data.outer_per_class).
 
 Recipe: LTKD's. Hardware: one GPU for images of 64 pixels. Expected: that depends on
 your images.

@@ -48,6 +48,9 @@ class Predictions(NamedTuple):
         not distil features.
       teacher_features: of the same shapes, or None.
       mixup: describes the other images, or None without Mixup.
+      class_mass: float `[C]`, the probability that the teacher gives to each class,
+        averaged over the whole training set; None where no term reads it, see
+        `Term.mass_temperature`.
     """
 
     student_logits: jax.Array
@@ -57,6 +60,7 @@ class Predictions(NamedTuple):
     student_features: tuple[jax.Array, ...] | None = None
     teacher_features: tuple[jax.Array, ...] | None = None
     mixup: Mixup | None = None
+    class_mass: jax.Array | None = None
 
     def require_teacher(self) -> jax.Array:
         """Returns `teacher_logits`, for a term that needs them.
@@ -69,6 +73,18 @@ class Predictions(NamedTuple):
                 "a term that distils needs predictions with teacher_logits"
             )
         return self.teacher_logits
+
+    def require_class_mass(self) -> jax.Array:
+        """Returns `class_mass`, for a term that needs it.
+
+        Raises:
+          ValueError: there is none.
+        """
+        if self.class_mass is None:
+            raise ValueError(
+                "a term with mass='dataset' needs predictions with class_mass"
+            )
+        return self.class_mass
 
 
 # Returns [B], one loss per example, or [B, F], several.
@@ -86,6 +102,8 @@ class Term:
       needs_teacher: whether it is a distillation term, which reads the teacher's
         predictions and is warmed up.
       needs_features: whether it reads the features of student and teacher.
+      mass_temperature: τ of the softmax whose mean over the training set the term reads
+        as `Predictions.class_mass`; None if it does not read it.
     """
 
     name: str
@@ -93,6 +111,7 @@ class Term:
     weight: float
     needs_teacher: bool
     needs_features: bool = False
+    mass_temperature: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +145,24 @@ class Objective:
     def needs_features(self) -> bool:
         """Returns whether a term needs features."""
         return any(term.needs_features for term in self.terms)
+
+    @property
+    def mass_temperature(self) -> float | None:
+        """Returns τ of `Predictions.class_mass`; None if no term reads it.
+
+        Raises:
+          ValueError: the terms have several.
+        """
+        temperatures = set()
+        for term in self.terms:
+            if term.mass_temperature is not None:
+                temperatures.add(term.mass_temperature)
+        if len(temperatures) > 1:
+            raise ValueError(
+                f"terms have the mass_temperature {sorted(temperatures)}: give all of "
+                "a method the same"
+            )
+        return temperatures.pop() if temperatures else None
 
     def __call__(self, predictions: Predictions) -> jax.Array:
         """Returns the unweighted terms of each example, `[B, T]`."""
@@ -219,7 +256,7 @@ def register(fn: TermsFn) -> TermsFn:
     """Adds a method to the table, under the function's name; a decorator.
 
     The keyword arguments of the function are the hyperparameters that a config may set.
-    Their defaults are numbers. A module that is loaded again replaces its own methods.
+    Their defaults are floats. A module that is loaded again replaces its own methods.
 
     Args:
       fn: `(ClassInfo, **hyperparameters) -> terms`.
@@ -444,14 +481,17 @@ def ltkd(
     beta: float = 1.0,
     temperature: float = 4.0,
     num_groups: int = 0,
+    mass: str = "batch",
 ) -> tuple[Term, ...]:
     """Returns the terms of LTKD: CE + α rebalanced inter-group + β uniform intra-group.
 
     With `num_groups` > 0, classes are split by rank into that many groups of about
-    equal size, which is this library's extension; 0 means `info.groups`.
+    equal size; 0 means `info.groups`. `mass` says over what the group masses are
+    rebalanced: the batch, or, with "dataset", the whole training set, see
+    `losses.rebalance`. Both are this library's extensions.
     """
     hard = hard_term("ce", losses.cross_entropy)
-    return (hard, *_ltkd_terms(info, alpha, beta, temperature, num_groups))
+    return (hard, *_ltkd_terms(info, alpha, beta, temperature, num_groups, mass))
 
 
 @register
@@ -462,29 +502,46 @@ def ltkd_bs(
     beta: float = 1.0,
     temperature: float = 4.0,
     num_groups: int = 0,
+    mass: str = "batch",
 ) -> tuple[Term, ...]:
     """Returns the terms of LTKD with balanced softmax in place of cross-entropy.
 
     Neither paper has this method.
     """
     hard = _balanced_softmax_term(info)
-    return (hard, *_ltkd_terms(info, alpha, beta, temperature, num_groups))
+    return (hard, *_ltkd_terms(info, alpha, beta, temperature, num_groups, mass))
+
+
+# Over what LTKD rebalances the teacher's group masses.
+MASSES = ("batch", "dataset")
 
 
 def _ltkd_terms(
-    info: ClassInfo, alpha: float, beta: float, temperature: float, num_groups: int
+    info: ClassInfo,
+    alpha: float,
+    beta: float,
+    temperature: float,
+    num_groups: int,
+    mass: str,
 ) -> tuple[Term, Term]:
     """Returns LTKD's two distillation terms."""
+    if mass not in MASSES:
+        raise ValueError(f"mass={mass!r} must be one of {', '.join(MASSES)}")
+    of_dataset = mass == "dataset"
     groups = _equal_groups(info.counts, num_groups) if num_groups else info.groups
     assert groups is not None  # `create` provides them
 
     def inter(p: Predictions) -> jax.Array:
+        teacher_mass = None
+        if of_dataset:
+            teacher_mass = _group_sums(p.require_class_mass(), groups)
         return losses.rebalanced_inter_group(
             p.student_logits,
             p.require_teacher(),
             groups,
             temperature=temperature,
             axis_name=p.axis_name,
+            teacher_mass=teacher_mass,
         )
 
     def intra(student: jax.Array, teacher: jax.Array) -> jax.Array:
@@ -492,8 +549,21 @@ def _ltkd_terms(
             student, teacher, groups, temperature=temperature
         )
 
-    inter_term = Term("inter", inter, alpha, needs_teacher=True)
+    inter_term = Term(
+        "inter",
+        inter,
+        alpha,
+        needs_teacher=True,
+        mass_temperature=temperature if of_dataset else None,
+    )
     return (inter_term, soft_term("intra", intra, beta))
+
+
+def _group_sums(class_mass: jax.Array, groups: ClassGroups) -> jax.Array:
+    """Returns the sums over the classes of each group: `[C]` to `[G]`."""
+    # Masked sums: a matmul's precision would depend on the platform.
+    in_group = groups.assignment[None, :] == np.arange(groups.num_groups)[:, None]
+    return jnp.where(in_group, class_mass[None, :], 0).sum(axis=-1)
 
 
 def _equal_groups(class_counts: npt.ArrayLike, num_groups: int) -> ClassGroups:
@@ -520,7 +590,9 @@ def _equal_groups(class_counts: npt.ArrayLike, num_groups: int) -> ClassGroups:
 STATIC_WEIGHTS = ("hard_weight", "soft_weight", "feature_weight", "alpha", "beta")
 
 
-def hyperparameters(method: str, *, learned_weights: bool = False) -> dict[str, float]:
+def hyperparameters(
+    method: str, *, learned_weights: bool = False
+) -> dict[str, float | str]:
     """Returns the hyperparameters of a method with their defaults.
 
     Args:
@@ -552,7 +624,7 @@ def create(
     groups: ClassGroups | None = None,
     *,
     warmup_steps: int = 0,
-    **values: float,
+    **values: float | str,
 ) -> Objective:
     """Returns the objective of a method for a training set.
 

@@ -47,6 +47,7 @@ NO_EFFECT = {
     "data.subset": "exponential",
     "data.stream": False,
     "method.num_groups": 0,
+    "method.mass": "batch",
     "train.lr_warmup_epochs": 0.0,
     "teacher.train.lr_warmup_epochs": 0.0,
 }
@@ -166,10 +167,18 @@ def add_new_options(config: dict) -> dict:
     for path, value in NO_EFFECT.items():
         section_path, _, key = path.rpartition(".")
         section = at(complete, section_path) if section_path else None
-        # Whether there is num_groups depends on the method.
-        if isinstance(section, dict) and section_path != "method":
+        if not isinstance(section, dict):
+            continue
+        # An option of a method is one of only some methods.
+        if section_path != "method" or _takes(section.get("name"), key):
             section.setdefault(key, value)
     return complete
+
+
+def _takes(method: Any, key: str) -> bool:
+    """Returns whether there is such a method, and it has the hyperparameter."""
+    is_method = isinstance(method, str) and method in methods.METHODS
+    return is_method and key in methods.hyperparameters(method)
 
 
 def recorded_identity(results: dict) -> dict:

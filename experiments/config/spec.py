@@ -78,11 +78,11 @@ class MethodSpec:
     """
 
     name: str
-    values: tuple[tuple[str, float], ...] = ()
+    values: tuple[tuple[str, float | str], ...] = ()
     warmup_epochs: float = 0.0
 
     @property
-    def hyperparameters(self) -> dict[str, float]:
+    def hyperparameters(self) -> dict[str, float | str]:
         """The hyperparameters by name."""
         return dict(self.values)
 
@@ -419,7 +419,7 @@ def _check_types(values: dict, defaults: dict) -> None:
     A ConfigDict refuses such values itself; a plain dictionary does not.
     """
     weighting = {f"loss_weighting.{key}": x for key, x in common.bilevel().items()}
-    defaults = defaults | weighting | {"method.num_groups": 0}
+    defaults = defaults | weighting | {"method.num_groups": 0, "method.mass": ""}
     for key, value in values.items():
         # All other hyperparameters of methods are floats.
         expected = type(defaults.get(key, 0.0))

@@ -107,6 +107,9 @@ def _validate_method(config: dict, learned: bool) -> None:
         )
     warmup = method.get("warmup_epochs", 0.0)
     _require(warmup >= 0, "method.warmup_epochs", warmup, "must not be negative")
+    mass = method.get("mass", "batch")
+    choices = ", ".join(methods.MASSES)
+    _require(mass in methods.MASSES, "method.mass", mass, f"must be one of {choices}")
     temperature = method.get("temperature", 1.0)
     _require(temperature > 0, "method.temperature", temperature, "must be positive")
 

@@ -121,6 +121,8 @@ def run_queue(
     # Before the runs, whose results would otherwise have no place.
     files.make_folder(results_folder, "give another --results")
     files.make_folder(folder, "give another --runs")
+    # Workers have other devices than this process.
+    queue.check(devices=machine is None)
     if machine is None or not queue.missing():
         with stop.listening():
             num_failed = run_missing(queue, stop)

@@ -2,6 +2,7 @@
 
 import collections
 import enum
+import json
 import os
 import pathlib
 import sys
@@ -132,6 +133,38 @@ class Queue:
     def missing(self) -> list[QueueEntry]:
         """Returns the entries without a result, in order."""
         return [entry for entry in self._entries if self.result(entry) is None]
+
+    def check(self, *, devices: bool) -> None:
+        """Checks all runs without a result before the first of them starts.
+
+        Args:
+          devices: see `experiments.trainer.run.check`.
+
+        Raises:
+          ConfigError: some cannot run; it names all of them.
+        """
+        checked = set()
+        configs_of = collections.defaultdict(list)  # by their problem
+        # For a long queue it takes a minute.
+        for entry in tqdm.tqdm(self.missing(), desc="checking", unit="run", delay=5):
+            # Runs that differ only in their seeds have the same problem.
+            name = f"{entry.config} {json.dumps(entry.set) if entry.set else ''}"
+            if name in checked:
+                continue
+            checked.add(name)
+            # The hyperparameters of `best_of` have nothing to do with the data.
+            spec = self.spec(entry) or entry.resolve(None, self._overrides)
+            try:
+                run.check(spec, devices=devices)
+            except (ConfigError, OSError) as error:
+                configs_of[str(error)].append(name.strip())
+        if not configs_of:
+            return
+        lines = ["no run was started, since some cannot run:"]
+        for problem, (name, *others) in configs_of.items():
+            more = f" (and {len(others)} more)" if others else ""
+            lines.append(f"{name}{more}: {problem}")
+        raise ConfigError("\n  ".join(lines))
 
     def results(self) -> list[dict[str, Any]]:
         """Returns the results that exist, in the order of the queue."""

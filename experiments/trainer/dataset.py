@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 import os
 
 import jax
@@ -12,6 +13,9 @@ from experiments.config.validation import SUBSETS, ConfigError
 from ltkd_jax import groups
 from ltkd_jax.data import augment, datasets, longtail
 from ltkd_jax.data.records import Images, Records
+from ltkd_jax.training import hosts
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -89,6 +93,7 @@ def load(spec: DatasetSpec) -> Dataset:
         class_counts = np.bincount(
             source.train.labels[split.train], minlength=source.num_classes
         )
+        _warn_of_few_images(spec, source, class_counts)
         class_groups = _group_classes(class_counts, spec.group_fractions)
     except ValueError as error:
         raise ConfigError(str(error)) from error
@@ -129,7 +134,45 @@ def group_classes(
 
 
 def _split(spec: DatasetSpec, source: datasets.Source) -> longtail.Split:
-    """Returns the indices of the training, outer and validation sets."""
+    """Returns the indices of the training, outer and validation sets.
+
+    Raises:
+      ValueError: too few images for the draw; it names the keys and the class.
+    """
+    try:
+        return _draw(spec, source)
+    except longtail.HeldOutError as error:
+        name = source.class_names[error.label]
+        raise ValueError(
+            f"config.data: {error} (class {error.label} is {name!r})"
+        ) from error
+
+
+def _warn_of_few_images(
+    spec: DatasetSpec, source: datasets.Source, class_counts: np.ndarray
+) -> None:
+    """Logs a warning if images are held out of a class that has few to train on."""
+    num_held_out = spec.outer_per_class + spec.validation_per_class
+    num_small = int((class_counts < longtail.FEW_IMAGES).sum())
+    if not num_held_out or not num_small or not hosts.is_primary():
+        return
+    c = int(class_counts.argmin())
+    _warn_once(
+        f"{source.name}: of class {source.class_names[c]!r}, {class_counts[c]} images "
+        f"remain for training ({num_small} of {source.num_classes} classes have fewer "
+        f"than {longtail.FEW_IMAGES}): lower data.outer_per_class="
+        f"{spec.outer_per_class} or data.validation_per_class="
+        f"{spec.validation_per_class}, or draw more of them"
+    )
+
+
+# The data of one process may be loaded several times.
+@functools.cache
+def _warn_once(message: str) -> None:
+    _log.warning(message)
+
+
+def _draw(spec: DatasetSpec, source: datasets.Source) -> longtail.Split:
     labels = source.train.labels
     keys = source.train.keys
     if spec.subset not in SUBSETS:

@@ -22,10 +22,16 @@ class Evaluator:
       data: for its preprocessing and sizes.
       parallel: the devices.
       batch_size: the largest global batch, rounded up to a multiple of the devices.
+      temperature: by which the logits are divided.
     """
 
     def __init__(
-        self, model: models.Model, data: Dataset, parallel: Parallel, batch_size: int
+        self,
+        model: models.Model,
+        data: Dataset,
+        parallel: Parallel,
+        batch_size: int,
+        temperature: float = 1.0,
     ):
         self._parallel = parallel
         # A batch larger than the largest set would be padding.
@@ -39,6 +45,7 @@ class Evaluator:
                 batch,
                 model=model,
                 preprocess=data.preprocess,
+                temperature=temperature,
                 axis_name=parallel.axis_name,
             )
 

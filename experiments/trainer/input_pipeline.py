@@ -54,7 +54,7 @@ class BatchShard:
 
         Args:
           train: training batches, leaves `[S, len(to_read), …]`.
-          outer: batches of the outer set, leaves `[S, len(positions), …]`.
+          outer: this process's part of the batches of the outer set.
         """
         if not self.mixup:
             return StepInputs(train, outer=outer)
@@ -71,6 +71,7 @@ def from_memory(
     *,
     steps_per_epoch: int,
     shard: BatchShard,
+    outer_shard: BatchShard,
 ) -> Generator[StepInputs, None, None]:
     """Yields the inputs of each call, as arrays on the host.
 
@@ -81,7 +82,8 @@ def from_memory(
       step: the first step.
       call_sizes: the number of steps of each call.
       steps_per_epoch: of the run.
-      shard: this process's part of each batch.
+      shard: this process's part of each training batch.
+      outer_shard: its part of each batch of the outer set, if there is one.
     """
     inputs = None
     inputs_epoch = None
@@ -91,7 +93,7 @@ def from_memory(
             # Copied to the host: slicing on the device would compile for every start.
             train, outer = jax.tree.map(np.asarray, epoch_fn(seed, epoch))
             train = jax.tree.map(lambda x: x[:, shard.to_read], train)
-            outer = jax.tree.map(lambda x: x[:, shard.positions], outer)
+            outer = jax.tree.map(lambda x: x[:, outer_shard.positions], outer)
             inputs = shard.inputs(train, outer)
             inputs_epoch = epoch
         steps = slice(start, start + size)
@@ -107,6 +109,7 @@ def from_disk(
     call_sizes: Sequence[int],
     *,
     shard: BatchShard,
+    outer_shard: BatchShard,
     lookahead: int = 1,
     num_workers: int = 0,
 ) -> Generator[StepInputs, None, None]:
@@ -115,7 +118,7 @@ def from_disk(
     Args:
       train: the training set.
       outer: the outer set; None if weights are static.
-      seed, step, call_sizes, shard: see `from_memory`.
+      seed, step, call_sizes, shard, outer_shard: see `from_memory`.
       lookahead: K, the number of batches that a step with learned weights reads.
       num_workers: the number of processes that decode, for each set.
     """
@@ -123,7 +126,7 @@ def from_disk(
     with contextlib.ExitStack() as stack:
 
         def read(
-            records: Records, seed: int, num_steps: int, positions: np.ndarray
+            records: Records, seed: int, num_steps: int, shard: BatchShard
         ) -> Iterator[streaming.StreamedBatch]:
             return stack.enter_context(
                 streaming.batches(
@@ -133,19 +136,19 @@ def from_disk(
                     first_step=step,
                     num_steps=num_steps,
                     num_workers=num_workers,
-                    positions=positions.tolist(),
+                    positions=shard.to_read.tolist(),
                 )
             )
 
         # The last step looks K − 1 batches ahead.
-        batches = read(train, seed, num_steps + lookahead - 1, shard.to_read)
+        batches = read(train, seed, num_steps + lookahead - 1, shard)
         if outer is None:
             for size in call_sizes:
                 yield shard.inputs(_stack_next(batches, size))
             return
         # The outer set has a random sequence of its own.
         outer_seed = int(np.random.SeedSequence((seed, 2)).generate_state(1)[0])
-        outer_batches = read(outer, outer_seed, num_steps, shard.positions)
+        outer_batches = read(outer, outer_seed, num_steps, outer_shard)
         windows = _windows(batches, lookahead)
         for size in call_sizes:
             yield shard.inputs(

@@ -188,12 +188,11 @@ def _distil(
     on_record: Callable[[dict], None],
 ) -> dict[str, Any]:
     """Gets the teacher, trains the student and evaluates it; returns the results."""
-    data = hosts.run_on_all(lambda: datasets.load(spec.data))
-    teacher_source = hosts.run_on_primary(lambda: teachers.choose_source(spec, data))
-    # Created before a teacher is trained, so that an error in the student's config is
-    # raised early.
-    training = spec.student_training(teacher_source)
-    trainer = hosts.run_on_all(lambda: get_trainer(training))
+    # Before a teacher is trained, so that an error in the student's config is raised
+    # early.
+    trainer = _make_trainer(spec)
+    data = trainer.data
+    teacher_source = trainer.spec.teacher_source
     teacher = None if teacher_source == "none" else teachers.obtain(spec, stop)
 
     def teacher_data(images: Images | Records) -> Any:
@@ -224,6 +223,36 @@ def _distil(
         **provenance.describe(spec.execution.precision, trainer.parallel.num_devices),
         "command": command,
     }
+
+
+def _make_trainer(spec: RunSpec) -> Trainer:
+    """Returns the student's trainer.
+
+    Raises:
+      ConfigError: the data do not allow the draw, or do not fit student or teacher.
+    """
+    data = hosts.run_on_all(lambda: datasets.load(spec.data))
+    teacher_source = hosts.run_on_primary(lambda: teachers.choose_source(spec, data))
+    if spec.needs_teacher and spec.teacher.kind != "logits":
+        hosts.run_on_all(lambda: get_trainer(spec.teacher_training()))
+    training = spec.student_training(teacher_source)
+    return hosts.run_on_all(lambda: get_trainer(training))
+
+
+def check(spec: RunSpec, *, devices: bool = True) -> None:
+    """Checks a run against its data without training, as `run` does it at its start.
+
+    Args:
+      spec: of the run.
+      devices: whether it will run on the devices of this process, which are then
+        checked, too.
+
+    Raises:
+      ConfigError: it cannot run.
+    """
+    if devices:
+        validation.validate_devices(spec.config)
+    _make_trainer(spec)
 
 
 def _describe_training(

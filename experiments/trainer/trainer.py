@@ -5,11 +5,13 @@ teacher, model, loss terms and optimizer.
 """
 
 import functools
+import math
 from collections.abc import Generator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from experiments.config.spec import LearnedWeights, Recipe, TrainingSpec
 from experiments.config.validation import ConfigError
@@ -17,7 +19,7 @@ from experiments.trainer import dataset as datasets
 from experiments.trainer import input_pipeline
 from experiments.trainer.dataset import Dataset
 from experiments.trainer.evaluator import Evaluator
-from ltkd_jax import inference, methods, models
+from ltkd_jax import inference, methods, metrics, models
 from ltkd_jax.data import augment, longtail, sampling
 from ltkd_jax.data.records import Images, Records
 from ltkd_jax.models import review
@@ -104,10 +106,18 @@ class Trainer:
         self.model = self._create_model(axis_name=None)
         self._model_in_step = self._create_model(axis_name=self.parallel.axis_name)
         self._teacher_fn = _create_teacher_fn(spec, data)
-        self._batch_shard = input_pipeline.BatchShard(
+        self._shard = input_pipeline.BatchShard(
             self.parallel.local_positions(recipe.batch_size),
             recipe.batch_size,
             mixup=spec.augment.mixup > 0,
+        )
+        outer_size = 0
+        if self.loss_weighting is not None:
+            # If the outer set is smaller than a batch, each step takes all of it.
+            outer_size = min(recipe.batch_size, len(data.outer))
+            self._check_outer_batch(outer_size)
+        self._outer_shard = input_pipeline.BatchShard(
+            self.parallel.local_positions(outer_size), outer_size
         )
 
         self.init = jax.jit(self._init)
@@ -150,6 +160,21 @@ class Trainer:
         # Only shapes are computed: a model that needs larger images fails here, before
         # any work is done.
         jax.eval_shape(self.init, 0)
+
+    def _check_outer_batch(self, size: int) -> None:
+        num_devices = self.parallel.num_devices
+        if size % num_devices == 0:
+            return
+        per_class = self.spec.data.outer_per_class
+        fitting = per_class
+        while fitting * self.data.num_classes % num_devices:
+            fitting += 1
+        raise ValueError(
+            f"data.outer_per_class={per_class}: each step takes the whole outer set, "
+            f"since it has only {size} images, fewer than a batch, and {size} cannot "
+            f"be divided among {num_devices} devices: hold out {fitting} of each "
+            f"class, or set config.devices to {math.gcd(size, num_devices)}"
+        )
 
     def _init(self, seed: jax.Array | int) -> TrainState:
         state = states.create(
@@ -320,7 +345,8 @@ class Trainer:
                 seed,
                 step,
                 call_sizes,
-                shard=self._batch_shard,
+                shard=self._shard,
+                outer_shard=self._outer_shard,
                 lookahead=weighting_spec.lookahead if weighting_spec else 1,
                 num_workers=self.spec.execution.num_workers,
             )
@@ -331,7 +357,8 @@ class Trainer:
                 step,
                 call_sizes,
                 steps_per_epoch=self.steps_per_epoch,
-                shard=self._batch_shard,
+                shard=self._shard,
+                outer_shard=self._outer_shard,
             )
         # Host arrays are [S, B, …], for S steps.
         put = functools.partial(self.parallel.shard, batch_axis=1)
@@ -387,7 +414,7 @@ class Trainer:
             epoch * self.steps_per_epoch,
             num_steps=self.steps_per_epoch,
             num_examples=len(self.data.outer),
-            batch_size=batch_size,
+            batch_size=self._outer_shard.batch_size,
             num_views=num_views,
         )
         return indices, outer_indices
@@ -424,19 +451,55 @@ class Trainer:
         Returns:
           Replicated data for `train_steps`.
         """
-        data = _train_data(self.data.train, teacher)
+        class_mass = self._class_mass(teacher)
+        data = _train_data(self.data.train, teacher, class_mass)
         if self.loss_weighting is not None:
-            data = data._replace(outer=_train_data(self.data.outer, outer_teacher))
+            # The target is the same everywhere: the mass is that of the training set.
+            outer = _train_data(self.data.outer, outer_teacher, class_mass)
+            data = data._replace(outer=outer)
         return self.parallel.replicate(data)
 
+    def _class_mass(self, teacher: Any) -> np.ndarray | None:
+        """Returns the class mass `[C]` of the teacher, if a term reads it.
 
-def _train_data(images: Images | Records, teacher: Any) -> steps.TrainData:
+            (1/N) Σ_n softmax(z_n / τ)
+
+        z_n are its logits of the N training images as they are, without crops and
+        flips, from the table if there is one.
+        """
+        temperature = self.objective.mass_temperature
+        if temperature is None:
+            return None
+        images = self.data.train
+        if self.spec.teacher_source == "table":
+            view = self.data.source.views.identity if teacher.shape[1] > 1 else 0
+            logits = jnp.asarray(teacher[:, view]) / temperature
+            is_image = np.ones(len(images), bool)
+            mass = metrics.eval_sums(logits, images.labels, is_image).mass
+        else:
+            evaluator = Evaluator(
+                teacher_model(self.spec, self.data),
+                self.data,
+                self.parallel,
+                self.spec.execution.eval_batch_size,
+                temperature,
+            )
+            mass = evaluator.evaluate(self.parallel.replicate(teacher), images).mass
+        # The loss divides by the mass of a group, which must not underflow to 0.
+        return np.maximum(
+            np.asarray(mass / len(images), np.float32), np.finfo(np.float32).tiny
+        )
+
+
+def _train_data(
+    images: Images | Records, teacher: Any, class_mass: Any
+) -> steps.TrainData:
     if isinstance(images, Records):
-        return steps.TrainData(None, None, teacher)
+        return steps.TrainData(None, None, teacher, class_mass=class_mass)
     # These are NumPy arrays, which the types of `TrainData` do not allow.
     pixels: Any = images.images
     labels: Any = images.labels
-    return steps.TrainData(pixels, labels, teacher)
+    return steps.TrainData(pixels, labels, teacher, class_mass=class_mass)
 
 
 def _create_weighting(
@@ -452,7 +515,6 @@ def _create_weighting(
         data.outer.keys,
         data.train.keys,
         num_classes=data.num_classes,
-        batch_size=recipe.batch_size,
     )
     schedule = states.step_schedule(
         spec.lr,

@@ -19,6 +19,20 @@ from ltkd_jax import files
 # Added before rounding down: n_max / γ is often a whole number that floating point puts
 # just below itself, as in 49 * (1 / 49) < 1.
 _ROUNDING = 1e-9
+# Little can be learned of a class with fewer training images.
+FEW_IMAGES = 3
+
+
+class HeldOutError(ValueError):
+    """Reports a class with too few images to hold so many out.
+
+    Attributes:
+      label: of the class.
+    """
+
+    def __init__(self, message: str, label: int) -> None:
+        super().__init__(message)
+        self.label = label
 
 
 class Split(NamedTuple):
@@ -117,7 +131,8 @@ def split(
 
     Raises:
       ValueError: a label is out of range, a key repeats or is no identifier, a class
-        has no image, or more images are requested than a class has.
+        has no image, or more images are requested than a class has. If that is so only
+        because images are held out, it is a `HeldOutError` with numbers that fit.
 
     >>> labels = np.repeat([0, 1], 20)
     >>> keys = np.array([f"train_{i}" for i in range(40)])
@@ -133,12 +148,13 @@ def split(
     _check_held_out(outer_per_class, validation_per_class)
     class_sizes = np.bincount(labels, minlength=num_classes)
     num_held_out = outer_per_class + validation_per_class
-    n_max = _resolve_n_max(n_max, class_sizes, num_held_out)
+    needed = _needed_for_training(class_sizes, imbalance, n_max)
+    _check_room(class_sizes, needed, outer_per_class, validation_per_class)
     if imbalance is None:
         train_counts = class_sizes - num_held_out
     else:
+        n_max = n_max or int(class_sizes.min()) - num_held_out
         train_counts = counts(n_max, imbalance, num_classes)
-        _check_available(train_counts, class_sizes, num_held_out, n_max)
 
     hashes = _hashes(keys, seed)
     # lexsort sorts by its last key first: by label, and within a class by hash.
@@ -383,15 +399,29 @@ def split_by_list(
         empty = np.array([], np.int64)
         return Split(train, empty, empty.copy())
     unlisted = np.setdiff1d(np.arange(len(labels)), train)
-    held_out = split(
-        labels[unlisted],
-        keys[unlisted],
-        num_classes=num_classes,
-        imbalance=None,
-        outer_per_class=outer_per_class,
-        validation_per_class=validation_per_class,
-        seed=seed,
-    )
+    num_unlisted = np.bincount(labels[unlisted], minlength=num_classes)
+    if not num_unlisted.all():
+        c = int(num_unlisted.argmin())
+        raise HeldOutError(
+            f"{image_list.file_name} lists all images of class {c}: list fewer, or set "
+            "outer_per_class and validation_per_class to 0",
+            c,
+        )
+    try:
+        held_out = split(
+            labels[unlisted],
+            keys[unlisted],
+            num_classes=num_classes,
+            imbalance=None,
+            outer_per_class=outer_per_class,
+            validation_per_class=validation_per_class,
+            seed=seed,
+        )
+    except HeldOutError as error:
+        raise HeldOutError(
+            f"of the images that {image_list.file_name} does not list: {error}",
+            error.label,
+        ) from None
     return Split(train, unlisted[held_out.outer], unlisted[held_out.validation])
 
 
@@ -401,23 +431,21 @@ def check_outer(
     train_keys: np.ndarray,
     *,
     num_classes: int,
-    batch_size: int,
 ) -> None:
-    """Checks that the outer set has every class, no training image, and a full batch.
+    """Checks that the outer set has every class, and no training image.
 
     Args:
       labels: integers `[N]`, of the outer set.
       keys: `[N]`, of the outer set, see `as_strings`.
       train_keys: keys of the training set.
       num_classes: C.
-      batch_size: B, of the outer batches.
 
     Raises:
-      ValueError: a class is missing, an image is in both sets, or N < B.
+      ValueError: a class is missing, or an image is in both sets.
 
     >>> check_outer(
     ...     np.array([0, 1]), np.array(["a", "b"]), train_keys=np.array(["c"]),
-    ...     num_classes=2, batch_size=2)
+    ...     num_classes=2)
     """
     class_sizes = np.bincount(check_labels(labels, num_classes), minlength=num_classes)
     if not class_sizes.all():
@@ -435,11 +463,6 @@ def check_outer(
             f"the outer set overlaps the training set: {str(shared[0])!r} and "
             f"{shared.size - 1} more are in both; an image that is trained on cannot "
             "judge its own weight"
-        )
-    if len(labels) < batch_size:
-        raise ValueError(
-            f"the outer set has {len(labels)} images, fewer than a batch of "
-            f"{batch_size}: raise data.outer_per_class, or lower train.batch_size"
         )
 
 
@@ -573,8 +596,15 @@ def _check_held_out(outer_per_class: int, validation_per_class: int) -> None:
             )
 
 
-def _resolve_n_max(n_max: int, class_sizes: np.ndarray, num_held_out: int) -> int:
-    """Returns `n_max`, or for 0 the size of the smallest class less those held out."""
+def _needed_for_training(
+    class_sizes: np.ndarray, imbalance: float | None, n_max: int
+) -> np.ndarray:
+    """Returns the images of each class that cannot be held out, `[C]`; see `split`.
+
+    Raises:
+      ValueError: the training set cannot be drawn even if no image is held out.
+    """
+    num_classes = len(class_sizes)
     if n_max < 0:
         raise ValueError(
             f"n_max={n_max}: give a positive number, or 0 for what is left of the "
@@ -584,31 +614,59 @@ def _resolve_n_max(n_max: int, class_sizes: np.ndarray, num_held_out: int) -> in
         missing = np.flatnonzero(class_sizes == 0)
         raise ValueError(
             f"labels: class {missing[0]} has no image ({missing.size} of "
-            f"{class_sizes.size} classes have none); check "
-            f"num_classes={class_sizes.size}"
+            f"{num_classes} classes have none); check num_classes={num_classes}"
         )
-    if num_held_out >= class_sizes.min():
-        raise ValueError(
-            f"outer_per_class + validation_per_class = {num_held_out}: class "
-            f"{class_sizes.argmin()} has only {class_sizes.min()} images and needs one "
-            "for training; hold out fewer"
-        )
-    return int(n_max or class_sizes.min() - num_held_out)
-
-
-def _check_available(
-    train_counts: np.ndarray, class_sizes: np.ndarray, num_held_out: int, n_max: int
-) -> None:
-    """Checks that every class has enough images that are not held out."""
-    available = class_sizes - num_held_out
-    short = np.flatnonzero(train_counts > available)
+    if imbalance is None:
+        return np.ones_like(class_sizes)
+    needed = counts(n_max or int(class_sizes.min()), imbalance, num_classes)
+    if not n_max:
+        # `n_max` becomes what is left of the smallest class. The last class gets 1/γ of
+        # it, which must be at least 1.
+        fewest = int(np.ceil(imbalance * (1 - _ROUNDING)))
+        return np.full_like(class_sizes, fewest)
+    short = np.flatnonzero(needed > class_sizes)
     if short.size:
         c = short[0]
         raise ValueError(
-            f"n_max={n_max}: class {c} needs {train_counts[c]} images, but "
-            f"{available[c]} are available ({class_sizes[c]} less {num_held_out} held "
-            "out); give a smaller n_max, or 0"
+            f"n_max={n_max}: class {c} needs {needed[c]} images, but has "
+            f"{class_sizes[c]}; give a smaller n_max, or 0"
         )
+    return needed
+
+
+def _check_room(
+    class_sizes: np.ndarray,
+    needed: np.ndarray,
+    outer_per_class: int,
+    validation_per_class: int,
+) -> None:
+    """Raises HeldOutError unless every class has the images to be held out."""
+    room = class_sizes - needed
+    c = int(room.argmin())
+    num_held_out = outer_per_class + validation_per_class
+    if num_held_out <= room[c]:
+        return
+    problem = (
+        f"outer_per_class={outer_per_class} and validation_per_class="
+        f"{validation_per_class}: class {c} has {class_sizes[c]} images, of which "
+        f"{needed[c]} must remain for training"
+    )
+    if not room[c]:
+        raise HeldOutError(
+            f"{problem}: hold none out, add images to the class, or draw fewer of it",
+            c,
+        )
+    # More than one image remains for training where that is possible.
+    total = max(1, min(int(room[c]), int(class_sizes[c]) - FEW_IMAGES))
+    # In the ratio that was asked for, but at least one for the outer set.
+    outer = total * outer_per_class // num_held_out
+    if outer_per_class:
+        outer = max(1, outer)
+    raise HeldOutError(
+        f"{problem}: hold at most {room[c]} out, such as outer_per_class={outer} and "
+        f"validation_per_class={total - outer}",
+        c,
+    )
 
 
 def _hashes(keys: np.ndarray, seed: int) -> np.ndarray:

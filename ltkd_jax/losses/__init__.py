@@ -11,7 +11,8 @@ Shapes: B examples, C classes, G groups. Every loss
 their inter-group part depends on the batch, see `rebalance`. With gradient accumulation
 each part of the batch is rebalanced by itself. In a batch of one example, such as under
 `vmap` over examples, every group has the same target mass. A batch should be large
-enough to contain several images of the rarest group.
+enough to contain several images of the rarest group, or the sums be given:
+`teacher_mass` makes the target of an example independent of its batch.
 
 `where` (bool, broadcastable to `[..., C]`) marks the classes that exist; `example_mask`
 (bool `[B]`) marks the examples that are not padding. Logits that are masked count

@@ -113,6 +113,7 @@ def rebalance(
     axis_name: AxisName = None,
     where: ArrayLike | None = None,
     example_mask: ArrayLike | None = None,
+    teacher_mass: ArrayLike | None = None,
 ) -> jax.Array:
     """Scales the teacher's group masses so that all groups have the same batch sum.
 
@@ -120,7 +121,14 @@ def rebalance(
         c_G = (Σ_G' s_G' / G) / s_G
         p̂_G(b) = c_G p_G(b) / Σ_G' c_G' p_G'(b)
 
-    The numerator of c_G is the same for all groups, so it cancels in p̂.
+    The numerator of c_G is the same for all groups, so it cancels in p̂. The target of
+    an example therefore depends on the rest of its batch, and a batch of one has the
+    target 1/G. With `teacher_mass`, s_G is given and p̂ depends on the example alone:
+
+        p̂_G(b) = (p_G(b) / s_G) / Σ_G' (p_G'(b) / s_G')
+
+    Small batches, and parts of a batch whose gradients are accumulated, then have the
+    same targets as a large batch. That is this library's extension.
 
     Source: LTKD (arXiv 2506.18496); the idea is known second-hand, this formula is
     inferred.
@@ -132,15 +140,26 @@ def rebalance(
       where: bool, broadcastable to `[B, G]`: the groups that exist. The others get −inf
         and are left out of the sums.
       example_mask: bool `[B]`: false for padding, which is left out of s_G.
+      teacher_mass: `[G]`, s_G up to a common factor: such as the mean (or the sum) of
+        p_G over the whole training set, at the temperature of p_G.
 
     Returns:
       `[B, G]`, log p̂_G, without gradient; of padding, any finite numbers.
+
+    Raises:
+      ValueError: a concrete `teacher_mass` that is not positive and finite.
 
     >>> import jax.numpy as jnp
     >>> mass = jnp.array([[0.9, 0.1], [0.7, 0.3]])  # s = (1.6, 0.4), so c is 1 : 4
     >>> rebalanced = jnp.exp(rebalance(jnp.log(mass)))
     >>> [[round(x, 2) for x in row] for row in rebalanced.tolist()]
     [[0.69, 0.31], [0.37, 0.63]]
+
+    A part of the batch has the same targets with the sums of the whole:
+
+    >>> part = rebalance(jnp.log(mass[1:]), teacher_mass=mass.sum(axis=0))
+    >>> [round(x, 2) for x in jnp.exp(part)[0].tolist()]
+    [0.37, 0.63]
     """
     log_mass = jax.lax.stop_gradient(_common.as_float(teacher_log_mass))
     chex.assert_rank(log_mass, 2, custom_message="teacher_log_mass must be [B, G]")
@@ -149,6 +168,9 @@ def rebalance(
     if example_mask is not None:
         log_mass = _mask_examples(log_mass, example_mask)
         counted &= _check_example_mask(example_mask, log_mass)[:, None]
+    if teacher_mass is not None:
+        log_sum = _log_given_mass(teacher_mass, log_mass)
+        return _scale_groups(log_mass, log_sum, 0, exists)
 
     # log s_G is a log-sum-exp over the batch. All devices subtract the same maximum, so
     # that their sums add up.
@@ -163,10 +185,45 @@ def rebalance(
     if axis_name is not None:
         scaled_sum = jax.lax.psum(scaled_sum, axis_name)
 
-    # log p_G − log s_G, with log s_G = max + log(scaled sum): the two large numbers are
-    # subtracted first. The softmax over groups normalises c_G p_G.
+    # log s_G = max + log(scaled sum).
     log_scaled_sum = jnp.log(jnp.where(scaled_sum > 0, scaled_sum, 1))
-    log_ratio = jnp.where(exists, log_mass - max_log_mass, 0) - log_scaled_sum
+    return _scale_groups(log_mass, max_log_mass, log_scaled_sum, exists)
+
+
+def _log_given_mass(teacher_mass: ArrayLike, log_mass: jax.Array) -> jax.Array:
+    """Returns log s_G, `[1, G]`, without gradient."""
+    if isinstance(teacher_mass, jax.core.Tracer):
+        log_sum = jnp.log(_common.as_float(teacher_mass))
+    else:
+        # In float64, whose range is wider: a mass may be too small for float32.
+        mass = np.asarray(teacher_mass, np.float64)
+        valid = (mass > 0) & np.isfinite(mass)
+        if not valid.all():
+            raise ValueError(
+                f"teacher_mass={mass.tolist()} must be positive and finite: give the "
+                "teacher's mean mass of each group"
+            )
+        log_sum = jnp.asarray(np.log(mass), log_mass.dtype)
+    chex.assert_shape(
+        log_sum,
+        log_mass.shape[1:],
+        custom_message="teacher_mass must hold one number for each group, [G]",
+    )
+    return jax.lax.stop_gradient(log_sum).astype(log_mass.dtype)[None]
+
+
+def _scale_groups(
+    log_mass: jax.Array,
+    log_sum: jax.Array,
+    log_factor: jax.Array | float,
+    exists: jax.Array,
+) -> jax.Array:
+    """Returns log p̂_G, `[B, G]`, for log s_G = `log_sum` + `log_factor`.
+
+    The two large numbers, `log_mass` and `log_sum`, are subtracted first.
+    """
+    log_ratio = jnp.where(exists, log_mass - log_sum, 0) - log_factor
+    # The softmax over groups normalises c_G p_G.
     return jnp.where(exists, _common.log_softmax(log_ratio, exists), -jnp.inf)
 
 
@@ -179,6 +236,7 @@ def rebalanced_inter_group(
     axis_name: AxisName = None,
     where: ArrayLike | None = None,
     example_mask: ArrayLike | None = None,
+    teacher_mass: ArrayLike | None = None,
 ) -> jax.Array:
     """Computes the KL from the teacher's rebalanced to the student's group masses.
 
@@ -195,6 +253,8 @@ def rebalanced_inter_group(
       where: bool, broadcastable to `[B, C]`: the classes that exist.
       example_mask: bool `[B]`: false for padding, which gets a loss of 0 and is left
         out of the batch sums.
+      teacher_mass: `[G]`, the teacher's mean group masses over the training set at
+        temperature τ, in place of the batch sums, see `rebalance`.
 
     Returns:
       `[B]`, with the factor τ².
@@ -209,7 +269,7 @@ def rebalanced_inter_group(
     split = _split_batch(
         student_logits, teacher_logits, groups, temperature, where, example_mask
     )
-    inter = _rebalanced_inter(split, axis_name, example_mask)
+    inter = _rebalanced_inter(split, axis_name, example_mask, teacher_mass)
     return temperature**2 * _mask_examples(inter, example_mask)
 
 
@@ -259,6 +319,7 @@ def ltkd(
     axis_name: AxisName = None,
     where: ArrayLike | None = None,
     example_mask: ArrayLike | None = None,
+    teacher_mass: ArrayLike | None = None,
 ) -> jax.Array:
     """Computes LTKD's distillation loss, to which a caller adds the hard loss.
 
@@ -276,6 +337,8 @@ def ltkd(
       where: bool, broadcastable to `[B, C]`: the classes that exist.
       example_mask: bool `[B]`: false for padding, which gets a loss of 0 and is left
         out of the batch sums.
+      teacher_mass: `[G]`, the teacher's mean group masses over the training set at
+        temperature τ, in place of the batch sums, see `rebalance`.
 
     Returns:
       `[B]`, with the factor τ².
@@ -289,7 +352,7 @@ def ltkd(
     split = _split_batch(
         student_logits, teacher_logits, groups, temperature, where, example_mask
     )
-    inter = _rebalanced_inter(split, axis_name, example_mask)
+    inter = _rebalanced_inter(split, axis_name, example_mask, teacher_mass)
     loss = alpha * inter + beta * split.intra.sum(axis=-1)
     return temperature**2 * _mask_examples(loss, example_mask)
 
@@ -316,7 +379,10 @@ def _split_batch(
 
 
 def _rebalanced_inter(
-    split: _Split, axis_name: AxisName, example_mask: ArrayLike | None
+    split: _Split,
+    axis_name: AxisName,
+    example_mask: ArrayLike | None,
+    teacher_mass: ArrayLike | None,
 ) -> jax.Array:
     """Returns the KL from the rebalanced to the student's group masses, without τ²."""
     target = rebalance(
@@ -324,6 +390,7 @@ def _rebalanced_inter(
         axis_name=axis_name,
         where=split.group_exists,
         example_mask=example_mask,
+        teacher_mass=teacher_mass,
     )
     # `kl` needs finite logs, also of groups that it leaves out.
     target = jnp.where(split.group_exists, target, 0)

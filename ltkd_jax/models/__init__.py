@@ -1,8 +1,8 @@
 """Models by name: `models.create("resnet8x4", num_classes=100)`.
 
-A model is a Linen module, called as `model.apply(variables, images, train=…)` on float
-images `[B, H, W, channels]`; it returns logits `[B, C]` in float32 or wider. The models
-`mlp_DEPTH_WIDTH` take features `[B, D]` instead.
+A model is a Linen module or another `Model`, called as `model.apply(variables, images,
+train=…)` on float images `[B, H, W, channels]`; it returns logits `[B, C]` in float32
+or wider. The models `mlp_DEPTH_WIDTH` take features `[B, D]` instead.
 
 Most models are those of the common CIFAR distillation zoo (mdistiller, RepDistiller);
 those named `…_imagenet` are torchvision's. `ltkd_jax.models.convert` reads checkpoints
@@ -15,7 +15,6 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 
 from ltkd_jax import names
 from ltkd_jax.models import resnet
@@ -30,7 +29,7 @@ _resnet18 = functools.partial(resnet.ResNet, (2, 2, 2, 2))
 _resnet34 = functools.partial(resnet.ResNet, (3, 4, 6, 3))
 _resnet50 = functools.partial(resnet.ResNet, (3, 4, 6, 3), bottleneck=True)
 
-REGISTRY: dict[str, Callable[..., nn.Module]] = {
+REGISTRY: dict[str, Callable[..., "Model"]] = {
     "resnet8": functools.partial(resnet.CifarResNet, 8),
     "resnet14": functools.partial(resnet.CifarResNet, 14),
     "resnet20": functools.partial(resnet.CifarResNet, 20),
@@ -88,7 +87,7 @@ __all__ = [
 class Model(Protocol):
     """Declares what training needs of a network.
 
-    The modules of `create` have it, and so has `review.StudentWithFusion`.
+    Linen modules, `nnx.NnxModel` and `review.StudentWithFusion` have it.
     """
 
     def init(self, key: jax.Array, images: jax.Array, /, *, train: bool) -> Any:
@@ -106,10 +105,11 @@ class Model(Protocol):
         """Returns logits `[B, C]`; with `mutable`, (logits, updated collections)."""
 
 
-def register(name: str, constructor: Callable[..., nn.Module]) -> None:
+def register(name: str, constructor: Callable[..., Model]) -> None:
     """Adds a model to those of `create`.
 
-    A plain Linen module is enough. Its `__call__(images, train)` maps float images
+    A plain Linen module is enough, and so is an NNX module in `nnx.NnxModel`. A Linen
+    module's `__call__(images, train)` maps float images
     `[B, H, W, channels]` to float32 logits `[B, C]`; where `train` is true, batch norm
     takes the batch's statistics. ReviewKD also needs features, see
     `apply_with_features`. For an export, take B from `images.shape[0]`, since `len`
@@ -125,6 +125,7 @@ def register(name: str, constructor: Callable[..., nn.Module]) -> None:
     Raises:
       ValueError: another module has registered that name.
 
+    >>> from flax import linen as nn
     >>> class Linear(nn.Module):
     ...     num_classes: int
     ...     @nn.compact
@@ -149,7 +150,7 @@ def defining_module(name: str) -> str:
     return _module_of(REGISTRY[name])
 
 
-def _module_of(constructor: Callable[..., nn.Module]) -> str:
+def _module_of(constructor: Callable[..., Model]) -> str:
     while isinstance(constructor, functools.partial):
         constructor = constructor.func
     return constructor.__module__
@@ -161,7 +162,7 @@ def create(
     *,
     precision: str = "float32",
     axis_name: str | None = None,
-) -> nn.Module:
+) -> Model:
     """Returns the model of that name.
 
     Args:

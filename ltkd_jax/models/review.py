@@ -112,7 +112,7 @@ class StudentWithFusion:
       fusion: a `Fusion`.
     """
 
-    student: nn.Module
+    student: models.Model
     fusion: Fusion
 
     def init(self, key: jax.Array, images: jax.Array, *, train: bool) -> dict[str, Any]:
@@ -201,7 +201,7 @@ def _select(variables: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def with_fusion(
-    student: nn.Module, teacher: nn.Module, image_shape: tuple[int, ...]
+    student: models.Model, teacher: models.Model, image_shape: tuple[int, ...]
 ) -> StudentWithFusion:
     """Returns a student with the fusion that fits the teacher's features.
 
@@ -211,8 +211,8 @@ def with_fusion(
       image_shape: `(H, W, channels)`, or `(D,)` of features.
 
     Raises:
-      ValueError: the two have different numbers of stages, so that the features cannot
-        be compared one by one.
+      ValueError: one of them has no features, or the two have different numbers of
+        stages, so that the features cannot be compared one by one.
 
     >>> student = models.create("resnet8", 10)
     >>> teacher = models.create("resnet14", 10)
@@ -230,15 +230,16 @@ def with_fusion(
         )
     fusion = Fusion(
         targets=teacher_shapes,
-        dtype=student.dtype,
-        precision=student.precision,
-        axis_name=student.axis_name,
+        # A custom model need not have these.
+        dtype=getattr(student, "dtype", None),
+        precision=getattr(student, "precision", None),
+        axis_name=getattr(student, "axis_name", None),
     )
     return StudentWithFusion(student, fusion)
 
 
 def _feature_shapes(
-    model: nn.Module, image_shape: tuple[int, ...]
+    model: models.Model, image_shape: tuple[int, ...]
 ) -> tuple[tuple[int, int], ...]:
     """Returns (size, channels) of each feature, without computing any."""
 
@@ -247,6 +248,11 @@ def _feature_shapes(
         _, features, _ = models.apply_with_features(
             model, variables, images, train=False
         )
+        if "pooled" not in features:
+            raise ValueError(
+                f"reviewkd compares features, and {type(model).__name__} has none: "
+                "choose another model, or sow them, see models.apply_with_features"
+            )
         return feature_maps(features)
 
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)

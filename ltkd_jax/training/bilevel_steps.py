@@ -156,8 +156,8 @@ def bilevel_step(
       state: before the step, with a weight net, see `LearnedWeighting.init_weight_net`.
       batches: leaves `[K, B, …]`: the batch of this step, and those of the K − 1 next
         steps, which only the virtual steps use. Under `pmap`, this device's share.
-      outer_batch: a batch of the balanced outer set, leaves `[B, …]`; under `pmap`,
-        this device's share.
+      outer_batch: a batch of the balanced outer set, of any size; under `pmap`, this
+        device's share.
       model: the student.
       objective: the loss terms; its static weights are not used.
       weighting: how the weights are learned.

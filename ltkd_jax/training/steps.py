@@ -36,12 +36,14 @@ class TrainData(NamedTuple):
         variables, or None.
       outer: `TrainData` of the balanced outer set, where weights are learned; else
         None.
+      class_mass: `[C]`, see `methods.Predictions`; None where no term reads it.
     """
 
     images: jax.Array | None
     labels: jax.Array | None
     teacher: Any
     outer: Any = None
+    class_mass: jax.Array | None = None
 
 
 class StepInputs(NamedTuple):
@@ -82,12 +84,14 @@ class Batch(NamedTuple):
       labels: int32 `[B]`.
       teacher: the teacher's outputs for these images.
       mixup: labels and shares of the other images under Mixup, else None.
+      class_mass: `[C]`, of the training set, not of the batch, see `TrainData`.
     """
 
     images: jax.Array
     labels: jax.Array
     teacher: TeacherOutputs = TeacherOutputs()
     mixup: Mixup | None = None
+    class_mass: jax.Array | None = None
 
 
 class EvalBatch(NamedTuple):
@@ -195,7 +199,7 @@ def make_batch(
         mixed_labels = Mixup(other_labels, lam)
     # Last, so that a teacher in the step sees the mixed images, as the student does.
     teacher = teacher_fn(data.teacher, source, images)
-    return Batch(images, labels, teacher, mixed_labels)
+    return Batch(images, labels, teacher, mixed_labels, data.class_mass)
 
 
 def _augment(
@@ -250,6 +254,7 @@ def make_predict_fn(
             student_features=features,
             teacher_features=batch.teacher.features,
             mixup=batch.mixup,
+            class_mass=batch.class_mass,
         )
         return predictions, updates["batch_stats"]
 
@@ -426,6 +431,7 @@ def eval_step(
     *,
     model: models.Model,
     preprocess: Preprocess,
+    temperature: float = 1.0,
     axis_name: str | None = None,
 ) -> metrics.EvalSums:
     """Returns the evaluation sums of one padded batch, over all devices.
@@ -435,8 +441,10 @@ def eval_step(
       batch: leaves `[B, …]`; under `pmap` this device's share of the batch.
       model: the model to evaluate.
       preprocess: converts uint8 images to normalised float images.
+      temperature: by which the logits are divided.
       axis_name: see `train_step`.
     """
     logits = model.apply(variables, preprocess(batch.images), train=False)
+    logits /= temperature
     sums = metrics.eval_sums(logits, batch.labels, batch.mask)
     return sum_over_devices(sums, axis_name)

@@ -189,8 +189,10 @@ def group_kl(student_logits, teacher_logits, groups, *, temperature=1.0, where=N
     return GroupKL(inter, np.stack(intra, -1), teacher_mass)
 
 
-def rebalance(teacher_log_mass, *, where=None, example_mask=None):
+def rebalance(teacher_log_mass, *, where=None, example_mask=None, teacher_mass=None):
     log_mass = scaled(teacher_log_mass, 1, where)
+    if teacher_mass is not None:
+        return normalize(log_mass - np.log(np.asarray(teacher_mass, REAL)))
     counted = log_mass
     if example_mask is not None:
         counted = np.where(np.asarray(example_mask)[:, None], log_mass, -np.inf)
@@ -211,10 +213,11 @@ def rebalanced_inter_group(
     temperature=4.0,
     where=None,
     example_mask=None,
+    teacher_mass=None,
 ):
     student_mass, _ = split_by_group(student_logits, groups, temperature, where)
-    teacher_mass, _ = split_by_group(teacher_logits, groups, temperature, where)
-    target = rebalance(teacher_mass, example_mask=example_mask)
+    log_mass, _ = split_by_group(teacher_logits, groups, temperature, where)
+    target = rebalance(log_mass, example_mask=example_mask, teacher_mass=teacher_mass)
     loss = REAL(temperature) ** 2 * kl(target, student_mass)
     return loss if example_mask is None else np.where(example_mask, loss, 0)
 
@@ -238,10 +241,16 @@ def ltkd(
     temperature=4.0,
     where=None,
     example_mask=None,
+    teacher_mass=None,
 ):
     options = dict(temperature=temperature, where=where)
     inter = rebalanced_inter_group(
-        student_logits, teacher_logits, groups, example_mask=example_mask, **options
+        student_logits,
+        teacher_logits,
+        groups,
+        example_mask=example_mask,
+        teacher_mass=teacher_mass,
+        **options,
     )
     intra = uniform_intra_group(student_logits, teacher_logits, groups, **options)
     loss = REAL(alpha) * inter + REAL(beta) * intra

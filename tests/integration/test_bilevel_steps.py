@@ -107,7 +107,6 @@ def test_learned_sums_by_group():
     [
         (dict(labels=np.array([0, 1, 1])), "class 2 .1 of 3 classes"),
         (dict(keys=np.array(["a", "t1", "c"])), "'t1' and 0 more"),
-        (dict(batch_size=4), "3 images, .* batch of 4: raise data.outer_per_class"),
     ],
 )
 def test_bad_outer_set(change, message):
@@ -116,7 +115,6 @@ def test_bad_outer_set(change, message):
         keys=np.array(["a", "b", "c"]),
         train_keys=np.array(["t1", "t2"]),
         num_classes=3,
-        batch_size=3,
     )
     longtail.check_outer(**arguments)
     with pytest.raises(ValueError, match=message):

@@ -166,7 +166,11 @@ def test_step_shapes(name, argument, side, source, black):
         ("reviewkd,student=vgg8", "features", "student has 4, the teacher 3"),
         ("ltkd,student=vgg8,image_size=0", "network", "VGG .*at least 8×8"),
         ("ltkd,cutout=64", "network", "augment.cutout=64"),
-        ("bikd,data.outer_per_class=5", "network", "60 images.*data.outer_per_class"),
+        (
+            "bikd,data.outer_per_class=5",
+            "network",
+            "outer_per_class=5.* 60 images.* 8 devices: hold out 6 .*devices to 4",
+        ),
     ],
 )
 def test_mismatched_parts(argument, source, message, black, monkeypatch):

@@ -56,6 +56,21 @@ def test_resume_bit_for_bit(learned, tmp_path):
     assert_same_bits(config, tmp_path / "run", folder / "run")
 
 
+def test_outer_set_smaller_than_a_batch(learned, tmp_path):
+    """Each step takes all of it, in any order; a resumed run does the same."""
+    folder, _ = learned
+    values = WEIGHTED | {"data.outer_per_class": 1, "train.max_steps": 4}
+    config = tiny(folder, "bikd", **values, checkpoint_every=100)
+    for num_steps, inputs in trainer_of(config).inputs(0, 0):
+        order = np.sort(inputs.outer.index, axis=1)
+        np.testing.assert_array_equal(order, [np.arange(10)] * num_steps)
+        assert inputs.train.index.shape == (num_steps, 16, 1)
+    results = run(config, tmp_path / "run")
+    assert results["outer_images"] == 10
+    small_runs.run_with_stops(config, tmp_path / "resumed")
+    assert_same_bits(config, tmp_path / "resumed", tmp_path / "run")
+
+
 def spoil_outer_loss(state):
     outer_loss = state.sums.learned.outer_loss * np.float32("nan")
     learned = state.sums.learned._replace(outer_loss=outer_loss)

@@ -21,7 +21,7 @@ from experiments.trainer import teacher as teachers
 from experiments.trainer.interrupts import StoppedError, StopRequest
 from experiments.trainer.metrics_log import MetricsLog
 from experiments.trainer.trainer import get_trainer
-from ltkd_jax import files, inference
+from ltkd_jax import files, inference, models
 from ltkd_jax.training import teacher_table
 from ltkd_jax.training.checkpoint import Checkpoints
 
@@ -464,6 +464,38 @@ def test_table_matches_network(finished):
     by_table = small_runs.records(folder / "by_table")
     by_network = small_runs.records(folder / "run")
     assert by_table[0]["loss"] == pytest.approx(by_network[0]["loss"], rel=1e-3)
+
+
+MASS_OF_DATASET = {"method.mass": "dataset", "train.max_steps": 2, "devices": 1}
+
+
+@pytest.mark.parametrize("source", ["table", "network"])
+def test_mass_of_the_dataset(finished, source):
+    """It is that of the images without crops, by the table and by the network."""
+    folder, _ = finished
+    spec = resolve(tiny(folder, **MASS_OF_DATASET))
+    trainer = get_trainer(spec.student_training(source))
+    teacher = teachers.obtain(spec, StopRequest())
+    images = trainer.data.train
+    reads = teacher.variables
+    if source == "table":
+        reads = teacher.table(images, StopRequest())
+    data = trainer.parallel.unreplicate(trainer.device_data(reads))
+    network = models.create(spec.teacher.model, 10)
+    pixels = trainer.data.preprocess(images.images)
+    logits = network.apply(teacher.variables, pixels, train=False)
+    scaled = np.exp(np.asarray(logits, np.float64) / 4)
+    expected = (scaled / scaled.sum(axis=-1, keepdims=True)).mean(axis=0)
+    np.testing.assert_allclose(data.class_mass, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("argument", ["ltkd", "bikd,terms=ltkd,outer_loss=mix"])
+def test_resume_with_mass_of_the_dataset(finished, tmp_path, argument):
+    folder, _ = finished
+    config = tiny(folder, argument, **MASS_OF_DATASET)
+    run(config, tmp_path / "run")
+    small_runs.run_with_stops(config, tmp_path / "resumed")
+    assert_same_bits(config, tmp_path / "resumed", tmp_path / "run")
 
 
 @pytest.fixture

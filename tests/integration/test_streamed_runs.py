@@ -147,6 +147,7 @@ def inputs_from_disk(
         step,
         call_sizes,
         shard=shard,
+        outer_shard=input_pipeline.BatchShard(np.array(positions), 16),
         lookahead=lookahead,
     )
     return list(inputs)
@@ -191,7 +192,13 @@ def test_shards_of_two_processes(kind, data_dir, tmp_path):
         if kind == "memory":
             shard = input_pipeline.BatchShard(np.array(positions), 16, mixup=True)
             calls = input_pipeline.from_memory(
-                epoch_fn, 3, 0, [4], steps_per_epoch=4, shard=shard
+                epoch_fn,
+                3,
+                0,
+                [4],
+                steps_per_epoch=4,
+                shard=shard,
+                outer_shard=input_pipeline.BatchShard(np.array(positions), 16),
             )
         else:
             outer = "outer" in kind

@@ -36,20 +36,23 @@ def test_added_method(tmp_path):
     add_captioned_code(DOCS / "add_a_method.md", checkout)
     python = functools.partial(environments.run, sys.executable, "-m", cwd=checkout)
     python("pytest", "-q", "-p", "no:cacheprovider", "test_my_methods.py")
-    modules = "--import=my_methods,my_models"
+    modules = "--import=my_methods,my_models,my_nnx_models"
     queue = python(
         "experiments.reproduce", "experiments/queues/mine.json", "--list", modules
     )
     assert queue.count("kd_adjusted") == 6
     assert queue.count('{"method.tau": 0.5}') == 3
-    for argument in ("kd_adjusted", "bikd,terms=kd_adjusted"):
+    for argument, student, module in (
+        ("kd_adjusted", "mlp", "my_models"),
+        ("bikd,terms=kd_adjusted", "nnx_convnet", "my_nnx_models"),
+    ):
         config = f"--config=configs/digitslt.py:{argument},smoke"
         workdir = checkout / argument
-        options = ["--config.student.model=mlp", "--workdir", workdir]
+        options = [f"--config.student.model={student}", "--workdir", workdir]
         python("experiments.main", modules, config, *options)
         results = json.loads((workdir / "results.json").read_text())
         assert results["config"]["method"]["name"] == "kd_adjusted"
-        assert results["content"]["code"]["student"].startswith("my_models ")
+        assert results["content"]["code"]["student"].startswith(f"{module} ")
         assert results["test"]["all"] > 0
 
 

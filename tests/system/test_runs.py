@@ -43,6 +43,8 @@ def first_record(workdir):
             {
                 **AUGMENTED,
                 **LEARNED,
+                # One image for each device, half of a training batch.
+                "data.outer_per_class": 2,
                 "data.stream": True,
                 "loss_weighting.lookahead": 2,
             },
@@ -60,6 +62,8 @@ def test_one_device_and_pmap(data_dir, tmp_path, argument, values, teacher_logit
     one = first_record(tmp_path / "one")
     pmap = first_record(tmp_path / "pmap")
     assert one["loss"] == pytest.approx(pmap["loss"], rel=1e-3)
+    if "outer_loss" in one:
+        assert one["outer_loss"] == pytest.approx(pmap["outer_loss"], rel=5e-3)
     for term, value in one["terms"].items():
         assert value == pytest.approx(pmap["terms"][term], rel=5e-3)
 

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import importlib
 import json
+import re
 import sys
 
 import numpy as np
@@ -57,7 +58,9 @@ def test_config_of_learned_weights(name):
         argument = f"bikd,terms={terms},seed=3,lookahead=2,update_every=4"
         config = config_with_data(name, argument)
         # There are no keys that the run does not use.
-        keys = {"name", "temperature"} | ({"num_groups"} if terms == "ltkd" else set())
+        keys = {"name", "temperature"} | (
+            {"num_groups", "mass"} if terms == "ltkd" else set()
+        )
         assert set(config.method) == keys
         spec = resolve(config)
         assert (spec.method.name, spec.seed) == (terms, 3)
@@ -174,6 +177,7 @@ def test_bad_argument(argument, message):
         ("method.temperature", 0.0),
         ("method.name", "kdd"),
         ("method.name", "kd"),
+        ("method.mass", "epoch"),
         ("method.warmup_epochs", -1.0),
     ],
 )
@@ -313,6 +317,8 @@ def test_renamed_keys():
         ("seed", 1, False, True),
         ("train.lr", 0.1, False, True),
         ("method.alpha", 2.0, False, True),
+        ("method.mass", "dataset", False, True),
+        ("method.mass", "batch", True, True),
         ("student.model", "resnet14", False, True),
         ("teacher_seed", 1, False, False),
         ("split_seed", 1, False, False),
@@ -371,6 +377,11 @@ def test_identity_without_unused_options():
     config = copy.deepcopy(static.config)
     del config["train"]["lr_warmup_epochs"]
     assert resolve(config).hash == static.hash
+    ltkd = resolve(config_of("digitslt", "ltkd"))
+    config = copy.deepcopy(ltkd.config)
+    del config["method"]["mass"]
+    assert resolve(config).hash == ltkd.hash
+    assert "mass" not in ltkd.identity["method"]
 
 
 def test_teacher_hash_and_held_out_images():
@@ -431,7 +442,10 @@ def test_groups_of_two_classes():
     [
         ({"data.imbalance": 500.0}, "imbalance"),
         ({"data.n_max": 100_000}, "n_max"),
-        ({"data.validation_per_class": 500}, "validation_per_class"),
+        (
+            {"data.validation_per_class": 500},
+            "config.data: .*validation_per_class=500: class 0 .*class 0 is '0'",
+        ),
         ({"groups.fractions": (1 / 11,) * 11}, "groups.fractions.* 11 .*10 classes"),
         ({"groups.fractions": (0.5, 0.1)}, "groups.fractions.* sum"),
         ({"groups.fractions": (0.01, 0.99)}, "groups.fractions.* would be empty"),
@@ -441,6 +455,20 @@ def test_groups_of_two_classes():
 def test_impossible_draws(values, message):
     with pytest.raises(ConfigError, match=message):
         dataset.load(resolve(changed(config_of("digitslt"), **values)).data)
+
+
+def test_warning_of_few_images(caplog):
+    """It is given once, however often the data are loaded."""
+    values = {"data.n_max": 9, "data.imbalance": 4.5}
+    for validation_per_class in (0, 2, 2):
+        values["data.validation_per_class"] = validation_per_class
+        spec = resolve(changed(config_of("digitslt", "ce"), **values))
+        dataset.load.cache_clear()
+        assert dataset.load(spec.data).class_counts[-1] == 2
+        expected = 1 if validation_per_class else 0
+        assert caplog.text.count("remain for training") == expected
+    message = r"class '7', 2 images .*\(3 of 10 .*validation_per_class=2"
+    assert re.search(message, caplog.text)
 
 
 def test_home_in_paths(monkeypatch, tmp_path):

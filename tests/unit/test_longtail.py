@@ -1,6 +1,7 @@
 """Tests the long-tailed draw and its class counts, against published totals."""
 
 import itertools
+import re
 import unicodedata
 
 import hypothesis
@@ -141,7 +142,7 @@ def test_keys_in_every_form(form):
         np.testing.assert_array_equal(actual_indices, expected_indices)
 
     with pytest.raises(ValueError, match="overlaps the training set"):
-        longtail.check_outer(labels, converted, keys, num_classes=10, batch_size=1)
+        longtail.check_outer(labels, converted, keys, num_classes=10)
 
 
 def test_integer_keys():
@@ -249,10 +250,10 @@ def test_split_small_tail_class():
             dict(keys=np.array([b"a", b"\xfc", b"b", b"c"])),
             r"keys\[1\]=b'.xfc' is not UTF",
         ),
-        (dict(n_max=3), "n_max=3: class 0 needs 3 images, but 2 are available"),
+        (dict(n_max=3), "n_max=3: class 0 needs 3 images, but has 2"),
         (dict(n_max=-1), "n_max=-1"),
         (dict(outer_per_class=-1), "outer_per_class=-1"),
-        (dict(validation_per_class=2), "needs one for training"),
+        (dict(validation_per_class=2), "1 must remain for training"),
         (dict(imbalance=0), "imbalance=0"),
     ],
 )
@@ -362,5 +363,48 @@ def test_split_without_imbalance():
     )
     assert np.bincount(labels[split.train]).tolist() == [7, 3, 1]
     assert len(set(np.concatenate(split))) == 17
-    with pytest.raises(ValueError, match="class 2 has only 3 images"):
+    with pytest.raises(ValueError, match="class 2 has 3 images"):
         longtail.split(labels, keys, num_classes=3, imbalance=None, outer_per_class=3)
+
+
+@pytest.mark.parametrize("imbalance, n_max", [(None, 0), (4, 0), (2.5, 0), (4, 9)])
+@pytest.mark.parametrize("outer, validation", [(30, 0), (0, 30), (20, 3), (9, 30)])
+def test_held_out_numbers_that_fit(imbalance, n_max, outer, validation):
+    """The error has numbers of images that can be held out, and they are the most."""
+    sizes = np.array([40, 12, 7])
+    labels = np.repeat(np.arange(3), sizes)
+    options = dict(num_classes=3, imbalance=imbalance, n_max=n_max)
+
+    def split(outer, validation):
+        return longtail.split(
+            labels,
+            np.arange(len(labels)).astype(str),
+            outer_per_class=outer,
+            validation_per_class=validation,
+            **options,
+        )
+
+    with pytest.raises(longtail.HeldOutError) as error:
+        split(outer, validation)
+    message = str(error.value)
+    assert message.startswith(
+        f"outer_per_class={outer} and validation_per_class={validation}: class "
+        f"{error.value.label} has {sizes[error.value.label]} images"
+    )
+    numbers = re.search(r"at most (\d+) .*_class=(\d+) .*_class=(\d+)$", message)
+    most, outer, validation = map(int, numbers.groups())
+    fitting = split(outer, validation)
+    assert np.bincount(labels[fitting.train]).min() >= 1
+    assert outer + validation <= most
+    split(most, 0)
+    with pytest.raises(longtail.HeldOutError):
+        split(0, most + 1)
+
+
+def test_nothing_to_hold_out():
+    labels = np.array([0, 0, 0, 1])
+    keys = np.arange(4).astype(str)
+    with pytest.raises(longtail.HeldOutError, match="class 1 has 1 .*: hold none out"):
+        longtail.split(
+            labels, keys, num_classes=2, imbalance=None, validation_per_class=1
+        )

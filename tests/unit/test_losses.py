@@ -455,6 +455,73 @@ def test_rebalance_of_masked_classes():
     assert_allclose(rebalanced[:, [0, 2]], rebalance(log_mass[:, [0, 2]]))
 
 
+def ltkd_of_mass(x, teacher_mass, module=losses):
+    loss = dataclasses.replace(FAMILY["ltkd"], options={"teacher_mass": teacher_mass})
+    return loss.call(module, x)
+
+
+@pytest.mark.parametrize("grouping", ["thirds", "lone"])
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16, np.float64])
+def test_given_mass(grouping, dtype):
+    """Against the reference; masses as small as 1e-300, and the gradient at 1e-30."""
+    mass = np.array([1.0, 1e-300, 1e-8])
+    traced_mass = np.array([1.0, 1e-30, 1e-8], np.float32)
+
+    def total(student, x, teacher_mass):
+        return ltkd_of_mass(x._replace(student=student), teacher_mass).sum()
+
+    gradients = jax.jit(jax.grad(total, argnums=(0, 2)))
+    with jax.enable_x64(dtype == np.float64):
+        constant_mass = jax.jit(lambda x: ltkd_of_mass(x, mass))
+        for case in ("random", "underflow", "one_hot", "uniform_1e4", "offset_1e4"):
+            x = draw(case, grouping=grouping, masking="examples")
+            x = x._replace(
+                student=jnp.asarray(x.student, dtype),
+                teacher=jnp.asarray(x.teacher, dtype),
+            )
+            expected = ltkd_of_mass(x, mass, module=truth)
+            tolerance = 1e-3 if case in truth.EXTREME else 1e-5
+            assert_allclose(
+                constant_mass(x), expected, rtol=tolerance, atol=1e-4, err_msg=case
+            )
+            of_student, of_mass = gradients(x.student, x, traced_mass)
+            assert np.isfinite(np.asarray(of_student, np.float32)).all()
+            assert not of_mass.any()
+
+
+def test_given_mass_of_the_whole_batch():
+    """Each example by itself has the loss and the gradient that it has in the batch."""
+
+    @jax.jit
+    def evaluate_batch(x, mass):
+        def total(student):
+            value = ltkd_of_mass(x._replace(student=student), mass)
+            return value.sum(), value
+
+        gradient, value = jax.grad(total, has_aux=True)(x.student)
+        return value, gradient
+
+    @functools.partial(jax.vmap, in_axes=(BATCH_AXES, None))
+    def evaluate_alone(x, mass):
+        return evaluate_batch(map_batched(lambda a: a[None], x), mass)
+
+    x = draw("random")
+    mass = jnp.exp(split(x).teacher_log_mass).sum(axis=0)
+    value, gradient = evaluate_batch(x, None)
+    for sums in (mass, 7 * mass / B):
+        value_alone, gradient_alone = evaluate_alone(x, sums)
+        assert_allclose(value_alone[:, 0], value)
+        assert_allclose(gradient_alone[:, 0], gradient)
+    # By its own sums, a batch of one has a uniform target.
+    assert not np.allclose(evaluate_alone(x, None)[0][:, 0], value, rtol=1e-2)
+
+
+@pytest.mark.parametrize("mass", [[1.0, 0.0, 2.0], [1, -1, 1], [1, np.nan, 1], [1, 2]])
+def test_given_mass_of_wrong_values(mass):
+    with pytest.raises((AssertionError, ValueError), match="teacher_mass"):
+        ltkd_of_mass(draw("random"), mass)
+
+
 # --- Eight devices ---
 
 

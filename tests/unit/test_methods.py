@@ -111,6 +111,41 @@ def test_number_of_groups_bad_input(num_groups, message):
         methods.create("ltkd", COUNTS, GROUPS, num_groups=num_groups)
 
 
+@pytest.mark.parametrize("method", ["ltkd", "ltkd_bs"])
+def test_mass_of_the_dataset(method):
+    """Parts of a batch have the terms of the whole; the mean mass is NumPy's."""
+    p = predictions()
+    whole = methods.create(method, COUNTS, GROUPS)
+    given = methods.create(method, COUNTS, GROUPS, mass="dataset")
+    assert (whole.mass_temperature, given.mass_temperature) == (None, 4.0)
+    scaled = np.exp(np.asarray(p.teacher_logits, np.float64) / given.mass_temperature)
+    class_mass = (scaled / scaled.sum(-1, keepdims=True)).mean(0)
+    p = p._replace(class_mass=jnp.asarray(class_mass, jnp.float32))
+    terms_fn = jax.jit(given)
+    expected = jax.jit(whole)(p)
+    np.testing.assert_allclose(terms_fn(p), expected, rtol=1e-5, atol=1e-6)
+    for part in (slice(0, 1), slice(1, 4), slice(4, 8)):
+        of_part = p._replace(
+            student_logits=p.student_logits[part],
+            teacher_logits=p.teacher_logits[part],
+            labels=p.labels[part],
+        )
+        np.testing.assert_allclose(
+            terms_fn(of_part), expected[part], rtol=1e-5, atol=1e-6
+        )
+    with pytest.raises(ValueError, match="mass='dataset'.*class_mass"):
+        given(p._replace(class_mass=None))
+
+
+def test_mass_bad_input():
+    with pytest.raises(ValueError, match="mass='epoch' must be one of batch, dataset"):
+        methods.create("ltkd", COUNTS, GROUPS, mass="epoch")
+    terms = methods.create("ltkd", COUNTS, mass="dataset", temperature=2.0).terms
+    terms += methods.create("ltkd", COUNTS, mass="dataset", temperature=3.0).terms
+    with pytest.raises(ValueError, match=r"mass_temperature \[2.0, 3.0\]"):
+        _ = methods.Objective(terms).mass_temperature
+
+
 def test_two_classes():
     assert methods.create("ce", [5, 3]).names == ("ce",)
     objective = methods.create("ltkd", [5, 3], num_groups=2)

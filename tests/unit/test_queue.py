@@ -49,6 +49,7 @@ def fake_run(monkeypatch):
 
     def replace_by(result_of):
         monkeypatch.setattr(run, "run", lambda spec, workdir, **_: result_of(spec))
+        monkeypatch.setattr(run, "check", lambda spec, **_: None)
 
     return replace_by
 
@@ -122,6 +123,32 @@ def test_bad_num_workers(tmp_path, capsys, number):
     assert exit_status(tmp_path, queue_file(tmp_path), f"--num_workers={number}") == 2
     assert "--num_workers" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+def test_configs_are_checked_before_the_first_run(tmp_path, monkeypatch):
+    """All that cannot run are named, and a run that would wait is checked, too."""
+    monkeypatch.setattr(run, "run", lambda *_, **__: pytest.fail("a run was started"))
+    path = queue_file(
+        tmp_path,
+        {"config": f"{DIGITS}:ce", "group": "g", "seeds": [0, 1]},
+        {"config": f"{DIGITS}:ce,imbalance=500", "seeds": [0, 1]},
+        {"config": f"{DIGITS}:kd,imbalance=500"},
+        {
+            "config": f"{DIGITS}:bikd",
+            "set": {"data.outer_per_class": 80},
+            "best_of": "g",
+        },
+    )
+    message = str(exit_status(tmp_path, path))
+    first, *problems = message.splitlines()
+    assert first == "error: no run was started, since some cannot run:"
+    assert [line.split()[0] for line in problems] == [
+        f"{DIGITS}:ce,imbalance=500",
+        f"{DIGITS}:bikd",
+    ]
+    assert "(and 1 more): " in problems[0]
+    assert "imbalance of at most 100" in problems[0]
+    assert "such as outer_per_class=8 and validation_per_class=0" in problems[1]
 
 
 def test_best_of_overridden_by_entry():
