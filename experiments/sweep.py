@@ -235,7 +235,7 @@ def main(argv: list[str] | None = None) -> None:
                 "be compared."
             )
         status = command.run_queue(
-            queue_path, folder / "results", folder, options, machine
+            queue_path, folder / "results", folder, options, machine, check_first=True
         )
     except (ConfigError, ReportError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -92,6 +92,8 @@ def run_queue(
     folder: str | os.PathLike[str],
     options: argparse.Namespace,
     machine: workers.Machine | None,
+    *,
+    check_first: bool = False,
 ) -> int:
     """Does the runs of a queue file that have no result yet.
 
@@ -103,6 +105,7 @@ def run_queue(
       folder: for work directories and report.html.
       options: parsed by `parent_parser`.
       machine: from `set_up`.
+      check_first: whether to start no run if one of them cannot run; see `Queue.check`.
 
     Returns:
       The exit status: 1 if a run failed, 75 if a signal stopped the queue before all
@@ -121,8 +124,9 @@ def run_queue(
     # Before the runs, whose results would otherwise have no place.
     files.make_folder(results_folder, "give another --results")
     files.make_folder(folder, "give another --runs")
-    # Workers have other devices than this process.
-    queue.check(devices=machine is None)
+    if check_first:
+        # Workers have other devices than this process.
+        queue.check(devices=machine is None)
     if machine is None or not queue.missing():
         with stop.listening():
             num_failed = run_missing(queue, stop)

@@ -145,7 +145,6 @@ class Queue:
         """
         checked = set()
         configs_of = collections.defaultdict(list)  # by their problem
-        # For a long queue it takes a minute.
         for entry in tqdm.tqdm(self.missing(), desc="checking", unit="run", delay=5):
             # Runs that differ only in their seeds have the same problem.
             name = f"{entry.config} {json.dumps(entry.set) if entry.set else ''}"

@@ -34,7 +34,8 @@ LEARNING_RATE = 0.05
 CASES = {
     "ce": dict(method="ce"),
     "ltkd": dict(method="ltkd"),
-    "one virtual step": dict(method="ltkd", lookahead=1),
+    # An outer batch may be smaller: here it is one image for each device.
+    "one virtual step": dict(method="ltkd", lookahead=1, outer_batch=8),
     "three virtual steps": dict(method="kd", lookahead=3),
 }
 
@@ -117,12 +118,16 @@ class Training:
       parallel: one device by default.
       lookahead: K, the virtual steps by which the weights of the terms are learned; 0
         leaves them static.
+      outer_batch: the size of an outer batch.
       table: whether the teacher is looked up, instead of evaluated in the step.
     """
 
-    def __init__(self, method, parallel=None, *, lookahead=0, table=False):
+    def __init__(
+        self, method, parallel=None, *, lookahead=0, outer_batch=BATCH, table=False
+    ):
         self.parallel = parallel or Parallel("jit", jax.devices()[:1])
         self._lookahead = lookahead
+        self._outer_batch = outer_batch
         self._objective = methods.create(method, COUNTS, GROUPS)
         self._weighting = weighting(self._objective) if lookahead else None
         teacher_fn = steps.table_teacher if table else steps.network_teacher(SmallNet())
@@ -217,7 +222,6 @@ class Training:
 
     def _inputs(self, num_steps):
         """Returns the inputs of all steps, as far as they belong to this process."""
-        options = dict(batch_size=BATCH, num_views=VIEWS.num)
         outer = None
         if self._lookahead:
             epoch_indices = functools.partial(
@@ -229,21 +233,28 @@ class Training:
                 0,
                 num_steps=num_steps,
                 num_examples=NUM_OUTER,
-                **options,
+                batch_size=self._outer_batch,
+                num_views=VIEWS.num,
             )
+            outer = self._local(outer, self._outer_batch)
         else:
             epoch_indices = sampling.epoch_indices
         epoch_indices = jax.jit(
-            functools.partial(epoch_indices, num_examples=N, **options)
+            functools.partial(
+                epoch_indices, num_examples=N, batch_size=BATCH, num_views=VIEWS.num
+            )
         )
         num_epochs = -(-num_steps // STEPS_PER_EPOCH)
         epochs = [epoch_indices(0, epoch) for epoch in range(num_epochs)]
         train = jax.tree.map(
             lambda *leaves: np.concatenate(leaves)[:num_steps], *epochs
         )
-        positions = self.parallel.local_positions(BATCH)
-        inputs = steps.StepInputs(train, outer=outer)
-        return jax.tree.map(lambda x: np.asarray(x)[:, positions], inputs)
+        return steps.StepInputs(self._local(train, BATCH), outer=outer)
+
+    def _local(self, indices, batch_size):
+        """Returns this process's part of batches `[S, B, …]`."""
+        positions = self.parallel.local_positions(batch_size)
+        return jax.tree.map(lambda x: np.asarray(x)[:, positions], indices)
 
 
 @functools.cache

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from helpers.small_net import (
     BATCH,
+    CASES,
     CLASSES,
     COUNTS,
     GROUPS,
@@ -40,7 +41,7 @@ def assert_as_on_one_device(state):
 def test_train_steps_many_per_call():
     """Inside a compiled loop, the device decides when the weight net is updated."""
     with jax.enable_x64(True):
-        state = Training("ltkd", lookahead=1).run(STEPS, steps_per_call=10)
+        state = Training(**CASES["one virtual step"]).run(STEPS, steps_per_call=10)
     assert_as_on_one_device(state)
 
 
@@ -50,7 +51,7 @@ def test_tables_equal_teacher_in_step():
         teacher = teacher_variables(in_double=True)
         train = table(teacher)
         outer = table(teacher, OUTER_IMAGES, OUTER_LABELS)
-        training = Training("ltkd", lookahead=1, table=True)
+        training = Training(**CASES["one virtual step"], table=True)
         assert_as_on_one_device(training.run(STEPS, tables=(train, outer)))
         other_outer = outer + 1e-3 * np.arange(CLASSES)
         other_state = training.run(STEPS, tables=(train, other_outer))

@@ -128,7 +128,7 @@ def test_bad_num_workers(tmp_path, capsys, number):
 def test_configs_are_checked_before_the_first_run(tmp_path, monkeypatch):
     """All that cannot run are named, and a run that would wait is checked, too."""
     monkeypatch.setattr(run, "run", lambda *_, **__: pytest.fail("a run was started"))
-    path = queue_file(
+    queue = queue_of(
         tmp_path,
         {"config": f"{DIGITS}:ce", "group": "g", "seeds": [0, 1]},
         {"config": f"{DIGITS}:ce,imbalance=500", "seeds": [0, 1]},
@@ -139,9 +139,10 @@ def test_configs_are_checked_before_the_first_run(tmp_path, monkeypatch):
             "best_of": "g",
         },
     )
-    message = str(exit_status(tmp_path, path))
-    first, *problems = message.splitlines()
-    assert first == "error: no run was started, since some cannot run:"
+    with pytest.raises(ConfigError) as error:
+        queue.check(devices=True)
+    first, *problems = str(error.value).splitlines()
+    assert first == "no run was started, since some cannot run:"
     assert [line.split()[0] for line in problems] == [
         f"{DIGITS}:ce,imbalance=500",
         f"{DIGITS}:bikd",

@@ -6,6 +6,7 @@ import pathlib
 import pytest
 
 from experiments import sweep
+from experiments.trainer import run as runner
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -62,6 +63,14 @@ def test_config_keys(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         sweep.main([*words, "--confg.train.lr=0.2"])
     assert "unrecognized argument '--confg.train.lr=0.2'" in capsys.readouterr().err
+
+
+def test_all_runs_are_checked_before_the_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.setattr(runner, "run", lambda *_, **__: pytest.fail("it ran"))
+    with pytest.raises(SystemExit, match="imbalance of at most 100"):
+        sweep.main(["--methods=ce", "--imbalance=10,500"])
 
 
 @pytest.mark.parametrize(
