@@ -132,6 +132,7 @@ def table_teacher(
 
 def network_teacher(model: models.Model) -> TeacherFn:
     """Returns the `TeacherFn` that runs the teacher, in evaluation mode."""
+    model = models.fold_norms(model)
 
     def teacher_fn(
         variables: PyTree, source: BatchSource, images: jax.Array
@@ -147,6 +148,7 @@ def feature_teacher(model: models.Model) -> TeacherFn:
     They are ordered from the first stage to the pooled vector, see
     `models.review.feature_maps`.
     """
+    model = models.fold_norms(model)
 
     def teacher_fn(
         variables: PyTree, source: BatchSource, images: jax.Array
