@@ -1,6 +1,7 @@
 """Batch normalisation with a closed-form derivative and a one-pass variance."""
 
 import functools
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -84,6 +85,34 @@ class BatchNorm(nn.Module):
             running_mean.value = MOMENTUM * running_mean.value + (1 - MOMENTUM) * mean
             running_var.value = MOMENTUM * running_var.value + (1 - MOMENTUM) * var
         return y
+
+
+def fold(
+    conv: Mapping[str, jax.Array],
+    norm: Mapping[str, jax.Array],
+    stats: Mapping[str, jax.Array],
+) -> dict[str, jax.Array]:
+    """Returns parameters of a convolution that equals one and batch norm after it.
+
+    In evaluation, batch norm is a · y + bias − a · mean with a = scale / √(var + ε).
+    It is linear, so a multiplies the kernel and the convolution's own bias.
+
+    Args:
+      conv: parameters of the convolution: kernel `[..., C]`, and bias `[C]` if any.
+      norm: scale and bias of batch norm, `[C]`.
+      stats: its running statistics, mean and var, `[C]`.
+
+    >>> conv = {"kernel": jnp.ones((1, 1, 1, 2))}
+    >>> norm = {"scale": jnp.array([1.0, 2.0]), "bias": jnp.array([0.0, 5.0])}
+    >>> stats = {"mean": jnp.array([3.0, 0.0]), "var": jnp.array([1.0, 4.0]) - EPSILON}
+    >>> folded = fold(conv, norm, stats)
+    >>> folded["kernel"].ravel(), folded["bias"]
+    (Array([1., 1.], dtype=float32), Array([-3.,  5.], dtype=float32))
+    """
+    slope = norm["scale"] * jax.lax.rsqrt(stats["var"] + EPSILON)
+    kernel = conv["kernel"]
+    bias = norm["bias"] + (conv.get("bias", 0) - stats["mean"]) * slope
+    return {"kernel": kernel * _expand(slope, kernel), "bias": bias}
 
 
 def _normalize(

@@ -1,7 +1,7 @@
 """The base classes of the networks: their layers, and the frame of a classifier."""
 
 from collections.abc import Sequence
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from flax.typing import PrecisionLike
 from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
-from ltkd_jax.models.batch_norm import BatchNorm
+from ltkd_jax.models import batch_norm
 from ltkd_jax.models.linear import linear, uniform_fan_in
 
 kaiming_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -37,11 +37,15 @@ class Layers(nn.Module, kw_only=True):
       dtype: of activations; None keeps the dtype of the input.
       precision: of convolutions and matmuls.
       axis_name: the device axis over which batch norm takes its statistics, if any.
+      fold_norms: whether `conv_norm` is a single convolution in evaluation, with batch
+        norm in its kernel and bias. That changes results by rounding only. It pays for
+        large batches: the kernels are computed in every call.
     """
 
     dtype: DTypeLike | None = None
     precision: PrecisionLike = None
     axis_name: str | None = None
+    fold_norms: bool = False
 
     initialisers: ClassVar[Initialisers] = Initialisers()
 
@@ -68,7 +72,14 @@ class Layers(nn.Module, kw_only=True):
           bias: whether it has a bias.
           name: of the layer.
         """
-        layer = nn.Conv(
+        layer = self._conv_layer(width, size, stride, groups, bias)
+        return layer.copy(name=name)(x)
+
+    def _conv_layer(
+        self, width: int, size: int, stride: int, groups: int, bias: bool
+    ) -> nn.Conv:
+        """Returns a convolution without variables."""
+        return nn.Conv(
             width,
             (size, size),
             strides=stride,
@@ -80,13 +91,14 @@ class Layers(nn.Module, kw_only=True):
             dtype=self.dtype,
             precision=self.precision,
             kernel_init=self.initialisers.conv_kernel,
-            name=name,
+            parent=None,
         )
-        return layer(x)
 
     def norm(self, x: jax.Array, train: bool, name: str) -> jax.Array:
         """Applies batch norm, with PyTorch's momentum and epsilon."""
-        layer = BatchNorm(dtype=self.dtype, axis_name=self.axis_name, name=name)
+        layer = batch_norm.BatchNorm(
+            dtype=self.dtype, axis_name=self.axis_name, name=name
+        )
         return layer(x, train=train)
 
     def conv_norm(
@@ -101,6 +113,7 @@ class Layers(nn.Module, kw_only=True):
         bias: bool = False,
         name: str,
         index: int | None = None,
+        norm_index: int | None = None,
     ) -> jax.Array:
         """Applies a convolution and batch norm.
 
@@ -110,13 +123,23 @@ class Layers(nn.Module, kw_only=True):
           name: of the convolution; the norm is `{name}_norm`.
           index: number of the convolution in a block, if any: then `name` is the
             block's, and the layers are `{name}_conv{index}` and `{name}_norm{index}`.
+          norm_index: number of the norm, if it is another.
         """
         if index is None:
             conv_name = name
             norm_name = f"{name}_norm"
         else:
             conv_name = f"{name}_conv{index}"
-            norm_name = f"{name}_norm{index}"
+            norm_name = f"{name}_norm{norm_index or index}"
+        if self.fold_norms and not train and not self.is_initializing():
+            params = self.variables["params"]
+            folded_params = batch_norm.fold(
+                params[conv_name],
+                params[norm_name],
+                self.variables["batch_stats"][norm_name],
+            )
+            layer = self._conv_layer(width, size, stride, groups, bias=True)
+            return cast(jax.Array, layer.apply({"params": folded_params}, x))
         x = self.conv(x, width, size, stride, groups=groups, bias=bias, name=conv_name)
         return self.norm(x, train, norm_name)
 

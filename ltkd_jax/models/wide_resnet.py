@@ -48,9 +48,10 @@ class WideResNet(Network):
         self, x: jax.Array, train: bool, width: int, stride: int, name: str
     ) -> jax.Array:
         activated = nn.relu(self.norm(x, train, f"{name}_norm1"))
-        y = self.conv(activated, width, 3, stride, name=f"{name}_conv1")
-        y = nn.relu(self.norm(y, train, f"{name}_norm2"))
-        y = self.conv(y, width, 3, name=f"{name}_conv2")
+        y = self.conv_norm(
+            activated, train, width, 3, stride, name=name, index=1, norm_index=2
+        )
+        y = self.conv(nn.relu(y), width, 3, name=f"{name}_conv2")
         # With equal channels the shortcut is x itself, before the norm.
         if x.shape[-1] != width:
             x = self.conv(activated, width, 1, stride, name=f"{name}_conv3")

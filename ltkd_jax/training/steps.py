@@ -137,6 +137,7 @@ def table_teacher(
 
 def network_teacher(model: models.Model) -> TeacherFn:
     """Returns the `TeacherFn` that runs the teacher, in evaluation mode."""
+    model = models.fold_norms(model)
 
     def teacher_fn(
         variables: PyTree, source: BatchSource, images: jax.Array
@@ -152,6 +153,7 @@ def feature_teacher(model: models.Model) -> TeacherFn:
     They are ordered from the first stage to the pooled vector, see
     `models.review.feature_maps`.
     """
+    model = models.fold_norms(model)
 
     def teacher_fn(
         variables: PyTree, source: BatchSource, images: jax.Array
@@ -340,7 +342,10 @@ def apply_gradients(
     """
     loss = jnp.mean(jnp.sum(terms * weights, axis=-1))
     predicted_labels = jnp.argmax(predictions.student_logits, axis=-1)
-    correct = jnp.sum(predicted_labels == predictions.labels)
+    # Floats, so that XLA sums them over the devices together with the loss.
+    correct = jnp.sum(
+        predicted_labels == predictions.labels, dtype=state.sums.correct.dtype
+    )
     # Each device has as many examples, so the mean of its means is the global mean.
     loss, mean_terms = mean_over_devices((loss, terms.mean(axis=0)), axis_name)
     correct = sum_over_devices(correct, axis_name)

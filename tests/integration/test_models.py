@@ -357,6 +357,51 @@ def test_batch_norm_statistics():
     np.testing.assert_allclose(running["var"], variance, rtol=1e-4)
 
 
+def apply_to_drawn_variables(model):
+    """Returns logits and features, and the number of norms, in float64."""
+    images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 8, 3)))
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))
+    rng = np.random.default_rng(1)
+    variables = jax.tree.map(lambda leaf: rng.uniform(0.1, 0.5, leaf.shape), shapes)
+    apply = functools.partial(models.apply_with_features, model, train=False)
+    # Only a norm subtracts from a feature map.
+    equations = jax.make_jaxpr(apply)(variables, images).eqns
+    num_norms = sum(
+        equation.primitive.name == "sub" and equation.outvars[0].aval.ndim == 4
+        for equation in equations
+    )
+    logits, features, _ = jax.jit(apply)(variables, images)
+    return (logits, features), num_norms
+
+
+@pytest.mark.parametrize(
+    "name", sorted(set(SMALL_MODELS) - {"resnet18", "resnet18_imagenet"})
+)
+def test_folded_norms(name):
+    with jax.enable_x64(True):
+        model = models.create(name, 10)
+        expected, num_norms = apply_to_drawn_variables(model)
+        actual, num_left = apply_to_drawn_variables(models.fold_norms(model))
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-9), actual, expected
+    )
+    # The other norms of the wide ResNet follow a sum, whose terms are used as well.
+    expected_left = 7 if name == "wrn_16_1" else 0
+    assert num_norms > num_left == expected_left
+
+
+def test_folding_keeps_variables_and_training():
+    variables, images = small_model()
+    model = models.fold_norms(models.create("resnet8", 10))
+    initial = jax.eval_shape(
+        functools.partial(model.init, train=False), jax.random.key(1), images
+    )
+    assert jax.tree.structure(initial) == jax.tree.structure(variables)
+    apply = functools.partial(model.apply, train=True, mutable=["batch_stats"])
+    logits, _ = jax.jit(apply)(variables, images)
+    np.testing.assert_array_equal(logits, forward("float32")[0])
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
