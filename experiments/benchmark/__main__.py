@@ -8,6 +8,7 @@
     python -m experiments.benchmark bilevel --repeats=0    # the compiler's counts alone
     python -m experiments.benchmark stream    # images/s of a stream and of a plain loop
     python -m experiments.benchmark pytorch   # KD, LTKD and BiKD, beside plain PyTorch
+    python -m experiments.benchmark compiled --target=h100  # kernels and bytes, on none
 
 The modules of experiments/benchmark say what each of them measures, and
 docs/performance.md has results.
@@ -20,6 +21,7 @@ import sys
 from experiments import runtime
 from experiments.benchmark import (
     bilevel_step,
+    compiled,
     input_pipeline,
     loss,
     profile,
@@ -45,6 +47,22 @@ def _names(choices):
         return names
 
     return parse
+
+
+def _device_counts(text):
+    """Parses numbers of devices, such as 1,8."""
+    return [_at_least(1)(number) for number in text.split(",")]
+
+
+def _sizes(text):
+    """Parses sizes such as 64x100,1024x1000."""
+    sizes = [tuple(size.split("x")) for size in text.split(",")]
+    if not all(len(size) == 2 and all(map(str.isdecimal, size)) for size in sizes):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} must be sizes BATCHxCLASSES with commas between them, such as "
+            "64x100,1024x1000"
+        )
+    return [(int(batch), int(classes)) for batch, classes in sizes]
 
 
 def _at_least(minimum):
@@ -215,6 +233,41 @@ def _add_pytorch(commands):
     _add_steps(parser, _PYTORCH_METHODS)
 
 
+def _add_compiled(commands):
+    parser = _add_command(
+        commands,
+        "compiled",
+        compiled.report,
+        "kernels, bytes and memory by the compilers of GPUs and TPUs, without one",
+    )
+    _add_models(parser)
+    parser.add_argument(
+        "--target", choices=compiled.TARGETS, default="h100", help="a device"
+    )
+    parser.add_argument(
+        "--devices", type=_device_counts, default=[1], help="numbers, such as 1,8"
+    )
+    parser.add_argument(
+        "--memory_gib", type=float, help="of a device; default: the target's"
+    )
+    for name, choices, default, description in (
+        ("programs", compiled.PROGRAMS, None, "what to compile"),
+        ("methods", train_step.METHODS, ["ltkd", "bikd"], "of the steps"),
+        ("teachers", _LOGITS_SOURCES, ["table"], "sources of the teacher's logits"),
+        ("precisions", _PRECISIONS, ["bfloat16"], "of the networks and the logits"),
+        ("losses", tuple(compiled.LOSSES), None, "losses"),
+    ):
+        parser.add_argument(
+            f"--{name}",
+            type=_names(choices),
+            default=default or list(choices),
+            help=f"{description}: {', '.join(choices)}",
+        )
+    parser.add_argument(
+        "--sizes", type=_sizes, default="4096x10000", help="of the losses' logits"
+    )
+
+
 def _add_command(commands, name, report, description):
     """Adds a command, and returns the parser of its options."""
     parser = commands.add_parser(
@@ -239,6 +292,7 @@ def _parser():
     _add_bilevel(commands)
     _add_stream(commands)
     _add_pytorch(commands)
+    _add_compiled(commands)
     return parser
 
 

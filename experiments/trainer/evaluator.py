@@ -28,6 +28,7 @@ class Evaluator:
         self, model: models.Model, data: Dataset, parallel: Parallel, batch_size: int
     ):
         self._parallel = parallel
+        self._image_shape = data.image_shape
         # A batch larger than the largest set would be padding.
         size = min(batch_size, max(len(data.train), len(data.test)))
         num_devices = parallel.num_devices
@@ -61,6 +62,22 @@ class Evaluator:
             return np.sum([np.asarray(x, np.float64) for x in batch_sums], axis=0)
 
         return jax.tree.map(add, *sums)
+
+    def lower(self, variables: Any) -> Any:
+        """Returns the evaluation of a batch, lowered as by `jax.jit(f).lower`.
+
+        Args:
+          variables: of the model; leaves have a shape and a dtype.
+        """
+        size = self._batch_size
+        images: Any = jax.ShapeDtypeStruct((size, *self._image_shape), np.uint8)
+        labels: Any = jax.ShapeDtypeStruct((size,), np.int32)
+        mask: Any = jax.ShapeDtypeStruct((size,), np.bool_)
+        batch = steps.EvalBatch(images, labels, mask)
+        describe = self._parallel.describe
+        # What `compile` returns can be lowered, which the type of functions hides.
+        eval_step: Any = self._eval_step
+        return eval_step.lower(describe(variables), describe(batch, 0))
 
     def _batches(self, images: Images | Records) -> Iterable[steps.EvalBatch]:
         """Returns the batches on the devices; images in memory are sent there once."""
