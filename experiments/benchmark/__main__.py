@@ -22,6 +22,7 @@ from experiments import runtime
 from experiments.benchmark import (
     bilevel_step,
     compiled,
+    compilers,
     input_pipeline,
     loss,
     profile,
@@ -242,18 +243,20 @@ def _add_compiled(commands):
     )
     _add_models(parser)
     parser.add_argument(
-        "--target", choices=compiled.TARGETS, default="h100", help="a device"
+        "--target", choices=compilers.TARGETS, default="h100", help="a device"
     )
     parser.add_argument(
         "--devices", type=_device_counts, default=[1], help="numbers, such as 1,8"
     )
     parser.add_argument(
-        "--memory_gib", type=float, help="of a device; default: the target's"
+        "--memory_gib",
+        type=_at_least(1),
+        help="of a device, for which programs are checked; default: the target's",
     )
     for name, choices, default, description in (
         ("programs", compiled.PROGRAMS, None, "what to compile"),
         ("methods", train_step.METHODS, ["ltkd", "bikd"], "of the steps"),
-        ("teachers", _LOGITS_SOURCES, ["table"], "sources of the teacher's logits"),
+        ("teachers", _LOGITS_SOURCES, None, "sources of the teacher's logits"),
         ("precisions", _PRECISIONS, ["bfloat16"], "of the networks and the logits"),
         ("losses", tuple(compiled.LOSSES), None, "losses"),
     ):

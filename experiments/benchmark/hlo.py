@@ -6,7 +6,8 @@ one. A kernel moves its distinct operands and its results, each once:
 
 - Of an operand that a kernel only slices or gathers from, the part that is read counts.
 - Of a result that is updated in place, the update counts.
-- On TPUs, arrays in the core's own memory ("S(1)" in a layout) do not count.
+- On TPUs, copies between the memories are kernels, and arrays in the core's own memory
+  ("S(1)" in a layout) move no bytes.
 
 Bytes are those of the elements, without the padding of tiles.
 """
@@ -42,8 +43,11 @@ _COLLECTIVES = {
 }
 # Instructions that run a computation once: "call" is how XLA writes a CUDA graph.
 _CALLS = {"call", "async-start"}
-# Custom calls that only reserve memory.
-_ALLOCATIONS = ('custom_call_target="AllocateBuffer"',)
+# Custom calls that only reserve or rename memory.
+_FREE_CALLS = re.compile(r'custom_call_target="(AllocateBuffer|ConcatBitcast)"')
+# Asynchronous copies: their results are the operand, the copy and a token, in an order
+# that differs.
+_COPIES = {"copy-start": 0, "slice-start": 1, "dynamic-slice-start": 1}
 # Their first operand is read only where the result comes from.
 _READS = {"dynamic-slice", "gather", "slice"}
 # Instructions that replace a part of their first operand: the operand of the new part.
@@ -68,11 +72,13 @@ class Array:
       elements: their number.
       bits: of an element.
       on_chip: whether it is in the memory of a TPU core.
+      whole: elements of the whole array.
     """
 
     elements: int
     bits: int
-    on_chip: bool = False
+    on_chip: bool
+    whole: int
 
     @property
     def bytes(self) -> int:
@@ -87,15 +93,15 @@ class Counts:
     Attributes:
       kernels: their number.
       bytes: that they read and write.
-      passes: reads and writes of arrays of at least `full_size` elements, in multiples
-        of it; 0 if none was given.
+      passes: reads and writes of arrays of at least `full_size` elements, where a part
+        of an array counts as that fraction; 0 if no size was given.
       collectives: all-reduces and other exchanges between devices; they are not among
         the kernels.
     """
 
     kernels: int = 0
     bytes: int = 0
-    passes: int = 0
+    passes: float = 0
     collectives: int = 0
 
     def __add__(self, other: "Counts") -> "Counts":
@@ -197,7 +203,7 @@ def read(text: str, full_size: int | None = None) -> Block:
     ... }
     ... ''', full_size=8)
     >>> block.counts
-    Counts(kernels=1, bytes=64, passes=2, collectives=0)
+    Counts(kernels=1, bytes=64, passes=2.0, collectives=0)
     """
     return _Reader(text, full_size).block()
 
@@ -257,14 +263,14 @@ class _Reader:
             return Counts()
         if opcode.removesuffix("-start") in _COLLECTIVES:
             return Counts(collectives=1)
-        if any(text in instruction.attributes for text in _ALLOCATIONS):
+        if _FREE_CALLS.search(instruction.attributes):
             return Counts()
         arrays = self._traffic(instruction, instructions)
-        passes = 0
+        passes = 0.0
         if self._full_size:
             for array in arrays:
-                if array.bytes and array.elements >= self._full_size:
-                    passes += round(array.elements / self._full_size)
+                if array.bytes and array.whole >= self._full_size:
+                    passes += array.elements / array.whole
         return Counts(
             kernels=1,
             bytes=sum(array.bytes for array in arrays),
@@ -302,6 +308,8 @@ class _Reader:
     def _read_of_operand(self, instruction, number, instructions) -> int | None:
         """Returns how many elements of an operand are read; None for all of them."""
         opcode = instruction.opcode
+        if opcode in _COPIES and number == 0:
+            return instruction.results[_COPIES[opcode]].elements
         if opcode in _READS and number == 0:
             return _num_elements(instruction.results)
         if opcode in _UPDATES and number == 0:
@@ -342,9 +350,8 @@ class _Reader:
     def _written(self, instruction, instructions) -> list[Array]:
         """Returns the results of a kernel, as far as they are written."""
         results = list(instruction.results)
-        if instruction.opcode == "copy-start":
-            # The results are the copy, the original and a token.
-            return results[:1]
+        if instruction.opcode in _COPIES:
+            return [results[_COPIES[instruction.opcode]]]
         if instruction.opcode in _UPDATES:
             update = instruction.operands[_UPDATES[instruction.opcode]]
             return list(instructions[update].results)
@@ -409,7 +416,7 @@ def _arrays(shape: str) -> Iterator[Array]:
         elements = 1
         for size in filter(None, sizes.split(",")):
             elements *= int(size)
-        yield Array(elements, _bits(dtype), _ON_CHIP in layout)
+        yield Array(elements, _bits(dtype), _ON_CHIP in layout, elements)
 
 
 def _bits(dtype: str) -> int:
