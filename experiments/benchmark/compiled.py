@@ -275,7 +275,9 @@ class _Run:
             trainer.parallel,
             trainer.spec.execution.eval_batch_size,
         )
-        return evaluator.lower(jax.eval_shape(trainer.init, 0).variables)
+        state = jax.eval_shape(trainer.init, 0)
+        images: Any = self._data.test
+        return evaluator.lower(state.variables, images)
 
     def table(self, batch_size: int) -> Any:
         """Returns the lowered logits of the teacher for a batch of its table."""

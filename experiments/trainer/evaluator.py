@@ -28,7 +28,6 @@ class Evaluator:
         self, model: models.Model, data: Dataset, parallel: Parallel, batch_size: int
     ):
         self._parallel = parallel
-        self._image_shape = data.image_shape
         # A batch larger than the largest set would be padding.
         size = min(batch_size, max(len(data.train), len(data.test)))
         num_devices = parallel.num_devices
@@ -63,17 +62,15 @@ class Evaluator:
 
         return jax.tree.map(add, *sums)
 
-    def lower(self, variables: Any) -> Any:
+    def lower(self, variables: Any, images: Images) -> Any:
         """Returns the evaluation of a batch, lowered as by `jax.jit(f).lower`.
 
         Args:
           variables: of the model; leaves have a shape and a dtype.
+          images: the set.
         """
-        size = self._batch_size
-        images: Any = jax.ShapeDtypeStruct((size, *self._image_shape), np.uint8)
-        labels: Any = jax.ShapeDtypeStruct((size,), np.int32)
-        mask: Any = jax.ShapeDtypeStruct((size,), np.bool_)
-        batch = steps.EvalBatch(images, labels, mask)
+        positions = self._parallel.local_positions(self._batch_size)
+        batch = next(padded_batches(images, self._batch_size, positions))
         describe = self._parallel.describe
         # What `compile` returns can be lowered, which the type of functions hides.
         eval_step: Any = self._eval_step

@@ -1,4 +1,4 @@
-"""The reader of compiled programs, on texts whose kernels and bytes are counted here."""
+"""The reader of compiled programs, on short texts that are counted by hand."""
 
 import pytest
 
@@ -31,7 +31,7 @@ ENTRY %main.3 (x.1: f32[8], y.1: bf16[4,2]) -> f32[8] {
   %x.1 = f32[8]{0} parameter(0), metadata={op_name="x (an argument)"}
   %y.1 = bf16[4,2]{1,0} parameter(1)
   %bitcast = bf16[8]{0} bitcast(%y.1)
-  %pair = (f32[8]{0}, pred[8]{0}) fusion(%x.1, /*index=1*/%bitcast), kind=kLoop, calls=%fused
+  %pair = (f32[8]{0}, pred[8]{0}) fusion(%x.1, /*index=1*/%bitcast), calls=%fused
   %first = f32[8]{0} get-tuple-element(%pair), index=0
   ROOT %square = f32[8]{0} multiply(%first, %first)
 }
@@ -100,7 +100,7 @@ def test_only_what_is_updated_counts():
   ROOT %out = (f32[100,4]{1,0}, f32[4]{0}) tuple(%updated, %twice)
 }
 
-ENTRY %main (s: f32[100,4], r: f32[4], i: s32[], k: s32[2,1], u: f32[2,4]) -> f32[100,4] {
+ENTRY %main (s: f32[100,4], r: f32[4], i: s32[], k: s32[2,1]) -> f32[100,4] {
   %s = f32[100,4]{1,0} parameter(0)
   %r = f32[4]{0} parameter(1)
   %i.1 = s32[] parameter(2)
@@ -202,15 +202,18 @@ ENTRY %main (x: f32[4], y: f32[2]) -> f32[4] {
 def test_the_memory_of_a_tpu_core_is_free():
     text = """
 ENTRY %main (x: bf16[64,128]) -> bf16[64,128] {
-  %x = bf16[64,128]{1,0:T(8,128)(2,1)} parameter(0)
-  %copying = (bf16[64,128]{1,0:T(8,128)(2,1)S(1)}, bf16[64,128]{1,0:T(8,128)(2,1)}, u32[]{:S(2)}) copy-start(%x)
-  %half = ((bf16[64,128]{1,0:T(8,128)(2,1)}), bf16[32,128]{1,0:T(8,128)(2,1)S(1)}, s32[]{:S(2)}) slice-start(%x), slice={[0:32], [0:128]}
-  %copy = bf16[64,128]{1,0:T(8,128)(2,1)S(1)} copy-done(%copying)
-  %half.1 = bf16[32,128]{1,0:T(8,128)(2,1)S(1)} slice-done(%half)
-  %whole = bf16[64,128]{1,0:T(8,128)(2,1)S(1)} custom-call(%half.1, %half.1), custom_call_target="ConcatBitcast"
-  ROOT %sum = bf16[64,128]{1,0:T(8,128)(2,1)} add(%copy, %whole)
+  %x = HBM parameter(0)
+  %copying = (CORE, HBM, u32[]{:S(2)}) copy-start(%x)
+  %half = ((HBM), HALF, s32[]{:S(2)}) slice-start(%x), slice={[0:32], [0:128]}
+  %copy = CORE copy-done(%copying)
+  %half.1 = HALF slice-done(%half)
+  %all = CORE custom-call(%half.1, %half.1), custom_call_target="ConcatBitcast"
+  ROOT %sum = HBM add(%copy, %all)
 }
 """
+    text = text.replace("HBM", "bf16[64,128]{1,0:T(8,128)(2,1)}")
+    text = text.replace("CORE", "bf16[64,128]{1,0:T(8,128)(2,1)S(1)}")
+    text = text.replace("HALF", "bf16[32,128]{1,0:T(8,128)(2,1)S(1)}")
     size = 64 * 128
     block = hlo.read(text, full_size=size)
     # Read once as a whole and once by half, and written once.
