@@ -16,6 +16,7 @@ import collections
 import dataclasses
 import functools
 import itertools
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -515,6 +516,8 @@ def report(*, target: str, memory_gib: int | None, **options: Any) -> str:
     misfits = []
     core_seconds: dict[str, float] = collections.defaultdict(float)
     for program in programs(selected, functools.partial(compilers.devices, device)):
+        # Some take minutes.
+        print(f"compiling {program.name}", file=sys.stderr)
         try:
             cost = compilers.compile_lowered(program.lower(), device, program.full_size)
         except jax.errors.JaxRuntimeError as error:

@@ -158,6 +158,17 @@ def test_everything_compiles_for_gpus(target, num_devices):
         assert (total.collectives > 0) == (program.num_devices == 8), program.name
 
 
+@pytest.mark.parametrize("num_devices", [1, 8])
+@pytest.mark.parametrize("target", ["v5e"], indirect=True)
+def test_steps_compile_for_tpus(target, num_devices):
+    """A step and the evaluation: this compiler takes about a minute for a program."""
+    selected = options(["step", "evaluation"], devices=[num_devices], **SMALL)
+    for program, cost in costs(selected, target):
+        total = cost.block.total()
+        assert total.bytes > 0, program.name
+        assert (total.collectives > 0) == (num_devices == 8), program.name
+
+
 @pytest.mark.parametrize("target", ["h100"], indirect=True)
 def test_report(target, capsys):
     benchmark.main(

@@ -149,6 +149,11 @@ LOOPS = """
   ROOT %vvw = f32[4]{0} multiply(%vw, %v)
 }
 
+%wrapped (f: f32[4]) -> f32[4] {
+  %f = f32[4]{0} parameter(0)
+  ROOT %floor = f32[4]{0} floor(%f)
+}
+
 ENTRY %main (x: f32[4], flag: pred[]) -> f32[4] {
   %x.1 = f32[4]{0} parameter(0)
   %flag.1 = pred[] parameter(1)
@@ -156,26 +161,29 @@ ENTRY %main (x: f32[4], flag: pred[]) -> f32[4] {
   %loop = (f32[4]{0}, pred[]) while(%start), condition=%condition, body=%body, TRIPS
   %z = f32[4]{0} get-tuple-element(%loop), index=0
   %graph = f32[4]{0} call(%z, %x.1), to_apply=%command_buffer
-  ROOT %out = f32[4]{0} negate(%graph)
+  %begun = ((f32[4]{0}), f32[4]{0}, u32[]) async-start(%graph), calls=%wrapped
+  %running = ((f32[4]{0}), f32[4]{0}, u32[]) async-update(%begun)
+  %ended = f32[4]{0} async-done(%running)
+  ROOT %out = f32[4]{0} negate(%ended)
 }
 """
 
 
 def test_loops_and_branches_are_parts():
-    """A CUDA graph is none: its kernels are those of the computation that calls it."""
+    """A CUDA graph and an asynchronous computation are parts of what calls them."""
     known = LOOPS.replace("TRIPS", 'backend_config={"known_trip_count":{"n":"10"}}')
     assert parts(known) == {
-        "entry": counts(3, 48 + 48 + 32),
+        "entry": counts(4, 48 + 48 + 32 + 32),
         "loop 1 ×10": counts(1, 32),
         "loop 1 ×10, conditional 1 branch 0": counts(0, 0),
         "loop 1 ×10, conditional 1 branch 1": counts(2, 64),
     }
     # All iterations, each with its dearest branch.
-    assert hlo.read(known).total() == counts(3 + 10 * 3, 128 + 10 * 96)
+    assert hlo.read(known).total() == counts(4 + 10 * 3, 160 + 10 * 96)
 
     unknown = LOOPS.replace("TRIPS", "backend_config={}")
     assert "loop 1 ×?" in parts(unknown)
-    assert hlo.read(unknown).total() == counts(3 + 3, 128 + 96)
+    assert hlo.read(unknown).total() == counts(4 + 3, 160 + 96)
 
 
 def test_collectives():
