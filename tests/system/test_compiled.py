@@ -77,6 +77,10 @@ def costs(selected, device):
         )
 
 
+def key_of(program):
+    return f"{program.name}, {program.num_devices} devices"
+
+
 def values_of(program, cost):
     """Returns the budgeted values of a program by name."""
     values = {"temporaries, MB": cost.temporaries / 1e6}
@@ -119,7 +123,7 @@ def test_budgets(name, target, request):
     exceeding = []
     for program, cost in costs(BUDGETED[name], target):
         measured = values_of(program, cost)
-        key = f"{program.name}, {program.num_devices} devices"
+        key = key_of(program)
         if store:
             stored["programs"][key] = measured
         else:
@@ -133,6 +137,16 @@ def test_budgets(name, target, request):
             + "\n"
         )
     assert not exceeding
+
+
+@pytest.mark.parametrize("target", ["h100"], indirect=True)
+def test_no_budget_is_left_over(target):
+    devices_of = functools.partial(compilers.devices, target)
+    names = set()
+    for selected in BUDGETED.values():
+        programs = compiled.programs(selected, devices_of)
+        names |= {key_of(program) for program in programs}
+    assert set(json.loads(BUDGETS.read_text())["programs"]) == names
 
 
 @pytest.mark.parametrize("num_devices", [1, 8])
