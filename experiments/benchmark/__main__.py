@@ -50,6 +50,15 @@ def _names(choices):
     return parse
 
 
+def _some_of(choices, description, default=None):
+    """Returns the options of an argument that takes names, by default all of them."""
+    return {
+        "type": _names(choices),
+        "default": list(default or choices),
+        "help": f"{description}: {', '.join(choices)}",
+    }
+
+
 def _device_counts(text):
     """Parses numbers of devices, such as 1,8."""
     return [_at_least(1)(number) for number in text.split(",")]
@@ -98,17 +107,9 @@ def _add_models(parser):
 
 def _add_steps(parser, methods):
     _add_models(parser)
+    parser.add_argument("--methods", **_some_of(methods, "some of"))
     parser.add_argument(
-        "--methods",
-        type=_names(methods),
-        default=list(methods),
-        help=", ".join(methods),
-    )
-    parser.add_argument(
-        "--precisions",
-        type=_names(_PRECISIONS),
-        default=["float32"],
-        help=", ".join(_PRECISIONS),
+        "--precisions", **_some_of(_PRECISIONS, "of the networks", ["float32"])
     )
     parser.add_argument(
         "--steps",
@@ -143,10 +144,7 @@ def _add_train(commands):
     )
     _add_steps(parser, train_step.METHODS)
     parser.add_argument(
-        "--teachers",
-        type=_names(_LOGITS_SOURCES),
-        default=list(_LOGITS_SOURCES),
-        help="sources of the teacher's logits",
+        "--teachers", **_some_of(_LOGITS_SOURCES, "sources of the teacher's logits")
     )
 
 
@@ -251,21 +249,20 @@ def _add_compiled(commands):
     parser.add_argument(
         "--memory_gib",
         type=_at_least(1),
-        help="of a device, for which programs are checked; default: the target's",
+        help="memory of a device that the programs must fit into, if not the target's",
     )
-    for name, choices, default, description in (
-        ("programs", compiled.PROGRAMS, None, "what to compile"),
-        ("methods", train_step.METHODS, ["ltkd", "bikd"], "of the steps"),
-        ("teachers", _LOGITS_SOURCES, None, "sources of the teacher's logits"),
-        ("precisions", _PRECISIONS, ["bfloat16"], "of the networks and the logits"),
-        ("losses", tuple(compiled.LOSSES), None, "losses"),
-    ):
-        parser.add_argument(
-            f"--{name}",
-            type=_names(choices),
-            default=default or list(choices),
-            help=f"{description}: {', '.join(choices)}",
-        )
+    parser.add_argument("--programs", **_some_of(compiled.PROGRAMS, "what to compile"))
+    parser.add_argument(
+        "--methods", **_some_of(train_step.METHODS, "of the steps", ["ltkd", "bikd"])
+    )
+    parser.add_argument(
+        "--teachers", **_some_of(_LOGITS_SOURCES, "sources of the teacher's logits")
+    )
+    parser.add_argument(
+        "--precisions",
+        **_some_of(_PRECISIONS, "of the networks and the logits", ["bfloat16"]),
+    )
+    parser.add_argument("--losses", **_some_of(tuple(compiled.LOSSES), "losses"))
     parser.add_argument(
         "--sizes", type=_sizes, default="4096x10000", help="of the losses' logits"
     )
