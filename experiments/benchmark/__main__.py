@@ -8,6 +8,7 @@
     python -m experiments.benchmark bilevel --repeats=0    # the compiler's counts alone
     python -m experiments.benchmark stream    # images/s of a stream and of a plain loop
     python -m experiments.benchmark pytorch   # steps and the loss, beside PyTorch's
+    python -m experiments.benchmark compiled --target=h100  # kernels and bytes, on none
 
 The modules of experiments/benchmark say what each of them measures, and
 docs/performance.md has results.
@@ -20,6 +21,8 @@ import sys
 from experiments import runtime
 from experiments.benchmark import (
     bilevel_step,
+    compiled,
+    compilers,
     input_pipeline,
     loss,
     profile,
@@ -45,6 +48,31 @@ def _names(choices):
         return names
 
     return parse
+
+
+def _some_of(choices, description, default=None):
+    """Returns the options of an argument that takes names, by default all of them."""
+    return {
+        "type": _names(choices),
+        "default": list(default or choices),
+        "help": f"{description}: {', '.join(choices)}",
+    }
+
+
+def _device_counts(text):
+    """Parses numbers of devices, such as 1,8."""
+    return [_at_least(1)(number) for number in text.split(",")]
+
+
+def _sizes(text):
+    """Parses sizes such as 64x100,1024x1000."""
+    sizes = [tuple(size.split("x")) for size in text.split(",")]
+    if not all(len(size) == 2 and all(map(str.isdecimal, size)) for size in sizes):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} must be sizes BATCHxCLASSES with commas between them, such as "
+            "64x100,1024x1000"
+        )
+    return [(int(batch), int(classes)) for batch, classes in sizes]
 
 
 def _at_least(minimum):
@@ -79,17 +107,9 @@ def _add_models(parser):
 
 def _add_steps(parser, methods):
     _add_models(parser)
+    parser.add_argument("--methods", **_some_of(methods, "some of"))
     parser.add_argument(
-        "--methods",
-        type=_names(methods),
-        default=list(methods),
-        help=", ".join(methods),
-    )
-    parser.add_argument(
-        "--precisions",
-        type=_names(_PRECISIONS),
-        default=["float32"],
-        help=", ".join(_PRECISIONS),
+        "--precisions", **_some_of(_PRECISIONS, "of the networks", ["float32"])
     )
     parser.add_argument(
         "--steps",
@@ -124,10 +144,7 @@ def _add_train(commands):
     )
     _add_steps(parser, train_step.METHODS)
     parser.add_argument(
-        "--teachers",
-        type=_names(_LOGITS_SOURCES),
-        default=list(_LOGITS_SOURCES),
-        help="sources of the teacher's logits",
+        "--teachers", **_some_of(_LOGITS_SOURCES, "sources of the teacher's logits")
     )
 
 
@@ -215,6 +232,42 @@ def _add_pytorch(commands):
     _add_steps(parser, _PYTORCH_METHODS)
 
 
+def _add_compiled(commands):
+    parser = _add_command(
+        commands,
+        "compiled",
+        compiled.report,
+        "kernels, bytes and memory by the compilers of GPUs and TPUs, without one",
+    )
+    _add_models(parser)
+    parser.add_argument(
+        "--target", choices=compilers.TARGETS, default="h100", help="a device"
+    )
+    parser.add_argument(
+        "--devices", type=_device_counts, default=[1], help="numbers, such as 1,8"
+    )
+    parser.add_argument(
+        "--memory_gib",
+        type=_at_least(1),
+        help="memory of a device that the programs must fit into, if not the target's",
+    )
+    parser.add_argument("--programs", **_some_of(compiled.PROGRAMS, "what to compile"))
+    parser.add_argument(
+        "--methods", **_some_of(train_step.METHODS, "of the steps", ["ltkd", "bikd"])
+    )
+    parser.add_argument(
+        "--teachers", **_some_of(_LOGITS_SOURCES, "sources of the teacher's logits")
+    )
+    parser.add_argument(
+        "--precisions",
+        **_some_of(_PRECISIONS, "of the networks and the logits", ["bfloat16"]),
+    )
+    parser.add_argument("--losses", **_some_of(tuple(compiled.LOSSES), "losses"))
+    parser.add_argument(
+        "--sizes", type=_sizes, default="4096x10000", help="of the losses' logits"
+    )
+
+
 def _add_command(commands, name, report, description):
     """Adds a command, and returns the parser of its options."""
     parser = commands.add_parser(
@@ -239,6 +292,7 @@ def _parser():
     _add_bilevel(commands)
     _add_stream(commands)
     _add_pytorch(commands)
+    _add_compiled(commands)
     return parser
 
 

@@ -129,14 +129,7 @@ class RunningTraining:
 
     def memory(self) -> int:
         """Returns the bytes of a compiled call: arguments, temporaries and result."""
-        usage = self._lower(0).compile().memory_analysis()
-        # Donated arguments and the results that take their memory count once.
-        return (
-            usage.argument_size_in_bytes
-            + usage.output_size_in_bytes
-            - usage.alias_size_in_bytes
-            + usage.temp_size_in_bytes
-        )
+        return memory_bytes(self._lower(0).compile().memory_analysis())
 
     def hlo(self) -> str:
         """Returns the instructions of the compiled call."""
@@ -144,6 +137,20 @@ class RunningTraining:
 
     def _lower(self, step):
         return self.trainer.lower(step, self._state, self._data, self._inputs)
+
+
+def memory_bytes(usage: Any) -> int:
+    """Returns the bytes of a compiled call by its memory analysis.
+
+    They are those of arguments, results and temporaries; donated arguments and the
+    results that take their memory count once.
+    """
+    return (
+        usage.argument_size_in_bytes
+        + usage.output_size_in_bytes
+        - usage.alias_size_in_bytes
+        + usage.temp_size_in_bytes
+    )
 
 
 def matmul_rate(precision: str, repeats: int = 5) -> float:

@@ -69,6 +69,20 @@ class Evaluator:
 
         return jax.tree.map(add, *sums)
 
+    def lower(self, variables: Any, images: Images) -> Any:
+        """Returns the evaluation of a batch, lowered as by `jax.jit(f).lower`.
+
+        Args:
+          variables: of the model; leaves have a shape and a dtype.
+          images: the set.
+        """
+        positions = self._parallel.local_positions(self._batch_size)
+        batch = next(padded_batches(images, self._batch_size, positions))
+        describe = self._parallel.describe
+        # What `compile` returns can be lowered, which the type of functions hides.
+        eval_step: Any = self._eval_step
+        return eval_step.lower(describe(variables), describe(batch, 0))
+
     def _batches(self, images: Images | Records) -> Iterable[steps.EvalBatch]:
         """Returns the batches on the devices; images in memory are sent there once."""
         if isinstance(images, Records):

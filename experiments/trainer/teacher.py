@@ -7,6 +7,7 @@ and the others wait.
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 import pathlib
@@ -35,7 +36,7 @@ from ltkd_jax.training import hosts, steps, teacher_table
 from ltkd_jax.training.checkpoint import Checkpoints
 from ltkd_jax.training.state import TrainState
 
-_TABLE_BATCH = 2048  # views in a batch when a table is built
+TABLE_BATCH = 2048  # views in a batch when a table is built
 _SAVE_SECONDS = 60  # between two saves of a table's progress
 _log = logging.getLogger(__name__)
 
@@ -192,10 +193,14 @@ class Teacher:
                         f"{total}, and saved"
                     )
 
+            pixels: Any = images.images
+            labels: Any = images.labels
+            train_data = jax.device_put(steps.TrainData(pixels, labels, self.variables))
+            logits_fn = table_logits_fn(self.spec, data)
             teacher_table.build(
-                _table_logits_fn(self.spec, data, images, self.variables),
+                functools.partial(logits_fn, train_data),
                 table,
-                batch_size=min(_TABLE_BATCH, total),
+                batch_size=min(TABLE_BATCH, total),
                 start=start,
                 on_batch=on_batch,
             )
@@ -221,15 +226,15 @@ def _read_progress(path: pathlib.Path) -> int:
         return 0
 
 
-def _table_logits_fn(
-    spec: RunSpec, data: Dataset, images: Images, variables: dict
-) -> Callable[[sampling.BatchIndices], jax.Array]:
-    """Returns the compiled function `indices of B views -> logits [B, C]`."""
+def table_logits_fn(
+    spec: RunSpec, data: Dataset
+) -> Callable[[steps.TrainData, sampling.BatchIndices], jax.Array]:
+    """Returns the jitted function from indices of B views to the teacher's logits.
+
+    It is `(training data with the teacher's variables, indices [B]) -> logits [B, C]`.
+    """
     network = teacher_model(spec.teacher_training(), data)
     teacher_fn = steps.network_teacher(network)
-    pixels: Any = images.images
-    labels: Any = images.labels
-    train_data = jax.device_put(steps.TrainData(pixels, labels, variables))
 
     # The data is an argument: as a constant it would be compiled into the function.
     @jax.jit
@@ -247,7 +252,7 @@ def _table_logits_fn(
         assert batch.teacher.logits is not None
         return batch.teacher.logits
 
-    return lambda indices: logits_fn(train_data, indices)
+    return logits_fn
 
 
 def obtain(

@@ -6,7 +6,7 @@ teacher, model, loss terms and optimizer.
 
 import functools
 import math
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ from experiments.trainer.evaluator import Evaluator
 from ltkd_jax import inference, methods, metrics, models
 from ltkd_jax.data import augment, longtail, sampling
 from ltkd_jax.data.records import Images, Records
+from ltkd_jax.data.streaming import StreamedBatch
 from ltkd_jax.models import review
 from ltkd_jax.training import bilevel_steps, steps
 from ltkd_jax.training import state as states
@@ -38,6 +39,8 @@ class Trainer:
     Args:
       spec: of the training.
       data: the data set of the training.
+      devices: by default those of the process, as many as the specification says. They
+        may be only described (`jax.experimental.topologies`), to compile for them.
 
     Attributes:
       steps_per_epoch: the number of steps of an epoch.
@@ -57,15 +60,20 @@ class Trainer:
         images.
     """
 
-    def __init__(self, spec: TrainingSpec, data: Dataset):
+    def __init__(
+        self,
+        spec: TrainingSpec,
+        data: Dataset,
+        devices: Sequence[jax.Device] | None = None,
+    ):
         recipe = spec.recipe
         execution = spec.execution
         self.spec = spec
         self.data = data
         self.recipe = recipe
-        devices = jax.devices()
-        if execution.devices:
-            devices = devices[: execution.devices]
+        platform = jax.default_backend() if devices is None else devices[0].platform
+        if devices is None:
+            devices = jax.devices()[: execution.devices or None]
         self.parallel = Parallel(execution.parallel, devices)
         self.steps_per_epoch = sampling.steps_per_epoch(
             len(data.train), recipe.batch_size
@@ -73,7 +81,7 @@ class Trainer:
         self.total_steps = recipe.total_steps(self.steps_per_epoch)
         # On CPU, XLA compiles convolutions inside a loop or a branch to much slower
         # code. So on CPU a call makes one step by default, and lookahead is unrolled.
-        self._on_cpu = jax.default_backend() == "cpu"
+        self._on_cpu = platform == "cpu"
         if execution.steps_per_call:
             self.steps_per_call = execution.steps_per_call
         elif self._on_cpu or data.is_streamed:
@@ -292,6 +300,50 @@ class Trainer:
         """Returns `train_steps` lowered for these arguments, as `jax.jit(f).lower`."""
         return self._compiled_at(step).lower(state, data, inputs)
 
+    def argument_shapes(
+        self, teacher: Any, outer_teacher: Any = None
+    ) -> tuple[TrainState, steps.TrainData, steps.StepInputs]:
+        """Returns the arguments of a full call of `train_steps`, as shapes.
+
+        They are for `lower`, which needs neither the arrays nor their devices.
+
+        Args:
+          teacher: see `device_data`; leaves have a shape and a dtype.
+          outer_teacher: the same for the outer set.
+        """
+        data = self._host_data(teacher, outer_teacher)
+        inputs = jax.eval_shape(self._call_inputs)
+        state = jax.eval_shape(self.init, 0)
+        describe = self.parallel.describe
+        return describe(state), describe(data), describe(inputs, batch_axis=1)
+
+    def _call_inputs(self) -> steps.StepInputs:
+        """Returns inputs of a full call as `inputs` yields them, of the global batch.
+
+        It is for their shapes alone.
+        """
+        num_steps = min(self.steps_per_call, self.steps_per_epoch, self.total_steps)
+        train, outer = jax.tree.map(
+            lambda x: x[:num_steps], self._epoch_indices(jnp.int32(0), jnp.int32(0))
+        )
+        if self.data.is_streamed:
+            train, outer = jax.tree.map(
+                self._streamed_batch,
+                (train, outer),
+                is_leaf=lambda x: isinstance(x, sampling.BatchIndices),
+            )
+        mixup = train if self.spec.augment.mixup > 0 else None
+        return steps.StepInputs(train, mixup, outer)
+
+    def _streamed_batch(self, indices: sampling.BatchIndices) -> StreamedBatch:
+        """Returns a batch of streamed images with the shape of these indices."""
+        shape = indices.index.shape
+        return StreamedBatch(
+            jnp.zeros((*shape, *self.data.image_shape), jnp.uint8),
+            jnp.zeros(shape, jnp.int32),
+            jnp.zeros(shape, jnp.uint32),
+        )
+
     def _compiled_at(self, step: int) -> Any:
         """Returns the compiled function for a call whose first step is `step`."""
         weighting_spec = self.spec.loss_weighting
@@ -451,13 +503,16 @@ class Trainer:
         Returns:
           Replicated data for `train_steps`.
         """
+        return self.parallel.replicate(self._host_data(teacher, outer_teacher))
+
+    def _host_data(self, teacher: Any, outer_teacher: Any) -> steps.TrainData:
         class_mass = self._class_mass(teacher)
         data = _train_data(self.data.train, teacher, class_mass)
         if self.loss_weighting is not None:
             # The target is the same everywhere: the mass is that of the training set.
             outer = _train_data(self.data.outer, outer_teacher, class_mass)
             data = data._replace(outer=outer)
-        return self.parallel.replicate(data)
+        return data
 
     def _class_mass(self, teacher: Any) -> np.ndarray | None:
         """Returns the class mass `[C]` of the teacher, if a term reads it.

@@ -140,6 +140,39 @@ class Parallel:
 
         return self._put(jax.tree.map(split, tree), P(_AXIS))
 
+    def describe(self, tree: PyTree, batch_axis: int | None = None) -> PyTree:
+        """Returns shapes and shardings of what `replicate` or `shard` returns.
+
+        A compiled function can be lowered for them without any arrays, also for devices
+        that are only described, see `jax.experimental.topologies`.
+
+        Args:
+          tree: leaves have a shape, that of the global batch, and a dtype.
+          batch_axis: as for `shard`; None for what `replicate` returns.
+
+        >>> import jax.numpy as jnp
+        >>> parallel = Parallel("jit", jax.devices()[:1])
+        >>> double = parallel.compile(lambda x: 2 * x, batch_axis=0)
+        >>> batch = parallel.describe(jnp.ones(4), batch_axis=0)
+        >>> double.lower(batch).out_info.shape
+        (4,)
+        """
+        if self.mode == "pmap":
+            spec = P(_AXIS)
+        else:
+            spec = P() if batch_axis is None else self._batch_spec(batch_axis)
+        sharding = NamedSharding(self._mesh, spec)
+
+        def describe(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            shape = list(x.shape)
+            if self.mode == "pmap":
+                if batch_axis is not None:
+                    shape[batch_axis] //= self.num_devices
+                shape = [len(self._local_devices), *shape]
+            return jax.ShapeDtypeStruct(tuple(shape), x.dtype, sharding=sharding)
+
+        return jax.tree.map(describe, tree)
+
     def compile(
         self,
         fn: Callable[..., PyTree],

@@ -3,12 +3,17 @@
 tests/system/test_benchmark.py runs them completely.
 """
 
+import importlib.util
+
 import numpy as np
 import pytest
 
 from experiments.benchmark import __main__ as benchmark
 from experiments.benchmark import (
     bilevel_step,
+    compiled,
+    compilers,
+    hlo,
     input_pipeline,
     profile,
     timing,
@@ -58,6 +63,17 @@ def test_bilevel_ratios():
             ("--methods=kd,nosuch", "--precisions=", "--teachers=file", "--steps=0"),
         ),
         ("pytorch", ("--methods=dkd", "--repeats=0")),
+        (
+            "compiled",
+            (
+                "--target=h200",
+                "--devices=0",
+                "--memory_gib=0",
+                "--programs=all",
+                "--losses=nosuch",
+                "--sizes=64x100,1024",
+            ),
+        ),
     ],
 )
 def test_bad_options_are_refused(capsys, command, options):
@@ -68,6 +84,44 @@ def test_bad_options_are_refused(capsys, command, options):
         errors = capsys.readouterr().err
         assert name in errors
         assert value in errors
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (["--target=v5e", "--devices=1,3"], "3 devices: a host of this TPU has one of"),
+        (["--programs=losses", "--sizes=64x100,64x10"], "ltkd100 has 100 groups"),
+    ],
+)
+def test_options_that_do_not_fit(arguments, expected):
+    """They are refused before the compiler is looked for."""
+    with pytest.raises(SystemExit, match=expected):
+        benchmark.main(["compiled", *arguments])
+
+
+@pytest.mark.parametrize(
+    "target, package", [("h100", "jax-cuda12-plugin"), ("v5e", "libtpu")]
+)
+def test_missing_compiler(target, package, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    expected = rf'^error: {package} is not installed: pip install -e "\.\[train,aot\]"'
+    with pytest.raises(SystemExit, match=expected) as exit_info:
+        benchmark.main(["compiled", f"--target={target}"])
+    assert "\n" not in str(exit_info.value)
+
+
+def test_rows_of_a_program():
+    """A program with a loop has a row for its body and one for all iterations."""
+    body = hlo.Block(hlo.Counts(kernels=10, bytes=4_000_000, collectives=1))
+    entry = hlo.Block(hlo.Counts(kernels=2, bytes=8_000_000, passes=3.9), ((5, body),))
+    cost = compilers.Cost(entry, temporaries=3 * 2**20, memory=7 * 2**20, seconds=4.0)
+    target = compilers.Target("cuda", bandwidth=1e12, launch=2e-6, memory=2**30)
+    program = compiled.Program("epoch", 8, lambda: None, full_size=100)
+    assert compiled.rows(program, cost, target) == [
+        ["epoch", "8", "2", "8.00", "4", "0", "3.0", "7.0", "4.0", "12"],
+        ["· loop 1 ×5", "", "10", "4.00", "0", "1", "", "", "", "24"],
+        ["· total", "", "52", "28.00", "4", "5", "", "", "", "132"],
+    ]
 
 
 def test_unknown_model():

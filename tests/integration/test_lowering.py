@@ -208,3 +208,44 @@ def test_terms_lower(name):
 
     logits = np.zeros((8, 10), np.float32)
     assert_lowers(gradient, logits, logits, np.zeros(8, np.int32), np.int32(0))
+
+
+@pytest.mark.parametrize(
+    "argument, teacher_source, parallel",
+    [
+        ("ltkd", "table", "jit"),
+        ("dkd,policy=none,cutout=2,mixup=0.2", "none", "pmap"),
+        ("bikd,lookahead=3", "table", "pmap"),
+    ],
+)
+def test_argument_shapes(argument, teacher_source, parallel, tmp_path):
+    """The described arguments of a call are those that the loop passes."""
+    config = tiny(tmp_path, argument, parallel=parallel, steps_per_call=2)
+    assert_described(config, teacher_source)
+
+
+def test_argument_shapes_of_streamed_images(tmp_path):
+    data_dir = prepare_insects(tmp_path)
+    config = streamed(
+        data_dir, tmp_path, "bikd,lookahead=3,mixup=0.2", steps_per_call=2
+    )
+    assert_described(config, "none")
+
+
+def assert_described(config, teacher_source):
+    trainer = get_trainer(resolve(config).student_training(teacher_source))
+    assert trainer.parallel.num_devices == 8
+    teacher = None
+    if teacher_source == "table":
+        num_images = len(trainer.data.train), trainer.data.source.views.num
+        teacher = np.zeros((*num_images, trainer.data.num_classes), np.float32)
+    state = trainer.parallel.replicate(trainer.init(0))
+    data = trainer.device_data(teacher)
+    with contextlib.closing(trainer.inputs(0, 0)) as inputs_of_calls:
+        _, inputs = next(inputs_of_calls)
+    arguments = state, data, inputs
+    described = trainer.argument_shapes(shapes(teacher))
+    assert jax.tree.structure(described) == jax.tree.structure(arguments)
+    for shape, array in zip(jax.tree.leaves(described), jax.tree.leaves(arguments)):
+        assert (shape.shape, shape.dtype) == (array.shape, array.dtype)
+        assert shape.sharding.is_equivalent_to(array.sharding, array.ndim)

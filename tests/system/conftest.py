@@ -21,7 +21,7 @@ def _parse_shard(text):
 
 
 def pytest_addoption(parser):
-    """Adds `--shard` and `--store-durations`."""
+    """Adds `--shard`, `--store-durations` and `--store-budgets`."""
     parser.addoption(
         "--shard",
         type=_parse_shard,
@@ -31,6 +31,11 @@ def pytest_addoption(parser):
         "--store-durations",
         action="store_true",
         help=f"write how long each file took to {DURATIONS}",
+    )
+    parser.addoption(
+        "--store-budgets",
+        action="store_true",
+        help="write the budgets of test_compiled.py in place of checking them",
     )
 
 
