@@ -143,6 +143,7 @@ class ClassSet:
     """
 
     where: jax.Array | None
+    are_read_once = True  # see `Groups`
 
     def exists(self, num_axes: int) -> Array | bool:
         """Returns whether the set has a class, `[...]`."""
@@ -177,7 +178,7 @@ class Groups:
     Attributes:
       assignment: int `[C]`, the group of each class.
       where: bool `[..., C]`, the classes that exist; None for all.
-      membership: bool `[G, C]`; None for many groups.
+      membership: bool `[G, C]`; None for many groups with an index.
       index: int `[G · M]`, M classes for each group; None for all C.
       members: bool `[G, M]`, whether they are in the group.
     """
@@ -193,10 +194,11 @@ class Groups:
         cls, groups: ClassGroups, where: jax.Array | None, index: np.ndarray | None
     ) -> Groups:
         """Returns the groups, with an `index` from `_index_by_group` or None."""
+        if index is None:
+            members = _membership(groups)
+            return cls(groups.assignment, where, members, None, members)
         is_few = groups.num_groups <= _FEW_GROUPS
         membership = _membership(groups) if is_few else None
-        if index is None:
-            return cls(groups.assignment, where, membership, None, _membership(groups))
         flat_index = np.maximum(index, 0).reshape(-1)
         return cls(groups.assignment, where, membership, flat_index, index >= 0)
 
@@ -204,6 +206,11 @@ class Groups:
     def num_groups(self) -> int:
         """Returns G."""
         return len(self.members)
+
+    @property
+    def are_read_once(self) -> bool:
+        """Whether `arrange` repeats no class."""
+        return self.index is not None
 
     def exists(self, num_axes: int) -> Array | bool:
         """Returns whether a class of each group exists, `[..., G]`."""
@@ -399,11 +406,13 @@ def by_reduction(
     classes: ClassSet | Groups,
 ) -> Statistics:
     """Computes the statistics by reductions, and their derivative by a rule."""
-    # The reduction of one pass needs 1/τ as a number: carried along if it is traced, it
-    # would be a sixth accumulator, and under some `vmap` six exceed the shared memory
-    # of a GPU.
-    constant = temperature if isinstance(temperature, float) else None
-    return _reduce(constant, student, teacher, temperature, classes)
+    constant_temperature = None
+    # One pass needs 1/τ as a number: carried along if it is traced, it would be a sixth
+    # accumulator, and under some `vmap` six exceed the shared memory of a GPU. With a
+    # mask each class is reduced G times; there its arithmetic costs more than a pass.
+    if isinstance(temperature, float) and classes.are_read_once:
+        constant_temperature = temperature
+    return _reduce(constant_temperature, student, teacher, temperature, classes)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
