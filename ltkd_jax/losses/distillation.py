@@ -14,7 +14,7 @@ import numpy.typing as npt
 from jax.typing import ArrayLike
 
 from ltkd_jax.groups import check_counts
-from ltkd_jax.losses import _common, ltkd
+from ltkd_jax.losses import _common, _statistics
 from ltkd_jax.losses._common import Scalar
 
 # Keeps WSL's ratio finite for a teacher that is certain and right.
@@ -46,12 +46,12 @@ def kd(
     >>> kd(jnp.ones((2, 3)), jnp.zeros((2, 3))).tolist()  # softmax ignores an offset
     [0.0, 0.0]
     """
-    student, teacher = _common.scale_pair(
+    student, teacher = _common.check_pair(
         student_logits, teacher_logits, temperature, where
     )
-    log_p_teacher = _common.log_softmax(teacher, where)
-    log_p_student = _common.log_softmax(student, where)
-    return temperature**2 * _common.kl(log_p_teacher, log_p_student, where)
+    exists = None if where is None else _common.class_mask(where, student)
+    statistics = _statistics.of_set(student, teacher, temperature, exists)
+    return temperature**2 * statistics.kl
 
 
 def dkd(
@@ -93,12 +93,24 @@ def dkd(
     is_label = _common.label_mask(labels, student)
     exists = _common.class_mask(where, student)
     target = is_label & exists
-    non_target = ~is_label & exists
-    membership = jnp.stack([target, non_target], axis=-2)
-    split = ltkd.membership_kl(student, teacher, membership, temperature)
-    tckd = split.inter
-    nckd = split.intra[..., 1]
-    loss = temperature**2 * (alpha * tckd + beta * nckd)
+    others = ~is_label & exists
+    of_others = _statistics.of_set(student, teacher, temperature, others)
+
+    def log_binary(
+        logits: jax.Array, others_max: jax.Array, others_log_sum: jax.Array
+    ) -> jax.Array:
+        """Returns the log probabilities of the target and of all others, `[..., 2]`."""
+        target_logit = jnp.sum(logits, axis=-1, where=target)
+        log_odds = (target_logit - others_max) / temperature - others_log_sum
+        return jax.nn.log_sigmoid(jnp.stack([log_odds, -log_odds], axis=-1))
+
+    tckd = _common.kl(
+        log_binary(teacher, of_others.teacher_max, of_others.teacher_log_sum),
+        log_binary(student, of_others.student_max, of_others.student_log_sum),
+    )
+    # Without others the target has all of the mass.
+    tckd = jnp.where(others.any(axis=-1), tckd, 0)
+    loss = temperature**2 * (alpha * tckd + beta * of_others.kl)
     return jnp.where(target.any(axis=-1), loss, jnp.nan)
 
 

@@ -17,7 +17,6 @@ inferred: no official code is public.
 # So that help() shows ArrayLike, not all that it stands for.
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import chex
@@ -27,7 +26,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from ltkd_jax.groups import ClassGroups
-from ltkd_jax.losses import _common
+from ltkd_jax.losses import _common, _statistics
 from ltkd_jax.losses._common import AxisName, Scalar
 
 
@@ -85,21 +84,7 @@ def group_kl(
     student, teacher = _common.check_pair(
         student_logits, teacher_logits, temperature, where
     )
-    membership = _membership(groups, student, where)
-    return membership_kl(student, teacher, membership, temperature)
-
-
-def membership_kl(
-    student: jax.Array, teacher: jax.Array, membership: jax.Array, temperature: Scalar
-) -> GroupKL:
-    """Computes `group_kl` for groups that may differ between examples.
-
-    Args:
-      student, teacher: `[..., C]`, from `_common.check_pair`.
-      membership: bool `[..., G, C]`, whether class c exists and is in group g.
-      temperature: τ.
-    """
-    split = _split(student, teacher, membership, temperature)
+    split = _split(student, teacher, groups, temperature, where)
     inter = _common.kl(
         split.teacher_log_mass, split.student_log_mass, split.group_exists
     )
@@ -172,21 +157,29 @@ def rebalance(
         log_sum = _log_given_mass(teacher_mass, log_mass)
         return _scale_groups(log_mass, log_sum, 0, exists)
 
-    # log s_G is a log-sum-exp over the batch. All devices subtract the same maximum, so
-    # that their sums add up.
-    max_log_mass = jnp.max(log_mass, axis=0, where=counted, initial=-jnp.inf)
+    # A log mass of −∞ is that of a group that does not exist.
+    counted &= log_mass != -jnp.inf
+
+    # log s_G is a log-sum-exp over the batch, in one reduction.
+    lowest = _statistics.lowest(log_mass.dtype)
+    max_log_mass, scaled_sum = jax.lax.reduce(
+        (jnp.where(counted, log_mass, lowest), counted.astype(log_mass.dtype)),
+        (lowest, jnp.zeros_like(lowest)),
+        _add_scaled,
+        (0,),
+    )
     if axis_name is not None:
-        max_log_mass = jax.lax.pmax(max_log_mass, axis_name)
-    # The maximum is −∞ for a group without counted entries.
-    max_log_mass = jnp.where(jnp.isfinite(max_log_mass), max_log_mass, 0)[None]
-    # Entries that are not counted may be −∞ or large; 0 keeps exp finite.
-    scaled_mass = jnp.exp(jnp.where(counted, log_mass - max_log_mass, 0))
-    scaled_sum = jnp.sum(scaled_mass, axis=0, keepdims=True, where=counted)
-    if axis_name is not None:
+        # All devices scale by the same maximum, so that their sums add up.
+        device_max = max_log_mass
+        max_log_mass = jax.lax.pmax(device_max, axis_name)
+        scaled_sum *= jnp.exp(device_max - max_log_mass)
         scaled_sum = jax.lax.psum(scaled_sum, axis_name)
+    # A group without counted entries has the sum 0.
+    is_counted = scaled_sum > 0
+    max_log_mass = jnp.where(is_counted, max_log_mass, 0)[None]
+    log_scaled_sum = jnp.log(jnp.where(is_counted, scaled_sum, 1))[None]
 
     # log s_G = max + log(scaled sum).
-    log_scaled_sum = jnp.log(jnp.where(scaled_sum > 0, scaled_sum, 1))
     return _scale_groups(log_mass, max_log_mass, log_scaled_sum, exists)
 
 
@@ -225,6 +218,14 @@ def _scale_groups(
     log_ratio = jnp.where(exists, log_mass - log_sum, 0) - log_factor
     # The softmax over groups normalises c_G p_G.
     return jnp.where(exists, _common.log_softmax(log_ratio, exists), -jnp.inf)
+
+
+def _add_scaled(
+    a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """Adds two sums Σ exp(x − max x), given as (max x, sum)."""
+    maximum = jnp.maximum(a[0], b[0])
+    return maximum, a[1] * jnp.exp(a[0] - maximum) + b[1] * jnp.exp(b[0] - maximum)
 
 
 def rebalanced_inter_group(
@@ -369,13 +370,12 @@ def _split_batch(
     student, teacher = _common.check_pair(
         student_logits, teacher_logits, temperature, where
     )
-    membership = _membership(groups, student, where)
     chex.assert_rank(student, 2, custom_message="batch statistics need logits [B, C]")
     # Masked before anything is computed: a NaN in padding would otherwise reach the
     # gradient as 0 · NaN, although the loss of that example is replaced by 0.
     student = _mask_examples(student, example_mask)
     teacher = _mask_examples(teacher, example_mask)
-    return _split(student, teacher, membership, temperature)
+    return _split(student, teacher, groups, temperature, where)
 
 
 def _rebalanced_inter(
@@ -411,27 +411,6 @@ def _check_example_mask(example_mask: ArrayLike, batch: jax.Array) -> jax.Array:
     return mask
 
 
-def _membership(
-    groups: ClassGroups, logits: jax.Array, where: ArrayLike | None
-) -> jax.Array:
-    """Returns a bool `[..., G, C]`: whether class c exists and is in group g.
-
-    Without `where` all leading axes are 1, since groups are the same for all examples.
-    """
-    chex.assert_shape(
-        groups.assignment,
-        logits.shape[-1:],
-        custom_message="groups must be of the same classes as the logits, [C]",
-    )
-    # For a NumPy assignment this is NumPy, too: a constant of the compiled function.
-    group_indices = np.arange(groups.num_groups)[:, None]
-    membership = groups.assignment[None, :] == group_indices
-    membership = membership.reshape((1,) * (logits.ndim - 1) + membership.shape)
-    if where is None:
-        return membership
-    return membership & _common.class_mask(where, logits)[..., None, :]
-
-
 # --- The split in numerically stable form ---
 
 
@@ -454,7 +433,11 @@ class _Split(NamedTuple):
 
 
 def _split(
-    student: jax.Array, teacher: jax.Array, membership: jax.Array, temperature: Scalar
+    student: jax.Array,
+    teacher: jax.Array,
+    groups: ClassGroups,
+    temperature: Scalar,
+    where: ArrayLike | None,
 ) -> _Split:
     """Splits the distributions of student and teacher by groups.
 
@@ -465,132 +448,33 @@ def _split(
         log p_G = log softmax_G((m_G − m) / τ + log Σ_{j∈G} e^{u_j}).
 
     Each sum over a group contains e⁰ = 1, so no group underflows, however small its
-    mass is. With v_i likewise from the teacher's logits, and sums over i ∈ G,
-
-        KL(p̃^T_{·|G} ‖ p̃^S_{·|G}) = Σ e^v (v − u) / Σ e^v − log Σ e^v + log Σ e^u.
-
-    In this form no normalised distribution is stored for the backward pass, only e^u,
-    e^v and a few numbers for each group.
+    mass is. The teacher has the same from its logits; for the KL within groups see
+    `_statistics`.
 
     Args:
       student, teacher: `[..., C]`, from `_common.check_pair`.
-      membership: bool `[..., G, C]`, whether class c exists and is in group g.
+      groups: of the same C classes.
       temperature: τ.
+      where: bool, broadcastable to `[..., C]`.
     """
-    group_exists = membership.any(axis=-1)
-    u, student_max = _subtract_group_max(student, membership, temperature)
-    v, teacher_max = _subtract_group_max(teacher, membership, temperature)
-    exp_u = jnp.exp(u)
-    exp_v = jnp.exp(v)
-    # A group without existing classes has the sum 0: replaced by 1, its log is 0.
-    student_sum = jnp.where(group_exists, _sum_by_group(exp_u, membership), 1)
-    teacher_sum = jnp.where(group_exists, _sum_by_group(exp_v, membership), 1)
-    # The teacher's mean of v − u. Subtracting before summing makes it exactly 0 for
-    # equal logits, and keeps its digits for similar ones.
-    mean_difference = _sum_by_group(exp_v * (v - u), membership) / teacher_sum
-    log_student_sum = jnp.log(student_sum)
-    log_teacher_sum = jnp.log(teacher_sum)
-    return _Split(
-        student_log_mass=_common.log_softmax(
-            student_max + log_student_sum, group_exists
-        ),
-        teacher_log_mass=_common.log_softmax(
-            teacher_max + log_teacher_sum, group_exists
-        ),
-        intra=mean_difference - (log_teacher_sum - log_student_sum),
-        group_exists=group_exists,
+    chex.assert_shape(
+        groups.assignment,
+        student.shape[-1:],
+        custom_message="groups must be of the same classes as the logits, [C]",
+    )
+    class_exists = None if where is None else _common.class_mask(where, student)
+    statistics, group_exists = _statistics.of_groups(
+        student, teacher, temperature, groups, class_exists
     )
 
+    def log_mass(group_max: jax.Array, log_sum: jax.Array) -> jax.Array:
+        # Without a gradient through the maxima: see `_statistics`.
+        below_max = _common.subtract_max(group_max, group_exists) / temperature
+        return _common.log_softmax(below_max + log_sum, group_exists)
 
-def _subtract_group_max(
-    logits: jax.Array, membership: jax.Array, temperature: Scalar
-) -> tuple[jax.Array, jax.Array]:
-    """Returns (z_i − m_G) / τ, `[..., C]`, and (m_G − m) / τ, `[..., G]`.
-
-    The maxima are subtracted before anything else is done, so that a large offset of
-    one group or of all classes costs no precision; see `_common.subtract_max`.
-    """
-    group_exists = membership.any(axis=-1)
-    # No gradient goes through the maxima: they cancel in the formulas of `_split`.
-    group_max = _max_by_group(jax.lax.stop_gradient(logits), membership)
-    group_max = jnp.where(group_exists, group_max, 0)
-    below_group_max = (logits - _spread_to_classes(group_max, membership)) / temperature
-    below_max = _common.subtract_max(group_max, group_exists) / temperature
-    return below_group_max, below_max
-
-
-# --- Sums and maxima by group ---
-#
-# A masked reduction over [..., G, C] is fast where XLA fuses it with its operand, so
-# that nothing of that size is written to memory. XLA on CPU does not do that. There a
-# matrix product, or a loop over groups, is many times faster.
-
-
-def _sum_by_group(x: jax.Array, membership: jax.Array) -> jax.Array:
-    """Returns the sums over the classes of each group: `[..., C]` to `[..., G]`."""
-
-    def multiply(x: jax.Array, matrix: jax.Array) -> jax.Array:
-        return jnp.matmul(x, matrix.T, precision="highest")
-
-    def masked_sum(x: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.where(membership, x[..., None, :], 0), axis=-1)
-
-    return _by_platform(x, membership, cpu=multiply, default=masked_sum)
-
-
-def _spread_to_classes(x: jax.Array, membership: jax.Array) -> jax.Array:
-    """Returns for each class the value of its group: `[..., G]` to `[..., C]`.
-
-    It is 0 for a class that does not exist.
-    """
-
-    def multiply(x: jax.Array, matrix: jax.Array) -> jax.Array:
-        return jnp.matmul(x, matrix, precision="highest")
-
-    def masked_sum(x: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.where(membership, x[..., None], 0), axis=-2)
-
-    return _by_platform(x, membership, cpu=multiply, default=masked_sum)
-
-
-def _max_by_group(x: jax.Array, membership: jax.Array) -> jax.Array:
-    """Returns the maximum over the classes of each group: `[..., C]` to `[..., G]`.
-
-    It is −inf for a group without existing classes.
-    """
-
-    def loop(x: jax.Array, matrix: jax.Array) -> jax.Array:
-        def max_of_group(in_group: jax.Array) -> jax.Array:
-            return jnp.max(jnp.where(in_group > 0, x, -jnp.inf), axis=-1)
-
-        num_groups = len(matrix)
-        leading_axes = (1,) * (x.ndim - 1)
-        in_groups = matrix.reshape(num_groups, *leading_axes, -1)
-        maxima = jax.lax.map(max_of_group, in_groups)  # [G, ...]
-        return jnp.moveaxis(maxima, 0, -1)
-
-    def masked_max(x: jax.Array) -> jax.Array:
-        return jnp.max(jnp.where(membership, x[..., None, :], -jnp.inf), axis=-1)
-
-    return _by_platform(x, membership, cpu=loop, default=masked_max)
-
-
-def _by_platform(
-    x: jax.Array,
-    membership: jax.Array,
-    *,
-    cpu: Callable[[jax.Array, jax.Array], jax.Array],
-    default: Callable[[jax.Array], jax.Array],
-) -> jax.Array:
-    """Returns `cpu(x, matrix)` on CPU and `default(x)` elsewhere.
-
-    `matrix`, `[G, C]`, is the membership as numbers. Where the groups differ between
-    examples there is no such matrix, and `default` serves all platforms.
-    """
-    differs_by_example = any(size != 1 for size in membership.shape[:-2])
-    if differs_by_example:
-        return default(x)
-    matrix = membership.reshape(membership.shape[-2:]).astype(x.dtype)
-    # JAX chooses when the function is lowered, not when it is traced: a function that
-    # was traced on CPU may be exported for a TPU.
-    return jax.lax.platform_dependent(x, cpu=lambda x: cpu(x, matrix), default=default)
+    return _Split(
+        student_log_mass=log_mass(statistics.student_max, statistics.student_log_sum),
+        teacher_log_mass=log_mass(statistics.teacher_max, statistics.teacher_log_sum),
+        intra=statistics.kl,
+        group_exists=group_exists,
+    )
