@@ -126,6 +126,10 @@ TARGETS = {
 }
 
 
+class OutOfMemoryError(Exception):
+    """Reports that a compiler refuses a program that exceeds its target's memory."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Cost:
     """Holds what a compiler says of a program.
@@ -154,10 +158,10 @@ def missing_package(target: Target) -> str | None:
         }
     for module, package in needed.items():
         try:
-            found = importlib.util.find_spec(module)
+            module_spec = importlib.util.find_spec(module)
         except ModuleNotFoundError:  # of the parent
-            found = None
-        if found is None:
+            module_spec = None
+        if module_spec is None:
             return package
     return None
 
@@ -224,9 +228,17 @@ def compile_lowered(lowered: Any, target: Target, full_size: int | None = None) 
       lowered: of `jax.jit(f).lower`, for devices of the target.
       target: its kind.
       full_size: see `hlo.read`.
+
+    Raises:
+      OutOfMemoryError: the compiler finds that it exceeds the target's memory.
     """
     start = time.perf_counter()
-    compiled = lowered.compile(compiler_options=_options(target))
+    try:
+        compiled = lowered.compile(compiler_options=_options(target))
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise OutOfMemoryError(str(error).splitlines()[0]) from error
     seconds = time.perf_counter() - start
     usage = compiled.memory_analysis()
     return Cost(
