@@ -1,7 +1,8 @@
-"""The compilers of GPUs and TPUs, which need no device.
+"""Compiles functions for GPUs and TPUs on a machine that has none.
 
-They are those of jax's plugins. A target is described to them: its devices have no
-memory and run nothing, but a function can be lowered for them and compiled.
+The compilers are parts of jax's plugins. They get a description of a target, whose
+devices have no memory and run nothing, but for which a function can be lowered and
+compiled.
 """
 
 import dataclasses
@@ -16,7 +17,11 @@ from jax.experimental import topologies
 
 from experiments.benchmark import hlo, timing
 
-# The chips of a TPU's host, by their number.
+# Seconds that a kernel takes besides moving its bytes: an assumption. A TPU runs a
+# program as a whole, so that its kernels are not launched one by one.
+_LAUNCH_ON_GPU = 2e-6
+_LAUNCH_ON_TPU = 0.0
+# The arrangement of a TPU host's chips, by their number.
 _TPU_BOUNDS = {1: (1, 1, 1), 4: (2, 2, 1), 8: (2, 4, 1)}
 
 
@@ -27,7 +32,7 @@ class Target:
     Attributes:
       platform: jax's name of the compiler's plugin, "cuda" or "tpu".
       bandwidth: of its memory, bytes per second.
-      launch: seconds that a kernel takes beside its bytes, an assumption.
+      launch: seconds that a kernel takes besides moving its bytes.
       memory: bytes.
       description: on GPUs, what the compiler must know of the device.
     """
@@ -39,7 +44,7 @@ class Target:
     description: str = ""
 
     def estimate(self, counts: hlo.Counts) -> float:
-        """Returns the estimated seconds of some kernels."""
+        """Returns the estimated seconds: bytes / bandwidth + kernels · launch."""
         return counts.bytes / self.bandwidth + counts.kernels * self.launch
 
 
@@ -95,7 +100,7 @@ def _gpu(
         dnn_version_info {{ major: 9 minor: 8 }}
         device_description_str: "{name}"
     """
-    return Target("cuda", bandwidth, 2e-6, memory, description)
+    return Target("cuda", bandwidth, _LAUNCH_ON_GPU, memory, description)
 
 
 TARGETS = {
@@ -121,8 +126,7 @@ TARGETS = {
         bandwidth=1_555_200_000_000,
         memory=42_331_013_120,
     ),
-    # A TPU runs a program as a whole: its kernels are not launched one by one.
-    "v5e": Target("tpu", bandwidth=819e9, launch=0.0, memory=16 * 2**30),
+    "v5e": Target("tpu", bandwidth=819e9, launch=_LAUNCH_ON_TPU, memory=16 * 2**30),
 }
 
 

@@ -1,5 +1,6 @@
 """Times functions in alternation, so that a slow minute affects all of them alike."""
 
+import functools
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any, TypeVar
@@ -45,11 +46,7 @@ def seconds(call: Callable[[], object], number: int = 1) -> float:
 
 def best(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
     """Returns the seconds of each call, see `best_of_rounds` and `seconds`."""
-
-    def measure_of(call):
-        return lambda: seconds(call)
-
-    measures = {name: measure_of(call) for name, call in calls.items()}
+    measures = {name: functools.partial(seconds, call) for name, call in calls.items()}
     return best_of_rounds(measures, repeats)
 
 

@@ -203,11 +203,9 @@ def measure(
     # First, because it clears the compiled functions of all cases.
     first_steps = {case: first_step(case, **models) for case in cases}
     trainings = {case: start(case, **models) for case in cases}
-
-    def measure_of(training):
-        return lambda: training.seconds(steps)
-
-    measures = {case: measure_of(training) for case, training in trainings.items()}
+    measures = {}
+    for case, training in trainings.items():
+        measures[case] = functools.partial(training.seconds, steps)
     seconds = timing.best_of_rounds(measures, repeats)
     costs = {}
     for case, training in trainings.items():
