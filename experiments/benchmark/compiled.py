@@ -1,5 +1,11 @@
 """Compiles the program's functions for an H100, an A100 or a TPU v5e, without one.
 
+Programs: a call of one step ("step"), of all steps of an epoch, as on accelerators
+("epoch"), of a step with K virtual steps ("lookahead"), or of a step whose images are
+inputs ("streamed"); a batch of the evaluation and of the teacher's table; the losses
+alone, with their gradients; what the first table of experiments/queues/gpu.json calls
+("core_table"), with the sum of its time. The images are noise, as in `train_step`.
+
 Columns:
 
 - kernels, MB, passes, collectives: see `hlo.Counts`. MB are 10⁶ bytes; passes are those
@@ -50,7 +56,7 @@ PROGRAMS = (
 _LOOKAHEAD = 5
 # Views in a batch of the teacher's table: a small one, and what the program takes.
 _TABLE_BATCHES = (512, teachers.TABLE_BATCH)
-# The first table of experiments/queues/gpu.json: its methods and seeds.
+# Methods and seeds of the core table.
 _CORE_METHODS = ("ce", "kd", "dkd", "reviewkd", "ltkd", "ltkd_bs")
 _CORE_SEEDS = 3
 

@@ -13,8 +13,9 @@ There are two ways to compute them:
 - `by_operations`, for CPU, where exponentials take the time: plain operations with
   their automatic derivative, which stores e^u and e^v.
 - `by_reduction`, for accelerators, where the reads and writes of `[B, C]` take the
-  time: one reduction reads both logits once, and a rule for the derivative computes e^u
-  and e^v again. A loss and its gradient are five reads and writes.
+  time: one reduction reads both logits once (two reductions, twice, if the temperature
+  is traced), and a rule for the derivative computes e^u and e^v again. A loss and its
+  gradient are five reads and writes.
 """
 
 # So that help() shows ArrayLike, not all that it stands for.
@@ -120,6 +121,29 @@ def of_groups(
         default=lambda: by_reduction(*args, indexed),
     )
     return statistics, jnp.asarray(indexed.exists(student.ndim))
+
+
+def max_and_scaled_sum(x: jax.Array, where: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns max x and Σ exp(x − max x) over the first axis; see `lowest` for no x."""
+
+    def operations() -> tuple[jax.Array, jax.Array]:
+        maximum = jnp.max(x, axis=0, where=where, initial=lowest(x.dtype))
+        scaled = jnp.exp(jnp.where(where, x - maximum[None], 0))
+        return maximum, jnp.sum(scaled, axis=0, where=where)
+
+    def reduction() -> tuple[jax.Array, jax.Array]:
+        def combine(
+            a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]
+        ) -> tuple[jax.Array, jax.Array]:
+            max_a, sum_a = a
+            max_b, sum_b = b
+            return jnp.maximum(max_a, max_b), add_scaled(max_b - max_a, sum_a, sum_b)
+
+        operands = (jnp.where(where, x, lowest(x.dtype)), where.astype(x.dtype))
+        initial = (lowest(x.dtype), jnp.zeros((), x.dtype))
+        return jax.lax.reduce(operands, initial, combine, (0,))
+
+    return jax.lax.platform_dependent(cpu=operations, default=reduction)
 
 
 def _promote(
@@ -407,6 +431,18 @@ def lowest(dtype: DTypeLike) -> jax.Array:
     return jnp.asarray(-np.finfo(dtype).max / 2**20, dtype)
 
 
+def add_scaled(rise: jax.Array, sum_a: jax.Array, sum_b: jax.Array) -> jax.Array:
+    """Adds Σ exp(x − max x) of two parts, a and b, relative to the larger maximum.
+
+    Args:
+      rise: the maximum of b minus that of a.
+      sum_a, sum_b: the sums, each relative to its own maximum.
+    """
+    # One exponential: one of the two parts keeps its maximum.
+    factor = jnp.exp(-jnp.abs(rise))
+    return jnp.where(rise > 0, sum_a * factor + sum_b, sum_b * factor + sum_a)
+
+
 def by_reduction(
     student: jax.Array,
     teacher: jax.Array,
@@ -462,26 +498,17 @@ def _reduce_in_one_pass(
         # Differences of logits come first, so that an offset costs no precision.
         rise_z = (b.student_max - a.student_max) * scale
         rise_t = (b.teacher_max - a.teacher_max) * scale
-        # One exponential each: one of the two parts keeps its maximum.
-        factor_z = jnp.exp(-jnp.abs(rise_z))
-        factor_t = jnp.exp(-jnp.abs(rise_t))
-
-        def add(
-            rise: jax.Array, factor: jax.Array, in_a: jax.Array, in_b: jax.Array
-        ) -> jax.Array:
-            return jnp.where(rise > 0, in_a * factor + in_b, in_b * factor + in_a)
-
-        # The changes of v − u in b and in a.
+        # How v − u changes in a, whose maxima may rise, and in b. They do not follow
+        # from each other by a difference: one rise may be far larger than the other.
+        change_a = jnp.maximum(rise_z, 0) - jnp.maximum(rise_t, 0)
         change_b = jnp.minimum(rise_t, 0) - jnp.minimum(rise_z, 0)
-        change_a = change_b - (rise_t - rise_z)
         return Sums(
             student_max=jnp.maximum(a.student_max, b.student_max),
-            student=add(rise_z, factor_z, a.student, b.student),
+            student=add_scaled(rise_z, a.student, b.student),
             teacher_max=jnp.maximum(a.teacher_max, b.teacher_max),
-            teacher=add(rise_t, factor_t, a.teacher, b.teacher),
-            difference=add(
+            teacher=add_scaled(rise_t, a.teacher, b.teacher),
+            difference=add_scaled(
                 rise_t,
-                factor_t,
                 a.difference + a.teacher * change_a,
                 b.difference + b.teacher * change_b,
             ),

@@ -160,14 +160,8 @@ def rebalance(
     # A log mass of −∞ is that of a group that does not exist.
     counted &= log_mass != -jnp.inf
 
-    # log s_G is a log-sum-exp over the batch, in one reduction.
-    lowest = _statistics.lowest(log_mass.dtype)
-    max_log_mass, scaled_sum = jax.lax.reduce(
-        (jnp.where(counted, log_mass, lowest), counted.astype(log_mass.dtype)),
-        (lowest, jnp.zeros_like(lowest)),
-        _add_scaled,
-        (0,),
-    )
+    # log s_G is a log-sum-exp over the batch.
+    max_log_mass, scaled_sum = _statistics.max_and_scaled_sum(log_mass, counted)
     if axis_name is not None:
         # All devices scale by the same maximum, so that their sums add up.
         device_max = max_log_mass
@@ -218,14 +212,6 @@ def _scale_groups(
     log_ratio = jnp.where(exists, log_mass - log_sum, 0) - log_factor
     # The softmax over groups normalises c_G p_G.
     return jnp.where(exists, _common.log_softmax(log_ratio, exists), -jnp.inf)
-
-
-def _add_scaled(
-    a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]
-) -> tuple[jax.Array, jax.Array]:
-    """Adds two sums Σ exp(x − max x), given as (max x, sum)."""
-    maximum = jnp.maximum(a[0], b[0])
-    return maximum, a[1] * jnp.exp(a[0] - maximum) + b[1] * jnp.exp(b[0] - maximum)
 
 
 def rebalanced_inter_group(

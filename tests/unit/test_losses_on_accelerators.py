@@ -165,6 +165,21 @@ def test_precisions_and_vmap(grouping, choose_platform):
         np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=2e-5)
 
 
+@pytest.mark.parametrize("size", [1e4, 1e30])
+def test_certain_teacher(size, choose_platform):
+    """The scale of the teacher's logits costs the student's no precision."""
+    choose_platform("cuda")
+    student = np.random.default_rng(2).normal(size=(B, C)).astype(np.float32)
+    labels = np.arange(B) * 4
+    teacher = jnp.asarray(size * np.eye(C, dtype=np.float32)[labels])
+    cross_entropy = losses.cross_entropy(student / TEMPERATURE, labels)
+    expected = TEMPERATURE**2 * cross_entropy
+    actual = jax.jit(losses.kd)(student, teacher, temperature=TEMPERATURE)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5)
+    constant = jax.jit(lambda z, t: losses.kd(z, t, temperature=TEMPERATURE))
+    np.testing.assert_allclose(constant(student, teacher), expected, rtol=1e-5)
+
+
 def equations(jaxpr):
     """Yields every equation, with those inside of calls."""
     for equation in jaxpr.eqns:
