@@ -19,6 +19,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -178,8 +179,9 @@ def _read_logits(
     logits = train.to_logits()[rows].reshape(len(rows), -1, num_classes)
 
     # Bias is measured on the images as they are, not on crops and flips of them.
-    identity_view = source.views.identity if logits.shape[1] > 1 else 0
-    train_sums = _eval_sums(logits[:, identity_view], source.train, dataset.train)
+    train_sums = _eval_sums(
+        source.views.of_unchanged(logits), source.train, dataset.train
+    )
     group_mass = {"long_tailed": metrics.group_mass(train_sums, dataset.groups)}
     results: dict[str, Any] = {
         "hash": files.sha256(path)[:12],
@@ -325,9 +327,11 @@ def _rows_by_key(row_keys: np.ndarray, keys: np.ndarray, name: str) -> np.ndarra
 
 
 def _eval_sums(
-    logits: np.ndarray, all_images: Images | Records, images: Images | Records
+    logits: jax.Array | np.ndarray,
+    all_images: Images | Records,
+    images: Images | Records,
 ) -> metrics.EvalSums:
-    """Returns the evaluation on `images`, which are some of those of the logits."""
+    """Returns the evaluation on `images`, by the logits `[N, C]` of `all_images`."""
     indices = np.searchsorted(all_images.keys, images.keys)
     return metrics.eval_sums(
         jnp.asarray(logits[indices]),
