@@ -285,11 +285,11 @@ class Groups:
 
 
 def _membership(groups: ClassGroups) -> Array:
-    """Returns a bool `[G, C]`: NumPy, a constant of the program, of few groups."""
-    assignment = groups.assignment
+    """Returns `groups.membership`: NumPy, a constant of the program, of few groups."""
     if groups.num_groups > _FEW_GROUPS:
-        assignment = jnp.asarray(assignment)  # computed where it is needed
-    return assignment[None, :] == np.arange(groups.num_groups)[:, None]
+        # Computed where it is needed.
+        groups = dataclasses.replace(groups, assignment=jnp.asarray(groups.assignment))
+    return groups.membership
 
 
 def _index_by_group(groups: ClassGroups) -> np.ndarray | None:
