@@ -95,13 +95,13 @@ def values_of(program, cost):
 
 def excesses(measured, budget):
     """Returns what exceeds its budget; a part that has none does."""
-    found = []
+    texts = []
     for name, value in measured.items():
         allowed = budget.get(name, 0) * ALLOWED
         # Less than a tenth of a megabyte of temporaries is rounding up of small arrays.
         if value > max(allowed, 0.1):
-            found.append(f"{name}: {value}, budget {budget.get(name)}")
-    return found
+            texts.append(f"{name}: {value}, budget {budget.get(name)}")
+    return texts
 
 
 def test_excesses():
