@@ -158,20 +158,20 @@ LOSSES = {
 def _loss_programs(options: Options, devices: list[jax.Device]) -> Iterator[Program]:
     """Yields the losses' values and gradients, of logits on one device."""
     # The precision of matmuls does not matter here, only the type of the logits does.
-    are_bfloat16 = dict.fromkeys(name == "bfloat16" for name in options.precisions)
-    for name, size in itertools.product(options.losses, options.sizes):
-        for is_bfloat16 in are_bfloat16:
-            dtype = jnp.bfloat16 if is_bfloat16 else jnp.float32
-            yield Program(
-                f"{name} {list(size)} {jnp.dtype(dtype).name}",
-                1,
-                functools.partial(_lower_loss, LOSSES[name], size, dtype, devices),
-                full_size=size[0] * size[1],
-            )
+    dtypes = dict.fromkeys(
+        "bfloat16" if name == "bfloat16" else "float32" for name in options.precisions
+    )
+    for name, size, dtype in itertools.product(options.losses, options.sizes, dtypes):
+        yield Program(
+            f"{name} {list(size)} {dtype}",
+            1,
+            functools.partial(_lower_loss, LOSSES[name], size, dtype, devices),
+            full_size=size[0] * size[1],
+        )
 
 
 def _lower_loss(
-    loss: Loss, size: tuple[int, int], dtype: Any, devices: list[jax.Device]
+    loss: Loss, size: tuple[int, int], dtype: str, devices: list[jax.Device]
 ) -> Any:
     """Returns the lowered mean loss with its gradient by the student's logits."""
     batch_size, num_classes = size
