@@ -279,8 +279,9 @@ def _with_identity(runs):
     """
     externals = [identity.external_teacher(run) for run in runs]
     names = {}  # by content
-    for external in filter(None, externals):
-        names.setdefault(external.content, external.name)
+    for external in externals:
+        if external:
+            names.setdefault(external.content, external.name)
     occurrences = collections.Counter(names.values())
     runs_with_identity = []
     for run, external in zip(runs, externals):
