@@ -303,17 +303,17 @@ class Trainer:
         return self._compiled_at(step).lower(state, data, inputs)
 
     def argument_shapes(
-        self, teacher: Any, outer_teacher: Any = None
+        self, teacher: Any
     ) -> tuple[TrainState, steps.TrainData, steps.StepInputs]:
         """Returns the arguments of a full call of `train_steps`, as shapes.
 
         They are for `lower`, which needs neither the arrays nor their devices.
 
         Args:
-          teacher: see `device_data`; leaves have a shape and a dtype.
-          outer_teacher: the same for the outer set.
+          teacher: see `device_data`; leaves have a shape and a dtype. The outer loss
+            must not need a teacher.
         """
-        data = self._host_data(teacher, outer_teacher)
+        data = self._host_data(teacher, outer_teacher=None)
         inputs = jax.eval_shape(self._call_inputs)
         state = jax.eval_shape(self.init, 0)
         describe = self.parallel.describe
