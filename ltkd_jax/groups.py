@@ -37,6 +37,15 @@ class ClassGroups:
         """Returns G."""
         return len(self.names)
 
+    @property
+    def membership(self) -> jax.Array | np.ndarray:
+        """Returns whether each class is in each group, bool `[G, C]`.
+
+        >>> ClassGroups.from_assignment([0, 0, 1]).membership.tolist()
+        [[True, True, False], [False, False, True]]
+        """
+        return self.assignment[None, :] == np.arange(self.num_groups)[:, None]
+
     @classmethod
     def from_counts(
         cls,

@@ -119,7 +119,9 @@ class Classifier:
     def _check(self, images: Images) -> np.ndarray:
         """Returns the network's input: images, or features as float32."""
         if self.takes_features:
-            return features.check(np.asarray(images), "features", *self.image_shape)
+            return features.to_float32(
+                np.asarray(images), "features", *self.image_shape
+            )
         pixels = images if isinstance(images, np.ndarray) else self.read_images(images)
         if pixels.dtype != np.uint8 or pixels.shape[1:] != self.image_shape:
             raise ValueError(

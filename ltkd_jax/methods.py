@@ -562,8 +562,7 @@ def _ltkd_terms(
 def _group_sums(class_mass: jax.Array, groups: ClassGroups) -> jax.Array:
     """Returns the sums over the classes of each group: `[C]` to `[G]`."""
     # Masked sums: a matmul's precision would depend on the platform.
-    in_group = groups.assignment[None, :] == np.arange(groups.num_groups)[:, None]
-    return jnp.where(in_group, class_mass[None, :], 0).sum(axis=-1)
+    return jnp.where(groups.membership, class_mass[None, :], 0).sum(axis=-1)
 
 
 def _equal_groups(class_counts: npt.ArrayLike, num_groups: int) -> ClassGroups:

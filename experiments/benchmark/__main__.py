@@ -8,7 +8,7 @@
     python -m experiments.benchmark bilevel --repeats=0    # the compiler's counts alone
     python -m experiments.benchmark stream    # images/s of a stream and of a plain loop
     python -m experiments.benchmark pytorch   # steps and the loss, beside PyTorch's
-    python -m experiments.benchmark compiled --target=h100  # kernels and bytes, on none
+    python -m experiments.benchmark compiled  # kernels and bytes on a GPU, without it
 
 The modules of experiments/benchmark say what each of them measures, and
 docs/performance.md has results.
@@ -16,6 +16,7 @@ docs/performance.md has results.
 
 import argparse
 import importlib.util
+import re
 import sys
 
 from experiments import runtime
@@ -66,13 +67,16 @@ def _device_counts(text):
 
 def _sizes(text):
     """Parses sizes such as 64x100,1024x1000."""
-    sizes = [tuple(size.split("x")) for size in text.split(",")]
-    if not all(len(size) == 2 and all(map(str.isdecimal, size)) for size in sizes):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} must be sizes BATCHxCLASSES with commas between them, such as "
-            "64x100,1024x1000"
-        )
-    return [(int(batch), int(classes)) for batch, classes in sizes]
+    sizes = []
+    for size in text.split(","):
+        match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", size)
+        if match is None:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} must be sizes BATCHxCLASSES with commas between them, such "
+                "as 64x100,1024x1000"
+            )
+        sizes.append((int(match[1]), int(match[2])))
+    return sizes
 
 
 def _at_least(minimum):
@@ -264,7 +268,10 @@ def _add_compiled(commands):
     )
     parser.add_argument("--losses", **_some_of(tuple(compiled.LOSSES), "losses"))
     parser.add_argument(
-        "--sizes", type=_sizes, default="4096x10000", help="of the losses' logits"
+        "--sizes",
+        type=_sizes,
+        default="4096x10000",
+        help="[B, C] of the losses' logits",
     )
 
 

@@ -130,13 +130,13 @@ class Iteration:
             groups=by_rank,
         )
 
-    def arguments(self, num_lookahead: int, seed: int = 0):
+    def arguments(self, num_lookahead: int):
         """Returns the arguments of `step`, random and of real sizes.
 
         They are a state, batches `[K, B, …]`, an outer batch `[B, …]`, and the
         teacher's variables.
         """
-        rng = np.random.default_rng(seed)
+        rng = np.random.default_rng(0)
 
         def random_batch(*leading):
             shape = (*leading, self._batch_size)
@@ -151,13 +151,13 @@ class Iteration:
 
         num_terms = len(self._objective.terms)
         state = states.create(
-            self._student, self._optimizer, num_terms, _IMAGE_SHAPE, seed
+            self._student, self._optimizer, num_terms, _IMAGE_SHAPE, 0
         )
-        state = self._weighting.init_weight_net(state, seed)
+        state = self._weighting.init_weight_net(state, 0)
         batches = random_batch(num_lookahead)
         outer_batch = random_batch()
         image = jnp.zeros((1, *_IMAGE_SHAPE))
-        teacher = self._teacher.init(jax.random.key(seed), image, train=False)
+        teacher = self._teacher.init(jax.random.key(0), image, train=False)
         return state, batches, outer_batch, teacher
 
     def step(

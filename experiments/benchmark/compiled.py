@@ -36,7 +36,7 @@ from experiments.reporting import writers
 from experiments.trainer import teacher as teachers
 from experiments.trainer.dataset import Dataset
 from experiments.trainer.evaluator import Evaluator
-from experiments.trainer.trainer import Trainer, teacher_model
+from experiments.trainer.trainer import Trainer
 from ltkd_jax import groups, losses
 from ltkd_jax.data.records import Images, Records
 from ltkd_jax.data.sampling import BatchIndices
@@ -70,14 +70,16 @@ class Program:
       num_devices: that it is split over.
       lower: returns it, lowered.
       full_size: elements of the arrays whose passes are counted; None: of none.
-      core_calls: precision of a core table, and how often that table calls it.
+      precision: of the core table that it is a part of.
+      core_calls: how often that table calls it; 0 if it is a part of none.
     """
 
     name: str
     num_devices: int
     lower: Callable[[], Any]
     full_size: int | None = None
-    core_calls: tuple[str, int] = ("", 0)
+    precision: str = ""
+    core_calls: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,20 +158,20 @@ LOSSES = {
 def _loss_programs(options: Options, devices: list[jax.Device]) -> Iterator[Program]:
     """Yields the losses' values and gradients, of logits on one device."""
     # The precision of matmuls does not matter here, only the type of the logits does.
-    are_bfloat16 = dict.fromkeys(name == "bfloat16" for name in options.precisions)
-    for name, size in itertools.product(options.losses, options.sizes):
-        for is_bfloat16 in are_bfloat16:
-            dtype = jnp.bfloat16 if is_bfloat16 else jnp.float32
-            yield Program(
-                f"{name} {list(size)} {jnp.dtype(dtype).name}",
-                1,
-                functools.partial(_lower_loss, LOSSES[name], size, dtype, devices),
-                full_size=size[0] * size[1],
-            )
+    dtypes = dict.fromkeys(
+        "bfloat16" if name == "bfloat16" else "float32" for name in options.precisions
+    )
+    for name, size, dtype in itertools.product(options.losses, options.sizes, dtypes):
+        yield Program(
+            f"{name} {list(size)} {dtype}",
+            1,
+            functools.partial(_lower_loss, LOSSES[name], size, dtype, devices),
+            full_size=size[0] * size[1],
+        )
 
 
 def _lower_loss(
-    loss: Loss, size: tuple[int, int], dtype: Any, devices: list[jax.Device]
+    loss: Loss, size: tuple[int, int], dtype: str, devices: list[jax.Device]
 ) -> Any:
     """Returns the lowered mean loss with its gradient by the student's logits."""
     batch_size, num_classes = size
@@ -200,7 +202,7 @@ class _Run:
       case: method, source of the teacher's logits and precision.
       options: has the models.
       devices: described.
-      steps_per_call: 0: an epoch.
+      steps_per_call: number of steps in a call; 0: an epoch.
       lookahead: K, where weights are learned.
       streamed: whether images are inputs of the step.
       trains_teacher: whether the teacher is trained, in place of the student.
@@ -217,7 +219,6 @@ class _Run:
         streamed: bool = False,
         trains_teacher: bool = False,
     ):
-        self._source = case.teacher
         self._spec = spec = _spec(case, options)
         data = train_step.noise(spec)
         self._data = _streamed(data) if streamed else data
@@ -254,24 +255,8 @@ class _Run:
         return self._lower_step(weighting.update_every - 1)
 
     def _lower_step(self, step: int) -> Any:
-        shapes = self._trainer.argument_shapes(self._teacher())
-        return self._trainer.lower(step, *shapes)
-
-    def _teacher(self) -> Any:
-        """Returns the shapes of what a step reads of the teacher."""
-        if self._source == "none":
-            return None
-        if self._source == "table":
-            num_views = self._data.source.views.num
-            shape = len(self._data.train), num_views, self._data.num_classes
-            return jax.ShapeDtypeStruct(shape, np.float32)
-        return self._teacher_variables()
-
-    def _teacher_variables(self) -> Any:
-        model = teacher_model(self._trainer.spec, self._data)
-        init = functools.partial(model.init, train=False)
-        image = jax.ShapeDtypeStruct((1, *self._data.image_shape), np.float32)
-        return jax.eval_shape(init, jax.random.key(0), image)
+        teacher = train_step.teacher_shapes(self._trainer.spec, self._data)
+        return self._trainer.lower(step, *self._trainer.argument_shapes(teacher))
 
     def evaluation(self) -> Any:
         """Returns the lowered evaluation of a batch."""
@@ -291,7 +276,8 @@ class _Run:
         images: Any = self._data.train
         numbers: Any = jax.ShapeDtypeStruct((batch_size,), np.int32)
         describe = self._trainer.parallel.describe
-        data = steps.TrainData(images.images, images.labels, self._teacher_variables())
+        variables = train_step.teacher_variable_shapes(self._trainer.spec, self._data)
+        data = steps.TrainData(images.images, images.labels, variables)
         logits_fn: Any = teachers.table_logits_fn(self._spec, self._data)
         return logits_fn.lower(describe(data), describe(BatchIndices(numbers, numbers)))
 
@@ -375,7 +361,7 @@ def _table_program(
     case: train_step.Case,
     options: Options,
     devices: list[jax.Device],
-    calls: int = 0,
+    core_calls: int = 0,
 ) -> Program:
     def lower(run: _Run) -> Any:
         return run.table(batch_size)
@@ -384,7 +370,8 @@ def _table_program(
         f"teacher's table, batch {batch_size}, {case.precision}",
         len(devices),
         _lowering(lower, case, options, devices),
-        core_calls=(case.precision, calls),
+        precision=case.precision,
+        core_calls=core_calls,
     )
 
 
@@ -394,38 +381,60 @@ def _core_programs(options: Options, devices: list[jax.Device]) -> Iterator[Prog
     Evaluations are left out, since they take less than a hundredth of it.
     """
     for precision in options.precisions:
-        spec = _spec(train_step.Case("kd", "table", precision), options)
-        data = train_step.noise(spec)
-
-        def epochs(
-            name: str, source: str, calls: int, precision=precision, **run_options: Any
-        ) -> Program:
-            method = "ce" if name == "the teacher" else name
-            case = train_step.Case(method, source, precision)
-            return Program(
-                f"epoch of {name}, {precision}",
-                len(devices),
-                _lowering(
-                    _Run.step, case, options, devices, steps_per_call=0, **run_options
-                ),
-                core_calls=(precision, calls),
-            )
-
-        yield epochs(
-            "the teacher", "none", round(spec.teacher.train.epochs), trains_teacher=True
+        table_case = train_step.Case("kd", "table", precision)
+        spec = _spec(table_case, options)
+        yield _core_epoch(
+            "the teacher",
+            train_step.Case("ce", "none", precision),
+            options,
+            devices,
+            core_calls=round(spec.teacher.train.epochs),
+            trains_teacher=True,
         )
+        data = train_step.noise(spec)
         num_views = len(data.train) * data.source.views.num
         yield _table_program(
             teachers.TABLE_BATCH,
-            train_step.Case("kd", "table", precision),
+            table_case,
             options,
             devices,
-            calls=-(-num_views // teachers.TABLE_BATCH),
+            core_calls=-(-num_views // teachers.TABLE_BATCH),
         )
         num_epochs = round(spec.student_training("none").recipe.epochs)
         for method in _CORE_METHODS:
             source = {"ce": "none", "reviewkd": "features"}.get(method, "table")
-            yield epochs(method, source, _CORE_SEEDS * num_epochs)
+            yield _core_epoch(
+                method,
+                train_step.Case(method, source, precision),
+                options,
+                devices,
+                core_calls=_CORE_SEEDS * num_epochs,
+            )
+
+
+def _core_epoch(
+    name: str,
+    case: train_step.Case,
+    options: Options,
+    devices: list[jax.Device],
+    *,
+    core_calls: int,
+    trains_teacher: bool = False,
+) -> Program:
+    return Program(
+        f"epoch of {name}, {case.precision}",
+        len(devices),
+        _lowering(
+            _Run.step,
+            case,
+            options,
+            devices,
+            steps_per_call=0,
+            trains_teacher=trains_teacher,
+        ),
+        precision=case.precision,
+        core_calls=core_calls,
+    )
 
 
 def programs(
@@ -527,17 +536,15 @@ def report(*, target: str, memory_gib: int | None, **options: Any) -> str:
         print(f"compiling {program.name}", file=sys.stderr)
         try:
             cost = compilers.compile_lowered(program.lower(), device, program.full_size)
-        except jax.errors.JaxRuntimeError as error:
-            # A compiler may refuse what does not fit into the target's memory.
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            misfits.append(f"{program.name}: {str(error).splitlines()[0]}")
+        except compilers.OutOfMemoryError as error:
+            misfits.append(f"{program.name}: {error}")
             continue
         table_rows += rows(program, cost, device)
-        precision, calls = program.core_calls
-        core_seconds[precision] += calls * device.estimate(cost.block.total())
         if cost.memory > memory:
             misfits.append(f"{program.name}: needs {cost.memory / 2**30:.2f} GiB")
+        if program.core_calls:
+            call_seconds = device.estimate(cost.block.total())
+            core_seconds[program.precision] += program.core_calls * call_seconds
     if not table_rows and not misfits:
         raise ValueError(
             "nothing to compile: lookahead is of --methods=bikd, streamed of "
@@ -550,11 +557,10 @@ def report(*, target: str, memory_gib: int | None, **options: Any) -> str:
         f"{1e6 * device.launch:g} µs; no arithmetic, no exchange between devices",
     ]
     for precision, seconds in core_seconds.items():
-        if seconds:
-            lines.append(
-                f"core table in {precision}, {len(_CORE_METHODS)} methods × "
-                f"{_CORE_SEEDS} seeds, by this estimate: {seconds / 60:.0f} minutes"
-            )
+        lines.append(
+            f"core table in {precision}, {len(_CORE_METHODS)} methods × "
+            f"{_CORE_SEEDS} seeds, by this estimate: {seconds / 60:.0f} minutes"
+        )
     lines += [f"does not fit into {memory / 2**30:.3g} GiB: {text}" for text in misfits]
     lines.append(f"{compilers.version(device)}, {provenance.short()}")
     return "\n".join(lines)

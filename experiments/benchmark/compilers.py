@@ -1,7 +1,8 @@
-"""The compilers of GPUs and TPUs, which need no device.
+"""Compiles functions for GPUs and TPUs on a machine that has none.
 
-They are those of jax's plugins. A target is described to them: its devices have no
-memory and run nothing, but a function can be lowered for them and compiled.
+The compilers are parts of jax's plugins. They get a description of a target, whose
+devices have no memory and run nothing, but for which a function can be lowered and
+compiled.
 """
 
 import dataclasses
@@ -16,7 +17,11 @@ from jax.experimental import topologies
 
 from experiments.benchmark import hlo, timing
 
-# The chips of a TPU's host, by their number.
+# Seconds that a kernel takes besides moving its bytes: an assumption. A TPU runs a
+# program as a whole, so that its kernels are not launched one by one.
+_LAUNCH_ON_GPU = 2e-6
+_LAUNCH_ON_TPU = 0.0
+# The arrangement of a TPU host's chips, by their number.
 _TPU_BOUNDS = {1: (1, 1, 1), 4: (2, 2, 1), 8: (2, 4, 1)}
 
 
@@ -27,7 +32,7 @@ class Target:
     Attributes:
       platform: jax's name of the compiler's plugin, "cuda" or "tpu".
       bandwidth: of its memory, bytes per second.
-      launch: seconds that a kernel takes beside its bytes, an assumption.
+      launch: seconds that a kernel takes besides moving its bytes.
       memory: bytes.
       description: on GPUs, what the compiler must know of the device.
     """
@@ -39,7 +44,7 @@ class Target:
     description: str = ""
 
     def estimate(self, counts: hlo.Counts) -> float:
-        """Returns the estimated seconds of some kernels."""
+        """Returns the estimated seconds: bytes / bandwidth + kernels · launch."""
         return counts.bytes / self.bandwidth + counts.kernels * self.launch
 
 
@@ -95,7 +100,7 @@ def _gpu(
         dnn_version_info {{ major: 9 minor: 8 }}
         device_description_str: "{name}"
     """
-    return Target("cuda", bandwidth, 2e-6, memory, description)
+    return Target("cuda", bandwidth, _LAUNCH_ON_GPU, memory, description)
 
 
 TARGETS = {
@@ -121,9 +126,12 @@ TARGETS = {
         bandwidth=1_555_200_000_000,
         memory=42_331_013_120,
     ),
-    # A TPU runs a program as a whole: its kernels are not launched one by one.
-    "v5e": Target("tpu", bandwidth=819e9, launch=0.0, memory=16 * 2**30),
+    "v5e": Target("tpu", bandwidth=819e9, launch=_LAUNCH_ON_TPU, memory=16 * 2**30),
 }
+
+
+class OutOfMemoryError(Exception):
+    """Reports that a compiler refuses a program that exceeds its target's memory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,10 +162,10 @@ def missing_package(target: Target) -> str | None:
         }
     for module, package in needed.items():
         try:
-            found = importlib.util.find_spec(module)
+            module_spec = importlib.util.find_spec(module)
         except ModuleNotFoundError:  # of the parent
-            found = None
-        if found is None:
+            module_spec = None
+        if module_spec is None:
             return package
     return None
 
@@ -224,9 +232,17 @@ def compile_lowered(lowered: Any, target: Target, full_size: int | None = None) 
       lowered: of `jax.jit(f).lower`, for devices of the target.
       target: its kind.
       full_size: see `hlo.read`.
+
+    Raises:
+      OutOfMemoryError: the compiler finds that it exceeds the target's memory.
     """
     start = time.perf_counter()
-    compiled = lowered.compile(compiler_options=_options(target))
+    try:
+        compiled = lowered.compile(compiler_options=_options(target))
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise OutOfMemoryError(str(error).splitlines()[0]) from error
     seconds = time.perf_counter() - start
     usage = compiled.memory_analysis()
     return Cost(

@@ -14,8 +14,9 @@ Bytes are those of the elements, without the padding of tiles.
 
 import dataclasses
 import functools
+import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 # Instructions without a kernel: names, views and tuples of arrays, ends of asynchronous
 # instructions.
@@ -171,7 +172,7 @@ class _Instruction:
     opcode: str
     results: tuple[Array, ...]
     operands: tuple[str, ...]
-    # The text of a parameter's number, or of a constant.
+    # A parameter's number, or a constant, as text.
     arguments: str
     attributes: str
     is_root: bool
@@ -184,6 +185,10 @@ class _Instruction:
             if match:
                 names += _NAME.findall(match[1])
         return tuple(names)
+
+
+# The instructions of a computation, by name.
+_Instructions = dict[str, _Instruction]
 
 
 def read(text: str, full_size: int | None = None) -> Block:
@@ -213,9 +218,9 @@ class _Reader:
 
     def __init__(self, text: str, full_size: int | None):
         self._full_size = full_size
-        self._computations: dict[str, dict[str, _Instruction]] = {}
+        self._computations: dict[str, _Instructions] = {}
         self._entry = ""
-        instructions: dict[str, _Instruction] = {}
+        instructions: _Instructions = {}
         for line in text.splitlines():
             line = _COMMENT.sub("", line).strip()
             header = _HEADER.fullmatch(line)
@@ -228,7 +233,7 @@ class _Reader:
                 instructions[instruction.name] = instruction
         if not self._entry:
             raise ValueError("the text has no ENTRY computation: is it compiled HLO?")
-        self._touched = functools.cache(self._find_touched)
+        self._num_read = functools.cache(self._find_num_read)
 
     def block(self, name: str = "") -> Block:
         """Returns the counts of a computation; of the entry by default."""
@@ -257,7 +262,9 @@ class _Reader:
                 counts += self._instruction_counts(instruction, instructions)
         return Block(counts, tuple(loops), tuple(branches))
 
-    def _instruction_counts(self, instruction, instructions) -> Counts:
+    def _instruction_counts(
+        self, instruction: _Instruction, instructions: _Instructions
+    ) -> Counts:
         opcode = instruction.opcode
         if opcode in _FREE or opcode.endswith(("-done", "-update")):
             return Counts()
@@ -278,7 +285,7 @@ class _Reader:
             collectives=self._collectives_inside(instruction),
         )
 
-    def _collectives_inside(self, instruction) -> int:
+    def _collectives_inside(self, instruction: _Instruction) -> int:
         """Returns the number of collectives that are fused into a kernel."""
         total = 0
         for name in instruction.called("calls"):
@@ -287,25 +294,28 @@ class _Reader:
                 total += self._collectives_inside(inner)
         return total
 
-    def _traffic(self, instruction, instructions) -> list[Array]:
-        """Returns the arrays that a kernel reads and writes, as far as it does."""
-        read = {}
+    def _traffic(
+        self, instruction: _Instruction, instructions: _Instructions
+    ) -> list[Array]:
+        """Returns the arrays, or parts of arrays, that a kernel reads and writes."""
+        parts_read: dict[str, list[Array]] = {}
         for number, operand in enumerate(instruction.operands):
             arrays = instructions[operand].results if operand in instructions else ()
-            elements = self._read_of_operand(instruction, number, instructions)
+            elements = self._num_read_of_operand(instruction, number, instructions)
             # A tuple as an operand, which is rare, is read as a whole.
-            parts = [
-                array if elements is None else _part(array, elements)
-                for array in arrays
-            ]
+            parts = list(arrays)
+            if elements is not None:
+                parts = [_part(array, elements) for array in arrays]
             # An operand that appears twice is read as far as its largest part.
-            previous = read.get(operand, [])
+            previous = parts_read.get(operand, [])
             if _num_elements(parts) >= _num_elements(previous):
-                read[operand] = parts
-        arrays = [array for parts in read.values() for array in parts]
-        return [*arrays, *self._written(instruction, instructions)]
+                parts_read[operand] = parts
+        written = self._written(instruction, instructions)
+        return [*itertools.chain.from_iterable(parts_read.values()), *written]
 
-    def _read_of_operand(self, instruction, number, instructions) -> int | None:
+    def _num_read_of_operand(
+        self, instruction: _Instruction, number: int, instructions: _Instructions
+    ) -> int | None:
         """Returns how many elements of an operand are read; None for all of them."""
         opcode = instruction.opcode
         if opcode in _COPIES and number == 0:
@@ -320,10 +330,10 @@ class _Reader:
             return _num_elements(instructions[update].results)
         if opcode == "fusion":
             (computation,) = instruction.called("calls")
-            return self._touched(computation, number)
+            return self._num_read(computation, number)
         return None
 
-    def _find_touched(self, computation: str, number: int) -> int | None:
+    def _find_num_read(self, computation: str, number: int) -> int | None:
         """Returns how many elements of a parameter a fusion reads; None for all."""
         instructions = self._computations[computation]
         names = {
@@ -341,14 +351,18 @@ class _Reader:
                 if instruction.opcode in _VIEWS and not instruction.is_root:
                     names.add(name)
                     continue
-                elements = self._read_of_operand(instruction, position, instructions)
+                elements = self._num_read_of_operand(
+                    instruction, position, instructions
+                )
                 if elements is None:
                     return None
                 total += elements
         return total
 
-    def _written(self, instruction, instructions) -> list[Array]:
-        """Returns the results of a kernel, as far as they are written."""
+    def _written(
+        self, instruction: _Instruction, instructions: _Instructions
+    ) -> list[Array]:
+        """Returns the results of a kernel, or the parts that it writes."""
         results = list(instruction.results)
         if instruction.opcode in _COPIES:
             return [results[_COPIES[instruction.opcode]]]
@@ -370,8 +384,8 @@ class _Reader:
             while output.opcode in _VIEWS:
                 output = inner[output.operands[0]]
             if output.opcode in _UPDATES:
-                update = inner[output.operands[_UPDATES[output.opcode]]]
-                result = _part(result, _num_elements(update.results))
+                new_part = inner[output.operands[_UPDATES[output.opcode]]]
+                result = _part(result, _num_elements(new_part.results))
             written.append(result)
         return written
 
@@ -412,6 +426,7 @@ def _closing(text: str, depth: int) -> int:
 
 
 def _arrays(shape: str) -> Iterator[Array]:
+    """Yields the arrays of a shape, such as `(f32[8]{0}, pred[8]{0})`."""
     for dtype, sizes, layout in _ARRAY.findall(shape):
         elements = 1
         for size in filter(None, sizes.split(",")):
@@ -431,7 +446,7 @@ def _bits(dtype: str) -> int:
     return int(digits[0]) if digits else 0
 
 
-def _num_elements(arrays) -> int:
+def _num_elements(arrays: Iterable[Array]) -> int:
     return sum(array.elements for array in arrays)
 
 

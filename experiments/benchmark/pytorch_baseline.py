@@ -22,6 +22,9 @@ from experiments.benchmark import pytorch_models
 _KD_WEIGHT = 0.9
 _CE_WEIGHT = 0.1
 _TEMPERATURE = 4.0
+_NUM_CLASSES = 100
+# Of the student, and of BiKD's virtual step.
+_LEARNING_RATE = 0.1
 
 
 def device() -> torch.device:
@@ -38,26 +41,23 @@ def wait() -> None:
 # Losses.
 
 
-def kd(student, teacher, temperature=_TEMPERATURE):
+def kd(student, teacher):
     """Returns KD's loss per example, `[B]`, with the factor τ²."""
-    log_q = F.log_softmax(student / temperature, 1)
-    p = F.softmax(teacher / temperature, 1)
-    return F.kl_div(log_q, p, reduction="none").sum(1) * temperature**2
+    log_q = F.log_softmax(student / _TEMPERATURE, 1)
+    p = F.softmax(teacher / _TEMPERATURE, 1)
+    return F.kl_div(log_q, p, reduction="none").sum(1) * _TEMPERATURE**2
 
 
-def ltkd(student, teacher, groups, alpha=1.0, beta=1.0, temperature=_TEMPERATURE):
-    """Returns LTKD's loss, the mean of a batch.
+def ltkd(student, teacher, groups):
+    """Returns LTKD's loss with α = β = 1, the mean of a batch.
 
     Args:
       student: logits `[B, C]`.
       teacher: logits `[B, C]`.
       groups: indices of the classes of each group.
-      alpha: weight of the term between groups.
-      beta: weight of the term within groups.
-      temperature: τ.
     """
-    q = F.softmax(student / temperature, 1)
-    p = F.softmax(teacher / temperature, 1)
+    q = F.softmax(student / _TEMPERATURE, 1)
+    p = F.softmax(teacher / _TEMPERATURE, 1)
     student_mass = torch.stack([q[:, classes].sum(1) for classes in groups], 1)
     teacher_mass = torch.stack([p[:, classes].sum(1) for classes in groups], 1)
     # The teacher's mass is rebalanced, so that all groups have the same batch sum.
@@ -67,10 +67,10 @@ def ltkd(student, teacher, groups, alpha=1.0, beta=1.0, temperature=_TEMPERATURE
     inter = F.kl_div(student_mass.log(), target, reduction="batchmean")
     intra = 0.0
     for classes in groups:
-        log_q_within = F.log_softmax(student[:, classes] / temperature, 1)
-        p_within = F.softmax(teacher[:, classes] / temperature, 1)
+        log_q_within = F.log_softmax(student[:, classes] / _TEMPERATURE, 1)
+        p_within = F.softmax(teacher[:, classes] / _TEMPERATURE, 1)
         intra = intra + F.kl_div(log_q_within, p_within, reduction="batchmean")
-    return temperature**2 * (alpha * inter + beta * intra)
+    return _TEMPERATURE**2 * (inter + intra)
 
 
 def by_rank(num_classes):
@@ -107,8 +107,6 @@ class Step:
       student: name of a model of `pytorch_models`.
       batch_size: B, of training images and of outer images.
       precision: "float32", "tf32" or "bfloat16" (by autocast).
-      num_classes: C.
-      lr: learning rate, also of BiKD's virtual step.
       update_every: k, after how many steps BiKD's weight net is updated.
       tuned: whether channels are last and the networks compiled, see above.
     """
@@ -121,8 +119,6 @@ class Step:
         student,
         batch_size,
         precision="float32",
-        num_classes=100,
-        lr=0.1,
         update_every=5,
         tuned=False,
     ):
@@ -131,17 +127,16 @@ class Step:
         torch.backends.cuda.matmul.allow_tf32 = allow_tf32
         torch.backends.cudnn.allow_tf32 = allow_tf32
         self._use_autocast = precision == "bfloat16"
-        self._lr = lr
         self._update_every = update_every
         self._num_steps = 0
         self._memory_format = torch.contiguous_format
         if tuned:
             self._memory_format = torch.channels_last
-        self._teacher = self._on_device(pytorch_models.create(teacher, num_classes))
-        student = pytorch_models.create(student, num_classes, seed=1)
+        self._teacher = self._on_device(pytorch_models.create(teacher, _NUM_CLASSES))
+        student = pytorch_models.create(student, _NUM_CLASSES, seed=1)
         self.student = self._on_device(student).train()
         self._optimizer = torch.optim.SGD(
-            self.student.parameters(), lr, momentum=0.9, weight_decay=5e-4
+            self.student.parameters(), _LEARNING_RATE, momentum=0.9, weight_decay=5e-4
         )
         self.weight_net = nn.Sequential(
             nn.Linear(2, 64),
@@ -154,9 +149,9 @@ class Step:
         self._weight_optimizer = torch.optim.Adam(
             self.weight_net.parameters(), 1e-3, weight_decay=1e-4
         )
-        self._groups = by_rank(num_classes)
-        self._batch = self._random_batch(batch_size, num_classes)
-        self._outer_batch = self._random_batch(batch_size, num_classes)
+        self._groups = by_rank(_NUM_CLASSES)
+        self._batch = self._random_batch(batch_size)
+        self._outer_batch = self._random_batch(batch_size)
         step_fns = {
             "ce": self._ce,
             "kd": self._kd,
@@ -188,10 +183,10 @@ class Step:
     def _on_device(self, network):
         return network.to(device(), memory_format=self._memory_format)
 
-    def _random_batch(self, batch_size, num_classes):
+    def _random_batch(self, batch_size):
         images = torch.randn(batch_size, 3, 32, 32, device=device())
         images = images.contiguous(memory_format=self._memory_format)
-        return images, torch.randint(num_classes, (batch_size,), device=device())
+        return images, torch.randint(_NUM_CLASSES, (batch_size,), device=device())
 
     def _teacher_logits(self, images):
         with torch.no_grad():
@@ -274,5 +269,5 @@ class Step:
         )
         virtual_params = {}
         for (name, param), param_gradient in zip(params.items(), gradient):
-            virtual_params[name] = param - self._lr * param_gradient
+            virtual_params[name] = param - _LEARNING_RATE * param_gradient
         return F.cross_entropy(forward(virtual_params, outer_images), outer_labels)

@@ -1,7 +1,8 @@
 """Compares training steps, and LTKD's loss, with PyTorch.
 
 The images are noise of CIFAR's size. All steps are timed on the same device, in
-alternation, and the best time of each is reported.
+alternation, and the best time of each is reported. The column "/ first" has its ratio
+to the time of the method's first row.
 
 A step of this library gathers, crops and flips its batch. It reads the teacher's logits
 from a table, or computes them. To make the table takes a forward pass of every view;
@@ -17,11 +18,13 @@ from experiments import provenance
 from experiments.benchmark import loss, pytorch_baseline, timing, train_step
 from experiments.reporting import writers
 
+# The rows of this library, by the source of the teacher's logits.
 _OURS = {
     "none": "ours",
     "table": "ours, teacher's table",
     "network": "ours, teacher in the step",
 }
+# PyTorch's rows: whether the step is tuned.
 _PYTORCH = {"PyTorch": False, "PyTorch, channels last, compiled": True}
 
 

@@ -30,8 +30,8 @@ class _Basic(nn.Module):
             )
 
     def forward(self, x):
-        branch = nn.Sequential(self.conv1, self.bn1, nn.ReLU(), self.conv2, self.bn2)
-        return torch.relu(branch(x) + self.downsample(x))
+        y = torch.relu(self.bn1(self.conv1(x)))
+        return torch.relu(self.bn2(self.conv2(y)) + self.downsample(x))
 
 
 class _Bottleneck(nn.Module):

@@ -1,5 +1,6 @@
 """Times functions in alternation, so that a slow minute affects all of them alike."""
 
+import functools
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any, TypeVar
@@ -9,6 +10,9 @@ import jax.numpy as jnp
 
 # JAX's name for the matmul precision of a run. None leaves it to the dtype.
 _PRECISIONS = {"float32": "highest", "tf32": "tensorfloat32", "bfloat16": None}
+
+# Rounds in which the rates of the device are measured.
+_REPEATS = 5
 
 _Name = TypeVar("_Name", bound=Hashable)
 
@@ -30,26 +34,16 @@ def best_of_rounds(
     return smallest
 
 
-def seconds(call: Callable[[], object], number: int = 1) -> float:
-    """Returns the mean seconds of a call.
-
-    Args:
-      call: returns only when its work is done.
-      number: how often it is called.
-    """
+def seconds(call: Callable[[], object]) -> float:
+    """Returns the seconds of a call, which returns only when its work is done."""
     start = time.perf_counter()
-    for _ in range(number):
-        call()
-    return (time.perf_counter() - start) / number
+    call()
+    return time.perf_counter() - start
 
 
 def best(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
     """Returns the seconds of each call, see `best_of_rounds` and `seconds`."""
-
-    def measure_of(call):
-        return lambda: seconds(call)
-
-    measures = {name: measure_of(call) for name, call in calls.items()}
+    measures = {name: functools.partial(seconds, call) for name, call in calls.items()}
     return best_of_rounds(measures, repeats)
 
 
@@ -153,7 +147,7 @@ def memory_bytes(usage: Any) -> int:
     )
 
 
-def matmul_rate(precision: str, repeats: int = 5) -> float:
+def matmul_rate(precision: str) -> float:
     """Returns the FLOPs per second of a large matrix product in a run's precision.
 
     This is the rate that the device can reach at best.
@@ -163,16 +157,16 @@ def matmul_rate(precision: str, repeats: int = 5) -> float:
     dtype = jnp.bfloat16 if precision == "bfloat16" else jnp.float32
     x = jnp.ones((size, size), dtype)
     product = jax.jit(lambda a, b: jnp.matmul(a, b, precision=_PRECISIONS[precision]))
-    times = best({"product": blocking(product, x, x)}, repeats)
+    times = best({"product": blocking(product, x, x)}, _REPEATS)
     return 2 * size**3 / times["product"]
 
 
-def bandwidth(repeats: int = 5) -> float:
+def bandwidth() -> float:
     """Returns the bytes per second of adding two large arrays.
 
     Two arrays are read, and one is written.
     """
     x = jnp.ones((4096, 10_000), jnp.float32)
     add = jax.jit(lambda a, b: a + b)
-    times = best({"sum": blocking(add, x, x)}, repeats)
+    times = best({"sum": blocking(add, x, x)}, _REPEATS)
     return 3 * x.nbytes / times["sum"]

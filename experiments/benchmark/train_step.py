@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import itertools
 import tempfile
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,7 +26,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from experiments import provenance
 from experiments.benchmark import timing
 from experiments.config import load
-from experiments.config.spec import RunSpec, resolve
+from experiments.config.spec import RunSpec, TrainingSpec, resolve
 from experiments.reporting import writers
 from experiments.trainer.dataset import Dataset
 from experiments.trainer.trainer import Trainer, teacher_model
@@ -143,16 +144,27 @@ def start(case: Case, **models: str) -> timing.RunningTraining:
     data = noise(spec)
     training_spec = spec.student_training(case.teacher)
     # The teacher's values do not change the costs.
-    teacher = None
-    if case.teacher == "table":
-        shape = len(data.train), data.source.views.num, data.num_classes
-        teacher = np.zeros(shape, np.float32)
-    elif case.teacher == "network":
-        model = teacher_model(training_spec, data)
-        init = jax.jit(functools.partial(model.init, train=False))
-        image = np.zeros((1, *_IMAGE_SHAPE), np.float32)
-        teacher = init(jax.random.key(0), image)
+    teacher = jax.tree.map(
+        lambda x: np.zeros(x.shape, x.dtype), teacher_shapes(training_spec, data)
+    )
     return timing.RunningTraining(Trainer(training_spec, data), teacher)
+
+
+def teacher_shapes(spec: TrainingSpec, data: Dataset) -> Any:
+    """Returns the shapes of what a step reads of the teacher, None without one."""
+    if spec.teacher_source == "none":
+        return None
+    if spec.teacher_source == "table":
+        shape = len(data.train), data.source.views.num, data.num_classes
+        return jax.ShapeDtypeStruct(shape, np.float32)
+    return teacher_variable_shapes(spec, data)
+
+
+def teacher_variable_shapes(spec: TrainingSpec, data: Dataset) -> Any:
+    """Returns the shapes of the teacher's variables."""
+    init = functools.partial(teacher_model(spec, data).init, train=False)
+    image = jax.ShapeDtypeStruct((1, *data.image_shape), np.float32)
+    return jax.eval_shape(init, jax.random.key(0), image)
 
 
 def first_step(case: Case, **models: str) -> tuple[float, float]:
@@ -191,11 +203,9 @@ def measure(
     # First, because it clears the compiled functions of all cases.
     first_steps = {case: first_step(case, **models) for case in cases}
     trainings = {case: start(case, **models) for case in cases}
-
-    def measure_of(training):
-        return lambda: training.seconds(steps)
-
-    measures = {case: measure_of(training) for case, training in trainings.items()}
+    measures = {}
+    for case, training in trainings.items():
+        measures[case] = functools.partial(training.seconds, steps)
     seconds = timing.best_of_rounds(measures, repeats)
     costs = {}
     for case, training in trainings.items():

@@ -85,7 +85,7 @@ def content_hashes(config: dict) -> dict[str, Any]:
         else:
             content["teacher"] = results["hash"]
     elif checkpoint:
-        content["teacher"] = _hash_if_changed(
+        content["teacher"] = _file_hash(
             checkpoint, f"config.teacher.checkpoint={checkpoint!r}"
         )
     if data["subset"] not in SUBSETS:
@@ -289,11 +289,12 @@ def read_teacher_results(folder: str | os.PathLike[str]) -> dict:
 
 
 def _without_run(content: str) -> str:
-    """Returns the hash of a teacher, without the mark that it is a run's."""
+    """Returns the hash of a teacher, without the prefix of a run's student."""
     return content.removeprefix(_RUN_PREFIX)
 
 
 def _is_run(results: dict) -> bool:
+    """Returns whether a `results.json` is that of a run, not that of a teacher."""
     return {"config_hash", "config", "content"} <= results.keys()
 
 
@@ -313,7 +314,7 @@ def _hash_run(folder: str, model: str) -> str:
             f"{run_model!r}, or give another run"
         )
     weights = str(path.with_name(inference.WEIGHTS_NAME))
-    return _RUN_PREFIX + _hash_if_changed(weights, weights)
+    return _RUN_PREFIX + _file_hash(weights, weights)
 
 
 def read_json(path: str | os.PathLike[str], remedy: str = "remove it") -> dict:
@@ -335,22 +336,22 @@ def _hash_data(name: str, data_dir: str | None) -> str | None:
     """Returns the hash of a custom data set, None if there is no such data set."""
     features_path = features.find(name, data_dir)
     if features_path:
-        return _hash_if_changed(str(features_path), str(features_path))
+        return _file_hash(str(features_path), str(features_path))
     fingerprint = records.fingerprint(name, data_dir)
     return fingerprint[:12] if fingerprint else None
 
 
-def _hash_if_changed(path: str, name: str) -> str:
-    """Returns the hash of a file; an error has its name."""
+def _file_hash(path: str, name: str) -> str:
+    """Returns the hash of a file, which messages call `name`."""
     try:
         stat = os.stat(path)
-        return _hash_file(path, stat.st_mtime_ns, stat.st_size)
+        return _cached_file_hash(path, stat.st_mtime_ns, stat.st_size)
     except OSError as error:
         raise ConfigError(f"{name} cannot be read: {error.strerror}") from None
 
 
 @functools.lru_cache(maxsize=8)
-def _hash_file(path: str, *_version: int) -> str:
+def _cached_file_hash(path: str, *_version: int) -> str:
     # Time and size are arguments only to be part of the cache's key: a file that has
     # been rewritten is hashed again.
     return files.sha256(path)[:12]

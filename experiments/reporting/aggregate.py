@@ -277,16 +277,15 @@ def _with_identity(runs):
     In it, the name of an external teacher replaces the hash of its content. If two
     teachers have one name, both have the hash behind it.
     """
-    names = {}
-    for run in runs:
-        external = identity.external_teacher(run)
+    externals = [identity.external_teacher(run) for run in runs]
+    names = {}  # by content
+    for external in externals:
         if external:
             names.setdefault(external.content, external.name)
     occurrences = collections.Counter(names.values())
     runs_with_identity = []
-    for run in runs:
+    for run, external in zip(runs, externals):
         tree = identity.recorded_identity(run)
-        external = identity.external_teacher(run)
         if external:
             name = names[external.content]
             if occurrences[name] > 1:

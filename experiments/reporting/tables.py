@@ -16,8 +16,8 @@ VERDICT_NOTE = (
     "A method is called better than another only if the 95 % t interval of their mean "
     "difference, paired over the same student seeds, does not contain 0; the ± of a "
     "difference is half the length of that interval. It is 9.0 standard deviations of "
-    "the differences with 2 seeds, 2.5 with 3 and 1.2 with 5. A table has many pairs: "
-    "of equal methods one in 20 passes by chance."
+    "the differences with 2 seeds, 2.5 with 3 and 1.2 with 5. A table has many pairs, "
+    "and one in 20 pairs of equal methods passes by chance."
 )
 COLUMNS_NOTE = (
     "Head, medium and tail are groups by rank; many, mid and few are the classes with "

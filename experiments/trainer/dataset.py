@@ -94,7 +94,7 @@ def load(spec: DatasetSpec) -> Dataset:
             source.train.labels[split.train], minlength=source.num_classes
         )
         _warn_of_few_images(spec, source, class_counts)
-        class_groups = _group_classes(class_counts, spec.group_fractions)
+        class_groups = _configured_groups(spec, class_counts)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return Dataset(
@@ -109,9 +109,10 @@ def load(spec: DatasetSpec) -> Dataset:
     )
 
 
-def _group_classes(
-    class_counts: np.ndarray, fractions: tuple[float, ...]
+def _configured_groups(
+    spec: DatasetSpec, class_counts: np.ndarray
 ) -> groups.ClassGroups:
+    fractions = spec.group_fractions
     try:
         return group_classes(class_counts, fractions)
     except ValueError as error:
@@ -139,8 +140,29 @@ def _split(spec: DatasetSpec, source: datasets.Source) -> longtail.Split:
     Raises:
       ValueError: too few images for the draw; it names the keys and the class.
     """
+    labels = source.train.labels
+    keys = source.train.keys
     try:
-        return _draw(spec, source)
+        if spec.subset not in SUBSETS:
+            return longtail.split_by_list(
+                longtail.read_list(spec.subset),
+                labels,
+                keys,
+                num_classes=source.num_classes,
+                seed=spec.split_seed,
+                outer_per_class=spec.outer_per_class,
+                validation_per_class=spec.validation_per_class,
+            )
+        return longtail.split(
+            labels,
+            keys,
+            num_classes=source.num_classes,
+            imbalance=spec.imbalance if spec.subset == "exponential" else None,
+            n_max=spec.n_max,
+            seed=spec.split_seed,
+            outer_per_class=spec.outer_per_class,
+            validation_per_class=spec.validation_per_class,
+        )
     except longtail.HeldOutError as error:
         name = source.class_names[error.label]
         raise ValueError(
@@ -169,32 +191,8 @@ def _warn_of_few_images(
 # The data of one process may be loaded several times.
 @functools.cache
 def _warn_once(message: str) -> None:
+    """Logs a warning that has not been logged before."""
     _log.warning(message)
-
-
-def _draw(spec: DatasetSpec, source: datasets.Source) -> longtail.Split:
-    labels = source.train.labels
-    keys = source.train.keys
-    if spec.subset not in SUBSETS:
-        return longtail.split_by_list(
-            longtail.read_list(spec.subset),
-            labels,
-            keys,
-            num_classes=source.num_classes,
-            seed=spec.split_seed,
-            outer_per_class=spec.outer_per_class,
-            validation_per_class=spec.validation_per_class,
-        )
-    return longtail.split(
-        labels,
-        keys,
-        num_classes=source.num_classes,
-        imbalance=spec.imbalance if spec.subset == "exponential" else None,
-        n_max=spec.n_max,
-        seed=spec.split_seed,
-        outer_per_class=spec.outer_per_class,
-        validation_per_class=spec.validation_per_class,
-    )
 
 
 def _read(

@@ -19,6 +19,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -126,6 +127,8 @@ class LogitsTeacher:
       keys: `[N]`, of these images, sorted.
       results: its part of `results.json`.
       variables: None, since there is no network.
+
+    It has the interface of `Teacher`; its `table` ignores `stop`.
     """
 
     logits: np.ndarray
@@ -161,11 +164,14 @@ def load_logits(path: str | os.PathLike[str], dataset: Dataset) -> LogitsTeacher
 def _read_logits(
     path: str | os.PathLike[str], dataset: Dataset
 ) -> tuple[np.ndarray, dict]:
-    """Returns the training logits `[N, V, C]`, and the teacher's results."""
+    """Returns the training logits `[N, V, C]`, sorted by key, and the results.
+
+    The results are the teacher's part of `results.json`.
+    """
     source = dataset.source
     num_classes = dataset.num_classes
     file = LogitsFile(path)
-    _check_class_names(file, source.class_names)
+    _check_file_class_names(file, source.class_names)
     train = file.logits(TRAIN_PREFIX, views=True)
     rows = _match_rows(
         train, source.train, [(num_classes,), (source.views.num, num_classes)]
@@ -173,8 +179,9 @@ def _read_logits(
     logits = train.to_logits()[rows].reshape(len(rows), -1, num_classes)
 
     # Bias is measured on the images as they are, not on crops and flips of them.
-    identity_view = source.views.identity if logits.shape[1] > 1 else 0
-    train_sums = _eval_sums(logits[:, identity_view], source.train, dataset.train)
+    train_sums = _eval_sums(
+        source.views.of_unchanged(logits), source.train, dataset.train
+    )
     group_mass = {"long_tailed": metrics.group_mass(train_sums, dataset.groups)}
     results: dict[str, Any] = {
         "hash": files.sha256(path)[:12],
@@ -190,7 +197,7 @@ def _read_logits(
     return logits, results
 
 
-def _check_class_names(file: LogitsFile, class_names: tuple[str, ...]) -> None:
+def _check_file_class_names(file: LogitsFile, class_names: tuple[str, ...]) -> None:
     """Raises LogitsError if a file has names of classes that are not the data set's."""
     if "class_names" not in file.names:
         return
@@ -232,14 +239,14 @@ def check_class_names(
 def _match_rows(
     logits: Logits, images: Images | Records, allowed_shapes: list[tuple[int, ...]]
 ) -> np.ndarray:
-    """Returns the row of each image, found by its key.
+    """Returns the row of each image, int `[M]`, found by its key.
 
     The rows may be in any order, and some may be of other images. Their keys may be
     longer paths, see `longtail.match_paths`.
 
     Args:
       logits: N rows with labels and keys.
-      images: of the data set.
+      images: M images of the data set.
       allowed_shapes: of one row.
 
     Raises:
@@ -285,44 +292,46 @@ def _match_rows(
 
 
 def _rows_by_key(row_keys: np.ndarray, keys: np.ndarray, name: str) -> np.ndarray:
-    """Returns the row of each image, -1 where there is none.
+    """Returns the row of each image, int `[M]`, -1 where there is none.
 
     Args:
-      row_keys: str `[N]`.
+      row_keys: str `[N]`, of the rows.
       keys: str `[M]`, of the images.
       name: of the array with the rows' keys, for messages.
 
     Raises:
       LogitsError: two rows are of one image.
     """
-    images = longtail.match_paths(row_keys.tolist(), keys)
-    (matched,) = np.nonzero(images >= 0)
-    is_exact = row_keys[matched] == keys[images[matched]]
+    image_of_row = longtail.match_paths(row_keys.tolist(), keys)  # -1: of no image
+    (candidates,) = np.nonzero(image_of_row >= 0)
+    is_exact = row_keys[candidates] == keys[image_of_row[candidates]]
     # Where a row has an image's very key, longer paths are of other images.
-    has_exact = np.zeros(len(keys), bool)
-    has_exact[images[matched[is_exact]]] = True
-    matched = matched[is_exact | ~has_exact[images[matched]]]
+    has_exact_row = np.zeros(len(keys), bool)
+    has_exact_row[image_of_row[candidates[is_exact]]] = True
+    matched = candidates[is_exact | ~has_exact_row[image_of_row[candidates]]]
     rows = np.full(len(keys), -1)
-    rows[images[matched]] = matched
-    # Of two rows of an image, the other one is in `rows`.
-    lost = matched[rows[images[matched]] != matched]
-    if lost.size:
-        key = str(row_keys[lost[0]])
-        other = str(row_keys[rows[images[lost[0]]]])
-        if key == other:
-            raise LogitsError(f"{name} has {key!r} twice: keep one of the rows")
-        raise LogitsError(
-            f"{name} has {key!r} and {other!r}, which both end in the key of one "
-            f"image, {str(keys[images[lost[0]]])!r}: keep its row only, or give the "
-            "keys of split.csv"
-        )
-    return rows
+    rows[image_of_row[matched]] = matched
+    # An assignment keeps the last of several rows of an image, so the others differ.
+    duplicates = matched[rows[image_of_row[matched]] != matched]
+    if not duplicates.size:
+        return rows
+    image = image_of_row[duplicates[0]]
+    key = str(row_keys[duplicates[0]])
+    other_key = str(row_keys[rows[image]])
+    if key == other_key:
+        raise LogitsError(f"{name} has {key!r} twice: keep one of the rows")
+    raise LogitsError(
+        f"{name} has {key!r} and {other_key!r}, which both end in the key of one "
+        f"image, {str(keys[image])!r}: keep its row only, or give the keys of split.csv"
+    )
 
 
 def _eval_sums(
-    logits: np.ndarray, all_images: Images | Records, images: Images | Records
+    logits: jax.Array | np.ndarray,
+    all_images: Images | Records,
+    images: Images | Records,
 ) -> metrics.EvalSums:
-    """Returns the evaluation on `images`, which are some of those of the logits."""
+    """Returns the evaluation on `images`, by the logits `[N, C]` of `all_images`."""
     indices = np.searchsorted(all_images.keys, images.keys)
     return metrics.eval_sums(
         jnp.asarray(logits[indices]),

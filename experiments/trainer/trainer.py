@@ -152,6 +152,7 @@ class Trainer:
         return review.with_fusion(model, teacher, self.data.image_shape)
 
     def _check_input(self) -> None:
+        """Raises ValueError unless the augmentation and the model fit the images."""
         policy = self.spec.augment.policy
         cutout = self.spec.augment.cutout
         if len(self.data.image_shape) == 1 and (policy != "none" or cutout):
@@ -170,6 +171,7 @@ class Trainer:
         jax.eval_shape(self.init, 0)
 
     def _check_outer_batch(self, size: int) -> None:
+        """Raises ValueError unless an outer batch splits evenly over the devices."""
         num_devices = self.parallel.num_devices
         if size % num_devices == 0:
             return
@@ -301,17 +303,17 @@ class Trainer:
         return self._compiled_at(step).lower(state, data, inputs)
 
     def argument_shapes(
-        self, teacher: Any, outer_teacher: Any = None
+        self, teacher: Any
     ) -> tuple[TrainState, steps.TrainData, steps.StepInputs]:
         """Returns the arguments of a full call of `train_steps`, as shapes.
 
         They are for `lower`, which needs neither the arrays nor their devices.
 
         Args:
-          teacher: see `device_data`; leaves have a shape and a dtype.
-          outer_teacher: the same for the outer set.
+          teacher: see `device_data`; leaves have a shape and a dtype. The outer loss
+            must not need a teacher.
         """
-        data = self._host_data(teacher, outer_teacher)
+        data = self._host_data(teacher, outer_teacher=None)
         inputs = jax.eval_shape(self._call_inputs)
         state = jax.eval_shape(self.init, 0)
         describe = self.parallel.describe
@@ -506,6 +508,7 @@ class Trainer:
         return self.parallel.replicate(self._host_data(teacher, outer_teacher))
 
     def _host_data(self, teacher: Any, outer_teacher: Any) -> steps.TrainData:
+        """Returns what `device_data` puts on the devices."""
         class_mass = self._class_mass(teacher)
         data = _train_data(self.data.train, teacher, class_mass)
         if self.loss_weighting is not None:
@@ -527,8 +530,8 @@ class Trainer:
             return None
         images = self.data.train
         if self.spec.teacher_source == "table":
-            view = self.data.source.views.identity if teacher.shape[1] > 1 else 0
-            logits = jnp.asarray(teacher[:, view]) / temperature
+            logits = jnp.asarray(self.data.source.views.of_unchanged(teacher))
+            logits = logits / temperature
             is_image = np.ones(len(images), bool)
             mass = metrics.eval_sums(logits, images.labels, is_image).mass
         else:
@@ -549,6 +552,7 @@ class Trainer:
 def _train_data(
     images: Images | Records, teacher: Any, class_mass: Any
 ) -> steps.TrainData:
+    """Returns the data of a set; streamed images are inputs of the step instead."""
     if isinstance(images, Records):
         return steps.TrainData(None, None, teacher, class_mass=class_mass)
     # These are NumPy arrays, which the types of `TrainData` do not allow.

@@ -60,6 +60,14 @@ class Views:
         """Returns F: 2 with mirror images, else 1."""
         return 2 if self.flip else 1
 
+    def of_unchanged(self, logits: Array) -> Array:
+        """Returns the logits `[N, C]` of unchanged images.
+
+        Args:
+          logits: `[N, num, C]` of all views, or `[N, 1, C]` of unchanged images.
+        """
+        return logits[:, self.identity if logits.shape[1] > 1 else 0]
+
 
 @dataclasses.dataclass(frozen=True)
 class Extra:

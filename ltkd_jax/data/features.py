@@ -51,7 +51,7 @@ class Features:
       test: its test rows.
       class_names: `[C]`, in label order.
       mean: of each column of the training rows.
-      std: likewise, the deviation.
+      std: standard deviation of each column; 1 for a constant one.
     """
 
     train: records.Images
@@ -99,8 +99,8 @@ def read(path: PathLike) -> Features:
             "y_test those of a test set, such as train_test_split of scikit-learn "
             "holds out"
         )
-    x = check(file.array("x"), f"{path}: x")
-    x_test = check(file.array("x_test"), f"{path}: x_test", x.shape[1])
+    x = to_float32(file.array("x"), f"{path}: x")
+    x_test = to_float32(file.array("x_test"), f"{path}: x_test", x.shape[1])
     class_names = _class_names(file, file.array("y"))
     train = _images(file, x, "", len(class_names))
     test = _images(file, x_test, "_test", len(class_names))
@@ -124,12 +124,12 @@ def read_rows(path: PathLike) -> tuple[Array, Array]:
             f"{path} has the arrays {', '.join(file.names) or '(none)'}; it lacks x, "
             "the rows"
         )
-    x = check(file.array("x"), f"{path}: x")
+    x = to_float32(file.array("x"), f"{path}: x")
     return x, _keys(file, "keys", len(x))
 
 
-def check(x: npt.ArrayLike, name: str, num_columns: int | None = None) -> Array:
-    """Returns features as float32 `[N, D]`.
+def to_float32(x: npt.ArrayLike, name: str, num_columns: int | None = None) -> Array:
+    """Returns features as float32 `[N, D]`, after checking them.
 
     Args:
       x: numbers `[N, D]`.
@@ -139,7 +139,7 @@ def check(x: npt.ArrayLike, name: str, num_columns: int | None = None) -> Array:
     Raises:
       ValueError: another type or shape, NaN, or a number beyond ±1e30.
 
-    >>> check([[1, 2]], "x").dtype
+    >>> to_float32([[1, 2]], "x").dtype
     dtype('float32')
     """
     array = np.asarray(x)
@@ -183,7 +183,8 @@ def _class_names(file: FeaturesFile, y: Array) -> tuple[str, ...]:
             file.array("class_names"), f"{file.path}: class_names"
         )
     else:
-        # As many as there are if none is missing, however large a label is.
+        # Not the largest label plus one: a label that is far too large would make a
+        # list that long before the checks below.
         names = np.arange(len(np.unique(y))).astype(str)
     labels = longtail.check_labels(y, len(names), name)
     missing = np.setdiff1d(np.arange(len(names)), labels)
@@ -212,7 +213,7 @@ def _images(
 
 
 def _keys(file: FeaturesFile, name: str, num_rows: int) -> Array:
-    """Returns the keys of the rows; without such an array they are their numbers."""
+    """Returns the keys `[N]` of the rows; without such an array, from their numbers."""
     if name not in file.names:
         return np.array([f"row_{row:08d}" for row in range(num_rows)])
     return longtail.check_keys(file.array(name), num_rows, f"{file.path}: {name}")

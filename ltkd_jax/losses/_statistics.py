@@ -100,6 +100,9 @@ def of_groups(
       temperature: τ.
       groups: of the same C classes.
       where: bool `[..., C]`, the classes that exist; None for all.
+
+    Returns:
+      Statistics `[..., G]`, and a bool that broadcasts to that shape.
     """
     args = _promote(student, teacher, temperature)
     index = _index_by_group(groups)
@@ -146,7 +149,7 @@ def max_and_scaled_sum(x: jax.Array, where: jax.Array) -> tuple[jax.Array, jax.A
 def _promote(
     student: jax.Array, teacher: jax.Array, temperature: Scalar
 ) -> tuple[jax.Array, jax.Array, Scalar]:
-    """Returns logits of one precision, and the temperature as a number if it is."""
+    """Returns logits of one precision, and the temperature: a float if concrete."""
     dtype = jnp.result_type(student, teacher, temperature)
     is_traced = isinstance(temperature, jax.core.Tracer)
     if not is_traced and np.ndim(temperature) == 0:
@@ -156,6 +159,9 @@ def _promote(
 
 # --- Sets of classes ---
 
+# `by_operations` calls `exists`, `max`, `sum` and `spread` of the classes below;
+# `by_reduction` `exists`, `sum`, `spread` and `arrange`. `num_axes` is that of logits.
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -164,10 +170,11 @@ class ClassSet:
 
     Attributes:
       where: bool `[..., C]`, the classes of the set; None for all.
+      are_read_once: see `Groups`.
     """
 
     where: jax.Array | None
-    are_read_once = True  # see `Groups`
+    are_read_once = True
 
     def exists(self, num_axes: int) -> Array | bool:
         """Returns whether the set has a class, `[...]`."""
@@ -278,11 +285,11 @@ class Groups:
 
 
 def _membership(groups: ClassGroups) -> Array:
-    """Returns a bool `[G, C]`: NumPy, a constant of the program, of few groups."""
-    assignment = groups.assignment
+    """Returns `groups.membership`: NumPy, a constant of the program, of few groups."""
     if groups.num_groups > _FEW_GROUPS:
-        assignment = jnp.asarray(assignment)  # computed where it is needed
-    return assignment[None, :] == np.arange(groups.num_groups)[:, None]
+        # Computed where it is needed.
+        groups = dataclasses.replace(groups, assignment=jnp.asarray(groups.assignment))
+    return groups.membership
 
 
 def _index_by_group(groups: ClassGroups) -> np.ndarray | None:
@@ -401,6 +408,7 @@ class Sums(NamedTuple):
 
 
 def _from_sums(sums: Sums, exists: Array | bool) -> Statistics:
+    """Returns the statistics; 0 where no class exists, also in the derivative."""
     student_sum = jnp.where(exists, sums.student, 1)
     teacher_sum = jnp.where(exists, sums.teacher, 1)
     return Statistics(
@@ -459,6 +467,10 @@ def _reduce(
     temperature: Scalar,
     classes: ClassSet | Groups,
 ) -> Statistics:
+    """Computes the statistics in one pass if it gets the temperature as a constant.
+
+    `temperature` is the same number; the derivative needs it as an argument.
+    """
     z = classes.arrange(student)
     t = classes.arrange(teacher)
     where = classes.arranged_where(student.ndim)

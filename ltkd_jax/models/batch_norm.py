@@ -92,15 +92,18 @@ def fold(
     norm: Mapping[str, jax.Array],
     stats: Mapping[str, jax.Array],
 ) -> dict[str, jax.Array]:
-    """Returns parameters of a convolution that equals one and batch norm after it.
+    """Returns the parameters of a convolution that replaces one with batch norm.
 
-    In evaluation, batch norm is a · y + bias − a · mean with a = scale / √(var + ε).
-    It is linear, so a multiplies the kernel and the convolution's own bias.
+    In evaluation, batch norm of y is a · y + bias − a · mean, a = scale / √(var + ε).
+    This is linear in y, so a multiplies the kernel and the bias of the convolution.
 
     Args:
       conv: parameters of the convolution: kernel `[..., C]`, and bias `[C]` if any.
       norm: scale and bias of batch norm, `[C]`.
       stats: its running statistics, mean and var, `[C]`.
+
+    Returns:
+      Its kernel `[..., C]` and bias `[C]`.
 
     >>> conv = {"kernel": jnp.ones((1, 1, 1, 2))}
     >>> norm = {"scale": jnp.array([1.0, 2.0]), "bias": jnp.array([0.0, 5.0])}
@@ -123,6 +126,7 @@ def _normalize(
     bias: jax.Array,
     dtype: DTypeLike,
 ) -> jax.Array:
+    """Returns y, of the shape of x, by mean, variance, scale and bias `[C]`."""
     slope = jax.lax.rsqrt(var + EPSILON) * scale
     y = (x - _expand(mean, x)) * _expand(slope, x) + _expand(bias, x)
     return y.astype(dtype)
@@ -137,7 +141,7 @@ def _normalize_by_batch(
     dtype: DTypeLike,
     axis_name: str | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns (y, mean, var)."""
+    """Returns (y, mean, var); y has the shape of x, the others are `[C]`."""
     mean, var = _batch_statistics(x, axis_name)
     return _normalize(x, mean, var, scale, bias, dtype), mean, var
 
@@ -206,12 +210,13 @@ def _variance_shift(x: jax.Array) -> jax.Array:
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     if x.dtype == jnp.bfloat16:
         return jnp.zeros(x.shape[-1:], dtype)
-    # Not at a border: padding makes the values there unlike the others.
+    # Padding makes values at a border unlike the others.
     middle = tuple(size // 2 for size in x.shape[:-1])
     return x[middle].astype(dtype)
 
 
 def _batch_mean(x: jax.Array) -> jax.Array:
+    """Returns the mean `[C]` over all axes but the last."""
     return jnp.mean(x, tuple(range(x.ndim - 1)))
 
 

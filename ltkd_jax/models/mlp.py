@@ -32,7 +32,7 @@ class MLP(Network):
         for i in range(1, self.depth + 1):
             x = nn.Dense(
                 self.width,
-                # The norm has one.
+                # Batch norm has a bias, and would subtract this one.
                 use_bias=False,
                 dtype=self.dtype,
                 precision=self.precision,

@@ -1,4 +1,4 @@
-"""The base classes of the networks: their layers, and the frame of a classifier."""
+"""The base classes of the networks: layers, and what all classifiers share."""
 
 from collections.abc import Sequence
 from typing import ClassVar, NamedTuple, cast
@@ -113,24 +113,23 @@ class Layers(nn.Module, kw_only=True):
         bias: bool = False,
         name: str,
         index: int | None = None,
-        norm_index: int | None = None,
+        norm_name: str | None = None,
     ) -> jax.Array:
         """Applies a convolution and batch norm.
 
         Args:
           x, width, size, stride, groups, bias: see `conv`.
           train: whether batch norm takes the batch's statistics.
-          name: of the convolution; the norm is `{name}_norm`.
+          name: of the convolution.
           index: number of the convolution in a block, if any: then `name` is the
             block's, and the layers are `{name}_conv{index}` and `{name}_norm{index}`.
-          norm_index: number of the norm, if it is another.
+          norm_name: of the norm; without an index `{name}_norm` by default.
         """
-        if index is None:
-            conv_name = name
-            norm_name = f"{name}_norm"
-        else:
+        conv_name = name
+        if index is not None:
             conv_name = f"{name}_conv{index}"
-            norm_name = f"{name}_norm{norm_index or index}"
+            norm_name = norm_name or f"{name}_norm{index}"
+        norm_name = norm_name or f"{name}_norm"
         if self.fold_norms and not train and not self.is_initializing():
             params = self.variables["params"]
             folded_params = batch_norm.fold(

@@ -1,4 +1,4 @@
-"""NNX modules as models: `models.register("mine", lambda num_classes, **_: …)`."""
+"""Adapts NNX modules, so that `models.register` takes them as students and teachers."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -10,7 +10,7 @@ _COLLECTIONS = {"params": nnx.Param, "batch_stats": nnx.BatchStat}
 
 
 class NnxModel:
-    """Makes an NNX module a model as `models.register` takes it.
+    """Adapts an NNX module to `models.Model`, the interface that training uses.
 
     The module is called with float images `[B, H, W, channels]` alone and returns
     logits `[B, C]` in float32; `module.train()` and `module.eval()` set its mode. Its
@@ -49,7 +49,7 @@ class NnxModel:
         for name, state in zip(_COLLECTIONS, states):
             if jax.tree.leaves(state):
                 variables[name] = _to_dict(state)
-        # Images that the module cannot take are an error here, too.
+        # Fails for images that the module cannot take, as `init` of Linen does.
         self.apply(variables, images, train=train)
         return variables
 
@@ -63,7 +63,7 @@ class NnxModel:
         mutable: Sequence[str] = (),
     ) -> Any:
         """Returns logits `[B, C]`; with `mutable`, (logits, updated collections)."""
-        # Only shapes are computed: the arrays are those of `variables`.
+        # Only its structure and shapes are needed: the arrays come from `variables`.
         template = nnx.eval_shape(lambda: self._constructor(nnx.Rngs(0)))
         graph, *shapes = _split(template)
         states = []
@@ -105,6 +105,7 @@ def _named_leaves(state: Any) -> list[tuple[tuple[str, ...], Any]]:
 
 
 def _to_dict(state: Any) -> dict[str, Any]:
+    """Returns the arrays of a state as a nested dict with string keys."""
     return traverse_util.unflatten_dict(dict(_named_leaves(state)))
 
 

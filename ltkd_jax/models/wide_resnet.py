@@ -49,7 +49,13 @@ class WideResNet(Network):
     ) -> jax.Array:
         activated = nn.relu(self.norm(x, train, f"{name}_norm1"))
         y = self.conv_norm(
-            activated, train, width, 3, stride, name=name, index=1, norm_index=2
+            activated,
+            train,
+            width,
+            3,
+            stride,
+            name=f"{name}_conv1",
+            norm_name=f"{name}_norm2",
         )
         y = self.conv(nn.relu(y), width, 3, name=f"{name}_conv2")
         # With equal channels the shortcut is x itself, before the norm.

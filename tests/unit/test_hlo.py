@@ -171,19 +171,19 @@ ENTRY %main (x: f32[4], flag: pred[]) -> f32[4] {
 
 def test_loops_and_branches_are_parts():
     """A CUDA graph and an asynchronous computation are parts of what calls them."""
-    known = LOOPS.replace("TRIPS", 'backend_config={"known_trip_count":{"n":"10"}}')
-    assert parts(known) == {
+    ten_trips = LOOPS.replace("TRIPS", 'backend_config={"known_trip_count":{"n":"10"}}')
+    assert parts(ten_trips) == {
         "entry": counts(4, 48 + 48 + 32 + 32),
         "loop 1 ×10": counts(1, 32),
         "loop 1 ×10, conditional 1 branch 0": counts(0, 0),
         "loop 1 ×10, conditional 1 branch 1": counts(2, 64),
     }
     # All iterations, each with its dearest branch.
-    assert hlo.read(known).total() == counts(4 + 10 * 3, 160 + 10 * 96)
+    assert hlo.read(ten_trips).total() == counts(4 + 10 * 3, 160 + 10 * 96)
 
-    unknown = LOOPS.replace("TRIPS", "backend_config={}")
-    assert "loop 1 ×?" in parts(unknown)
-    assert hlo.read(unknown).total() == counts(4 + 3, 160 + 96)
+    unknown_trips = LOOPS.replace("TRIPS", "backend_config={}")
+    assert "loop 1 ×?" in parts(unknown_trips)
+    assert hlo.read(unknown_trips).total() == counts(4 + 3, 160 + 96)
 
 
 def test_collectives():

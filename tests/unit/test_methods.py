@@ -115,14 +115,14 @@ def test_number_of_groups_bad_input(num_groups, message):
 def test_mass_of_the_dataset(method):
     """Parts of a batch have the terms of the whole; the mean mass is NumPy's."""
     p = predictions()
-    whole = methods.create(method, COUNTS, GROUPS)
-    given = methods.create(method, COUNTS, GROUPS, mass="dataset")
-    assert (whole.mass_temperature, given.mass_temperature) == (None, 4.0)
-    scaled = np.exp(np.asarray(p.teacher_logits, np.float64) / given.mass_temperature)
+    by_batch = methods.create(method, COUNTS, GROUPS)
+    by_dataset = methods.create(method, COUNTS, GROUPS, mass="dataset")
+    assert by_batch.mass_temperature is None and by_dataset.mass_temperature == 4.0
+    scaled = np.exp(np.asarray(p.teacher_logits, np.float64) / 4.0)
     class_mass = (scaled / scaled.sum(-1, keepdims=True)).mean(0)
     p = p._replace(class_mass=jnp.asarray(class_mass, jnp.float32))
-    terms_fn = jax.jit(given)
-    expected = jax.jit(whole)(p)
+    terms_fn = jax.jit(by_dataset)
+    expected = jax.jit(by_batch)(p)
     np.testing.assert_allclose(terms_fn(p), expected, rtol=1e-5, atol=1e-6)
     for part in (slice(0, 1), slice(1, 4), slice(4, 8)):
         of_part = p._replace(
@@ -134,7 +134,7 @@ def test_mass_of_the_dataset(method):
             terms_fn(of_part), expected[part], rtol=1e-5, atol=1e-6
         )
     with pytest.raises(ValueError, match="mass='dataset'.*class_mass"):
-        given(p._replace(class_mass=None))
+        by_dataset(p._replace(class_mass=None))
 
 
 def test_mass_bad_input():
