@@ -195,7 +195,7 @@ def _batch_statistics(
     if axis_name is not None:
         # Each device has a shift of its own, so the variance of the devices' means is
         # added. Stacked, for a single collective.
-        statistics = jax.lax.all_gather(jnp.stack([mean, var]), axis_name)
+        statistics = _gather(jnp.stack([mean, var]), axis_name)
         mean, mean_var = statistics.mean(0)
         var = mean_var + statistics[:, 0].var(0)
     return mean, var
@@ -213,6 +213,15 @@ def _variance_shift(x: jax.Array) -> jax.Array:
 
 def _batch_mean(x: jax.Array) -> jax.Array:
     return jnp.mean(x, tuple(range(x.ndim - 1)))
+
+
+def _gather(x: jax.Array, axis_name: str) -> jax.Array:
+    """Returns the arrays of all devices, along a new first axis.
+
+    A sum, not an `all_gather`, whose result `shard_map` takes to differ between devices.
+    """
+    is_here = jnp.arange(jax.lax.axis_size(axis_name)) == jax.lax.axis_index(axis_name)
+    return jax.lax.psum(jnp.where(is_here.reshape((-1,) + (1,) * x.ndim), x[None], 0), axis_name)
 
 
 def _expand(vector: jax.Array, x: jax.Array) -> jax.Array:
