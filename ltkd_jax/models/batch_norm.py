@@ -218,10 +218,14 @@ def _batch_mean(x: jax.Array) -> jax.Array:
 def _gather(x: jax.Array, axis_name: str) -> jax.Array:
     """Returns the arrays of all devices, along a new first axis.
 
-    A sum, not an `all_gather`, whose result `shard_map` takes to differ between devices.
+    It is a sum, since `shard_map` takes the result of `all_gather` to differ between
+    the devices.
     """
-    is_here = jnp.arange(jax.lax.axis_size(axis_name)) == jax.lax.axis_index(axis_name)
-    return jax.lax.psum(jnp.where(is_here.reshape((-1,) + (1,) * x.ndim), x[None], 0), axis_name)
+    devices = jnp.arange(jax.lax.axis_size(axis_name))
+    is_here = jnp.expand_dims(
+        devices == jax.lax.axis_index(axis_name), tuple(range(1, x.ndim + 1))
+    )
+    return jax.lax.psum(jnp.where(is_here, x[None], 0), axis_name)
 
 
 def _expand(vector: jax.Array, x: jax.Array) -> jax.Array:
