@@ -255,7 +255,9 @@ class Groups:
             membership = _with_axes(self.membership, x.ndim + 1)
             return jnp.sum(jnp.where(membership, x[..., None, :], 0), axis=-1)
         # In a gradient only its transpose is left, which is `spread`.
-        sums = jnp.zeros((*x.shape[:-1], self.num_groups), x.dtype)
+        # Made of x, so that the zeros have its sharding.
+        zero = jnp.zeros_like(x[..., :1])
+        sums = jnp.broadcast_to(zero, (*x.shape[:-1], self.num_groups))
         return sums.at[..., self.assignment].add(x, mode="promise_in_bounds")
 
     def spread(self, x: jax.Array) -> jax.Array:
@@ -520,7 +522,8 @@ def _reduce_in_one_pass(
     if where is not None:
         z = jnp.where(where, z, lowest(z.dtype))
         t = jnp.where(where, t, lowest(t.dtype))
-        ones = where.astype(z.dtype)
+        # Not a conversion of `where`: the ones have the sharding of z.
+        ones = jnp.where(where, ones, 0)
     return jax.lax.reduce(
         Sums(z, ones, t, ones, zeros),
         Sums(lowest(z.dtype), zero, lowest(z.dtype), zero, zero),

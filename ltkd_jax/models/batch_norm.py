@@ -199,7 +199,7 @@ def _batch_statistics(
     if axis_name is not None:
         # Each device has a shift of its own, so the variance of the devices' means is
         # added. Stacked, for a single collective.
-        statistics = jax.lax.all_gather(jnp.stack([mean, var]), axis_name)
+        statistics = _gather(jnp.stack([mean, var]), axis_name)
         mean, mean_var = statistics.mean(0)
         var = mean_var + statistics[:, 0].var(0)
     return mean, var
@@ -218,6 +218,19 @@ def _variance_shift(x: jax.Array) -> jax.Array:
 def _batch_mean(x: jax.Array) -> jax.Array:
     """Returns the mean `[C]` over all axes but the last."""
     return jnp.mean(x, tuple(range(x.ndim - 1)))
+
+
+def _gather(x: jax.Array, axis_name: str) -> jax.Array:
+    """Returns the arrays of all devices, along a new first axis.
+
+    It is a sum, since `shard_map` takes the result of `all_gather` to differ between
+    the devices.
+    """
+    devices = jnp.arange(jax.lax.axis_size(axis_name))
+    is_here = jnp.expand_dims(
+        devices == jax.lax.axis_index(axis_name), tuple(range(1, x.ndim + 1))
+    )
+    return jax.lax.psum(jnp.where(is_here, x[None], 0), axis_name)
 
 
 def _expand(vector: jax.Array, x: jax.Array) -> jax.Array:

@@ -261,6 +261,32 @@ def test_eight_devices_equal_one(api, dtype, rtol):
         assert_close(share * actual_by_x, by_x, 10 * rtol)
 
 
+def test_shard_map_that_checks_replication():
+    """By default `shard_map` must see that the statistics are those of all devices."""
+    x = draw(16, 4, mean=100, dtype=np.float32)
+    variables = draw_variables(np.float32)
+
+    def gradients(x, axis_name=None):
+        def loss(params, x):
+            y, stats = normalize(variables | {"params": params}, x, axis_name)
+            loss = (jnp.sin(y) * y).mean()
+            return (jax.lax.pmean(loss, axis_name) if axis_name else loss), stats
+
+        grad = jax.grad(loss, (0, 1), has_aux=True)
+        (by_params, by_x), stats = grad(variables["params"], x)
+        return by_x, (by_params, stats)
+
+    mesh = jax.make_mesh((8,), (AXIS,), (jax.sharding.AxisType.Auto,))
+    batch, whole = PartitionSpec(AXIS), PartitionSpec()
+    mapped = jax.shard_map(
+        functools.partial(gradients, axis_name=AXIS),
+        mesh=mesh,
+        in_specs=batch,
+        out_specs=(batch, whole),
+    )
+    assert_close(jax.jit(mapped)(x), jax.jit(gradients)(x), 3e-5)
+
+
 def test_one_collective_forward_and_one_backward():
     def count(function, *args):
         jaxpr = str(jax.make_jaxpr(function, axis_env=[(AXIS, 8)])(*args))

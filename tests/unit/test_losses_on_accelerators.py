@@ -233,3 +233,17 @@ def test_no_exchange_of_logits(choose_platform):
         assert "all-reduce" in program
         for shape in re.findall(r"\[([\d,]+)\]\S* all-gather\(", program):
             assert np.prod([int(size) for size in shape.split(",")]) < logits.size
+
+
+@pytest.mark.parametrize("grouping", ["several", "many"])
+def test_explicit_sharding(grouping):
+    """Shardings are part of the types by default, and all forms return the same."""
+    mesh = jax.make_mesh((8,), ("devices",))
+    sharding = NamedSharding(mesh, PartitionSpec("devices"))
+    loss = loss_fn(grouping)
+    gradient = jax.value_and_grad(lambda z, t: loss(z, t).mean())
+    with jax.set_mesh(mesh):
+        # Only the types are checked: under `jit` all forms are traced.
+        logits = jax.ShapeDtypeStruct((16, C), jnp.float32, sharding=sharding)
+        _, by_student = jax.eval_shape(gradient, logits, logits)
+    assert by_student.sharding.spec == PartitionSpec("devices", None)
