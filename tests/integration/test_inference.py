@@ -82,6 +82,24 @@ def test_image_files(classifier, test_images, tmp_path, folder, capsys):
     assert len(lines) == 2 and lines[1].count("%") == 2
 
 
+@pytest.mark.parametrize("size", [8, 20])
+def test_jpeg_of_the_images_mode(classifier, tmp_path, size):
+    """Pillow decodes such a file only when its pixels are used."""
+    path = tmp_path / "grey.jpg"
+    Image.linear_gradient("L").resize((size, size)).save(path)
+    resized = Image.open(path).resize((8, 8), Image.Resampling.BILINEAR)
+    (pixels,) = classifier.read_images([path])
+    np.testing.assert_array_equal(pixels[..., 0], np.asarray(resized))
+
+
+def test_truncated_image(classifier, tmp_path):
+    path = tmp_path / "cut.jpg"
+    Image.effect_noise((64, 64), 50).save(path)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="cannot read .*cut.jpg.*truncated"):
+        classifier([path])
+
+
 def test_export_runs_without_the_library(
     folder, classifier, test_images, tmp_path, capsys
 ):
