@@ -143,7 +143,7 @@ class Classifier:
         pixels = np.zeros((len(paths), *self.image_shape), np.uint8)
         for i, path in enumerate(paths):
             try:
-                # Pillow decodes an image when its pixels are used: the file must be open.
+                # Pillow may decode only when the pixels are used: keep the file open.
                 with Image.open(path) as file:
                     image = resize.convert_mode(resize.make_upright(file), channels)
                     if image.size != (width, height):
@@ -202,7 +202,8 @@ class Classifier:
             )
         except TypeError as error:
             raise ModelError(
-                f"{self.model} cannot be exported for any batch size: {error}"
+                f"{self.model} cannot be exported for any batch size: {error}; the "
+                "model has to write images.shape[0], not len(images)"
             ) from error
         return bytes(exported.serialize())
 

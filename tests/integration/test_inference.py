@@ -1,5 +1,6 @@
 """A student by itself: loaded, applied, exported, and run without this library."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from flax import linen as nn
 from helpers.small_runs import run, tiny
 from PIL import Image
 
@@ -14,7 +16,7 @@ from experiments import predict
 from experiments.config.spec import resolve
 from experiments.trainer import dataset as datasets
 from experiments.trainer.trainer import get_trainer
-from ltkd_jax import inference
+from ltkd_jax import inference, models
 from ltkd_jax.training.checkpoint import Checkpoints
 
 
@@ -120,6 +122,18 @@ assert not any(name.startswith(("ltkd_jax", "flax")) for name in sys.modules)
     options = dict(rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(np.load(tmp_path / "all.npy"), expected, **options)
     np.testing.assert_allclose(np.load(tmp_path / "one.npy"), expected[:1], **options)
+
+
+def test_export_of_a_model_that_needs_the_batch_size(classifier, monkeypatch):
+    class Flat(nn.Module):
+        @nn.compact
+        def __call__(self, images, train):
+            return nn.Dense(10)(images.reshape(len(images), -1))
+
+    monkeypatch.setitem(models.REGISTRY, "flat", lambda num_classes, **_: Flat())
+    flat = dataclasses.replace(classifier, model="flat")
+    with pytest.raises(inference.ModelError, match=r"flat .*images.shape\[0\]"):
+        flat.export()
 
 
 def test_teacher(folder, results, test_images):

@@ -552,11 +552,19 @@ def test_identity_of_custom_code(custom_module):
     assert "--import=custom_module" in entry.command(entry.resolve())
 
 
+def test_config_file_from_another_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="'configs/digitslt.py': run in the checkout"):
+        load.load_config("configs/digitslt.py:ltkd")
+
+
 def test_modules_that_cannot_be_imported(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "broken_module.py").write_text("1 / 0")
     load.import_modules("")
-    with pytest.raises(ConfigError, match="--import=absent_module: .*without .py"):
+    with pytest.raises(
+        ConfigError, match="--import=absent_module: .*PYTHONPATH.*without .py"
+    ):
         load.import_modules("absent_module")
     with pytest.raises(ConfigError, match="broken_module .*ZeroDivisionError"):
         load.import_modules("broken_module")
