@@ -105,13 +105,13 @@ def test_truncated_image(classifier, tmp_path):
 def test_export_runs_without_the_library(
     folder, classifier, test_images, tmp_path, capsys
 ):
-    path = tmp_path / "student.stablehlo"
+    path = tmp_path / "new" / "student.stablehlo"
     predict.main([str(folder / "ltkd"), f"--export={path}"])
     np.save(tmp_path / "images.npy", test_images.images)
     code = """
 import sys
 import jax, numpy as np
-exported = jax.export.deserialize(bytearray(open("student.stablehlo", "rb").read()))
+exported = jax.export.deserialize(bytearray(open("new/student.stablehlo", "rb").read()))
 images = np.load("images.npy")
 np.save("all.npy", exported.call(images))
 np.save("one.npy", exported.call(images[:1]))

@@ -457,6 +457,21 @@ def test_impossible_draws(values, message):
         dataset.load(resolve(changed(config_of("digitslt"), **values)).data)
 
 
+@pytest.mark.parametrize("last_size, expected", [(20, False), (15, True), (0, True)])
+def test_warning_of_a_test_set_that_is_not_balanced(
+    tmp_path, caplog, last_size, expected
+):
+    labels = np.repeat([0, 1, 2], [24, 24, last_size])
+    x = np.arange(len(labels), dtype=float)[:, None]
+    values = dict(x=np.eye(3), y=[0, 1, 2], x_test=x * np.ones(3), y_test=labels)
+    np.savez(tmp_path / f"points{last_size}.npz", **values)
+    config = config_of("featureslt", f"ce,name=points{last_size}")
+    spec = resolve(changed(config, **{"data.dir": str(tmp_path)}))
+    dataset.load(spec.data)
+    warning = f"{last_size} examples of class '2' and 24 of '0'"
+    assert (warning in caplog.text) == expected
+
+
 def test_warning_of_few_images(caplog):
     """It is given once, however often the data are loaded."""
     values = {"data.n_max": 9, "data.imbalance": 4.5}
