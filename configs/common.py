@@ -334,7 +334,7 @@ def apply_argument(
         recipe_name = values.pop("recipe", default_recipe)
     if method not in methods.METHODS:
         choices = [*methods.METHODS] if learned else [*methods.METHODS, "bikd"]
-        raise ValueError(names.unknown("method", method, choices))
+        raise ValueError(names.unregistered("method", method, choices))
     if recipe_name not in ("base", "bikd"):
         raise ValueError(f"recipe={recipe_name!r} must be one of base, bikd")
 

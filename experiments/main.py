@@ -11,6 +11,8 @@ The work directory gets config.json, metrics.jsonl, checkpoints, results.json an
 report.html. The same command resumes an interrupted run, exactly.
 """
 
+import functools
+import operator
 import re
 import sys
 
@@ -46,7 +48,7 @@ _PRINT_CONFIG = flags.DEFINE_bool(
 def main(argv: list[str]) -> None:
     """Does the run that the flags describe."""
     if _PRINT_CONFIG.value:
-        print(_CONFIG.value)
+        _print_config()
         return
     # Imported after the flags are parsed: --help need not wait for jax.
     from experiments import runtime, training
@@ -98,6 +100,15 @@ def parse_flags(argv: list[str]) -> list[str]:
     return arguments
 
 
+def _print_config() -> None:
+    """Prints the config, a line for each key."""
+    from configs import common
+
+    for path in sorted(common.key_paths(_CONFIG.value)):
+        value = functools.reduce(operator.getitem, path.split("."), _CONFIG.value)
+        print(f"{path}={value}")
+
+
 def _import_modules(argv: list[str]) -> None:
     """Imports the modules of --import: the config's argument may name their methods."""
     from experiments.config import load
@@ -130,7 +141,7 @@ def _one_line(error: Exception) -> str:
 def _unknown_key(argv: list[str]) -> str:
     """Returns the error message for a --config.KEY that the config does not have."""
     from configs import common
-    from ltkd_jax import names
+    from experiments.config.load import unknown_key
 
     overrides = [word for word in argv if word.startswith("--config.")]
     keys = [word.removeprefix("--config.").partition("=")[0] for word in overrides]
@@ -143,10 +154,7 @@ def _unknown_key(argv: list[str]) -> str:
     paths += [f"loss_weighting.{key}" for key in common.bilevel()]
     unknown = [key for key in keys if key not in paths and "method." not in key]
     if len(unknown) == 1:
-        hint = names.suggestion(unknown[0], paths) or ";"
-        return (
-            f"the config has no key {unknown[0]!r}{hint} configs/common.py has all keys"
-        )
+        return unknown_key(unknown[0], paths)
     return (
         f"the config has no such key: {' '.join(overrides)}; configs/common.py has "
         "all keys"

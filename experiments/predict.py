@@ -60,7 +60,9 @@ def main(argv: list[str] | None = None) -> None:
         load.import_modules(args.modules)
         classifier = inference.load(args.run)
         if args.export:
-            with files.atomic_write(pathlib.Path(args.export)) as temporary:
+            path = pathlib.Path(args.export)
+            files.make_folder(path.parent, "give another --export")
+            with files.atomic_write(path) as temporary:
                 temporary.write_bytes(classifier.export())
             print(args.export)
         if classifier.takes_features:

@@ -8,8 +8,10 @@ from typing import Any
 
 import ml_collections
 
+from configs import common
 from experiments import runtime
-from experiments.config.load import load_config
+from experiments.config.load import load_config, unknown_key
+from experiments.config.names import check_key
 from experiments.config.spec import resolve
 from experiments.config.validation import ConfigError
 from experiments.reporting import load, report_page
@@ -29,7 +31,7 @@ class FinishedRun:
     """
 
     workdir: pathlib.Path
-    results: dict[str, Any]
+    results: dict[str, Any] = dataclasses.field(repr=False)
     report: pathlib.Path
 
     def classifier(self) -> inference.Classifier:
@@ -70,6 +72,11 @@ def train(
     def make_spec():
         resolved = load_config(config) if isinstance(config, str) else config
         resolved = ml_collections.ConfigDict(resolved.to_dict()).lock()
+        paths = common.key_paths(resolved)
+        for key in values or {}:
+            check_key(key)
+            if key not in paths:
+                raise ConfigError(f"values: {unknown_key(key, paths)}")
         try:
             resolved.update_from_flattened_dict(dict(values or {}))
         except (KeyError, TypeError, ValueError) as error:

@@ -145,14 +145,16 @@ class Classifier:
         pixels = np.zeros((len(paths), *self.image_shape), np.uint8)
         for i, path in enumerate(paths):
             try:
+                # Pillow may decode only when the pixels are used: keep the file open.
                 with Image.open(path) as file:
                     image = resize.convert_mode(resize.make_upright(file), channels)
+                    if image.size != (width, height):
+                        crop = resize.center_crop(image, height, margin=self.margin)
+                    else:
+                        crop = np.asarray(image).reshape(self.image_shape)
             except (OSError, ValueError, Image.DecompressionBombError) as error:
                 raise ValueError(f"cannot read {path} as an image: {error}") from error
-            if image.size == (width, height):
-                pixels[i] = np.asarray(image).reshape(self.image_shape)
-            else:
-                pixels[i] = resize.center_crop(image, height, margin=self.margin)
+            pixels[i] = crop
         return pixels
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -202,7 +204,8 @@ class Classifier:
             )
         except TypeError as error:
             raise ModelError(
-                f"{self.model} cannot be exported for any batch size: {error}"
+                f"{self.model} cannot be exported for any batch size: {error}; the "
+                "model has to write images.shape[0], not len(images)"
             ) from error
         return bytes(exported.serialize())
 

@@ -605,7 +605,7 @@ def hyperparameters(
     ({'soft_weight': 2.5, 'temperature': 4.0}, {'temperature': 4.0})
     """
     if method not in METHODS:
-        raise ValueError(names.unknown("method", method, METHODS))
+        raise ValueError(names.unregistered("method", method, METHODS))
     parameters = inspect.signature(METHODS[method].terms_fn).parameters
     defaults = {}
     for name, parameter in parameters.items():

@@ -32,3 +32,13 @@ def unknown(kind: str, name: str, choices: Iterable[str]) -> str:
     choices = list(choices)
     hint = suggestion(name, choices) or "."
     return f"unknown {kind} {name!r}{hint} The {kind}s are: {', '.join(choices)}"
+
+
+def unregistered(kind: str, name: str, registry: Iterable[str]) -> str:
+    """Returns the error message for a method or a model that is not registered.
+
+    >>> unregistered("model", "mlp", ["vgg8"]).partition(". ")[2]
+    'The models are: vgg8; a custom one: import its module first (--import=MODULE)'
+    """
+    message = unknown(kind, name, registry)
+    return f"{message}; a custom one: import its module first (--import=MODULE)"

@@ -37,8 +37,8 @@ def import_modules(module_names: str) -> None:
         except Exception as error:  # a user's module may raise anything
             raise ConfigError(
                 f"--import={module_names}: {name} cannot be imported "
-                f"({type(error).__name__}: {error}): give the names of modules in this "
-                "folder or in the environment, without .py"
+                f"({type(error).__name__}: {error}): give names of modules in this "
+                "folder, in the environment or in a folder of PYTHONPATH, without .py"
             ) from error
 
 
@@ -75,4 +75,13 @@ def load_config(reference: str) -> ml_collections.ConfigDict:
 def missing_file(path: str) -> str:
     """Returns the error message for a config file that does not exist."""
     siblings = [str(sibling) for sibling in pathlib.Path(path).parent.glob("*.py")]
-    return f"no config file {path!r}{names.suggestion(path, siblings)}"
+    hint = names.suggestion(path, siblings)
+    if not siblings and not pathlib.Path(path).is_absolute():
+        hint = ": run in the checkout, or give the path of the file"
+    return f"no config file {path!r}{hint}"
+
+
+def unknown_key(key: str, paths: list[str]) -> str:
+    """Returns the error message for a key that is not among a config's paths."""
+    hint = names.suggestion(key, paths) or ";"
+    return f"the config has no key {key!r}{hint} configs/common.py has all keys"

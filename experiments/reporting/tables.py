@@ -191,7 +191,7 @@ def headline(setting):
     text = f"{best.label} classifies {best.mean('all'):.2f} %"
     if best_tail is not None:
         text += f" ({tail_name} {best_tail:.2f} %)"
-    text += " of the balanced test set"
+    text += " of the test set"
     if len(setting.methods) > 1:
         text += f", the highest of {len(setting.methods)} methods. "
         text += _comparison_in_words(setting, best)
@@ -249,7 +249,11 @@ def _enumerate(words):
 
 
 def overview(settings):
-    """Returns a sentence on how often each method is the best, "" without a value."""
+    """Returns a sentence on how often each method is the best, "" without a value.
+
+    A setting with one method compares nothing, so it is not counted.
+    """
+    settings = [setting for setting in settings if len(setting.methods) > 1]
     clauses = []
     for name, column_of in COMPARED_COLUMNS.items():
         best = [setting.best(column_of(setting)) for setting in settings]
@@ -257,9 +261,8 @@ def overview(settings):
         wins = collections.Counter(method.label for method in best if method)
         if wins:
             counts = [f"{label} in {n}" for label, n in wins.most_common()]
-            clauses.append(
-                f"on {name}: {_enumerate(counts)} of {wins.total()} settings"
-            )
+            total = f"{wins.total()} setting{'' if wins.total() == 1 else 's'}"
+            clauses.append(f"on {name}: {_enumerate(counts)} of {total}")
     return f"Highest mean accuracy {'; '.join(clauses)}." if clauses else ""
 
 

@@ -16,6 +16,8 @@ from ltkd_jax.data.records import Images, Records
 from ltkd_jax.training import hosts
 
 _log = logging.getLogger(__name__)
+# A test set is balanced if its classes' sizes differ by no more than this factor.
+_BALANCED_RATIO = 1.25
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -94,6 +96,7 @@ def load(spec: DatasetSpec) -> Dataset:
             source.train.labels[split.train], minlength=source.num_classes
         )
         _warn_of_few_images(spec, source, class_counts)
+        _warn_of_unbalanced_test(source, test.labels)
         class_groups = _configured_groups(spec, class_counts)
     except ValueError as error:
         raise ConfigError(str(error)) from error
@@ -185,6 +188,20 @@ def _warn_of_few_images(
         f"than {longtail.FEW_IMAGES}): lower data.outer_per_class="
         f"{spec.outer_per_class} or data.validation_per_class="
         f"{spec.validation_per_class}, or draw more of them"
+    )
+
+
+def _warn_of_unbalanced_test(source: datasets.Source, labels: np.ndarray) -> None:
+    """Logs a warning if some classes have clearly more test images than others."""
+    counts = np.bincount(labels, minlength=source.num_classes)
+    most, fewest = int(counts.argmax()), int(counts.argmin())
+    if counts[most] <= _BALANCED_RATIO * counts[fewest] or not hosts.is_primary():
+        return
+    _warn_once(
+        f"{source.name}: the test set is not balanced, with {counts[fewest]} examples "
+        f"of class {source.class_names[fewest]!r} and {counts[most]} of "
+        f"{source.class_names[most]!r}: classes with more of them count more in the "
+        "accuracy on all classes. Compare methods on a balanced test set"
     )
 
 

@@ -166,11 +166,13 @@ def _open_builder(
     builder = records.find_builder(name, data_dir)
     if builder is None:
         # It may be a misspelt official name, or a folder that was never prepared.
+        folder = records.resolve_data_dir(data_dir)
         raise ValueError(
-            f"{names.unknown('data set', name, sorted(_SPECS))}. To make a data set "
-            "of your own folder, run: python -m ltkd_jax.data.prepare folder --name "
-            f"{name} --source FOLDER --data_dir {records.resolve_data_dir(data_dir)}; "
-            f"features are read from {name}.npz in that directory"
+            f"{names.unknown('data set', name, sorted(_SPECS))}; and {folder} has none "
+            "of this name: give the directory of the prepared data (--config.data.dir "
+            "or --data_dir), or make it of your own folder: python -m "
+            f"ltkd_jax.data.prepare folder --name {name} --source FOLDER --data_dir "
+            f"{folder}; features are read from {name}.npz in that directory"
         )
     return builder
 

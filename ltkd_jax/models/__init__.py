@@ -185,7 +185,7 @@ def create(
     (2, 10)
     """
     if name not in REGISTRY:
-        raise ValueError(names.unknown("model", name, REGISTRY))
+        raise ValueError(names.unregistered("model", name, REGISTRY))
     if precision not in _PRECISIONS:
         raise ValueError(
             f"precision={precision!r} must be one of {', '.join(_PRECISIONS)}"

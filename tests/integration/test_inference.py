@@ -1,5 +1,6 @@
 """A student by itself: loaded, applied, exported, and run without this library."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from flax import linen as nn
 from helpers.small_runs import run, tiny
 from PIL import Image
 
@@ -14,7 +16,7 @@ from experiments import predict
 from experiments.config.spec import resolve
 from experiments.trainer import dataset as datasets
 from experiments.trainer.trainer import get_trainer
-from ltkd_jax import inference
+from ltkd_jax import inference, models
 from ltkd_jax.training.checkpoint import Checkpoints
 
 
@@ -82,16 +84,34 @@ def test_image_files(classifier, test_images, tmp_path, folder, capsys):
     assert len(lines) == 2 and lines[1].count("%") == 2
 
 
+@pytest.mark.parametrize("size", [8, 20])
+def test_jpeg_of_the_images_mode(classifier, tmp_path, size):
+    """Pillow decodes such a file only when its pixels are used."""
+    path = tmp_path / "grey.jpg"
+    Image.linear_gradient("L").resize((size, size)).save(path)
+    resized = Image.open(path).resize((8, 8), Image.Resampling.BILINEAR)
+    (pixels,) = classifier.read_images([path])
+    np.testing.assert_array_equal(pixels[..., 0], np.asarray(resized))
+
+
+def test_truncated_image(classifier, tmp_path):
+    path = tmp_path / "cut.jpg"
+    Image.effect_noise((64, 64), 50).save(path)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="cannot read .*cut.jpg.*truncated"):
+        classifier([path])
+
+
 def test_export_runs_without_the_library(
     folder, classifier, test_images, tmp_path, capsys
 ):
-    path = tmp_path / "student.stablehlo"
+    path = tmp_path / "new" / "student.stablehlo"
     predict.main([str(folder / "ltkd"), f"--export={path}"])
     np.save(tmp_path / "images.npy", test_images.images)
     code = """
 import sys
 import jax, numpy as np
-exported = jax.export.deserialize(bytearray(open("student.stablehlo", "rb").read()))
+exported = jax.export.deserialize(bytearray(open("new/student.stablehlo", "rb").read()))
 images = np.load("images.npy")
 np.save("all.npy", exported.call(images))
 np.save("one.npy", exported.call(images[:1]))
@@ -102,6 +122,18 @@ assert not any(name.startswith(("ltkd_jax", "flax")) for name in sys.modules)
     options = dict(rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(np.load(tmp_path / "all.npy"), expected, **options)
     np.testing.assert_allclose(np.load(tmp_path / "one.npy"), expected[:1], **options)
+
+
+def test_export_of_a_model_that_needs_the_batch_size(classifier, monkeypatch):
+    class Flat(nn.Module):
+        @nn.compact
+        def __call__(self, images, train):
+            return nn.Dense(10)(images.reshape(len(images), -1))
+
+    monkeypatch.setitem(models.REGISTRY, "flat", lambda num_classes, **_: Flat())
+    flat = dataclasses.replace(classifier, model="flat")
+    with pytest.raises(inference.ModelError, match=r"flat .*images.shape\[0\]"):
+        flat.export()
 
 
 def test_teacher(folder, results, test_images):

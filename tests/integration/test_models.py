@@ -409,7 +409,7 @@ def test_folding_keeps_variables_and_training():
         (("wrn_16_4", 10), "did you mean 'wrn_16_"),
         (
             ("alexnet", 10),
-            "unknown model 'alexnet'.* The models are: resnet8, .*resnet50_imagenet",
+            "unknown model 'alexnet'.* are: resnet8, .*resnet50_imagenet.*--import",
         ),
         (("resnet8", 0), "num_classes=0"),
     ],

@@ -35,7 +35,9 @@ def test_train(tmp_path):
     [
         ("configs/absent.py", {}, "no config file"),
         ("configs/digitslt.py:ltkx", {}, "unknown method 'ltkx'"),
-        ("configs/digitslt.py", {"train.lrr": 0.1}, "train.lrr"),
+        ("configs/digitslt.py", {"train.lrr": 0.1}, "'train.lrr'; .* 'train.lr'"),
+        ("configs/digitslt.py", {"lr": 0.1}, "'lr'; did you mean 'train.lr'"),
+        ("configs/digitslt.py", {"seed_split": 1}, "now called 'split_seed'"),
         ("configs/digitslt.py", {"train.lr": "x"}, "train.lr"),
         ("configs/digitslt.py", {"train.lr": -1.0}, "train.lr=-1.0"),
     ],

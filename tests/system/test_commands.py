@@ -276,6 +276,16 @@ def test_error_is_one_line(arguments, message):
     assert message in lines[0]
 
 
+def test_print_config():
+    process = start(
+        "--config=configs/digitslt.py:ltkd,alpha=2",
+        "--config.train.lr=0.3",
+        "--print_config",
+    )
+    lines = finish(process).splitlines()
+    assert {"method.alpha=2.0", "train.lr=0.3", "data.name=digits"} <= set(lines)
+
+
 def test_numbers_do_not_depend_on_the_environment(tmp_path):
     """Variables of jax that change random numbers or precision change no result."""
     variables = {

@@ -314,6 +314,18 @@ def test_tables_over_settings_missing_method():
     assert "–" not in rows["ce (alpha=1)"]
 
 
+def test_setting_with_one_method_has_no_best():
+    runs = []
+    for run in sweep():
+        imbalance = run["config"]["data"]["imbalance"]
+        if imbalance != 10 or run["config"]["method"]["name"] == "kd":
+            runs.append(run)
+    sentence = tables.overview(aggregate.group_runs(runs))
+    assert sentence.count(" ltkd in 1 of 1 setting") == 2
+    only_kd = [run for run in runs if run["config"]["method"]["name"] == "kd"]
+    assert tables.overview(aggregate.group_runs(only_kd)) == ""
+
+
 def test_render_over_settings_in_every_format():
     text, markdown, latex = (
         tables.render(sweep(), name) for name in ("text", "markdown", "latex")

@@ -457,6 +457,21 @@ def test_impossible_draws(values, message):
         dataset.load(resolve(changed(config_of("digitslt"), **values)).data)
 
 
+@pytest.mark.parametrize("last_size, expected", [(20, False), (15, True), (0, True)])
+def test_warning_of_a_test_set_that_is_not_balanced(
+    tmp_path, caplog, last_size, expected
+):
+    labels = np.repeat([0, 1, 2], [24, 24, last_size])
+    x = np.arange(len(labels), dtype=float)[:, None]
+    values = dict(x=np.eye(3), y=[0, 1, 2], x_test=x * np.ones(3), y_test=labels)
+    np.savez(tmp_path / f"points{last_size}.npz", **values)
+    config = config_of("featureslt", f"ce,name=points{last_size}")
+    spec = resolve(changed(config, **{"data.dir": str(tmp_path)}))
+    dataset.load(spec.data)
+    warning = f"{last_size} examples of class '2' and 24 of '0'"
+    assert (warning in caplog.text) == expected
+
+
 def test_warning_of_few_images(caplog):
     """It is given once, however often the data are loaded."""
     values = {"data.n_max": 9, "data.imbalance": 4.5}
@@ -552,11 +567,19 @@ def test_identity_of_custom_code(custom_module):
     assert "--import=custom_module" in entry.command(entry.resolve())
 
 
+def test_config_file_from_another_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="'configs/digitslt.py': run in the checkout"):
+        load.load_config("configs/digitslt.py:ltkd")
+
+
 def test_modules_that_cannot_be_imported(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "broken_module.py").write_text("1 / 0")
     load.import_modules("")
-    with pytest.raises(ConfigError, match="--import=absent_module: .*without .py"):
+    with pytest.raises(
+        ConfigError, match="--import=absent_module: .*PYTHONPATH.*without .py"
+    ):
         load.import_modules("absent_module")
     with pytest.raises(ConfigError, match="broken_module .*ZeroDivisionError"):
         load.import_modules("broken_module")

@@ -239,7 +239,7 @@ def test_one_group():
 @pytest.mark.parametrize(
     "arguments, options, message",
     [
-        (("ltk", COUNTS), {}, "unknown method 'ltk'; did you mean 'ltkd'"),
+        (("ltk", COUNTS), {}, "unknown method 'ltk'; did you mean 'ltkd'.*--import"),
         (("kd", COUNTS), {"alpha": 1.0}, "'kd' has no hyperparameter 'alpha'; it has"),
         (("kd", COUNTS), {"warmup_steps": -1}, "warmup_steps=-1"),
         (
