@@ -536,12 +536,17 @@ def draw_lines(title, series, styles, *, log=False, legend_below=False):
             line |= {"marker": "o", "markersize": 4}
         ax.plot(x[::step], y[::step], **line)
     ax.set_xlabel("epoch")
+    epochs = np.concatenate([x for x, _ in series.values()])
+    if epochs.min() == epochs.max() > 0:
+        # Matplotlib would show fractions of an epoch around the only one.
+        ax.set_xlim(0, 1.05 * epochs.max())
     lowest = min(float(np.min(y)) for _, y in series.values())
     if log and lowest > 0:
         ax.set_yscale("log")
         set_plain_log_ticks(ax)
     else:
-        ax.set_ylim(bottom=min(0.0, lowest))
+        is_zero = not any(np.any(y) for _, y in series.values())
+        ax.set_ylim(bottom=min(0.0, lowest), top=1.0 if is_zero else None)
     legend_styles = {label: styles[label] for label in series}
     legend = Legend(legend_styles, below=legend_below)
     return to_figure(fig, f"{title} over the epochs", ", ".join(series), legend=legend)

@@ -181,12 +181,13 @@ def _provenance_cells(run):
     """Returns the cells of a run below hardware, precision, …, images/s."""
     keys = ("device", "precision", "commit", "config_hash")
     cells = [str(run.get(key) or "–") for key in keys]
-    seeds = [str(run["seeds"].get(key, "–")) for key in ("split", "teacher", "student")]
+    seeds = [run["seeds"].get(key) for key in ("split", "teacher", "student")]
     timing = run.get("timing") or {}
     speed = timing.get("images_per_second")
     return [
         *cells,
-        " / ".join(seeds),
+        # A teacher that the program did not train has no seed.
+        " / ".join("–" if seed is None else str(seed) for seed in seeds),
         format_duration(timing.get("seconds")),
         f"{speed:,.0f}" if speed else "–",
     ]

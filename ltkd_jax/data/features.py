@@ -42,6 +42,12 @@ class FeaturesFile(npz.ArrayFile):
     example = "x=x, y=y, x_test=x_test, y_test=y_test"
 
 
+class RowsFile(npz.ArrayFile):
+    """Reads an .npz file of rows to classify."""
+
+    example = "x=x"
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Features:
     """Holds the data set of a file.
@@ -118,7 +124,7 @@ def read_rows(path: PathLike) -> tuple[Array, Array]:
     Raises:
       ValueError: see `read`.
     """
-    file = FeaturesFile(path)
+    file = RowsFile(path)
     if "x" not in file.names:
         raise ValueError(
             f"{path} has the arrays {', '.join(file.names) or '(none)'}; it lacks x, "
@@ -212,7 +218,7 @@ def _images(
     return records.Images(x[order], labels[order].astype(np.int32), keys[order])
 
 
-def _keys(file: FeaturesFile, name: str, num_rows: int) -> Array:
+def _keys(file: npz.ArrayFile, name: str, num_rows: int) -> Array:
     """Returns the keys `[N]` of the rows; without such an array, from their numbers."""
     if name not in file.names:
         return np.array([f"row_{row:08d}" for row in range(num_rows)])

@@ -156,6 +156,19 @@ def test_command_output(output_format, start, tmp_path, capsys):
     assert file is None or (tmp_path / "page_files" / file).read_text() == out
 
 
+def test_single_evaluation(tmp_path):
+    """Its axes start at 0, and have no fractions of an epoch."""
+    test = {"all": 0.0, "groups": {"tail": 0.0}}
+    metrics = [{"step": 90, "epoch": 10.0, "test": test}]
+    seeds = {"split": 0, "teacher": None, "student": 3}
+    text = write([fabricate(metrics=metrics, seeds=seeds)], tmp_path)
+    assert "0 / – / 3" in text
+    (path,) = (tmp_path / "report_files").glob("*all-classes-over*.svg")
+    labels = {label.text for label in ElementTree.parse(path).iter(f"{SVG}text")}
+    assert {"0", "10", "0.0", "1.0"} <= labels, labels
+    assert "9.6" not in labels
+
+
 @pytest.mark.parametrize("classes, is_named", [(10, True), (16, False)])
 def test_class_names_on_the_axis(tmp_path, classes, is_named):
     names = [f"a rather long name {c}" for c in range(classes)]

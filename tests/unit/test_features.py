@@ -174,3 +174,6 @@ def test_rows(tmp_path):
     np.savez(path, rows=x)
     with pytest.raises(ValueError, match="rows.npz has the arrays rows; it lacks x"):
         features.read_rows(path)
+    path.write_text("1,2")
+    with pytest.raises(ValueError, match=r'np.savez\("rows.npz", x=x\)'):
+        features.read_rows(path)
