@@ -443,6 +443,11 @@ def _split(
       temperature: τ.
       where: bool, broadcastable to `[..., C]`.
     """
+    if not isinstance(groups, ClassGroups):
+        raise TypeError(
+            f"groups must be a ClassGroups, got {type(groups).__name__}: make one by "
+            "ClassGroups.from_counts(class_counts) or from_assignment"
+        )
     chex.assert_shape(
         groups.assignment,
         student.shape[-1:],

@@ -673,6 +673,8 @@ def test_wrong_types_and_counts():
     for where in (jnp.full(3, 0.5), jnp.ones(3, int)):
         with pytest.raises(TypeError, match="where must be bool, got .*(3,)"):
             losses.kd(zeros, zeros, where=where)
+    with pytest.raises(TypeError, match="got list: make one by ClassGroups"):
+        losses.ltkd(zeros, zeros, [0, 1, 2])
     with pytest.raises(ValueError, match="positive and finite"):
         losses.balanced_softmax(zeros, jnp.array([0, 1]), [1.0, 2.0, float("inf")])
     for counts in ([3, 0], [3, -1]):
