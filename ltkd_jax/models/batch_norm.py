@@ -211,8 +211,11 @@ def _variance_shift(x: jax.Array) -> jax.Array:
     if x.dtype == jnp.bfloat16:
         return jnp.zeros(x.shape[-1:], dtype)
     # Padding makes values at a border unlike the others.
-    middle = tuple(size // 2 for size in x.shape[:-1])
-    return x[middle].astype(dtype)
+    # A slice, not an index: sizes may be symbolic, as in an export.
+    start = [size // 2 for size in x.shape[:-1]]
+    end = [position + 1 for position in start]
+    middle = jax.lax.slice(x, (*start, 0), (*end, x.shape[-1]))
+    return middle.reshape(-1).astype(dtype)
 
 
 def _batch_mean(x: jax.Array) -> jax.Array:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from jax import export
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ltkd_jax.models.batch_norm import BatchNorm
@@ -285,6 +286,16 @@ def test_shard_map_that_checks_replication():
         out_specs=(batch, whole),
     )
     assert_close(jax.jit(mapped)(x), jax.jit(gradients)(x), 3e-5)
+
+
+def test_export_for_any_batch_size():
+    """A training step may be exported: a symbolic size is not an index of an array."""
+    variables = draw_variables(np.float32)
+    (size,) = export.symbolic_shape("size")
+    shape = jax.ShapeDtypeStruct((size, 4, C), np.float32)
+    exported = export.export(jax.jit(functools.partial(normalize, variables)))(shape)
+    x = draw(5, 4, dtype=np.float32)
+    assert_close(exported.call(x), normalize(variables, x), 1e-6)
 
 
 def test_one_collective_forward_and_one_backward():
