@@ -22,8 +22,8 @@ seeds of four splits at n_max 90.
 Hardware: 2 CPU cores.
 
 Expected over student seeds 0-2 (results/README.md): ltkd 96.7 ± 0.5 all, 92.9 ± 0.5
-tail; bikd 95.6 ± 0.5 all, 86.7 ± 2.1 tail. `make demo` writes that table. Rounding moves
-it: with Flax's batch norm the teacher had 97.0, in place of 95.0, and ltkd 96.8 / 93.7.
+tail; bikd 95.6 ± 0.5 all, 86.7 ± 2.1 tail. `make demo` writes that table. Rounding
+moves it: with Flax's batch norm the teacher had 97.0 instead of 95.0.
 """
 
 from configs import common
