@@ -36,7 +36,10 @@ from ltkd_jax.training import hosts, steps, teacher_table
 from ltkd_jax.training.checkpoint import Checkpoints
 from ltkd_jax.training.state import TrainState
 
-TABLE_BATCH = 2048  # views in a batch when a table is built
+# Views in a batch when a table is built on an accelerator, and on a CPU, whose caches
+# hold the activations of a small batch only.
+TABLE_BATCH = 2048
+_TABLE_BATCH_ON_CPU = 64
 _SAVE_SECONDS = 60  # between two saves of a table's progress
 _log = logging.getLogger(__name__)
 
@@ -197,10 +200,12 @@ class Teacher:
             labels: Any = images.labels
             train_data = jax.device_put(steps.TrainData(pixels, labels, self.variables))
             logits_fn = table_logits_fn(self.spec, data)
+            on_cpu = jax.default_backend() == "cpu"
+            batch_size = _TABLE_BATCH_ON_CPU if on_cpu else TABLE_BATCH
             teacher_table.build(
                 functools.partial(logits_fn, train_data),
                 table,
-                batch_size=min(TABLE_BATCH, total),
+                batch_size=min(batch_size, total),
                 start=start,
                 on_batch=on_batch,
             )
