@@ -170,7 +170,7 @@ _log_factorial = np.vectorize(lambda n: math.lgamma(n + 1), otypes=[np.float64])
 def summarize(
     sums: EvalSums, groups: ClassGroups, shots: dict[str, np.ndarray]
 ) -> dict[str, Any]:
-    """Summarizes accuracies, calibration and the confusion between groups.
+    """Summarizes accuracies, calibration, and what the groups get.
 
     Args:
       sums: `EvalSums` over a data set.
@@ -183,7 +183,8 @@ def summarize(
       - `all`, and `per_class`, `groups` and `shots`, by class, group and shot;
       - `ece`, the expected calibration error over 15 bins;
       - `confusion[g][h]`, the percentage of group g's examples that are predicted in
-        group h.
+        group h;
+      - `group_mass`, see that function.
     """
     confusion = np.asarray(sums.confusion, np.float64)
     num_classes = len(confusion)
@@ -196,13 +197,15 @@ def summarize(
         "shots": _accuracies(confusion, shots),
         "ece": float(calibration_error(sums.bins)),
         "confusion": _group_confusion(confusion, list(group_masks.values())),
+        "group_mass": group_mass(sums, groups),
     }
 
 
 def group_mass(sums: EvalSums, groups: ClassGroups) -> dict[str, float]:
     """Computes the mean predicted probability of each group, by its name.
 
-    This is LTKD's measure of a teacher's bias. The masses sum to 1.
+    This is LTKD's measure of a teacher's bias. The masses sum to 1; over balanced
+    examples, an unbiased model's are proportional to the groups' numbers of classes.
     """
     mass = np.asarray(sums.mass, np.float64)
     assignment = np.asarray(groups.assignment)

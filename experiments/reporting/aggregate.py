@@ -146,7 +146,9 @@ class Setting:
         runs = {}
         for i, teacher in enumerate(self.teachers().values()):
             if teacher.get("test"):
-                runs[0, i] = {"test": teacher["test"]}
+                # Earlier teachers have the masses in this place only.
+                masses = {"group_mass": at(teacher, "group_mass.balanced")}
+                runs[0, i] = {"test": masses | teacher["test"]}
         return Method("teacher", "teacher", runs) if runs else None
 
     def methods_with_teacher(self, *, teacher_first=False):
@@ -164,6 +166,27 @@ class Setting:
         for run in self.runs:
             names |= dict.fromkeys(run["test"].get("groups") or {})
         return list(names)
+
+    def first_run_with(self, key):
+        """Returns the first run that has a value at a key, {} if there is none."""
+        return next((run for run in self.runs if run.get(key)), {})
+
+    def group_shares(self):
+        """Returns {group: share of the training images} and {group: share of classes}.
+
+        Both are empty if no run has recorded its groups.
+        """
+        run = self.first_run_with("group_assignment")
+        assignment = run.get("group_assignment") or []
+        counts = run.get("class_counts") or []
+        image_shares = {}
+        class_shares = {}
+        if counts and len(counts) == len(assignment):
+            for group, name in enumerate(self.group_names()):
+                members = [n for n, g in zip(counts, assignment) if g == group]
+                image_shares[name] = sum(members) / sum(counts)
+                class_shares[name] = len(members) / len(counts)
+        return image_shares, class_shares
 
     def tail_column(self):
         """Returns the column of the least frequent group."""

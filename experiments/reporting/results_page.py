@@ -245,11 +245,15 @@ def _differences(setting, published):
 def _below_table(setting):
     """Returns the paragraphs below the table of a setting.
 
-    These are notes, paired comparisons, and the hardware and commands of the runs.
+    These are notes, paired comparisons, the mass on each group, and the hardware and
+    commands of the runs.
     """
     paragraphs = [f"{setting.note()}.", escape_markdown(tables.headline(setting))]
     for name, table in tables.comparison_tables(setting):
         paragraphs += [f"Paired, {escape_markdown(name)}:", as_markdown(table)]
+    masses = tables.mass_table(setting)
+    if masses:
+        paragraphs += [tables.MASS_NOTE, as_markdown(masses)]
     rows = [_circumstances(method) for method in setting.methods]
     header = [
         "method",

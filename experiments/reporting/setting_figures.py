@@ -1,6 +1,6 @@
 """The figures on one setting.
 
-They show accuracy by class, the teacher's bias, confusion between groups, and training.
+They show accuracy by class, bias, confusion between groups, and training.
 """
 
 import dataclasses
@@ -9,7 +9,7 @@ import numpy as np
 from markupsafe import Markup
 
 from experiments.config.trees import at
-from experiments.reporting import figures, page
+from experiments.reporting import figures, page, tables
 
 
 def components(setting):
@@ -83,14 +83,9 @@ def _class_names(setting, num_classes):
     return [f"class {name}" if name.isdecimal() else name for name in names]
 
 
-def _first_run_with(setting, key):
-    """Returns the first run that has a value at a key, {} if there is none."""
-    return next((run for run in setting.runs if run.get(key)), {})
-
-
 def _by_class(setting, styles):
     """Returns the figures of accuracy by class."""
-    run = _first_run_with(setting, "class_counts")
+    run = setting.first_run_with("class_counts")
     counts = np.asarray(run.get("class_counts") or [], float)
     order = np.argsort(-counts, kind="stable")
     curves = {}
@@ -242,31 +237,19 @@ def _draw_dots(label, accuracies, style, classes):
     return figures.to_figure(fig, name, description, hovers=dots)
 
 
-# The teacher's bias.
+# Bias.
 
-
-def _group_shares(run, group_names):
-    """Returns {group: share of the training images} and {group: share of classes}.
-
-    Both are empty if the run has not recorded its groups.
-    """
-    assignment = np.array(run.get("group_assignment") or [])
-    counts = np.array(run.get("class_counts") or [])
-    image_shares = {}
-    class_shares = {}
-    if len(counts) and len(counts) == len(assignment):
-        for group, name in enumerate(group_names):
-            is_member = assignment == group
-            image_shares[name] = float(counts[is_member].sum() / counts.sum())
-            class_shares[name] = float(np.mean(is_member))
-    return image_shares, class_shares
+_BIAS_NOTE = Markup(
+    "Bars: the teacher’s mean probability mass on each group. {} the true share of "
+    "that input’s images, which an unbiased teacher would match. {} the share of the "
+    "training images."
+).format(figures.TRUE_SHARE_SYMBOL, figures.TRAINING_SHARE_SYMBOL)
 
 
 def _bias(setting):
-    """Returns the figures of the teachers' mass on each group."""
+    """Returns the mass on each group: figures for the teachers, and a table for all."""
     group_names = setting.group_names()
-    run = _first_run_with(setting, "group_assignment")
-    image_shares, class_shares = _group_shares(run, group_names)
+    image_shares, class_shares = setting.group_shares()
     # Of balanced images, a group has the share that it has of the classes.
     true_shares = {"long_tailed": image_shares, "balanced": class_shares}
     teachers = list(setting.teachers().values())
@@ -281,14 +264,15 @@ def _bias(setting):
                 panels.append(
                     figures.draw_group_mass(title, mass, true_share, image_shares)
                 )
-    if not panels:
-        return []
-    text = Markup(
-        "Bars: the teacher’s mean probability mass on each group. {} the true share of "
-        "that input’s images, which an unbiased teacher would match. {} the share of "
-        "the training images."
-    ).format(figures.TRUE_SHARE_SYMBOL, figures.TRAINING_SHARE_SYMBOL)
-    return [page.Heading("The teacher’s bias"), page.Text(text), page.Panels(panels)]
+    components: list = []
+    if panels:
+        components.append(page.Heading("The teacher’s bias"))
+        components += [page.Text(_BIAS_NOTE), page.Panels(panels)]
+    table = tables.mass_table(setting)
+    if table:
+        components.append(page.Heading("The bias of teacher and students"))
+        components += [page.Text(tables.MASS_NOTE), table]
+    return components
 
 
 # Confusion.

@@ -29,6 +29,10 @@ OVER_SETTINGS_NOTE = (
     "other method of that setting. The tail: the group of classes with the fewest "
     "training images"
 )
+MASS_NOTE = (
+    "The mass of a group: its mean predicted probability on the balanced test images, "
+    "in percent. An unbiased model gives each group its share of the classes."
+)
 RECONSTRUCTED_NOTE = (
     "LTKD is reconstructed from descriptions; there is no official code."
 )
@@ -92,6 +96,29 @@ def accuracy_table(setting):
         label = Cell(method.label, quiet=method.name == "teacher")
         rows.append([label, *cells[method.label], str(len(method.runs))])
     return Table(["method", *column_by_title, "n"], rows)
+
+
+def mass_table(setting):
+    """Returns a table of the mass on each group, None if no method has recorded it.
+
+    See `MASS_NOTE`. The first row is that of an unbiased model.
+    """
+    group_names = setting.group_names()
+    _, shares = setting.group_shares()
+    rows = []
+    for method in setting.methods_with_teacher(teacher_first=True):
+        masses = [method.values(f"group_mass.{name}") for name in group_names]
+        if any(masses):
+            cells = []
+            for values in masses:
+                cells.append(mean_cell(100 * value for value in values.values()))
+            label = Cell(method.label, quiet=method.name == "teacher")
+            rows.append([label, *cells, str(len(masses[0]))])
+    if not rows or not shares:
+        return None
+    unbiased = [mean_cell([100 * shares[name]]) for name in group_names]
+    rows.insert(0, [Cell("unbiased", quiet=True), *unbiased, "–"])
+    return Table(["method", *group_names, "n"], rows)
 
 
 def tables_over_settings(settings):

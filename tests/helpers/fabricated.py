@@ -47,6 +47,7 @@ def _evaluation(levels, num_classes, rng, *, shots=True):
         "shots": {"many": means["head"], "medium": few, "few": few},
         "ece": 12.3 + rng.gauss(0, 1),
         "confusion": confusion,
+        "group_mass": dict(zip(GROUP_NAMES, (0.5, 0.3, 0.2))),
     }
 
 

@@ -276,6 +276,32 @@ def test_bold_only_where_clear(accuracies, bold):
     assert [row[0].text for row in table.cells() if row[1].bold] == bold
 
 
+def test_mass_table():
+    runs = [fabricate("kd", seed) for seed in range(2)]
+    runs[1]["test"]["group_mass"] = {"head": 0.7, "medium": 0.2, "tail": 0.1}
+    # A run of an earlier version did not record it.
+    runs.append(fabricate("ce"))
+    del runs[2]["test"]["group_mass"]
+    # The teacher's is the one that earlier versions recorded, too.
+    for run in runs:
+        del run["teacher"]["test"]["group_mass"]
+    (setting,) = aggregate.group_runs(runs)
+    table = tables.mass_table(setting)
+    assert table.header == ["method", "head", "medium", "tail", "n"]
+    assert texts_by_label(table) == {
+        "unbiased": ["30.00", "40.00", "30.00", "–"],
+        "teacher": ["65.00", "29.00", "6.00", "1"],
+        "kd": ["60.00", "25.00", "15.00", "2"],
+    }
+
+
+def test_mass_table_without_masses():
+    run = fabricate("ce", teacher=False)
+    del run["test"]["group_mass"]
+    (setting,) = aggregate.group_runs([run])
+    assert tables.mass_table(setting) is None
+
+
 def test_tables_over_settings():
     settings = aggregate.group_runs(sweep())
     (title, table), (tail_title, tail_table) = tables.tables_over_settings(settings)
