@@ -4,6 +4,7 @@ It compares measured with published numbers, and has the search for hyperparamet
 the ablation.
 """
 
+import collections
 import pathlib
 import re
 
@@ -254,30 +255,40 @@ def _below_table(setting):
     masses = tables.mass_table(setting)
     if masses:
         paragraphs += [tables.MASS_NOTE, as_markdown(masses)]
-    rows = [_circumstances(method) for method in setting.methods]
+    rows = []
+    for method in setting.methods:
+        rows += _circumstances(method)
     header = [
         "method",
         "hardware",
         "precision",
         "commit",
         "teacher's logits",
+        "seeds",
         "wall time of a run",
     ]
-    paragraphs.append(as_markdown(Table(header, rows, num_text_columns=5)))
+    paragraphs.append(as_markdown(Table(header, rows, num_text_columns=6)))
     paragraphs.append(_commands(setting.runs))
     return paragraphs
 
 
 def _circumstances(method):
-    """Returns a row on where and how the runs of a method were executed."""
-    runs = method.sorted_runs
-    row = [method.label]
-    for key in ("device", "precision", "commit"):
-        row.append(_join_distinct(str(run.get(key) or "–") for run in runs))
-    row.append(_join_distinct(aggregate.logits_source(run) or "–" for run in runs))
-    seconds = [(run.get("timing") or {}).get("seconds") for run in runs]
-    mean_seconds, _, _ = mean_std(s for s in seconds if s is not None)
-    return [*row, report_page.format_duration(mean_seconds)]
+    """Returns rows on how the runs of a method were executed, one for each hardware."""
+    runs_by_device = collections.defaultdict(list)
+    for run in method.sorted_runs:
+        runs_by_device[str(run.get("device") or "–")].append(run)
+    rows = []
+    for device, runs in sorted(runs_by_device.items()):
+        row = [method.label, device]
+        for key in ("precision", "commit"):
+            row.append(_join_distinct(str(run.get(key) or "–") for run in runs))
+        row.append(_join_distinct(aggregate.logits_source(run) or "–" for run in runs))
+        seeds = sorted(str(run["seeds"].get("student")) for run in runs)
+        seconds = [(run.get("timing") or {}).get("seconds") for run in runs]
+        mean_seconds, _, _ = mean_std(s for s in seconds if s is not None)
+        duration = report_page.format_duration(mean_seconds)
+        rows.append([*row, ", ".join(seeds), duration])
+    return rows
 
 
 def _join_distinct(texts):

@@ -99,7 +99,7 @@ def accuracy_table(setting):
 
 
 def mass_table(setting):
-    """Returns a table of the mass on each group, None if no method has recorded it.
+    """Returns a table of the mass on each group, None if no student has recorded it.
 
     See `MASS_NOTE`. The first row is that of an unbiased model.
     """
@@ -114,7 +114,8 @@ def mass_table(setting):
                 cells.append(mean_cell(100 * value for value in values.values()))
             label = Cell(method.label, quiet=method.name == "teacher")
             rows.append([label, *cells, str(len(masses[0]))])
-    if not rows or not shares:
+    has_student = any(row[0].text != "teacher" for row in rows)
+    if not has_student or not shares:
         return None
     unbiased = [mean_cell([100 * shares[name]]) for name in group_names]
     rows.insert(0, [Cell("unbiased", quiet=True), *unbiased, "–"])

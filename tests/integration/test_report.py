@@ -561,6 +561,14 @@ def test_results_page_compares_with_published(tmp_path):
     assert command in text
 
 
+def test_results_page_separates_hardware():
+    runs = [fabricate("ce", 0), fabricate("ce", 1, device="2-core CPU")]
+    runs[1]["timing"] = {"seconds": 61.0}
+    text = results_page.render_results(runs, published())
+    assert "| ce | NVIDIA H100 | tf32 | abc1234 | – | 0 | 1 h 12 min |" in text
+    assert "| ce | 2-core CPU | tf32 | abc1234 | – | 1 | 1 min 01 s |" in text
+
+
 def test_results_page_ignores_the_order_of_files():
     runs = runs_with({"ce": [30.0, 31.0], "kd": [32.0, 33.0]})
     runs += runs_with({"ce": [20.0], "kd": [21.0]}, classes=100)

@@ -296,7 +296,7 @@ def test_mass_table():
 
 
 def test_mass_table_without_masses():
-    run = fabricate("ce", teacher=False)
+    run = fabricate("ce")
     del run["test"]["group_mass"]
     (setting,) = aggregate.group_runs([run])
     assert tables.mass_table(setting) is None
