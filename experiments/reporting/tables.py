@@ -253,7 +253,8 @@ def _comparison_in_words(setting, best):
             )
     if all(difference.num_pairs < 2 for difference in differences.values()):
         return (
-            "With one seed per method, no difference can be distinguished from chance."
+            "It shares at most one seed with any other, so no difference can be "
+            "distinguished from chance."
         )
     better_than = []
     unclear = []
