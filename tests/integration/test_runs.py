@@ -102,7 +102,7 @@ def test_results(finished):
     assert results["epochs"] == 3.0
     teacher = results["teacher"]
     for summary in (results["test"], results["validation"], teacher["test"]):
-        keys = {"all", "per_class", "groups", "shots", "ece", "confusion"}
+        keys = {"all", "per_class", "groups", "shots", "ece", "confusion", "group_mass"}
         assert set(summary) == keys
         assert len(summary["per_class"]) == 10
         assert set(summary["groups"]) == {"head", "medium", "tail"}
@@ -111,6 +111,7 @@ def test_results(finished):
         assert summary["all"] == pytest.approx(np.mean(summary["per_class"]))
     for kind in ("long_tailed", "balanced"):
         assert sum(teacher["group_mass"][kind].values()) == pytest.approx(1)
+    assert teacher["test"]["group_mass"] == teacher["group_mass"]["balanced"]
     assert teacher["hash"] == spec.teacher_hash
     assert {"device", "precision", "versions", "commit"} <= set(results)
     assert {"timing", "command"} <= set(results)
