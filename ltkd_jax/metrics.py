@@ -170,7 +170,7 @@ _log_factorial = np.vectorize(lambda n: math.lgamma(n + 1), otypes=[np.float64])
 def summarize(
     sums: EvalSums, groups: ClassGroups, shots: dict[str, np.ndarray]
 ) -> dict[str, Any]:
-    """Summarizes accuracies, calibration, and what the groups get.
+    """Summarizes accuracies, calibration, and the confusion and mass of the groups.
 
     Args:
       sums: `EvalSums` over a data set.
