@@ -30,8 +30,9 @@ OVER_SETTINGS_NOTE = (
     "training images"
 )
 MASS_NOTE = (
-    "The mass of a group: its mean predicted probability on the test images, in percent. "
-    "If these are balanced, an unbiased model gives each group its share of the classes."
+    "The mass of a group: its mean predicted probability on the test images, in "
+    "percent. If these are balanced, an unbiased model gives each group its share of "
+    "the classes."
 )
 RECONSTRUCTED_NOTE = (
     "LTKD is reconstructed from descriptions; there is no official code."
