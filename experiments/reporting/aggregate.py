@@ -402,22 +402,29 @@ def _variants(name, runs, label_keys):
             runs_by_seeds[seeds] = run
     methods = []
     for values, runs_by_seeds in runs_by_values.items():
-        assignments = map(_format_assignment, label_keys, values)
-        suffix = ", ".join(text for text in assignments if text)
+        parts = map(_label_part, label_keys, values)
+        suffix = ", ".join(part for part in parts if part)
         label = f"{name} ({suffix})" if suffix else name
         methods.append(Method(name, label, runs_by_seeds))
     return methods
 
 
-def _format_assignment(key, value):
+def _label_part(key, value):
     """Returns "key=value" for a label, or "" for an augmentation that is off."""
     if value is None:
         return ""
     if key.startswith("augment.") and value in ("none", "0", "0.0"):
         return ""
-    if re.fullmatch(r"-?\d+\.\d+", value):
-        value = f"{float(value):g}"
-    return f"{key.removeprefix('method.').removeprefix('augment.')}={value}"
+    name = key.removeprefix("method.").removeprefix("augment.")
+    return format_assignment(name, value)
+
+
+def format_assignment(name, value):
+    """Returns "name=value"; 4.0 becomes 4."""
+    text = str(value)
+    if re.fullmatch(r"-?\d+\.\d+", text):
+        text = f"{float(text):g}"
+    return f"{name}={text}"
 
 
 # Titles.

@@ -54,7 +54,7 @@ def render_results(runs, published, planned=()):
     for key in dict.fromkeys(map(_setting_key, entries)):
         paragraphs += _section(
             key,
-            [setting for setting in settings if _setting_key(vars(setting)) == key],
+            _settings_with_key(settings, key),
             _first_with_key(published["settings"], key),
             [entry for entry in planned_for_tables if _setting_key(entry) == key],
         )
@@ -89,6 +89,15 @@ def _setting_key(entry):
     """
     data = re.sub("[^a-z0-9]", "", str(entry["data"]).lower())
     return data, float(entry["imbalance"]), entry["teacher"], entry["student"]
+
+
+def _settings_with_key(settings, key):
+    """Returns the settings with a key, with labels that tell their own rows apart."""
+    runs = []
+    for setting in settings:
+        if _setting_key(vars(setting)) == key:
+            runs += setting.runs
+    return aggregate.group_runs(runs)
 
 
 def _first_with_key(entries, key):
@@ -141,8 +150,12 @@ def _section(key, settings, reference, planned):
       reference: the entry of published.json, {} if there is none.
       planned: the runs that are planned.
     """
+    _, imbalance, teacher, student = key
     data = settings[0].data if settings else reference.get("data", key[0])
-    paragraphs = [f"## {escape_markdown(_title(data, *key[1:]))}"]
+    if settings and not any(setting.teachers() for setting in settings):
+        teacher = None  # the config names one, but no method used it
+    title = _title(data, imbalance, teacher, student)
+    paragraphs = [f"## {escape_markdown(title)}"]
     if reference:
         text = f"Published: {reference['paper']}. {reference.get('note', '')}"
         paragraphs.append(text.rstrip())
@@ -222,8 +235,14 @@ def _row_key(method):
 
 
 def _published_text(entry):
-    """Returns [number, mark] as a text such as "51.08 [S]"; "?" for None."""
-    return f"{entry[0]:.2f} [{entry[1]}]" if entry else "?"
+    """Returns an entry as a text; "?" for None.
+
+    [number, mark] becomes "51.08 [S]", and [lowest, highest, mark] "43.00–45.10 [S]".
+    """
+    if not entry:
+        return "?"
+    *numbers, mark = entry
+    return f"{'–'.join(f'{number:.2f}' for number in numbers)} [{mark}]"
 
 
 def _differences(setting, published):
@@ -234,8 +253,9 @@ def _differences(setting, published):
         for name, column in (("all", "all"), ("tail", "groups.tail")):
             entry = published.get(method.name, {}).get(name)
             if entry and method.values(column):
-                difference = method.mean(column) - entry[0]
-                differences.append(f"{name} {signed(difference)}")
+                *numbers, _ = entry
+                texts = [signed(method.mean(column) - number) for number in numbers]
+                differences.append(f"{name} {' and '.join(texts)}")
         if differences:
             clauses.append(f"{method.label}: {', '.join(differences)}")
     if not clauses:
@@ -246,8 +266,8 @@ def _differences(setting, published):
 def _below_table(setting):
     """Returns the paragraphs below the table of a setting.
 
-    These are notes, paired comparisons, the mass on each group, and the hardware and
-    commands of the runs.
+    These are notes, paired comparisons, the mass on each group, and the
+    hyperparameters, hardware and commands of the runs.
     """
     paragraphs = [f"{setting.note()}.", escape_markdown(tables.headline(setting))]
     for name, table in tables.comparison_tables(setting):
@@ -255,6 +275,12 @@ def _below_table(setting):
     masses = tables.mass_table(setting)
     if masses:
         paragraphs += [tables.MASS_NOTE, as_markdown(masses)]
+    hyperparameters = _hyperparameter_rows(setting)
+    if hyperparameters:
+        header = ["method", "hyperparameters"]
+        paragraphs.append(
+            as_markdown(Table(header, hyperparameters, num_text_columns=2))
+        )
     rows = []
     for method in setting.methods:
         rows += _circumstances(method)
@@ -270,6 +296,22 @@ def _below_table(setting):
     paragraphs.append(as_markdown(Table(header, rows, num_text_columns=6)))
     paragraphs.append(_commands(setting.runs))
     return paragraphs
+
+
+def _hyperparameter_rows(setting):
+    """Returns a row of hyperparameters for each method that has any."""
+    rows = []
+    for method in setting.methods:
+        config = flatten(method.sorted_runs[0]["identity"])
+        assignments = []
+        for key, value in sorted(config.items()):
+            kind, _, name = key.partition(".")
+            is_off = name in ("warmup_epochs", "scales") and not value
+            if kind in ("method", "loss_weighting") and name != "name" and not is_off:
+                assignments.append(aggregate.format_assignment(name, value))
+        if assignments:
+            rows.append([method.label, ", ".join(assignments)])
+    return rows
 
 
 def _circumstances(method):

@@ -523,7 +523,7 @@ def test_marks_published_numbers():
     for setting in content["settings"]:
         for method in setting["methods"].values():
             for value in method.values():
-                assert value is None or value[1] in content["marks"]
+                assert value is None or value[-1] in content["marks"]
 
 
 def test_results_page_compares_with_published(tmp_path):
@@ -559,6 +559,37 @@ def test_results_page_compares_with_published(tmp_path):
     assert "**[S]** second-hand" in text
     command = "python -m experiments.main --config=configs/cifar100lt.py:ltkd,seed=0"
     assert command in text
+
+
+def test_results_page_gives_a_range_of_published_numbers():
+    run = fabricate("balanced_softmax", classes=100, teacher=False)
+    run["config"]["student"]["model"] = "resnet32"
+    (setting,) = aggregate.group_runs([run])
+    all_classes = setting.methods[0].mean("all")
+    text = results_page.render_results([run], published())
+    # No teacher was used, so the title names none.
+    section = text.split("## cifar100, imbalance 100, resnet32\n")[1].split("\n## ")[0]
+    row = line_of(section, "| balanced_softmax |")
+    assert row.startswith(
+        f"| balanced_softmax | 43.00–45.10 [S] | ? | {all_classes:.2f} |"
+    )
+    differences = f"all {all_classes - 43.0:+.2f} and {all_classes - 45.1:+.2f}."
+    assert differences.replace("-", "−") in line_of(section, "Measured minus published")
+
+
+def test_results_page_names_hyperparameters():
+    runs = [fabricate("ltkd", classes=classes) for classes in (10, 100, 100)]
+    runs[2]["config"]["method"]["alpha"] = 8.0
+    text = results_page.render_results(runs, published())
+    cifar100, cifar10 = (
+        text.split(f"## {data}, imbalance 100, resnet32x4 → resnet8x4\n")[1]
+        for data in ("cifar100", "cifar10")
+    )
+    # A label has what differs in its own section. Below are all hyperparameters.
+    assert "| ltkd (alpha=1) | alpha=1, " in cifar100
+    assert "| ltkd (alpha=8) | alpha=8, " in cifar100
+    assert "| ltkd | alpha=1, " in cifar10.split("\n## ")[0]
+    assert "temperature=4" in line_of(cifar10, "| ltkd | alpha=1, ")
 
 
 def test_results_page_separates_hardware():
