@@ -3,7 +3,7 @@
     python -m experiments.benchmark train     # the training step: images/s, FLOPs, …
     python -m experiments.benchmark train --methods=ltkd,bikd --precisions=tf32,bfloat16
     python -m experiments.benchmark profile --method=ltkd  # the step by operation
-    python -m experiments.benchmark loss      # LTKD's loss, beside a bound by its bytes
+    python -m experiments.benchmark loss      # losses, beside a bound by their bytes
     python -m experiments.benchmark bilevel   # beside naive differentiation
     python -m experiments.benchmark bilevel --repeats=0    # the compiler's counts alone
     python -m experiments.benchmark stream    # images/s of a stream and of a plain loop
@@ -130,6 +130,16 @@ def _add_precision(parser):
     )
 
 
+def _add_losses(parser, default, sizes):
+    parser.add_argument("--losses", **_some_of(tuple(loss.LOSSES), "some of", default))
+    parser.add_argument(
+        "--sizes",
+        type=_sizes,
+        default=",".join(f"{rows}x{columns}" for rows, columns in sizes),
+        help="[B, C] of the losses' logits",
+    )
+
+
 def _add_repeats(parser, default, description, minimum=1):
     parser.add_argument(
         "--repeats", type=_at_least(minimum), default=default, help=description
@@ -180,7 +190,12 @@ def _add_loss(commands):
         commands,
         "loss",
         loss.report,
-        "LTKD's loss and its gradient, beside a lower bound by its bytes",
+        "losses and their gradients, beside a lower bound by their bytes",
+    )
+    _add_losses(parser, ["kd", "dkd", "ltkd3", "optax_kl"], loss.SIZES)
+    parser.add_argument(
+        "--precisions",
+        **_some_of(("float32", "bfloat16"), "dtypes of the logits", ["float32"]),
     )
     _add_repeats(parser, 5, "timed calls, of which the best counts")
 
@@ -266,13 +281,7 @@ def _add_compiled(commands):
         "--precisions",
         **_some_of(_PRECISIONS, "of the networks and the logits", ["bfloat16"]),
     )
-    parser.add_argument("--losses", **_some_of(tuple(compiled.LOSSES), "losses"))
-    parser.add_argument(
-        "--sizes",
-        type=_sizes,
-        default="4096x10000",
-        help="[B, C] of the losses' logits",
-    )
+    _add_losses(parser, list(loss.LOSSES), [(4096, 10_000)])
 
 
 def _add_command(commands, name, report, description):

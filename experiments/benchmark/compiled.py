@@ -32,12 +32,12 @@ import numpy as np
 
 from experiments import provenance
 from experiments.benchmark import compilers, train_step
+from experiments.benchmark.loss import LOSSES, Loss, check_sizes
 from experiments.reporting import writers
 from experiments.trainer import teacher as teachers
 from experiments.trainer.dataset import Dataset
 from experiments.trainer.evaluator import Evaluator
 from experiments.trainer.trainer import Trainer
-from ltkd_jax import groups, losses
 from ltkd_jax.data.records import Images, Records
 from ltkd_jax.data.sampling import BatchIndices
 from ltkd_jax.training import steps
@@ -90,7 +90,7 @@ class Options:
       programs: some of `PROGRAMS`.
       methods, teachers, precisions: of the steps, see `train_step.cases`.
       teacher, student: models.
-      losses: some of `LOSSES`.
+      losses: some of `loss.LOSSES`.
       sizes: [B, C] of the losses' logits.
       devices: numbers of devices.
     """
@@ -107,52 +107,6 @@ class Options:
 
 
 # Losses alone.
-
-
-@dataclasses.dataclass(frozen=True)
-class Loss:
-    """Describes a loss to compile.
-
-    Attributes:
-      fn: `(student logits, teacher logits, labels, temperature, groups) -> [B]`.
-      num_groups: of classes; 1 for a loss without groups.
-    """
-
-    fn: Callable[..., jax.Array]
-    num_groups: int = 1
-
-
-def _kd(student, teacher, labels, temperature, class_groups):
-    return losses.kd(student, teacher)
-
-
-def _dkd(student, teacher, labels, temperature, class_groups):
-    return losses.dkd(student, teacher, labels)
-
-
-def _ltkd(student, teacher, labels, temperature, class_groups):
-    return losses.ltkd(student, teacher, class_groups)
-
-
-def _ltkd_traced(student, teacher, labels, temperature, class_groups):
-    """Returns LTKD's loss at a temperature that the compiler does not know."""
-    return losses.ltkd(student, teacher, class_groups, temperature=temperature)
-
-
-def _group_kl(student, teacher, labels, temperature, class_groups):
-    terms = losses.group_kl(student, teacher, class_groups)
-    return terms.inter + jnp.sum(terms.intra, axis=-1)
-
-
-LOSSES = {
-    "kd": Loss(_kd),
-    "dkd": Loss(_dkd),
-    "ltkd3": Loss(_ltkd, 3),
-    "ltkd3_traced": Loss(_ltkd_traced, 3),
-    "ltkd10": Loss(_ltkd, 10),
-    "ltkd100": Loss(_ltkd, 100),
-    "group_kl3": Loss(_group_kl, 3),
-}
 
 
 def _loss_programs(options: Options, devices: list[jax.Device]) -> Iterator[Program]:
@@ -175,21 +129,11 @@ def _lower_loss(
 ) -> Any:
     """Returns the lowered mean loss with its gradient by the student's logits."""
     batch_size, num_classes = size
-    fractions: tuple[float, ...] = groups.DEFAULT_FRACTIONS
-    if loss.num_groups != len(fractions):
-        fractions = (1 / loss.num_groups,) * loss.num_groups
-    class_groups = groups.ClassGroups.from_counts(
-        np.arange(num_classes, 0, -1), fractions=fractions
-    )
-
-    def mean_loss(student, teacher, labels, temperature):
-        return loss.fn(student, teacher, labels, temperature, class_groups).mean()
-
     logits = jax.ShapeDtypeStruct(size, dtype)
     labels = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
     temperature = jax.ShapeDtypeStruct((), jnp.float32)
     arguments = Parallel("jit", devices).describe((logits, logits, labels, temperature))
-    return jax.jit(jax.value_and_grad(mean_loss)).lower(*arguments)
+    return jax.jit(jax.value_and_grad(loss.mean_fn(num_classes))).lower(*arguments)
 
 
 # Steps, and what else a run compiles.
@@ -459,15 +403,8 @@ def _check(options: Options, target: compilers.Target) -> None:
     """Checks the options, before anything is compiled."""
     for number in options.devices:
         compilers.check_devices(target, number)
-    if "losses" not in options.programs:
-        return
-    for name, (_, num_classes) in itertools.product(options.losses, options.sizes):
-        num_groups = LOSSES[name].num_groups
-        if num_groups > num_classes:
-            raise ValueError(
-                f"{name} has {num_groups} groups of classes: give --sizes with more "
-                f"than {num_classes} classes"
-            )
+    if "losses" in options.programs:
+        check_sizes(options.losses, options.sizes)
 
 
 # The table.

@@ -83,8 +83,8 @@ def report(
     header = ["method", "precision", "batch", "implementation", "ms", "/ first"]
     table = writers.Table(header, rows, num_text_columns=4)
 
-    def ltkd_call_of(shape):
-        return pytorch_baseline.ltkd_call(*loss.random_logits(shape))
+    def ltkd_call_of(size):
+        return pytorch_baseline.ltkd_call(*loss.random_logits(size))
 
     lines = [
         f"{teacher} → {student}, a step of training",
@@ -92,6 +92,12 @@ def report(
         f"PyTorch {torch.__version__}, {torch.get_num_threads()} threads; "
         f"{provenance.short()}",
         "",
-        loss.report(repeats=repeats, pytorch_call_of=ltkd_call_of),
+        loss.report(
+            losses=["ltkd3"],
+            sizes=loss.SIZES,
+            precisions=["float32"],
+            repeats=repeats,
+            others={"ltkd3, PyTorch": ltkd_call_of},
+        ),
     ]
     return "\n".join(lines)

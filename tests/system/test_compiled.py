@@ -15,7 +15,7 @@ import jax
 import pytest
 
 from experiments.benchmark import __main__ as benchmark
-from experiments.benchmark import compiled, compilers
+from experiments.benchmark import compiled, compilers, loss
 
 BUDGETS = pathlib.Path(__file__).with_name("compiled_budgets.json")
 # A value may grow by this factor without a word.
@@ -31,7 +31,7 @@ def options(programs, **values):
         precisions=["bfloat16"],
         teacher="resnet32x4",
         student="resnet8x4",
-        losses=list(compiled.LOSSES),
+        losses=list(loss.LOSSES),
         sizes=[(4096, 10_000)],
         devices=[1],
     )
