@@ -104,8 +104,8 @@ def check_sizes(names: Sequence[str], sizes: Sequence[tuple[int, int]]) -> None:
         num_groups = LOSSES[name].num_groups
         if num_groups > num_classes:
             raise ValueError(
-                f"{name} has {num_groups} groups of classes: give --sizes with at least "
-                f"{num_groups} classes"
+                f"{name} has {num_groups} groups of classes: give --sizes with at "
+                f"least {num_groups} classes"
             )
 
 
