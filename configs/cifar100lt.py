@@ -31,8 +31,9 @@ takes under 3 minutes on 2 CPU cores.
 
 Expected: LTKD publishes 51.08 all / 27.21 tail. With seed 0 on an H100, in tf32, this
 config gives 48.7 / 23.4, and 51.1 / 31.9 with method.temperature=2, method.alpha=4 and
-method.num_groups=10 (docs/findings.md). LTKD's temperature, α, β and warm-up are not
-published: these are this library's defaults, not the paper's.
+method.num_groups=10 (docs/findings.md; experiments/queues/core.json). LTKD's
+temperature, α, β and warm-up are not published: these are this library's defaults, not
+the paper's.
 """
 
 from configs import common

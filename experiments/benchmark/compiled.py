@@ -3,8 +3,8 @@
 Programs: a call of one step ("step"), of all steps of an epoch, as on accelerators
 ("epoch"), of a step with K virtual steps ("lookahead"), or of a step whose images are
 inputs ("streamed"); a batch of the evaluation and of the teacher's table; the losses
-alone, with their gradients; what the first table of experiments/queues/gpu.json calls
-("core_table"), with the sum of its time. The images are noise, as in `train_step`.
+alone, with their gradients; what experiments/queues/core.json calls ("core_table"),
+with the sum of its time. The images are noise, as in `train_step`.
 
 Columns:
 

@@ -464,9 +464,10 @@ def _variant_rows(runs, planned, split):
 def _planned_label(entry):
     """Returns the method of a planned run, with the hyperparameters that it sets."""
     assignments = []
-    for key, value in entry["set"].items():
+    for key, value in sorted(entry["set"].items()):
         if key.startswith("method."):
-            assignments.append(f"{key.removeprefix('method.')}={value}")
+            name = key.removeprefix("method.")
+            assignments.append(aggregate.format_assignment(name, value))
     if not assignments:
         return entry["method"]
     return f"{entry['method']} ({', '.join(assignments)})"
