@@ -19,6 +19,7 @@ import sys
 from typing import Any
 
 from experiments.config import load as load_config
+from experiments.config.trees import flatten
 from experiments.jobs import queue_entry
 from experiments.reporting import load, report_page, results_page, tables, writers
 from ltkd_jax import console
@@ -110,8 +111,10 @@ def planned_runs(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
                 "teacher": spec.teacher.model,
                 "student": spec.student_model,
                 "method": spec.label,
+                "identity": flatten(spec.identity),
                 "set": entry.set,
                 "group": entry.group,
+                "best_of": entry.best_of,
             }
         )
     return runs

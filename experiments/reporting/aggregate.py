@@ -30,7 +30,7 @@ METHOD_ORDER = (
     "ltkd_bs",
     "bikd",
 )
-_SEED_KEYS = ("seed", "split_seed", "teacher_seed")
+SEED_KEYS = frozenset({"seed", "split_seed", "teacher_seed"})
 _TITLE_KEYS = ("data", "imbalance", "models")
 _SOURCES_OF_LOGITS = {
     "table": "table of all views",
@@ -381,7 +381,7 @@ def _differing_keys(runs):
 def _flat_config(run):
     """Returns {key: text} of the config keys that affect a result, without seeds."""
     config = flatten(run["identity"])
-    return {key: str(value) for key, value in config.items() if key not in _SEED_KEYS}
+    return {key: str(value) for key, value in config.items() if key not in SEED_KEYS}
 
 
 def _variants(name, runs, label_keys):

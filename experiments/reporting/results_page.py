@@ -9,7 +9,6 @@ import pathlib
 import re
 
 from experiments.config import identity
-from experiments.config.spec import method_label
 from experiments.config.trees import flatten
 from experiments.reporting import aggregate, load, report_page, tables
 from experiments.reporting.statistics import mean_std
@@ -44,7 +43,7 @@ def render_results(runs, published, planned=()):
       runs: what `load.load_all` returns.
       published: the content of published.json.
       planned: runs of a queue, as dictionaries with the keys data, imbalance, teacher,
-        student, method, epochs, set and group.
+        student, method, epochs, identity, set, group and best_of.
     """
     settings = aggregate.group_runs(_of_kind("table", runs))
     planned_for_tables = _of_kind("table", planned)
@@ -302,16 +301,26 @@ def _hyperparameter_rows(setting):
     """Returns a row of hyperparameters for each method that has any."""
     rows = []
     for method in setting.methods:
-        config = flatten(method.sorted_runs[0]["identity"])
         assignments = []
-        for key, value in sorted(config.items()):
-            kind, _, name = key.partition(".")
+        for key, value in _hyperparameters(method).items():
+            name = key.rpartition(".")[-1]
             is_off = name in ("warmup_epochs", "scales") and not value
-            if kind in ("method", "loss_weighting") and name != "name" and not is_off:
+            if not is_off:
                 assignments.append(aggregate.format_assignment(name, value))
         if assignments:
             rows.append([method.label, ", ".join(assignments)])
     return rows
+
+
+def _hyperparameters(method):
+    """Returns {config key: value} of the method and of learned weights, sorted."""
+    config = flatten(method.sorted_runs[0]["identity"])
+    return {key: config[key] for key in sorted(config) if _is_hyperparameter(key)}
+
+
+def _is_hyperparameter(key):
+    section, _, name = key.partition(".")
+    return section in ("method", "loss_weighting") and name != "name"
 
 
 def _circumstances(method):
@@ -408,12 +417,9 @@ def _values_at_edge(best, candidates):
         values = sorted({v for v in tried if isinstance(v, (int, float))})
         # Zero is never reported, since nothing below it can be tried.
         if len(values) > 1 and value and value in (values[0], values[-1]):
-            edges.append(f"{key} = {value:g} of {', '.join(f'{v:g}' for v in values)}")
+            name = key.rpartition(".")[-1]
+            edges.append(f"{name} = {value:g} of {', '.join(f'{v:g}' for v in values)}")
     return edges
-
-
-def _hyperparameters(method):
-    return method.sorted_runs[0]["config"]["method"]
 
 
 def _ablation(runs, planned):
@@ -465,7 +471,7 @@ def _planned_label(entry):
     """Returns the method of a planned run, with the hyperparameters that it sets."""
     assignments = []
     for key, value in sorted(entry["set"].items()):
-        if key.startswith("method."):
+        if _is_hyperparameter(key):
             name = key.removeprefix("method.")
             assignments.append(aggregate.format_assignment(name, value))
     if not assignments:
@@ -474,25 +480,16 @@ def _planned_label(entry):
 
 
 def _is_run_of(entry, run):
-    """Returns whether a run is the planned one."""
-    config = flatten(run["config"])
-    setting = {
-        "data": config.get("data.name"),
-        "imbalance": config.get("data.imbalance"),
-        "teacher": config.get("teacher.model"),
-        "student": config.get("student.model"),
-    }
-    if setting["imbalance"] is None or _setting_key(setting) != _setting_key(entry):
-        return False
-    if method_label(run["config"]) != entry["method"]:
-        return False
-    # Not compared are keys on which no result depends, and those that the result does
-    # not record.
-    return all(
-        str(config.get(key, value)) == str(value)
-        for key, value in entry["set"].items()
-        if key not in identity.EXECUTION_KEYS
-    )
+    """Returns whether a run is the planned one, or one that differs in its seeds."""
+    planned = entry["identity"]
+    measured = flatten(identity.recorded_identity(run))
+    keys = (planned.keys() | measured.keys()) - aggregate.SEED_KEYS
+    if entry["best_of"]:
+        # Its other hyperparameters are those of a run that is not known here.
+        keys = {
+            key for key in keys if key in entry["set"] or not _is_hyperparameter(key)
+        }
+    return all(planned.get(key) == measured.get(key) for key in keys)
 
 
 # The teacher's bias, and other published numbers.

@@ -18,6 +18,7 @@ from helpers.fabricated import (
 )
 
 from experiments import report
+from experiments.config.load import load_config
 from experiments.reporting import (
     aggregate,
     comparison,
@@ -626,10 +627,12 @@ def test_search_chooses_on_validation(tmp_path):
             }
         )
         if accuracy is not None:
-            run = fabricate("ltkd", classes=100, group="search")
             groups = dict.fromkeys(GROUP_NAMES, accuracy)
+            run = fabricate("ltkd", classes=100, group="search")
             run["validation"] = {"all": accuracy, "groups": groups}
-            run["config"]["method"]["alpha"] = alpha
+            config = load_config("configs/cifar100lt.py:ltkd")
+            config.method.alpha = alpha
+            run["config"] = json.loads(config.to_json())
             runs.append(run)
     entries = planned(tmp_path, queue)
     text = results_page.render_results(runs, published(), entries)
@@ -648,6 +651,34 @@ def test_search_chooses_on_validation(tmp_path):
     runs[1]["validation"]["all"] = 30.0
     text = results_page.render_results(runs, published(), entries)
     assert "alpha = 1 of 1, 4" in text
+
+
+def test_planned_run_is_not_another_one(tmp_path):
+    """A run that differs in a hyperparameter does not count as the planned one."""
+    config = load_config("configs/cifar100lt.py:kd")
+    config.method.temperature = 2.0
+    run = fabricate("kd", 1, classes=100, group="search")
+    run["config"] = json.loads(config.to_json())
+    run["validation"] = {"all": 40.0, "groups": {}}
+    queue = [
+        {"config": "configs/cifar100lt.py:kd", "group": "search"},
+        {"config": "configs/cifar100lt.py:kd,temperature=2", "group": "search"},
+        {
+            "config": "configs/cifar100lt.py:bikd",
+            "set": {"loss_weighting.lr": 0.01},
+            "group": "search",
+        },
+    ]
+    text = results_page.render_results([run], published(), planned(tmp_path, queue))
+    search = text.split("## The search")[1].split("\n## ")[0]
+    rows = [line for line in search.splitlines() if "resnet8x4 | " in line]
+    assert [row.split(" | ")[1] for row in rows] == [
+        "kd",
+        "kd",
+        "bikd (loss_weighting.lr=0.01)",
+    ]
+    # The first is the finished run, of another seed, which the second queue entry is.
+    assert ["not run yet" in row for row in rows] == [False, True, True]
 
 
 def test_planned_runs_by_length(tmp_path):
