@@ -423,7 +423,8 @@ def format_assignment(name, value):
     """Returns "name=value"; 4.0 becomes 4."""
     text = str(value)
     if re.fullmatch(r"-?\d+\.\d+", text):
-        text = f"{float(text):g}"
+        short = f"{float(text):g}"
+        text = short if float(short) == float(text) else text
     return f"{name}={text}"
 
 

@@ -19,10 +19,13 @@ from experiments.reporting.writers import (
     escape_markdown,
     signed,
 )
+from ltkd_jax.methods import METHODS
 
 PUBLISHED = pathlib.Path(__file__).with_name("published.json")
 _NOT_RUN = Cell("not run yet", quiet=True)
 _GROUPS = ("head", "medium", "tail")
+# Without a value these do nothing, and are not listed.
+_OFF_IF_EMPTY = ("method.warmup_epochs", "loss_weighting.scales")
 # LTKD's paper sums the mass over a batch of this size.
 _PUBLISHED_BATCH_SIZE = 64
 
@@ -149,11 +152,7 @@ def _section(key, settings, reference, planned):
       reference: the entry of published.json, {} if there is none.
       planned: the runs that are planned.
     """
-    _, imbalance, teacher, student = key
-    data = settings[0].data if settings else reference.get("data", key[0])
-    if settings and not any(setting.teachers() for setting in settings):
-        teacher = None  # the config names one, but no method used it
-    title = _title(data, imbalance, teacher, student)
+    title = _section_title(key, settings, reference, planned)
     paragraphs = [f"## {escape_markdown(title)}"]
     if reference:
         text = f"Published: {reference['paper']}. {reference.get('note', '')}"
@@ -190,6 +189,24 @@ def _section(key, settings, reference, planned):
         # The published numbers are in the first table only.
         published = {}
     return paragraphs
+
+
+def _section_title(key, settings, reference, planned):
+    """Returns the title of a section, see `_section`."""
+    data, imbalance, teacher, student = key
+    data = settings[0].data if settings else reference.get("data", data)
+    names = [*reference.get("methods", {}), *(entry["method"] for entry in planned)]
+    for setting in settings:
+        names += [method.name for method in setting.methods]
+    if not any(map(_needs_teacher, names)):
+        teacher = None  # the config names one, but no method uses it
+    return _title(data, imbalance, teacher, student)
+
+
+def _needs_teacher(name):
+    """Returns whether the row of a method has something from a teacher."""
+    method = METHODS.get(name)
+    return method is None or method.needs_teacher  # None: the teacher itself, or bikd
 
 
 def _longest_first(table_key):
@@ -259,7 +276,8 @@ def _differences(setting, published):
             clauses.append(f"{method.label}: {', '.join(differences)}")
     if not clauses:
         return []
-    return [f"Measured minus published, in percentage points: {'; '.join(clauses)}."]
+    text = escape_markdown("; ".join(clauses))
+    return [f"Measured minus published, in percentage points: {text}."]
 
 
 def _below_table(setting):
@@ -301,14 +319,17 @@ def _hyperparameter_rows(setting):
     """Returns a row of hyperparameters for each method that has any."""
     rows = []
     for method in setting.methods:
-        assignments = []
+        assignments = {"method": [], "loss_weighting": []}
         for key, value in _hyperparameters(method).items():
-            name = key.rpartition(".")[-1]
-            is_off = name in ("warmup_epochs", "scales") and not value
-            if not is_off:
-                assignments.append(aggregate.format_assignment(name, value))
-        if assignments:
-            rows.append([method.label, ", ".join(assignments)])
+            section, _, name = key.partition(".")
+            if key not in _OFF_IF_EMPTY or value:
+                text = aggregate.format_assignment(name, value)
+                assignments[section].append(text)
+        texts = [", ".join(assignments["method"])]
+        if assignments["loss_weighting"]:
+            texts.append(f"loss_weighting: {', '.join(assignments['loss_weighting'])}")
+        if any(texts):
+            rows.append([method.label, "; ".join(filter(None, texts))])
     return rows
 
 
@@ -372,7 +393,8 @@ def _search(runs, planned):
         chosen.add((setting.title, best.label))
         edges = _values_at_edge(best, candidates)
         if edges:
-            remarks.append(f"- {setting.title}, {best.label}: {'; '.join(edges)}")
+            remark = f"{setting.title}, {best.label}: {'; '.join(edges)}"
+            remarks.append(f"- {escape_markdown(remark)}")
     for row in rows:
         title, label = row[:2]
         row.append("chosen" if (title, label) in chosen else "")
@@ -417,7 +439,7 @@ def _values_at_edge(best, candidates):
         values = sorted({v for v in tried if isinstance(v, (int, float))})
         # Zero is never reported, since nothing below it can be tried.
         if len(values) > 1 and value and value in (values[0], values[-1]):
-            name = key.rpartition(".")[-1]
+            name = key.removeprefix("method.")
             edges.append(f"{name} = {value:g} of {', '.join(f'{v:g}' for v in values)}")
     return edges
 

@@ -524,7 +524,11 @@ def test_marks_published_numbers():
     for setting in content["settings"]:
         for method in setting["methods"].values():
             for value in method.values():
-                assert value is None or value[-1] in content["marks"]
+                if value is not None:
+                    *numbers, mark = value
+                    assert mark in content["marks"]
+                    assert 1 <= len(numbers) <= 2
+                    assert numbers == sorted(numbers)
 
 
 def test_results_page_compares_with_published(tmp_path):
