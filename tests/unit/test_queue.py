@@ -106,11 +106,16 @@ def test_project_queues(tmp_path):
         ('{"runs": [{"config": "configs/digits_lt.py"}]}', "configs/digitslt.py"),
         (
             '{"runs": [{"config": "configs/digitslt.py", "set": {"train.lrr": 1}}]}',
-            "train.lrr",
+            'configs/digitslt.py with {"train.lrr": 1}: the config has no key '
+            "'train.lrr'; did you mean 'train.lr'",
         ),
         (
             '{"runs": [{"config": "configs/digitslt.py"}], "set": {"seed_split": 1}}',
-            "split_seed",
+            "'seed_split' is now called 'split_seed'",
+        ),
+        (
+            '{"runs": [{"config": "configs/digitslt.py", "set": {"train.lr": "x"}}]}',
+            'configs/digitslt.py with {"train.lr": "x"}: ',
         ),
     ],
 )
