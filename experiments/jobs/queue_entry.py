@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from experiments.config import load, spec
+from experiments.config import identity, load, spec
 from experiments.config.validation import ConfigError
 
 _KEYS = {"config", "set", "seeds", "group", "best_of"}
@@ -65,11 +65,9 @@ class QueueEntry:
             # Repeated alone, the run cannot look the best result up.
             values |= _hyperparameters(run_spec.config, run_spec.config)
         words = [f"--config.{key}={value}" for key, value in values.items()]
-        modules = {
-            code.split()[0] for code in run_spec.content.get("code", {}).values()
-        }
+        modules = identity.custom_modules(run_spec.content)
         if modules:
-            words.insert(0, f"--import={','.join(sorted(modules))}")
+            words.insert(0, f"--import={modules}")
         return shlex.join(
             ["python", "-m", "experiments.main", f"--config={self.config}", *words]
         )
