@@ -125,13 +125,6 @@ def test_bad_queue(tmp_path, content, message):
     assert message in str(exit_status(tmp_path, str(path)))
 
 
-@pytest.mark.parametrize("number", ["0", "auto", "-1"])
-def test_bad_num_workers(tmp_path, capsys, number):
-    assert exit_status(tmp_path, queue_file(tmp_path), f"--num_workers={number}") == 2
-    assert "--num_workers" in capsys.readouterr().err
-    assert not (tmp_path / "runs").exists()
-
-
 def test_configs_are_checked_before_the_first_run(tmp_path, monkeypatch):
     """All that cannot run are named, and a run that would wait is checked, too."""
     monkeypatch.setattr(run, "run", lambda *_, **__: pytest.fail("a run was started"))
