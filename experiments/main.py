@@ -11,8 +11,6 @@ The work directory gets config.json, metrics.jsonl, checkpoints, results.json an
 report.html. The same command resumes an interrupted run, exactly.
 """
 
-import functools
-import operator
 import re
 import sys
 
@@ -102,10 +100,9 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 def _print_config() -> None:
     """Prints the config, a line for each key."""
-    from configs import common
+    from experiments.config.trees import flatten
 
-    for path in sorted(common.key_paths(_CONFIG.value)):
-        value = functools.reduce(operator.getitem, path.split("."), _CONFIG.value)
+    for path, value in sorted(flatten(_CONFIG.value.to_dict()).items()):
         print(f"{path}={value}")
 
 
