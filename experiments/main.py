@@ -11,8 +11,6 @@ The work directory gets config.json, metrics.jsonl, checkpoints, results.json an
 report.html. The same command resumes an interrupted run, exactly.
 """
 
-import functools
-import operator
 import re
 import sys
 
@@ -102,10 +100,9 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 def _print_config() -> None:
     """Prints the config, a line for each key."""
-    from configs import common
+    from experiments.config.trees import flatten
 
-    for path in sorted(common.key_paths(_CONFIG.value)):
-        value = functools.reduce(operator.getitem, path.split("."), _CONFIG.value)
+    for path, value in sorted(flatten(_CONFIG.value.to_dict()).items()):
         print(f"{path}={value}")
 
 
@@ -141,13 +138,15 @@ def _one_line(error: Exception) -> str:
 def _unknown_key(argv: list[str]) -> str:
     """Returns the error message for a --config.KEY that the config does not have."""
     from configs import common
+    from experiments.config import names
     from experiments.config.load import unknown_key
 
     overrides = [word for word in argv if word.startswith("--config.")]
     keys = [word.removeprefix("--config.").partition("=")[0] for word in overrides]
     for key in keys:
-        if common.new_name(key):
-            return f"config key {key!r} is now called {common.new_name(key)!r}"
+        message = names.renamed(key)
+        if message:
+            return message
     # ml_collections does not say which of them it is.
     config = common.base("", teacher="", student="", imbalance=1.0)
     paths = common.key_paths(config)

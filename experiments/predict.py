@@ -41,7 +41,10 @@ def main(argv: list[str] | None = None) -> None:
         help="image files, or .npz files of features",
     )
     parser.add_argument(
-        "--top", type=int, default=1, help="how many classes are printed (default: 1)"
+        "--top",
+        type=console.at_least(1),
+        default=1,
+        help="how many classes are printed (default: 1)",
     )
     parser.add_argument(
         "--export",
@@ -53,8 +56,6 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if not args.images and not args.export:
         parser.error("give images, or --export=FILE")
-    if args.top < 1:
-        parser.error(f"--top={args.top} must be at least 1")
     runtime.initialize()
     try:
         load.import_modules(args.modules)

@@ -93,7 +93,7 @@ def command_line(module: str, arguments: list[str]) -> str:
     remaining = iter(arguments)
     for word in remaining:
         flag, equals, _ = word.lstrip("-").partition("=")
-        if flag not in ("config.data.dir", "distributed"):
+        if flag not in ("config.data.dir", "data_dir", "distributed"):
             portable.append(word)
         elif not equals:
             # The flag's value is the next word.

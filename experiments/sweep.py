@@ -62,7 +62,7 @@ def split_methods(text: str) -> list[list[str]]:
             )
     if not methods:
         raise ConfigError(f"--methods={text}: give at least one, such as ce,kd,ltkd")
-    if ["smoke"] in methods:
+    if any(method[0] == "smoke" for method in methods):
         raise ConfigError(
             f"--methods={text}: smoke is for all runs, put it into "
             "--config=configs/….py:smoke"
@@ -181,7 +181,7 @@ def _parser() -> argparse.ArgumentParser:
         )
     parser.add_argument(
         "--seeds",
-        type=int,
+        type=console.at_least(1),
         default=3,
         help="number of student seeds, from 0 (default: 3)",
     )
@@ -215,10 +215,6 @@ def main(argv: list[str] | None = None) -> None:
     try:
         if not re.fullmatch(r"\w[\w .+-]*", name):
             raise ConfigError(f"--name={name!r} must be the name of one folder")
-        if options.seeds < 1:
-            raise ConfigError(
-                f"--seeds={options.seeds} must be at least 1, a number of seeds"
-            )
         machine = command.set_up(options)
         axes = {key: getattr(options, key) for key in _AXES}
         specs = plan(options.config, options.methods, axes)

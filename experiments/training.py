@@ -8,12 +8,9 @@ from typing import Any
 
 import ml_collections
 
-from configs import common
 from experiments import runtime
-from experiments.config.load import load_config, unknown_key
-from experiments.config.names import check_key
+from experiments.config.load import load_config, set_values
 from experiments.config.spec import resolve
-from experiments.config.validation import ConfigError
 from experiments.reporting import load, report_page
 from experiments.trainer import run
 from ltkd_jax import files, inference
@@ -72,15 +69,7 @@ def train(
     def make_spec():
         resolved = load_config(config) if isinstance(config, str) else config
         resolved = ml_collections.ConfigDict(resolved.to_dict()).lock()
-        paths = common.key_paths(resolved)
-        for key in values or {}:
-            check_key(key)
-            if key not in paths:
-                raise ConfigError(f"values: {unknown_key(key, paths)}")
-        try:
-            resolved.update_from_flattened_dict(dict(values or {}))
-        except (KeyError, TypeError, ValueError) as error:
-            raise ConfigError(f"values={values}: {error}") from None
+        set_values(resolved, values or {}, f"values={values}")
         return resolve(resolved)
 
     spec = hosts.run_on_all(make_spec)

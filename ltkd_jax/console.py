@@ -1,8 +1,9 @@
-"""The console of the commands, and arguments that are paths."""
+"""The console of the commands, and parsers of their arguments for `argparse`."""
 
 import argparse
 import io
 import sys
+from collections.abc import Callable
 
 from ltkd_jax import files
 
@@ -19,11 +20,21 @@ def replace_unencodable() -> None:
 
 
 def path_argument(text: str) -> str:
-    """Returns an argument with ~ expanded: shells leave it in `--output=~/x`.
-
-    It is a `type` for `argparse`, which names the argument in the error.
-    """
+    """Returns an argument with ~ expanded: shells leave it in `--output=~/x`."""
     try:
         return files.expand_user(text)
     except FileNotFoundError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def at_least(minimum: int) -> Callable[[str], int]:
+    """Returns a parser of whole numbers from a minimum on."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < minimum:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} must be a whole number of at least {minimum}"
+            )
+        return int(text)
+
+    return parse

@@ -112,8 +112,7 @@ def restore(folder, *, data_dir: str = "", subset: str = "") -> Restored:
             jax.eval_shape(trainer.init, 0)
         )
     except (KeyError, TypeError, ValueError) as error:
-        code = recorded.get("content", {}).get("code", {})
-        modules = ",".join(sorted({entry.split()[0] for entry in code.values()}))
+        modules = identity.custom_modules(recorded.get("content", {}))
         hint = f" (it was trained with --import={modules})" if modules else ""
         raise ConfigError(f"{folder} cannot be restored: {error}{hint}") from error
     if is_student:

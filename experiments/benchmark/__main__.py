@@ -62,7 +62,7 @@ def _some_of(choices, description, default=None):
 
 def _device_counts(text):
     """Parses numbers of devices, such as 1,8."""
-    return [_at_least(1)(number) for number in text.split(",")]
+    return [console.at_least(1)(number) for number in text.split(",")]
 
 
 def _sizes(text):
@@ -77,19 +77,6 @@ def _sizes(text):
             )
         sizes.append((int(match[1]), int(match[2])))
     return sizes
-
-
-def _at_least(minimum):
-    """Returns a parser of whole numbers from a minimum on."""
-
-    def parse(text):
-        if not text.isdecimal() or int(text) < minimum:
-            raise argparse.ArgumentTypeError(
-                f"{text!r} must be a whole number of at least {minimum}"
-            )
-        return int(text)
-
-    return parse
 
 
 def _pytorch(**options):
@@ -117,7 +104,7 @@ def _add_steps(parser, methods):
     )
     parser.add_argument(
         "--steps",
-        type=_at_least(1),
+        type=console.at_least(1),
         default=3,
         help="steps that are timed together, at least; bikd takes multiples of its k",
     )
@@ -142,7 +129,7 @@ def _add_losses(parser, default, sizes):
 
 def _add_repeats(parser, default, description, minimum=1):
     parser.add_argument(
-        "--repeats", type=_at_least(minimum), default=default, help=description
+        "--repeats", type=console.at_least(minimum), default=default, help=description
     )
 
 
@@ -181,7 +168,10 @@ def _add_profile(commands):
     )
     _add_precision(parser)
     parser.add_argument(
-        "--steps", type=_at_least(1), default=3, help="steps that are traced, at least"
+        "--steps",
+        type=console.at_least(1),
+        default=3,
+        help="steps that are traced, at least",
     )
 
 
@@ -209,9 +199,14 @@ def _add_bilevel(commands):
     )
     _add_models(parser)
     parser.add_argument("--method", default="kd", help="whose terms are weighted")
-    parser.add_argument("--batch_size", type=_at_least(1), default=100, help="images")
     parser.add_argument(
-        "--num_classes", type=_at_least(3), default=100, help="at least 3, one a group"
+        "--batch_size", type=console.at_least(1), default=100, help="images"
+    )
+    parser.add_argument(
+        "--num_classes",
+        type=console.at_least(3),
+        default=100,
+        help="at least 3, one a group",
     )
     _add_precision(parser)
     _add_repeats(parser, 3, "timed rounds after a first; 0 times nothing", minimum=0)
@@ -223,21 +218,26 @@ def _add_stream(commands):
     )
     parser.add_argument(
         "--images",
-        type=_at_least(1),
+        type=console.at_least(1),
         default=512,
         help="JPEGs that are written and read",
     )
     parser.add_argument(
-        "--size", type=_at_least(8), default=224, help="pixels of a crop's side"
+        "--size", type=console.at_least(8), default=224, help="pixels of a crop's side"
     )
-    parser.add_argument("--batch_size", type=_at_least(1), default=64, help="images")
     parser.add_argument(
-        "--batches", type=_at_least(1), default=16, help="that are timed together"
+        "--batch_size", type=console.at_least(1), default=64, help="images"
+    )
+    parser.add_argument(
+        "--batches",
+        type=console.at_least(1),
+        default=16,
+        help="that are timed together",
     )
     _add_repeats(parser, 2, "rounds, of which the best counts")
     parser.add_argument(
         "--num_workers",
-        type=_at_least(0),
+        type=console.at_least(0),
         nargs="*",
         default=[0, 2],
         help="0 reads by threads",
@@ -267,7 +267,7 @@ def _add_compiled(commands):
     )
     parser.add_argument(
         "--memory_gib",
-        type=_at_least(1),
+        type=console.at_least(1),
         help="memory of a device that the programs must fit into, if not the target's",
     )
     parser.add_argument("--programs", **_some_of(compiled.PROGRAMS, "what to compile"))

@@ -122,6 +122,16 @@ def _custom_code(config: dict) -> dict[str, str]:
     return code
 
 
+def custom_modules(content: dict) -> str:
+    """Returns the modules of custom methods and models, as --import takes them.
+
+    Args:
+      content: from `content_hashes`.
+    """
+    code = content.get("code", {})
+    return ",".join(sorted({entry.split()[0] for entry in code.values()}))
+
+
 def run_identity(config: dict, content: dict) -> dict:
     """Returns what the result of a run depends on.
 

@@ -1,12 +1,16 @@
-"""Loads config files."""
+"""Loads config files and sets their keys."""
 
 import argparse
 import importlib
 import importlib.util
 import pathlib
+from collections.abc import Mapping
+from typing import Any
 
 import ml_collections
 
+from configs import common
+from experiments.config.names import check_key
 from experiments.config.validation import ConfigError
 from ltkd_jax import files, names
 
@@ -70,6 +74,30 @@ def load_config(reference: str) -> ml_collections.ConfigDict:
             f"{path} is no config, a file with get_config(argument): "
             f"{type(error).__name__}: {error}"
         ) from error
+
+
+def set_values(
+    config: ml_collections.ConfigDict, values: Mapping[str, Any], source: str
+) -> None:
+    """Sets values of a config's keys.
+
+    Args:
+      config: is changed.
+      values: by dotted paths such as "train.lr".
+      source: where the values are from, for an error.
+
+    Raises:
+      ConfigError: the config has no such key, or the type of a value is another one.
+    """
+    paths = common.key_paths(config)
+    for key in values:
+        check_key(key)
+        if key not in paths:
+            raise ConfigError(f"{source}: {unknown_key(key, paths)}")
+    try:
+        config.update_from_flattened_dict(dict(values))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{source}: {error}") from None
 
 
 def missing_file(path: str) -> str:

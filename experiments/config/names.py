@@ -6,7 +6,14 @@ from experiments.config.validation import ConfigError
 __all__ = ["check_key", "new_name"]
 
 
+def renamed(key: str) -> str | None:
+    """Returns the error message for a renamed config key, None for any other key."""
+    name = new_name(key)
+    return f"config key {key!r} is now called {name!r}" if name else None
+
+
 def check_key(key: str) -> None:
     """Raises ConfigError with the new name of a config key, if it was renamed."""
-    if new_name(key):
-        raise ConfigError(f"config key {key!r} is now called {new_name(key)!r}")
+    message = renamed(key)
+    if message:
+        raise ConfigError(message)

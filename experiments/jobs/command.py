@@ -20,14 +20,6 @@ from experiments.trainer.interrupts import StopRequest
 from ltkd_jax import console, files
 
 
-def _positive_int(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} must be a whole number of at least 1"
-        )
-    return int(text)
-
-
 def parent_parser() -> argparse.ArgumentParser:
     """Returns a parser of the common options, for `parents` of another parser."""
     parser = argparse.ArgumentParser(add_help=False)
@@ -46,7 +38,7 @@ def parent_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--num_workers",
-        type=_positive_int,
+        type=console.at_least(1),
         default=1,
         metavar="N",
         help="processes that share the queue, each on a device of its own (default: 1, "

@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from experiments.config import load, names, spec
+from experiments.config import identity, load, spec
 from experiments.config.validation import ConfigError
 
 _KEYS = {"config", "set", "seeds", "group", "best_of"}
@@ -51,10 +51,7 @@ class QueueEntry:
         config = load.load_config(self.config)
         values = _hyperparameters(best["config"], config) if best else {}
         values |= {**self.set, "seed": self.seed, **(overrides or {})}
-        try:
-            config.update_from_flattened_dict(values)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ConfigError(f"{self.config} with {values}: {error}") from None
+        load.set_values(config, values, f"{self.config} with {json.dumps(self.set)}")
         return spec.resolve(config)
 
     def command(self, run_spec: spec.RunSpec) -> str:
@@ -68,11 +65,9 @@ class QueueEntry:
             # Repeated alone, the run cannot look the best result up.
             values |= _hyperparameters(run_spec.config, run_spec.config)
         words = [f"--config.{key}={value}" for key, value in values.items()]
-        modules = {
-            code.split()[0] for code in run_spec.content.get("code", {}).values()
-        }
+        modules = identity.custom_modules(run_spec.content)
         if modules:
-            words.insert(0, f"--import={','.join(sorted(modules))}")
+            words.insert(0, f"--import={modules}")
         return shlex.join(
             ["python", "-m", "experiments.main", f"--config={self.config}", *words]
         )
@@ -95,8 +90,8 @@ def read_queue(path: str | os.PathLike[str]) -> list[QueueEntry]:
     """Returns the entries of a queue file, one for each seed of each run, in order.
 
     Raises:
-      ConfigError: the file cannot be read, has an unknown or renamed key, or an entry
-        cannot choose from the group that its `best_of` names.
+      ConfigError: the file cannot be read or has an unknown key, or an entry cannot
+        choose from the group that its `best_of` names.
     """
     entries = []
     try:
@@ -136,8 +131,6 @@ def _check_entries(entries: list[QueueEntry]) -> None:
             raise ConfigError(
                 f"{entry.config!r}: set the student's seeds by the key 'seeds', a list"
             )
-        for key in entry.set:
-            names.check_key(key)
         # Chains of choices are not supported.
         if entry.best_of and entry.group in chosen_groups:
             raise ConfigError(

@@ -57,6 +57,10 @@ class Queue:
       results: where results are stored.
       folder: for a work directory of each run.
       data_dir: the TFDS directory of all runs; if empty, that of each config.
+
+    Raises:
+      ConfigError: a config cannot be loaded or has a key or value that is not allowed,
+        or a run of a group that `best_of` names has no validation images.
     """
 
     def __init__(
@@ -71,19 +75,37 @@ class Queue:
         self._folder = pathlib.Path(folder)
         self._overrides = {"data.dir": data_dir} if data_dir else {}
         self._specs: dict[QueueEntry, RunSpec] = {}
+        # Without the hyperparameters of `best_of`, which may not be known yet: neither
+        # the teacher nor the data depend on them.
+        self._preliminary_specs = {
+            entry: entry.resolve(None, self._overrides) for entry in entries
+        }
         self._table_runs = self._count_table_runs()
+        self._check_groups()
 
     def _count_table_runs(self) -> dict[QueueEntry, int]:
-        """Returns for each entry the number of runs that share its teacher's table."""
-        # Resolved without the hyperparameters of `best_of`, which may not be known yet:
-        # no teacher depends on them.
-        specs = {entry: entry.resolve(None, self._overrides) for entry in self._entries}
+        """Returns for each entry the number of runs that can read its teacher's table.
+
+        It is at least 1.
+        """
+        specs = self._preliminary_specs
         num_runs = collections.Counter(
             spec.teacher_hash for spec in specs.values() if spec.can_use_table
         )
         return {
             entry: max(1, num_runs[spec.teacher_hash]) for entry, spec in specs.items()
         }
+
+    def _check_groups(self) -> None:
+        """Raises ConfigError if a group of a `best_of` lacks validation images."""
+        chosen_groups = {entry.best_of for entry in self._entries} - {None}
+        for entry, spec in self._preliminary_specs.items():
+            if entry.group in chosen_groups and spec.data.validation_per_class == 0:
+                raise ConfigError(
+                    f"{entry.config} of group {entry.group!r}: "
+                    "data.validation_per_class=0, and best_of chooses by the accuracy "
+                    "on validation images: set it to at least 1"
+                )
 
     def spec(self, entry: QueueEntry) -> RunSpec | None:
         """Returns the specification of an entry's run.
@@ -107,9 +129,6 @@ class Queue:
         """Returns a group's result with the best balanced validation accuracy.
 
         It is None while a run of the group has no result.
-
-        Raises:
-          ConfigError: a run of the group has no validation set.
         """
         results = []
         for entry in self._entries:
@@ -118,11 +137,6 @@ class Queue:
                 if result is None:
                     return None
                 results.append(result)
-        if any(result["validation"] is None for result in results):
-            raise ConfigError(
-                f"group {group!r} has runs without validation images: set "
-                "data.validation_per_class"
-            )
         return max(results, key=lambda result: result["validation"]["all"])
 
     def result(self, entry: QueueEntry) -> dict[str, Any] | None:
@@ -151,8 +165,7 @@ class Queue:
             if name in checked:
                 continue
             checked.add(name)
-            # The hyperparameters of `best_of` have nothing to do with the data.
-            spec = self.spec(entry) or entry.resolve(None, self._overrides)
+            spec = self.spec(entry) or self._preliminary_specs[entry]
             try:
                 run.check(spec, devices=devices)
             except (ConfigError, OSError) as error:

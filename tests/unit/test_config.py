@@ -555,6 +555,8 @@ def test_identity_of_custom_code(custom_module):
     spec = resolve(config_of("digitslt", "custom_ce,weight=2,student=custom_linear"))
     assert set(spec.content["code"]) == {"method", "student"}
     assert spec.content["code"]["method"].startswith("custom_module ")
+    assert identity.custom_modules(spec.content) == "custom_module"
+    assert identity.custom_modules(builtin.content) == ""
     library_teacher = resolve(config_of("digitslt", "ce")).teacher_hash
     assert spec.teacher_hash == library_teacher
     custom_teacher = resolve(config_of("digitslt", "custom_ce,teacher=custom_linear"))

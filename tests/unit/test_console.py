@@ -1,4 +1,4 @@
-"""What the commands share: the encoding of the console, and paths in arguments."""
+"""What the commands share: the encoding of the console, and their arguments."""
 
 import importlib
 import io
@@ -65,3 +65,26 @@ def test_home_in_arguments(monkeypatch):
     monkeypatch.setenv("HOME", "/users/me")
     assert console.path_argument("~/x") == "/users/me/x"
     assert console.path_argument("") == ""
+
+
+@pytest.mark.parametrize("number", ["0", "auto", "-1", "1.5"])
+@pytest.mark.parametrize(
+    "module, arguments, flag",
+    [
+        ("experiments.reproduce", ["q.json"], "--num_workers"),
+        ("experiments.sweep", ["--methods=ce"], "--seeds"),
+        ("experiments.predict", ["run", "a.png"], "--top"),
+        ("experiments.benchmark.__main__", ["train"], "--steps"),
+    ],
+)
+def test_numbers_in_arguments(module, arguments, flag, number, capsys):
+    with pytest.raises(SystemExit) as status:
+        importlib.import_module(module).main([*arguments, f"{flag}={number}"])
+    assert status.value.code == 2
+    message = f"argument {flag}: '{number}' must be a whole number of at least 1"
+    assert message in capsys.readouterr().err
+
+
+def test_least_number_is_allowed():
+    assert console.at_least(0)("0") == 0
+    assert console.at_least(3)("3") == 3

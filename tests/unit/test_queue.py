@@ -19,6 +19,7 @@ from experiments.trainer.interrupts import StoppedError, StopRequest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 DIGITS = "configs/digitslt.py"
+VALIDATION = {"data.validation_per_class": 1}
 
 
 def queue_file(tmp_path, *runs):
@@ -66,9 +67,10 @@ def test_folder_that_cannot_be_made(option, tmp_path, fake_run):
         reproduce.main([str(path), *flags])
 
 
-def test_project_queues():
+def test_project_queues(tmp_path):
     for path in sorted((ROOT / "experiments" / "queues").glob("*.json")):
         entries = read_queue(path)
+        queue_runner.Queue(entries, results_in(tmp_path), tmp_path)
         specs = {entry: entry.resolve() for entry in entries if not entry.best_of}
         assert len({spec.hash for spec in specs.values()}) == len(specs), path
         for group in {entry.best_of for entry in entries} - {None}:
@@ -104,11 +106,16 @@ def test_project_queues():
         ('{"runs": [{"config": "configs/digits_lt.py"}]}', "configs/digitslt.py"),
         (
             '{"runs": [{"config": "configs/digitslt.py", "set": {"train.lrr": 1}}]}',
-            "train.lrr",
+            'configs/digitslt.py with {"train.lrr": 1}: the config has no key '
+            "'train.lrr'; did you mean 'train.lr'",
         ),
         (
             '{"runs": [{"config": "configs/digitslt.py"}], "set": {"seed_split": 1}}',
-            "split_seed",
+            "'seed_split' is now called 'split_seed'",
+        ),
+        (
+            '{"runs": [{"config": "configs/digitslt.py", "set": {"train.lr": "x"}}]}',
+            'configs/digitslt.py with {"train.lr": "x"}: ',
         ),
     ],
 )
@@ -118,19 +125,12 @@ def test_bad_queue(tmp_path, content, message):
     assert message in str(exit_status(tmp_path, str(path)))
 
 
-@pytest.mark.parametrize("number", ["0", "auto", "-1"])
-def test_bad_num_workers(tmp_path, capsys, number):
-    assert exit_status(tmp_path, queue_file(tmp_path), f"--num_workers={number}") == 2
-    assert "--num_workers" in capsys.readouterr().err
-    assert not (tmp_path / "runs").exists()
-
-
 def test_configs_are_checked_before_the_first_run(tmp_path, monkeypatch):
     """All that cannot run are named, and a run that would wait is checked, too."""
     monkeypatch.setattr(run, "run", lambda *_, **__: pytest.fail("a run was started"))
     queue = queue_of(
         tmp_path,
-        {"config": f"{DIGITS}:ce", "group": "g", "seeds": [0, 1]},
+        {"config": f"{DIGITS}:ce", "set": VALIDATION, "group": "g", "seeds": [0, 1]},
         {"config": f"{DIGITS}:ce,imbalance=500", "seeds": [0, 1]},
         {"config": f"{DIGITS}:kd,imbalance=500"},
         {
@@ -181,16 +181,19 @@ def test_best_of_sets_learned_weights():
 
 
 def test_best_of_needs_validation(tmp_path):
-    queue = queue_of(
-        tmp_path,
-        {"config": DIGITS, "group": "g"},
+    """Found before the first run, in every run of the group."""
+    runs = [
+        {"config": DIGITS, "set": VALIDATION, "group": "g"},
+        {"config": f"{DIGITS}:kd", "group": "g"},
         {"config": DIGITS, "best_of": "g", "seeds": [1]},
-    )
-    entry, waiting = queue.missing()
+    ]
+    message = f"^{DIGITS}:kd of group 'g': data.validation_per_class=0.*at least 1$"
+    with pytest.raises(ConfigError, match=message):
+        queue_of(tmp_path, *runs)
+    runs[1]["set"] = VALIDATION
+    queue = queue_of(tmp_path, *runs)
+    *_, waiting = queue.missing()
     assert not queue.run(waiting, StopRequest())
-    results_in(tmp_path).add(queue.spec(entry), {"validation": None}, "g")
-    with pytest.raises(ConfigError, match="data.validation_per_class"):
-        queue.spec(waiting)
 
 
 def test_table_runs_are_counted(tmp_path):
@@ -270,7 +273,7 @@ def test_run_that_waits_for_a_failed_group(tmp_path, capsys, fake_run):
 
     fake_run(failed)
     runs = (
-        {"config": DIGITS, "group": "search"},
+        {"config": DIGITS, "set": VALIDATION, "group": "search"},
         {"config": DIGITS, "best_of": "search"},
     )
     assert exit_status(tmp_path, queue_file(tmp_path, *runs)) == 1
