@@ -24,7 +24,7 @@ from experiments.config import identity
 from experiments.config.spec import RunSpec
 from experiments.config.validation import ConfigError
 from experiments.trainer import dataset as datasets
-from experiments.trainer import external_teacher, loop
+from experiments.trainer import external_teacher, loop, summaries
 from experiments.trainer.dataset import Dataset
 from experiments.trainer.interrupts import StoppedError, StopRequest
 from experiments.trainer.trainer import Trainer, get_trainer, teacher_model
@@ -440,7 +440,7 @@ def _evaluate_teacher(
         "num_classes": data.num_classes,
         "image_shape": list(data.image_shape),
         "step": step,
-        "test": loop.summarize(trainer, test_sums),
+        "test": summaries.summarize(trainer, test_sums),
         "group_mass": {
             "long_tailed": metrics.group_mass(train_sums, data.groups),
             "balanced": metrics.group_mass(test_sums, data.groups),
