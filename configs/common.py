@@ -190,7 +190,7 @@ def base(
     config.devices = 0
     # jit | pmap
     config.parallel = "jit"
-    # Steps in one compiled call; 0: one on CPU, an epoch on accelerators.
+    # Steps in one compiled call; 0: one on CPU or with data.stream, else an epoch.
     config.steps_per_call = 0
     config.eval_batch_size = 500
     # In epochs.

@@ -11,7 +11,7 @@ import jax
 from ltkd_jax import files
 from ltkd_jax.training import hosts
 
-# Exit status of a command that saved and stopped, by a signal or its time limit.
+# Exit status of a command that a signal stopped, and that the same command continues.
 STOPPED = 75
 
 # On CPU, XLA gives most operations to YNNPACK by default. Without this flag it would do

@@ -34,9 +34,9 @@ from experiments import provenance
 from experiments.benchmark import compilers, train_step
 from experiments.benchmark.loss import LOSSES, Loss, check_sizes
 from experiments.reporting import writers
-from experiments.trainer import teacher as teachers
 from experiments.trainer.dataset import Dataset
 from experiments.trainer.evaluator import Evaluator
+from experiments.trainer.table import TABLE_BATCH, table_logits_fn
 from experiments.trainer.trainer import Trainer
 from ltkd_jax.data.records import Images, Records
 from ltkd_jax.data.sampling import BatchIndices
@@ -55,7 +55,7 @@ PROGRAMS = (
 )
 _LOOKAHEAD = 5
 # Views in a batch of the teacher's table: a small one, and what the program takes.
-_TABLE_BATCHES = (512, teachers.TABLE_BATCH)
+_TABLE_BATCHES = (512, TABLE_BATCH)
 # Methods and seeds of the core table.
 _CORE_METHODS = ("ce", "kd", "dkd", "reviewkd", "ltkd", "ltkd_bs")
 _CORE_SEEDS = 3
@@ -222,7 +222,7 @@ class _Run:
         describe = self._trainer.parallel.describe
         variables = train_step.teacher_variable_shapes(self._trainer.spec, self._data)
         data = steps.TrainData(images.images, images.labels, variables)
-        logits_fn: Any = teachers.table_logits_fn(self._spec, self._data)
+        logits_fn: Any = table_logits_fn(self._spec, self._data)
         return logits_fn.lower(describe(data), describe(BatchIndices(numbers, numbers)))
 
 
@@ -338,11 +338,11 @@ def _core_programs(options: Options, devices: list[jax.Device]) -> Iterator[Prog
         data = train_step.noise(spec)
         num_views = len(data.train) * data.source.views.num
         yield _table_program(
-            teachers.TABLE_BATCH,
+            TABLE_BATCH,
             table_case,
             options,
             devices,
-            core_calls=-(-num_views // teachers.TABLE_BATCH),
+            core_calls=-(-num_views // TABLE_BATCH),
         )
         num_epochs = round(spec.student_training("none").recipe.epochs)
         for method in _CORE_METHODS:

@@ -33,6 +33,7 @@ class Evaluator:
         batch_size: int,
         temperature: float = 1.0,
     ):
+        self._data = data
         self._parallel = parallel
         # A batch larger than the largest set would be padding.
         size = min(batch_size, max(len(data.train), len(data.test)))
@@ -50,7 +51,7 @@ class Evaluator:
             )
 
         self._eval_step = parallel.compile(eval_step, batch_axis=0)
-        self._cache: dict[int, tuple[Images, list[steps.EvalBatch]]] = {}
+        self._kept_batches: dict[str, list[steps.EvalBatch]] = {}
 
     def evaluate(self, variables: Any, images: Images | Records) -> metrics.EvalSums:
         """Returns the sums over a set of images.
@@ -84,15 +85,18 @@ class Evaluator:
         return eval_step.lower(describe(variables), describe(batch, 0))
 
     def _batches(self, images: Images | Records) -> Iterable[steps.EvalBatch]:
-        """Returns the batches on the devices; images in memory are sent there once."""
-        if isinstance(images, Records):
-            return self._put_batches(images)
-        if id(images) not in self._cache:
-            # The entry refers to the images, too: if they were freed, another set could
-            # get the same id.
-            self._cache[id(images)] = images, list(self._put_batches(images))
-        _, batches = self._cache[id(images)]
-        return batches
+        """Returns the batches of a set on the devices.
+
+        Those of the test and the validation set stay there if they are in memory, since
+        these sets are evaluated again and again during training.
+        """
+        sets = {"test": self._data.test, "validation": self._data.validation}
+        for name, kept_images in sets.items():
+            if images is kept_images and isinstance(images, Images):
+                if name not in self._kept_batches:
+                    self._kept_batches[name] = list(self._put_batches(images))
+                return self._kept_batches[name]
+        return self._put_batches(images)
 
     def _put_batches(self, images: Images | Records) -> Iterator[steps.EvalBatch]:
         positions = self._parallel.local_positions(self._batch_size)

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ltkd_jax.data import streaming
+from ltkd_jax.data import sampling, streaming
 from ltkd_jax.data.records import Records
 from ltkd_jax.training.steps import StepInputs
 
@@ -146,8 +146,7 @@ def from_disk(
             for size in call_sizes:
                 yield shard.inputs(_stack_next(batches, size))
             return
-        # The outer set has a random sequence of its own.
-        outer_seed = int(np.random.SeedSequence((seed, 2)).generate_state(1)[0])
+        outer_seed = int(sampling.outer_seed(seed))
         outer_batches = read(outer, outer_seed, num_steps, outer_shard)
         windows = _windows(batches, lookahead)
         for size in call_sizes:

@@ -1,16 +1,18 @@
 """Requests to stop a run: SIGTERM, SIGINT, or a deadline.
 
 The training loop checks for one between two calls of the compiled steps, saves, and
-raises `StoppedError`.
+raises `StoppedError`. Waiting for another run's lock ends in the same way.
 """
 
 import contextlib
+import pathlib
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from types import FrameType
 
-from ltkd_jax import signals
+from ltkd_jax import files, signals
 from ltkd_jax.training import hosts
 
 
@@ -62,3 +64,36 @@ class StopRequest:
 
         with signals.use_handler(handle):
             yield self
+
+
+@contextlib.contextmanager
+def wait_for_lock(
+    path: pathlib.Path, stop: StopRequest, description: str
+) -> Iterator[None]:
+    """Holds a lock, which another run may hold until it has finished a training.
+
+    Raises:
+      StoppedError: the run was asked to stop while it was waiting.
+    """
+    with contextlib.ExitStack() as stack:
+        waiting = False
+        while True:
+            try:
+                stack.enter_context(files.lock(path))
+                break
+            except BlockingIOError:
+                if not waiting:
+                    print(
+                        f"waiting for {description}, which another run is making "
+                        f"({path})",
+                        file=sys.stderr,
+                    )
+                    waiting = True
+            # Polling, since a blocking lock would not notice the time limit.
+            if stop.reason:
+                raise StoppedError(
+                    f"stopped by {stop.reason} while waiting for {description} of "
+                    "another run"
+                )
+            time.sleep(0.5)
+        yield

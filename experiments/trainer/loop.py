@@ -16,17 +16,16 @@ import numpy as np
 import tqdm
 
 from experiments.config.validation import ConfigError
+from experiments.trainer import summaries
 from experiments.trainer.interrupts import StoppedError, StopRequest
 from experiments.trainer.metrics_log import MetricsLog
 from experiments.trainer.trainer import Trainer
-from ltkd_jax import metrics
 from ltkd_jax.training import hosts
 from ltkd_jax.training.checkpoint import Checkpoints
 from ltkd_jax.training.state import TrainState
 from ltkd_jax.training.steps import TrainData
 
 _log = logging.getLogger(__name__)
-_GRID_SIZE = 16  # points on each axis of the map from features to weights
 
 
 class DivergedError(Exception):
@@ -107,7 +106,9 @@ def fit(
             if epoch_ends or stop_reason:
                 _check_finite(trainer, state, checkpoints, label)
             if epoch_ends:
-                record = _epoch_record(trainer, state, step, options.eval_every)
+                record = summaries.epoch_record(
+                    trainer, state, step, options.eval_every
+                )
                 _show_test_accuracy(bar, trainer, record)
                 hosts.run_on_primary(functools.partial(log.write, record))
             if stop_reason or _checkpoint_is_due(trainer, step, options):
@@ -300,41 +301,6 @@ def _all_finite(tree: Any) -> jax.Array:
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
 
-def _epoch_record(
-    trainer: Trainer, state: TrainState, step: int, eval_every: int
-) -> dict[str, Any]:
-    """Returns the record of an epoch for `metrics.jsonl`.
-
-    It has no time in it, so that a resumed run writes the same record.
-    """
-    sums = jax.device_get(trainer.parallel.unreplicate(state.sums))
-    num_steps = int(sums.steps)
-    num_examples = num_steps * trainer.recipe.batch_size
-    epoch = step / trainer.steps_per_epoch
-    terms = trainer.objective.names
-    record: dict[str, Any] = {
-        "step": step,
-        "epoch": round(epoch, 4),
-        "lr": float(trainer.schedule(step - 1)),
-        "loss": float(sums.loss) / num_steps,
-        "terms": dict(zip(terms, (sums.terms / num_steps).tolist())),
-        "train_accuracy": 100 * float(sums.correct) / num_examples,
-    }
-    if trainer.loss_weighting is not None:
-        learned = sums.learned
-        record["outer_loss"] = float(learned.outer_loss) / num_steps
-        record["weights"] = _means_by_group(
-            trainer, learned.weights, learned.examples, terms
-        )
-    if step == trainer.total_steps or round(epoch) % eval_every == 0:
-        data = trainer.data
-        for name, images in (("test", data.test), ("validation", data.validation)):
-            if len(images):
-                summary = summarize(trainer, trainer.evaluate(state.variables, images))
-                record[name] = {key: summary[key] for key in ("all", "groups")}
-    return record
-
-
 def _show_test_accuracy(bar: Any, trainer: Trainer, record: dict[str, Any]) -> None:
     """Shows the accuracy of a record in the progress bar, if the epoch has one."""
     test = record.get("test")
@@ -344,82 +310,3 @@ def _show_test_accuracy(bar: Any, trainer: Trainer, record: dict[str, Any]) -> N
     bar.set_postfix_str(
         f"test {test['all']:.2f} %, {tail} {test['groups'][tail]:.2f} %"
     )
-
-
-def _means_by_group(
-    trainer: Trainer, sums: np.ndarray, num_examples: np.ndarray, names: Any
-) -> dict[str, dict[str, float | None]]:
-    """Returns `{name: {group: mean}}`; None for a group without an example.
-
-    Args:
-      trainer: for its groups.
-      sums: `[G, len(names)]`, sums over the examples of each group.
-      num_examples: `[G]`.
-      names: of the columns.
-    """
-    means: dict[str, dict[str, float | None]] = {}
-    for name, column in zip(names, sums.T):
-        means[name] = {}
-        for group, total, number in zip(
-            trainer.data.groups.names, column, num_examples
-        ):
-            means[name][group] = float(total / number) if number else None
-    return means
-
-
-def learned_weights(trainer: Trainer, state: TrainState) -> dict[str, Any]:
-    """Returns a description of the weight net's final state, for `results.json`.
-
-    Args:
-      trainer: with learned weights.
-      state: replicated.
-
-    Returns:
-      The mean weights and features of each group over the last epoch. With two
-      features, also the weights on a grid of feature values: `map[term][i][j]` at
-      `axes[0][i]` and `axes[1][j]`. Each axis goes from 0 to twice the cross-entropy of
-      uniform predictions, or to twice the mean feature if that is larger.
-    """
-    assert trainer.spec.loss_weighting is not None
-    state = jax.device_get(trainer.parallel.unreplicate(state))
-    learned = state.sums.learned
-    features = trainer.spec.loss_weighting.features
-    terms = trainer.objective.names
-    summary: dict[str, Any] = {
-        "weights": _means_by_group(trainer, learned.weights, learned.examples, terms),
-        "features": _means_by_group(
-            trainer, learned.features, learned.examples, features
-        ),
-    }
-    if len(features) == 2:
-        mean_features = learned.features.sum(axis=0) / learned.examples.sum()
-        summary |= _weight_map(trainer, state.meta.params, mean_features)
-    return summary
-
-
-def _weight_map(
-    trainer: Trainer, meta_params: Any, mean_features: np.ndarray
-) -> dict[str, Any]:
-    """Returns the weights on a grid of two features; see `learned_weights`."""
-    assert trainer.loss_weighting is not None
-    uniform_entropy = np.log(trainer.data.num_classes)
-    highest = 2 * np.maximum(mean_features.astype(np.float64), uniform_entropy)
-    axes = np.linspace(0.0, highest, _GRID_SIZE, axis=-1)
-    grid = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 2)
-    weights = trainer.loss_weighting.compute_weights(
-        meta_params, jnp.asarray(grid, jnp.float32)
-    )
-    weights_map = np.asarray(weights, np.float64).reshape(_GRID_SIZE, _GRID_SIZE, -1)
-    weights_map = weights_map.round(4)
-    return {
-        "axes": axes.round(4).tolist(),
-        "map": {
-            term: weights_map[..., t].tolist()
-            for t, term in enumerate(trainer.objective.names)
-        },
-    }
-
-
-def summarize(trainer: Trainer, sums: metrics.EvalSums) -> dict[str, Any]:
-    """Returns the accuracies of `metrics.summarize` for the trainer's groups."""
-    return metrics.summarize(sums, trainer.data.groups, trainer.data.shots)

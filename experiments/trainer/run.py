@@ -14,7 +14,7 @@ from experiments.config.spec import RunSpec
 from experiments.config.trees import flatten, without
 from experiments.config.validation import ConfigError
 from experiments.trainer import dataset as datasets
-from experiments.trainer import loop
+from experiments.trainer import loop, summaries
 from experiments.trainer import teacher as teachers
 from experiments.trainer.dataset import Dataset
 from experiments.trainer.interrupts import StopRequest
@@ -216,7 +216,7 @@ def _distil(
     hosts.run_on_primary(lambda: classifier.save(workdir))
     return {
         **_describe_training(spec, data, trainer),
-        **_evaluate(spec, data, trainer, state),
+        **_evaluate(spec, trainer, state),
         "teacher": teacher.results if teacher else None,
         "teacher_logits": teacher_source,
         "timing": timing,
@@ -277,17 +277,10 @@ def _describe_training(
     }
 
 
-def _evaluate(
-    spec: RunSpec, data: Dataset, trainer: Trainer, state: TrainState
-) -> dict[str, Any]:
+def _evaluate(spec: RunSpec, trainer: Trainer, state: TrainState) -> dict[str, Any]:
     """Returns a student's accuracies and learned weights, for `results.json`."""
-    results: dict[str, Any] = {}
-    for name, images in (("test", data.test), ("validation", data.validation)):
-        results[name] = None
-        if len(images):
-            sums = trainer.evaluate(state.variables, images)
-            results[name] = loop.summarize(trainer, sums)
+    results = summaries.evaluate_held_out(trainer, state.variables)
     if spec.loss_weighting is not None:
-        results["outer_images"] = len(data.outer)
-        results["loss_weighting"] = loop.learned_weights(trainer, state)
+        results["outer_images"] = len(trainer.data.outer)
+        results["loss_weighting"] = summaries.learned_weights(trainer, state)
     return results

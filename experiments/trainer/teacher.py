@@ -7,41 +7,29 @@ and the others wait.
 
 import contextlib
 import dataclasses
-import functools
-import logging
 import os
 import pathlib
-import sys
-import time
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
-import tqdm
 
 from experiments.config import identity
 from experiments.config.spec import RunSpec
 from experiments.config.validation import ConfigError
 from experiments.trainer import dataset as datasets
-from experiments.trainer import external_teacher, loop
+from experiments.trainer import external_teacher, loop, summaries
+from experiments.trainer import table as tables
 from experiments.trainer.dataset import Dataset
-from experiments.trainer.interrupts import StoppedError, StopRequest
-from experiments.trainer.trainer import Trainer, get_trainer, teacher_model
+from experiments.trainer.interrupts import StopRequest, wait_for_lock
+from experiments.trainer.trainer import Trainer, get_trainer
 from ltkd_jax import files, inference, metrics
 from ltkd_jax.data import sampling
 from ltkd_jax.data.records import Images, Records
 from ltkd_jax.models import convert
-from ltkd_jax.training import hosts, steps, teacher_table
+from ltkd_jax.training import hosts, teacher_table
 from ltkd_jax.training.checkpoint import Checkpoints
 from ltkd_jax.training.state import TrainState
-
-# Views in a batch when a table is built on an accelerator, and on a CPU, whose caches
-# hold the activations of a small batch only.
-TABLE_BATCH = 2048
-_TABLE_BATCH_ON_CPU = 64
-_SAVE_SECONDS = 60  # between two saves of a table's progress
-_log = logging.getLogger(__name__)
 
 
 def choose_source(spec: RunSpec, data: Dataset) -> str:
@@ -104,8 +92,7 @@ class Teacher:
     def table(self, images: Images | Records, stop: StopRequest) -> np.ndarray:
         """Returns the teacher's logits of all views of the images, `[N, V, C]`.
 
-        The first call computes them and writes them to a file in the teacher's folder;
-        later calls, also of other runs, read that file.
+        They are read from the teacher's folder, see `table.read_or_build`.
 
         Args:
           images: a set of the run's data set, in memory.
@@ -115,149 +102,9 @@ class Teacher:
           StoppedError: the table is incomplete; the next call continues it.
         """
         assert isinstance(images, Images)
-        data = datasets.load(self.spec.data)
-        shape = (len(images), data.source.views.num, data.num_classes)
-        path = self.folder / self._table_name(data, images, shape)
-        checksum_path = path.with_suffix(".sha256")
-
-        def read() -> np.ndarray:
-            lock_path = path.with_suffix(".lock")
-            with _wait_for_lock(lock_path, stop, "the teacher's table"):
-                if not _is_intact(path, checksum_path):
-                    if path.exists():
-                        _log.warning("%s is damaged: building it again", path)
-                    self._build_table(path, checksum_path, data, images, shape, stop)
-            # Mapped into memory: its pages are read when it is put on the device.
-            return np.load(path, mmap_mode="r")
-
-        return hosts.run_on_primary(read)
-
-    def _table_name(
-        self, data: Dataset, images: Images, shape: tuple[int, int, int]
-    ) -> str:
-        """Returns the file name of the table of these images."""
-        # Runs that share the teacher may have different sets of images: the name has a
-        # hash of their keys.
-        key = {"data": data.source.name, "keys": images.keys.tolist()}
-        if self.spec.content["data"]:
-            key["content"] = self.spec.content["data"]
-        sizes = "x".join(map(str, shape))
-        return f"table-{identity.hash_tree(key)}-{sizes}-float32.npy"
-
-    def _build_table(
-        self,
-        path: pathlib.Path,
-        checksum_path: pathlib.Path,
-        data: Dataset,
-        images: Images,
-        shape: tuple[int, int, int],
-        stop: StopRequest,
-    ) -> None:
-        """Computes the logits of all views batch by batch, and writes them to `path`.
-
-        They are written to a temporary file beside a file with the number of views that
-        are done. If the process is stopped, the next call continues from that number; a
-        killed process loses at most the last `_SAVE_SECONDS`.
-        """
-        temporary = path.with_suffix(".tmp")
-        progress_path = path.with_suffix(".done")
-        start = _read_progress(progress_path) if temporary.exists() else 0
-        table = np.lib.format.open_memmap(
-            temporary, mode="r+" if start else "w+", dtype=np.float32, shape=shape
+        return tables.read_or_build(
+            self.spec, self.variables, self.folder, images, stop
         )
-        # Writing to a memory map on a full disk kills the process. Reserving the room
-        # raises OSError instead.
-        files.reserve(temporary, os.path.getsize(temporary))
-        total = shape[0] * shape[1]
-        last_save = time.monotonic()
-
-        def save_progress(done: int) -> None:
-            # The logits go first: the progress must not count any that are not there.
-            table.flush()
-            files.write_text(progress_path, str(done))
-
-        with tqdm.tqdm(
-            total=total,
-            initial=start,
-            desc="teacher's table",
-            unit="view",
-            unit_scale=True,
-        ) as bar:
-
-            def on_batch(done: int) -> None:
-                nonlocal last_save
-                bar.update(done - bar.n)
-                if stop.reason or time.monotonic() - last_save > _SAVE_SECONDS:
-                    save_progress(done)
-                    last_save = time.monotonic()
-                if stop.reason:
-                    raise StoppedError(
-                        f"teacher's table: stopped by {stop.reason} at {done} of "
-                        f"{total}, and saved"
-                    )
-
-            pixels: Any = images.images
-            labels: Any = images.labels
-            train_data = jax.device_put(steps.TrainData(pixels, labels, self.variables))
-            logits_fn = table_logits_fn(self.spec, data)
-            on_cpu = jax.default_backend() == "cpu"
-            batch_size = _TABLE_BATCH_ON_CPU if on_cpu else TABLE_BATCH
-            teacher_table.build(
-                functools.partial(logits_fn, train_data),
-                table,
-                batch_size=min(batch_size, total),
-                start=start,
-                on_batch=on_batch,
-            )
-        save_progress(total)
-        # The checksum comes before the final name: a table without one would count as
-        # damaged.
-        files.write_text(checksum_path, files.sha256(temporary))
-        os.replace(temporary, path)
-        progress_path.unlink()
-
-
-def _is_intact(path: pathlib.Path, checksum_path: pathlib.Path) -> bool:
-    if not path.exists() or not checksum_path.exists():
-        return False
-    return checksum_path.read_text() == files.sha256(path)
-
-
-def _read_progress(path: pathlib.Path) -> int:
-    """Returns the number of views that are done, 0 if the file is absent or damaged."""
-    try:
-        return int(path.read_text())
-    except (OSError, ValueError):
-        return 0
-
-
-def table_logits_fn(
-    spec: RunSpec, data: Dataset
-) -> Callable[[steps.TrainData, sampling.BatchIndices], jax.Array]:
-    """Returns the jitted function from indices of B views to the teacher's logits.
-
-    It is `(training data with the teacher's variables, indices [B]) -> logits [B, C]`.
-    """
-    network = teacher_model(spec.teacher_training(), data)
-    teacher_fn = steps.network_teacher(network)
-
-    # The data is an argument: as a constant it would be compiled into the function.
-    @jax.jit
-    def logits_fn(
-        train_data: steps.TrainData, indices: sampling.BatchIndices
-    ) -> jax.Array:
-        # The same function as in the training step, so that the views are the same.
-        batch = steps.make_batch(
-            train_data,
-            indices,
-            views=data.source.views,
-            preprocess=data.preprocess,
-            teacher_fn=teacher_fn,
-        )
-        assert batch.teacher.logits is not None
-        return batch.teacher.logits
-
-    return logits_fn
 
 
 def obtain(
@@ -298,7 +145,7 @@ def obtain(
             except OSError as error:
                 raise ConfigError(str(error)) from None
             lock_path = folder.with_suffix(".lock")
-            locks.enter_context(_wait_for_lock(lock_path, stop, "the teacher"))
+            locks.enter_context(wait_for_lock(lock_path, stop, "the teacher"))
             return folder.exists()
 
         is_finished = hosts.run_on_primary(claim)
@@ -307,39 +154,6 @@ def obtain(
         elif not is_finished:
             _train_teacher(spec, folder, stop)
     return _load_teacher(spec, folder)
-
-
-@contextlib.contextmanager
-def _wait_for_lock(
-    path: pathlib.Path, stop: StopRequest, description: str
-) -> Iterator[None]:
-    """Holds a lock, which another run may hold until it has finished a training.
-
-    Raises:
-      StoppedError: the run was asked to stop while it was waiting.
-    """
-    with contextlib.ExitStack() as stack:
-        waiting = False
-        while True:
-            try:
-                stack.enter_context(files.lock(path))
-                break
-            except BlockingIOError:
-                if not waiting:
-                    print(
-                        f"waiting for {description}, which another run is making "
-                        f"({path})",
-                        file=sys.stderr,
-                    )
-                    waiting = True
-            # Polling, since a blocking lock would not notice the time limit.
-            if stop.reason:
-                raise StoppedError(
-                    f"stopped by {stop.reason} while waiting for {description} of "
-                    "another run"
-                )
-            time.sleep(0.5)
-        yield
 
 
 def _train_teacher(spec: RunSpec, folder: pathlib.Path, stop: StopRequest) -> None:
@@ -440,7 +254,7 @@ def _evaluate_teacher(
         "num_classes": data.num_classes,
         "image_shape": list(data.image_shape),
         "step": step,
-        "test": loop.summarize(trainer, test_sums),
+        "test": summaries.summarize(trainer, test_sums),
         "group_mass": {
             "long_tailed": metrics.group_mass(train_sums, data.groups),
             "balanced": metrics.group_mass(test_sums, data.groups),
