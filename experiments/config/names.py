@@ -1,14 +1,12 @@
 """Config keys of version 0.1, which are refused with a hint at their new names."""
 
-from configs.common import new_name
+from configs import common
 from experiments.config.validation import ConfigError
-
-__all__ = ["check_key", "new_name"]
 
 
 def renamed(key: str) -> str | None:
     """Returns the error message for a renamed config key, None for any other key."""
-    name = new_name(key)
+    name = common.new_name(key)
     return f"config key {key!r} is now called {name!r}" if name else None
 
 

@@ -10,7 +10,7 @@ A run is a dictionary with the content of results.json and three more keys:
 import json
 import pathlib
 
-from experiments.config import names
+from configs import common
 from experiments.config.trees import flatten
 
 # The keys that the other modules read without checking whether they exist.
@@ -148,7 +148,7 @@ def _check_key_names(path, flat):
     for key in flat:
         if not key.startswith("config."):
             continue
-        new_name = names.new_name(key.removeprefix("config."))
+        new_name = common.new_name(key.removeprefix("config."))
         if new_name:
             raise ReportError(
                 f"{path}: {key} is now called config.{new_name}; rename it there, or "

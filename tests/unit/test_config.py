@@ -306,7 +306,7 @@ def test_renamed_keys():
     for method in ("bikd", "logit_adjusted"):
         keys |= set(flatten(config_of("digitslt", method).to_dict()))
     for old, new in common.RENAMED.items():
-        assert new in keys and names.new_name(new) is None
+        assert new in keys and common.new_name(new) is None
         with pytest.raises(ConfigError, match=f"'{old}' .*'{new}'"):
             names.check_key(old)
 
