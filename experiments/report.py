@@ -1,15 +1,15 @@
-"""Turns results into a page, tables for a paper, or the repository's results page.
+"""Turns results into a page, tables for a paper, or a README of a results folder.
 
     python -m experiments.report PATH… [--output report.html] [--title TITLE]
     python -m experiments.report PATH… --table latex > tables.tex
-    python -m experiments.report --results results/ [--queue experiments/queues/*.json]
+    python -m experiments.report --results=results [--queue experiments/queues/*.json]
 
 PATH is a work directory, a result file, or a folder of either. The page is one file
 that needs no network. The folder report_files/ beside it has its figures as SVG files
 and its tables as Markdown and LaTeX. --table (text, markdown or latex) chooses how the
 tables are printed.
 
-The last form writes README.md into the results folder: the papers' numbers beside ours.
+The last form writes README.md into the results folder: published numbers beside ours.
 """
 
 import argparse

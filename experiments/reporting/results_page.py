@@ -1,4 +1,4 @@
-"""The results page of the repository, results/README.md.
+"""The page of a folder of result files: its README.md.
 
 It compares measured with published numbers, and has the search for hyperparameters and
 the ablation.
@@ -119,10 +119,7 @@ def _preamble(published):
     marks = []
     for mark, meaning in published["marks"].items():
         marks.append(f"- **[{mark}]** {meaning}")
-    command = (
-        "python -m experiments.report --results results/ "
-        "--queue experiments/queues/*.json"
-    )
+    command = "python -m experiments.report --results=FOLDER --queue FILE…"
     accuracies = (
         "Accuracies are top-1 on the balanced test set, in percent, of the last epoch: "
         "mean ± standard deviation over student seeds."
