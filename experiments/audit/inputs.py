@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.audit import restore
+from experiments.audit import trained
 from ltkd_jax.data import logits, longtail
 from ltkd_jax.groups import DEFAULT_FRACTIONS, check_counts
 
@@ -44,9 +44,9 @@ def read(path, *, data_dir: str = "", subset: str = "") -> Model:
     """Reads a model from an .npz file of logits or from a folder that training left.
 
     Args:
-      path: the file, or a folder, see `restore.restore`.
-      data_dir: see `restore.restore`.
-      subset: see `restore.restore`.
+      path: the file, or a folder, see `trained.load`.
+      data_dir: see `trained.load`.
+      subset: see `trained.load`.
 
     Raises:
       ValueError: it cannot be read, or its arrays do not fit each other.
@@ -87,16 +87,16 @@ def _read_file(path):
 
 
 def _read_folder(path, data_dir, subset):
-    restored = restore.restore(path, data_dir=data_dir, subset=subset)
-    data = restored.data
+    network = trained.load(path, data_dir=data_dir, subset=subset)
+    data = network.data
     return Model(
-        name=restored.name,
+        name=network.name,
         source=str(path),
-        test=restored.logits(data.test, "test images"),
-        train=restored.logits(data.train, "train images"),
+        test=network.logits(data.test, "test images"),
+        train=network.logits(data.train, "train images"),
         class_counts=data.class_counts,
         class_names=data.source.class_names,
-        fractions=restored.spec.data.group_fractions,
+        fractions=network.spec.data.group_fractions,
     )
 
 

@@ -52,16 +52,6 @@ def write_report(runs, path, title=None):
     page.write(path, title, components, files)
 
 
-def format_duration(seconds):
-    """Returns a wall time as "2 h 05 min" or "3 min 12 s", "–" if there is none."""
-    if not isinstance(seconds, (int, float)):
-        return "–"
-    minutes, seconds = divmod(round(seconds), 60)
-    if minutes >= 60:
-        return f"{minutes // 60} h {minutes % 60:02d} min"
-    return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
-
-
 def _distinct_anchors(titles):
     """Returns a distinct anchor for each section."""
     anchors = []
@@ -188,6 +178,6 @@ def _provenance_cells(run):
         *cells,
         # A teacher that the program did not train has no seed.
         " / ".join("–" if seed is None else str(seed) for seed in seeds),
-        format_duration(timing.get("seconds")),
+        writers.format_duration(timing.get("seconds")),
         f"{speed:,.0f}" if speed else "–",
     ]

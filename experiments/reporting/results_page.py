@@ -10,13 +10,14 @@ import re
 
 from experiments.config import identity
 from experiments.config.trees import flatten
-from experiments.reporting import aggregate, load, report_page, tables
+from experiments.reporting import aggregate, load, tables
 from experiments.reporting.statistics import mean_std
 from experiments.reporting.writers import (
     Cell,
     Table,
     as_markdown,
     escape_markdown,
+    format_duration,
     signed,
 )
 from ltkd_jax.methods import METHODS
@@ -355,7 +356,7 @@ def _circumstances(method):
         seeds = sorted(str(run["seeds"].get("student")) for run in runs)
         seconds = [(run.get("timing") or {}).get("seconds") for run in runs]
         mean_seconds, _, _ = mean_std(s for s in seconds if s is not None)
-        duration = report_page.format_duration(mean_seconds)
+        duration = format_duration(mean_seconds)
         rows.append([*row, ", ".join(seeds), duration])
     return rows
 

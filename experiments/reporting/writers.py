@@ -20,6 +20,20 @@ def signed(value: float, decimals: int = 2) -> str:
     return f"{round(value, decimals) + 0.0:+.{decimals}f}".replace("-", "−")
 
 
+def format_duration(seconds: object) -> str:
+    """Returns a wall time as "2 h 05 min" or "3 min 12 s", "–" if there is none.
+
+    >>> format_duration(7500), format_duration(192.4), format_duration(None)
+    ('2 h 05 min', '3 min 12 s', '–')
+    """
+    if not isinstance(seconds, (int, float)):
+        return "–"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
 @dataclasses.dataclass(frozen=True)
 class Cell:
     """Holds the content of a table's cell.

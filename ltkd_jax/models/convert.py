@@ -279,7 +279,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("out", type=console.path_argument, help="the file to write")
     parser.add_argument(
         "--num_classes",
-        type=int,
+        type=console.at_least(1),
         default=100,
         help="of the checkpoint, 1000 for ImageNet (default: %(default)s)",
     )

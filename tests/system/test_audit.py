@@ -65,9 +65,8 @@ def remove_results(workdir):
     (workdir / "results.json").unlink()
 
 
-def remove_steps(workdir):
-    shutil.rmtree(workdir / "checkpoints")
-    (workdir / "checkpoints").mkdir()
+def remove_weights(workdir):
+    (workdir / "model.msgpack").unlink()
 
 
 @pytest.mark.parametrize(
@@ -75,7 +74,7 @@ def remove_steps(workdir):
     [
         (damage_config, "config.json is damaged"),
         (remove_results, "has no results.json"),
-        (remove_steps, "has no intact checkpoint"),
+        (remove_weights, "model.msgpack is missing or damaged"),
     ],
 )
 def test_unfinished_or_damaged_run(trained, tmp_path, spoil, message):
@@ -108,5 +107,5 @@ def test_network_of_a_stream(tmp_path):
     assert accuracy(model.test) == pytest.approx(results["test"]["all"])
     assert list(model.class_names) == ["ant", "bee", "cat", "dog"]
     # An audit of a network evaluates it on its data set, which is not in this folder.
-    with pytest.raises(ValueError, match="cannot be restored: .*insects"):
+    with pytest.raises(ValueError, match="cannot be audited: .*insects"):
         inputs.read(tmp_path / "run", data_dir=str(tmp_path))

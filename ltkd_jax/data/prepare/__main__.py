@@ -63,7 +63,7 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--test_per_class",
-        type=int,
+        type=console.at_least(0),
         default=0,
         metavar="N",
         help="images of each class to hold out for the test; a `folder` without train "
