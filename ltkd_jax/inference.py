@@ -270,6 +270,7 @@ def load(path: str | os.PathLike[str]) -> Classifier:
             len(fields["class_names"]),
             image_shape=fields["image_shape"],
         )
-        return Classifier(variables=variables, **fields)
+        # On the device, so that they are not copied there for every batch.
+        return Classifier(variables=jax.device_put(variables), **fields)
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{path} is damaged: {error}") from error

@@ -102,7 +102,7 @@ def _parser():
         "--data_dir",
         type=console.path_argument,
         default="",
-        help="of the checkpoint's data set",
+        help="of the data set of a --checkpoint",
     )
     parser.add_argument(
         "--subset",
@@ -115,7 +115,7 @@ def _parser():
         "--save",
         type=console.path_argument,
         metavar="FILE.npz",
-        help="write the checkpoint's logits, as --logits reads them",
+        help="write the logits of a --checkpoint, as --logits reads them",
     )
     parser.add_argument(
         "--output",

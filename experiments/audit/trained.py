@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from typing import Any
 
 import numpy as np
 import tqdm
@@ -16,7 +17,7 @@ from ltkd_jax.data.logits import Logits, from_arrays
 from ltkd_jax.data.records import Images, Records
 
 _FILES = ("config.json", "results.json", inference.FILE_NAME)
-# The classifier takes as many at once.
+# Small, since the last batch is padded.
 _BATCH_SIZE = 64
 
 
@@ -49,7 +50,9 @@ class Trained:
         logits = []
         with progress_bar:
             for batch in padded_batches(images, _BATCH_SIZE, np.arange(_BATCH_SIZE)):
-                logits.append(self.classifier(np.asarray(batch.images)).logits)
+                # A NumPy array, which the type of the batch does not say.
+                batch_images: Any = batch.images
+                logits.append(self.classifier(batch_images).logits)
                 progress_bar.update(int(batch.mask.sum()))
         return from_arrays(
             # The last batch is padded.
@@ -79,19 +82,18 @@ def load(folder, *, data_dir: str = "", subset: str = "") -> Trained:
                 "or a finished teacher's folder such as runs/teachers/HASH"
             )
     recorded = identity.read_json(folder / "config.json")
-    results = identity.read_json(folder / "results.json")
-    classifier = inference.load(folder)
     try:
+        classifier = inference.load(folder)
         spec = _resolve(recorded, data_dir, subset)
         # Data that are not prepared raise an error here, with the remedy.
         data = datasets.load(spec.data)
         _check_content(spec.content, recorded["content"])
     except (KeyError, TypeError, ValueError) as error:
-        modules = identity.custom_modules(recorded.get("content", {}))
+        modules = identity.custom_modules(recorded.get("content") or {})
         hint = f" (it was trained with --import={modules})" if modules else ""
         raise ConfigError(f"{folder} cannot be audited: {error}{hint}") from error
-    is_student = "config_hash" in results
-    role = spec.label if is_student else "teacher"
+    # A teacher's config.json has no hash.
+    role = spec.label if "config_hash" in recorded else "teacher"
     return Trained(f"{role} {classifier.model}", spec, data, classifier)
 
 
@@ -111,8 +113,7 @@ def _resolve(recorded, data_dir, subset):
             )
         data["subset"] = subset
     teacher = config["teacher"] | {"checkpoint": ""}
-    changes = {"data": data, "teacher": teacher, "devices": 1, "platform": ""}
-    return resolve(config | changes)
+    return resolve(config | {"data": data, "teacher": teacher})
 
 
 def _check_content(current, recorded):

@@ -116,9 +116,9 @@ def from_torch(
     }
     modules = _module_patterns(name)
     assert modules is not None
-    shapes = _variable_shapes(name, num_classes)
+    expected = _expected_variables(name, num_classes)
     torch_keys = {}
-    for path in shapes:
+    for path in expected:
         _, layer, leaf = path.split("/")
         torch_keys[path] = _torch_key(modules, layer, leaf)
     expected_keys = set(torch_keys.values())
@@ -126,7 +126,8 @@ def from_torch(
     _check_keys(name, set(arrays), expected_keys)
 
     variables = {}
-    for path, shape in shapes.items():
+    for path, variable in expected.items():
+        shape = variable.shape
         key = torch_keys[path]
         array = arrays[key]
         axes = _AXES[len(shape)]
@@ -229,33 +230,38 @@ def load(
     try:
         variables = serialization.msgpack_restore(pathlib.Path(path).read_bytes())
         flat_variables = traverse_util.flatten_dict(variables, sep="/")
-        shapes = {key: np.shape(leaf) for key, leaf in flat_variables.items()}
+        arrays = {key: np.asarray(leaf) for key, leaf in flat_variables.items()}
     except Exception as error:  # a damaged file can raise almost anything
         raise ValueError(
             f"cannot read {path} as variables in Flax's msgpack: {error}"
         ) from error
-    expected_shapes = _variable_shapes(name, num_classes, image_shape)
-    for key in sorted(expected_shapes.keys() | shapes.keys()):
-        shape = shapes.get(key)
-        expected_shape = expected_shapes.get(key)
+    expected = _expected_variables(name, num_classes, image_shape)
+    for key in sorted(expected.keys() | arrays.keys()):
+        shape = _describe_shape(arrays.get(key))
+        expected_shape = _describe_shape(expected.get(key))
         if shape != expected_shape:
             raise ValueError(
                 f"{path} is not of {name} with {num_classes} classes: of {key} it has "
-                f"{_describe(shape)}, not {_describe(expected_shape)}"
+                f"{shape}, not {expected_shape}"
+            )
+        if _is_float(arrays[key]) != _is_float(expected[key]):
+            raise ValueError(
+                f"{path}: {key} is of {arrays[key].dtype}, where {name} has "
+                f"{expected[key].dtype}"
             )
     check_finite(variables, path)
     return variables
 
 
 def check_finite(variables: dict[str, Any], source: files.PathLike) -> None:
-    """Checks that variables hold finite floats only.
+    """Checks that all variables are finite.
 
     Args:
       variables: nested, such as {"params", "batch_stats"}.
       source: where they come from, for the message.
 
     Raises:
-      ValueError: an array holds NaN, an infinite number, or no floats.
+      ValueError: an array holds NaN or an infinite number.
     """
     for key, array in traverse_util.flatten_dict(variables, sep="/").items():
         _check_finite(np.asarray(array), f"{source}: {key}")
@@ -296,16 +302,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _variable_shapes(
+def _expected_variables(
     name: str, num_classes: int, image_shape: tuple[int, ...] = _CIFAR_SHAPE
-) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of a model's variables, by paths like params/stem/kernel."""
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns a model's variables as shapes, by paths like params/stem/kernel."""
     model = models.create(name, num_classes)
     variables = jax.eval_shape(
         lambda: model.init(jax.random.key(0), jnp.zeros((1, *image_shape)), train=False)
     )
-    flat_variables = traverse_util.flatten_dict(variables, sep="/")
-    return {path: leaf.shape for path, leaf in flat_variables.items()}
+    return traverse_util.flatten_dict(variables, sep="/")
 
 
 def _torch_key(modules: dict[str, str], layer: str, leaf: str) -> str:
@@ -366,10 +371,7 @@ def _list_keys(keys: Iterable[Any]) -> str:
 
 
 def _check_finite(array: np.ndarray, name: str) -> None:
-    """Raises ValueError unless an array holds finite floats only."""
-    # JAX's `issubdtype` knows bfloat16.
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise ValueError(f"{name} is of {array.dtype}: give weights that are floats")
+    """Raises ValueError unless an array is finite."""
     is_wrong = ~np.isfinite(array)
     if is_wrong.any():
         raise ValueError(
@@ -379,8 +381,13 @@ def _check_finite(array: np.ndarray, name: str) -> None:
         )
 
 
-def _describe(shape: tuple[int, ...] | None) -> str:
-    return "none" if shape is None else f"shape {list(shape)}"
+def _describe_shape(array: np.ndarray | jax.ShapeDtypeStruct | None) -> str:
+    return "none" if array is None else f"shape {list(array.shape)}"
+
+
+def _is_float(array: np.ndarray | jax.ShapeDtypeStruct) -> bool:
+    # JAX's `issubdtype` knows bfloat16.
+    return jnp.issubdtype(array.dtype, jnp.floating)
 
 
 if __name__ == "__main__":

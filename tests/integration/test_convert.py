@@ -217,7 +217,7 @@ def test_load_of_another_model(tmp_path, name, num_classes, message):
     [
         (np.array([np.nan] * 2 + [0] * 8), "has 2 of 10 values that are NaN"),
         (np.array([-np.inf] + [0] * 9, jnp.bfloat16), "has 1 of 10 .* such as -inf"),
-        (np.zeros(10, np.int8), "is of int8: give weights that are floats"),
+        (np.zeros(10, np.int8), "is of int8, where resnet8 has float32"),
     ],
 )
 def test_load_values_that_are_no_weights(tmp_path, array, message):

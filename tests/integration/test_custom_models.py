@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from flax import linen, nnx
 from helpers import small_runs
 from helpers.pages import DOCS, captioned
 from helpers.small_runs import assert_same_bits, run, tiny
 
+from experiments.audit import inputs
 from experiments.config import load
 from experiments.config.spec import resolve
 from experiments.trainer.trainer import get_trainer
@@ -109,6 +110,39 @@ def type_of_convnet():
     import my_nnx_models
 
     return my_nnx_models.ConvNet
+
+
+class CountingNet(linen.Module):
+    """A linear network that counts its training steps."""
+
+    num_classes: int
+
+    @linen.compact
+    def __call__(self, images, train):
+        count = self.variable("batch_stats", "count", jnp.zeros, (), jnp.int32)
+        if train:
+            count.value += 1
+        return linen.Dense(self.num_classes)(images.reshape((images.shape[0], -1)))
+
+
+def test_integer_variable(tmp_path):
+    models.register("counting", lambda num_classes, **_: CountingNet(num_classes))
+    values = VALUES | {"teacher.model": "counting", "student.model": "counting"}
+    results = run(tiny(tmp_path, "kd", **values), tmp_path / "run")
+    classifier = inference.load(tmp_path / "run")
+    assert classifier.variables["batch_stats"]["count"] == 2
+    # Its run can teach, too.
+    values["teacher.checkpoint"] = str(tmp_path / "run")
+    taught = run(tiny(tmp_path, "kd", **values), tmp_path / "taught")
+    assert taught["teacher"]["test"]["all"] == results["test"]["all"]
+
+
+def test_audit_of_unregistered_model(tmp_path, monkeypatch):
+    run(tiny(tmp_path, "ce", **VALUES, **{"student.model": "mlp"}), tmp_path / "run")
+    monkeypatch.delitem(models.REGISTRY, "mlp")
+    message = "unknown model 'mlp'.*trained with --import=.*my_models"
+    with pytest.raises(ValueError, match=message):
+        inputs.read(tmp_path / "run")
 
 
 def test_nnx_module_with_dropout():

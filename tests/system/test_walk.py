@@ -96,7 +96,11 @@ def test_readme_commands(clone):
         "runs/core/results/README.md",
     ):
         assert (clone / page).stat().st_size > 5_000, page
-    # The commands left what is committed as it was.
+    # The committed page agrees with the committed results.
+    run_all(
+        clone,
+        ["python -m experiments.report --results=results --queue experiments/queues/*"],
+    )
     assert not environments.run("git", "status", "--porcelain", cwd=clone)
 
 
