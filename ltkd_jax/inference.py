@@ -122,6 +122,8 @@ class Classifier:
             return features.to_float32(
                 np.asarray(images), "features", *self.image_shape
             )
+        if isinstance(images, (str, os.PathLike)):
+            raise ValueError(f"give a list of paths, such as [{os.fspath(images)!r}]")
         pixels = images if isinstance(images, np.ndarray) else self.read_images(images)
         if pixels.dtype != np.uint8 or pixels.shape[1:] != self.image_shape:
             raise ValueError(
@@ -152,7 +154,12 @@ class Classifier:
                         crop = resize.center_crop(image, height, margin=self.margin)
                     else:
                         crop = np.asarray(image).reshape(self.image_shape)
-            except (OSError, ValueError, Image.DecompressionBombError) as error:
+            except (
+                OSError,
+                ValueError,
+                AttributeError,  # neither a path nor a file
+                Image.DecompressionBombError,
+            ) as error:
                 raise ValueError(f"cannot read {path} as an image: {error}") from error
             pixels[i] = crop
         return pixels

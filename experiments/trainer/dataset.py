@@ -166,7 +166,7 @@ def _split(spec: DatasetSpec, source: datasets.Source) -> longtail.Split:
             outer_per_class=spec.outer_per_class,
             validation_per_class=spec.validation_per_class,
         )
-    except longtail.HeldOutError as error:
+    except longtail.ClassSizeError as error:
         name = source.class_names[error.label]
         raise ValueError(
             f"config.data: {error} (class {error.label} is {name!r})"

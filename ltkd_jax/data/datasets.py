@@ -172,7 +172,8 @@ def _open_builder(
             "of this name: give the directory of the prepared data (--config.data.dir "
             "or --data_dir), or make it of your own folder: python -m "
             f"ltkd_jax.data.prepare folder --name {name} --source FOLDER --data_dir "
-            f"{folder}; features are read from {name}.npz in that directory"
+            f"{folder}; features are read from {name.removesuffix('.npz')}.npz in that "
+            "directory, and their name has no .npz"
         )
     return builder
 

@@ -12,14 +12,14 @@ Its arrays, in which object arrays are refused, since they are pickles:
 - `y`, `y_test`: their labels, integers in [0, C).
 - `keys`, `keys_test`: a unique name for each row; by default its number, as in
   `row_00000042`.
-- `class_names`: `[C]`; by default the numbers of the classes.
+- `class_names`: `[C]`, all different; by default the numbers of the classes.
 
 `class_names, y = np.unique(names, return_inverse=True)` makes labels of names.
 """
 
+import collections
 import dataclasses
 import pathlib
-import re
 from typing import Any
 
 import numpy as np
@@ -74,8 +74,8 @@ def find(name: str, data_dir: PathLike | None = None) -> pathlib.Path | None:
       name: of the data set, the file's without `.npz`.
       data_dir: the folder, see `records.resolve_data_dir`.
     """
-    # Any other name could be a path out of the directory.
-    if not re.fullmatch(r"\w+", name):
+    # A path could lead out of the directory.
+    if pathlib.PurePath(name).name != name:
         return None
     path = records.resolve_data_dir(data_dir) / f"{name}.npz"
     return path if path.is_file() else None
@@ -188,10 +188,22 @@ def _class_names(file: FeaturesFile, y: Array) -> tuple[str, ...]:
         names = longtail.as_strings(
             file.array("class_names"), f"{file.path}: class_names"
         )
+        repeated = [n for n, number in collections.Counter(names).items() if number > 1]
+        if repeated:
+            raise ValueError(
+                f"{file.path}: class_names has {str(repeated[0])!r} twice: give each "
+                "class a name of its own"
+            )
     else:
         # Not the largest label plus one: a label that is far too large would make a
         # list that long before the checks below.
         names = np.arange(len(np.unique(y))).astype(str)
+        if y.max() >= len(names) or y.min() < 0:
+            raise ValueError(
+                f"{name} holds {len(names)} different labels, from {y.min()} to "
+                f"{y.max()}: count them from 0 without gaps, such as by y = "
+                "np.unique(y, return_inverse=True)[1], or give class_names"
+            )
     labels = longtail.check_labels(y, len(names), name)
     missing = np.setdiff1d(np.arange(len(names)), labels)
     if missing.size:

@@ -23,8 +23,8 @@ _ROUNDING = 1e-9
 FEW_IMAGES = 3
 
 
-class HeldOutError(ValueError):
-    """Reports a class with too few images to hold so many out.
+class ClassSizeError(ValueError):
+    """Reports a class that has too few images for a draw.
 
     Attributes:
       label: of the class.
@@ -75,11 +75,7 @@ def counts(n_max: int, imbalance: float, num_classes: int) -> np.ndarray:
         raise ValueError(
             f"n_max={n_max}: class 0 needs at least 1 image, and fewer than 2³¹"
         )
-    if not 1 <= imbalance < 2**31:
-        raise ValueError(
-            f"imbalance={imbalance}: give a ratio >= 1 and below 2³¹ (1 is balanced, "
-            "100 is strongly long-tailed)"
-        )
+    _check_imbalance(imbalance)
     exponents = np.arange(num_classes) / max(num_classes - 1, 1)
     sizes = n_max * (1.0 / imbalance) ** exponents
     class_counts = np.floor(sizes + _ROUNDING).astype(np.int64)
@@ -131,8 +127,9 @@ def split(
 
     Raises:
       ValueError: a label is out of range, a key repeats or is no identifier, a class
-        has no image, or more images are requested than a class has. If that is so only
-        because images are held out, it is a `HeldOutError` with numbers that fit.
+        has no image, or more images are requested than a class has, which is a
+        `ClassSizeError`; if that is so only because images are held out, it has numbers
+        that fit.
 
     >>> labels = np.repeat([0, 1], 20)
     >>> keys = np.array([f"train_{i}" for i in range(40)])
@@ -402,7 +399,7 @@ def split_by_list(
     num_unlisted = np.bincount(labels[unlisted], minlength=num_classes)
     if not num_unlisted.all():
         c = int(num_unlisted.argmin())
-        raise HeldOutError(
+        raise ClassSizeError(
             f"{image_list.file_name} lists all images of class {c}: list fewer, or set "
             "outer_per_class and validation_per_class to 0",
             c,
@@ -417,8 +414,8 @@ def split_by_list(
             validation_per_class=validation_per_class,
             seed=seed,
         )
-    except HeldOutError as error:
-        raise HeldOutError(
+    except ClassSizeError as error:
+        raise ClassSizeError(
             f"of the images that {image_list.file_name} does not list: {error}",
             error.label,
         ) from None
@@ -585,6 +582,14 @@ def check_keys(keys: npt.ArrayLike, num_labels: int, name: str = "keys") -> np.n
     return keys
 
 
+def _check_imbalance(imbalance: float) -> None:
+    if not 1 <= imbalance < 2**31:
+        raise ValueError(
+            f"imbalance={imbalance}: give a ratio >= 1 and below 2³¹ (1 is balanced, "
+            "100 is strongly long-tailed)"
+        )
+
+
 def _check_held_out(outer_per_class: int, validation_per_class: int) -> None:
     for name, value in (
         ("outer_per_class", outer_per_class),
@@ -618,18 +623,29 @@ def _needed_for_training(
         )
     if imbalance is None:
         return np.ones_like(class_sizes)
-    needed = counts(n_max or int(class_sizes.min()), imbalance, num_classes)
+    _check_imbalance(imbalance)
     if not n_max:
         # `n_max` becomes what is left of the smallest class. The last class gets 1/γ of
         # it, which must be at least 1.
         fewest = int(np.ceil(imbalance * (1 - _ROUNDING)))
+        c = int(class_sizes.argmin())
+        if class_sizes[c] < fewest:
+            raise ClassSizeError(
+                f"imbalance={imbalance:g}: with n_max=0 the first class gets as many "
+                f"images as the smallest one has, class {c} with {class_sizes[c]}, and "
+                f"the last class 1/{imbalance:g} of them, which is less than 1: give "
+                f"an imbalance of at most {class_sizes[c]}, or n_max",
+                c,
+            )
         return np.full_like(class_sizes, fewest)
+    needed = counts(n_max, imbalance, num_classes)
     short = np.flatnonzero(needed > class_sizes)
     if short.size:
-        c = short[0]
-        raise ValueError(
+        c = int(short[0])
+        raise ClassSizeError(
             f"n_max={n_max}: class {c} needs {needed[c]} images, but has "
-            f"{class_sizes[c]}; give a smaller n_max, or 0"
+            f"{class_sizes[c]}; give a smaller n_max, or 0",
+            c,
         )
     return needed
 
@@ -640,7 +656,7 @@ def _check_room(
     outer_per_class: int,
     validation_per_class: int,
 ) -> None:
-    """Raises HeldOutError unless every class has the images to be held out."""
+    """Raises ClassSizeError unless every class has the images to be held out."""
     room = class_sizes - needed
     c = int(room.argmin())
     num_held_out = outer_per_class + validation_per_class
@@ -652,8 +668,8 @@ def _check_room(
         f"{needed[c]} must remain for training"
     )
     if not room[c]:
-        raise HeldOutError(
-            f"{problem}: hold none out, add images to the class, or draw fewer of it",
+        raise ClassSizeError(
+            f"{problem}: add images to the class, leave it out, or hold none out",
             c,
         )
     # More than one image remains for training where that is possible.
@@ -662,7 +678,7 @@ def _check_room(
     outer = total * outer_per_class // num_held_out
     if outer_per_class:
         outer = max(1, outer)
-    raise HeldOutError(
+    raise ClassSizeError(
         f"{problem}: hold at most {room[c]} out, such as outer_per_class={outer} and "
         f"validation_per_class={total - outer}",
         c,

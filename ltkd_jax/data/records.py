@@ -202,7 +202,7 @@ def open_records(
     if not size and not is_fixed:
         raise ValueError(
             f"{builder.name}: its images differ in size: set data.image_size, such as "
-            "64 or 224"
+            "64 or 224 (in Python the argument `size`)"
         )
     shape = (size, size, stored_shape[-1]) if size else stored_shape
     resize_mode = "margin" if margin else "center"

@@ -42,8 +42,8 @@ def prepare_folder(tmp_path, files, *arguments):
     return command.main(["folder", *options, *arguments])
 
 
-def prepared_fingerprint(tmp_path, files):
-    assert prepare_folder(tmp_path, files, ONE) == 0
+def prepared_fingerprint(tmp_path, files, *arguments):
+    assert prepare_folder(tmp_path, files, *arguments) == 0
     return records.fingerprint("pets", tmp_path / "tfds")
 
 
@@ -441,7 +441,7 @@ def test_fingerprint_across_processes(tmp_path):
         "import sys; from ltkd_jax.data.prepare import __main__ as command; "
         "sys.exit(command.main(sys.argv[1:]))"
     )
-    fingerprints = {prepared_fingerprint(tmp_path, PET_FILES)}
+    fingerprints = {prepared_fingerprint(tmp_path, PET_FILES, ONE)}
     source = f"--source={tmp_path / 'images'}"
     for number in range(2):
         data_dir = tmp_path / str(number)
@@ -517,6 +517,34 @@ def test_custom_zip_of_another_system(form, tmp_path):
     recipes.prepare(recipe, tmp_path / "tfds", archive)
     source = load_pets(tmp_path)
     assert {*source.train.keys, *source.test.keys} == set(PET_FILES)
+
+
+@pytest.mark.parametrize(
+    "encoded", ["tétras d'été".encode(), "tétras d'été".encode("cp437")]
+)
+def test_custom_zip_names_without_the_flag_of_unicode(encoded, tmp_path):
+    """Reads UTF-8, which Info-ZIP writes so, and code page 437, as it should be."""
+    files = pictures.by_class({"bird": 3, "cat": 3})
+    placeholder = "b" * len(encoded)
+    renamed = {path.replace("bird", placeholder): files[path] for path in files}
+    archive = pictures.write_zip(tmp_path / "pets.zip", renamed)
+    # A name in ASCII has no flag.
+    content = archive.read_bytes()
+    archive.write_bytes(content.replace(placeholder.encode(), encoded))
+    recipe = recipes.custom_recipe("pets", test_per_class=1)
+    recipes.prepare(recipe, tmp_path / "tfds", archive)
+    source = load_pets(tmp_path)
+    assert source.class_names == ("cat", "tétras d'été")
+    expected = {path.replace("bird", "tétras d'été") for path in files}
+    assert {*source.train.keys, *source.test.keys} == expected
+
+
+def test_custom_split_and_number_to_hold_out(tmp_path):
+    files = pictures.by_class(PETS, folder="train/")
+    files |= pictures.by_class(dict.fromkeys(PETS, 1), folder="test/")
+    source = pictures.write_folder(tmp_path / "images", files)
+    with pytest.raises(archives.ArchiveError, match="test_per_class=2: .*in test/"):
+        folders.custom(source, test_per_class=2)
 
 
 def test_custom_archive_of_another_kind(tmp_path):

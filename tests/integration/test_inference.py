@@ -193,3 +193,7 @@ def test_bad_images(classifier, tmp_path):
     (tmp_path / "a.png").write_text("no image")
     with pytest.raises(ValueError, match="cannot read .*a.png"):
         classifier([tmp_path / "a.png"])
+    with pytest.raises(ValueError, match=r"give a list of paths, such as \['a.png'\]"):
+        classifier("a.png")
+    with pytest.raises(ValueError, match="cannot read .*Image.* as an image"):
+        classifier([Image.new("L", (8, 8))])

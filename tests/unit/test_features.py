@@ -117,12 +117,10 @@ def with_value(name, row, column, value):
         (with_value("x", 7, 2, np.nan), r"x\[7, 2\]=nan: 1 values .*fill them in"),
         (with_value("x_test", 5, 0, -np.inf), r"x_test\[5, 0\]=-inf: 1 values"),
         (with_value("x", 0, 3, 1e39), r"x\[0, 3\]=1e\+39: 1 values .*beyond ±1e\+30"),
-        (dict(y=np.arange(12) % 3 + 1), r"y\[2\]=3: 4 labels are outside 0\.\.2"),
-        (dict(y=np.arange(12) % 3 - 1), r"y\[0\]=-1: 4 labels are outside"),
-        (
-            dict(y=np.arange(12) % 3 * 10**12),
-            r"y\[1\]=10+: 8 labels are outside 0\.\.2",
-        ),
+        (dict(y=np.arange(12) % 3 + 1), "y holds 3 different labels, from 1 to 3: .*0"),
+        (dict(y=np.arange(12) % 3 - 1), "y holds 3 different labels, from -1 to 1"),
+        (dict(y=np.arange(12) % 3 * 10**12), "from 0 to 20+: .*without gaps"),
+        (dict(y=np.arange(12) % 3 * 2), "from 0 to 4: count them from 0 without gaps"),
         (dict(y=np.arange(12) % 3.0), r"y is float64\[12\]; .*integers"),
         (dict(y=np.eye(12)), r"y is float64\[12, 12\]"),
         (dict(y=np.array(["a"] * 12)), r"y is <U1\[12\]; .*return_inverse"),
@@ -135,6 +133,7 @@ def with_value(name, row, column, value):
         ),
         (dict(x=np.zeros((0, 4)), y=np.zeros(0, int)), r"y is int64\[0\]"),
         (dict(class_names=["a", "b"]), r"y\[2\]=2: 4 labels are outside 0\.\.1"),
+        (dict(class_names=["a", "b", "a"]), "class_names has 'a' twice"),
         (dict(class_names=list("abcd")), "y has no row of class 3 .1 of 4 classes"),
         (dict(class_names=[["a"]]), r"class_names: shape \(1, 1\)"),
         (dict(class_names=np.array(["a", None])), "class_names is not a plain array"),
@@ -158,6 +157,12 @@ def test_images_are_no_features(tmp_path):
 def test_other_names(tmp_path, name):
     load(tmp_path)
     assert features.find(name, tmp_path) is None
+
+
+@pytest.mark.parametrize("name", ["My-Emb", "v1.2", "my points"])
+def test_any_name_that_is_no_path(tmp_path, name):
+    np.savez(tmp_path / f"{name}.npz", **arrays())
+    assert datasets.load(name, tmp_path).name == name
 
 
 def test_no_archive(tmp_path):

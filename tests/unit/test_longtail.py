@@ -384,7 +384,7 @@ def test_held_out_numbers_that_fit(imbalance, n_max, outer, validation):
             **options,
         )
 
-    with pytest.raises(longtail.HeldOutError) as error:
+    with pytest.raises(longtail.ClassSizeError) as error:
         split(outer, validation)
     message = str(error.value)
     assert message.startswith(
@@ -397,14 +397,29 @@ def test_held_out_numbers_that_fit(imbalance, n_max, outer, validation):
     assert np.bincount(labels[fitting.train]).min() >= 1
     assert outer + validation <= most
     split(most, 0)
-    with pytest.raises(longtail.HeldOutError):
+    with pytest.raises(longtail.ClassSizeError):
         split(0, most + 1)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(imbalance=3), "imbalance=3: .*class 1 with 2, .*less than 1.*at most 2"),
+        (dict(imbalance=1, n_max=3), "class 1 needs 3 images, but has 2"),
+    ],
+)
+def test_class_too_small_to_draw(options, message):
+    labels = np.array([0, 0, 0, 1, 1])
+    keys = np.arange(5).astype(str)
+    with pytest.raises(longtail.ClassSizeError, match=message) as error:
+        longtail.split(labels, keys, num_classes=2, **options)
+    assert error.value.label == 1
 
 
 def test_nothing_to_hold_out():
     labels = np.array([0, 0, 0, 1])
     keys = np.arange(4).astype(str)
-    with pytest.raises(longtail.HeldOutError, match="class 1 has 1 .*: hold none out"):
+    with pytest.raises(longtail.ClassSizeError, match="class 1 has 1 .*: add images"):
         longtail.split(
             labels, keys, num_classes=2, imbalance=None, validation_per_class=1
         )

@@ -1,5 +1,6 @@
 """Lists images by class in a folder or a zip archive, without unpacking it to disk."""
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -21,6 +22,8 @@ _TEXT_SUFFIXES = (".txt", ".md", ".csv", ".tsv", ".json", ".xml")
 _MAX_FILE_BYTES = 256 << 20
 # Other compressions expand without a bound.
 _COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+# The flag of a member whose name is UTF-8.
+_ZIP_UTF8 = 0x800
 # A constant, so that every preparation of a folder holds out the same test images.
 _TEST_SEED = 20_240_601
 
@@ -110,8 +113,14 @@ def _walk(root: pathlib.Path) -> Iterator[str]:
             yield f"{(relative / name).as_posix()}/"
 
 
-def _zip_path(name: str) -> str:
+def _zip_path(info: zipfile.ZipInfo) -> str:
     """Returns the path of an archive's member, from the name that the archive has."""
+    name = info.filename
+    if not info.flag_bits & _ZIP_UTF8:
+        # Without the flag a name is in code page 437 by the specification, and zipfile
+        # reads it so. But programs of Linux and macOS write UTF-8 without it.
+        with contextlib.suppress(UnicodeError):
+            name = name.encode("cp437").decode("utf-8")
     # Some programs of Windows write "\\" against the specification of zip, and others
     # name all files from ".".
     return (name if "/" in name else name.replace("\\", "/")).removeprefix("./")
@@ -145,7 +154,7 @@ class FileTree:
                     "the folder; unpack an archive of another kind, such as .tar.gz, "
                     "and give its folder; or get the archive again"
                 ) from error
-            paths = [_zip_path(name) for name in self._zip.namelist()]
+            paths = [_zip_path(info) for info in self._zip.infolist()]
             self._zip_names = dict(zip(paths, self._zip.namelist()))
         self.paths = sorted(
             path for path in paths if not any(map(files.is_hidden, path.split("/")))
@@ -242,13 +251,12 @@ def custom(source: str | os.PathLike[str], *, test_per_class: int = 0) -> ImageF
 
     Args:
       source: the folder or the archive.
-      test_per_class: number of images of each class to hold out for the test. It is
-        used where there are no folders "train" and "test", and the images are drawn by
-        a hash of their paths.
+      test_per_class: number of images of each class to hold out for the test, drawn by
+        a hash of their paths; 0 where there are folders "train" and "test".
 
     Raises:
       ArchiveError: there are no classes, a class has no image, training and test have
-        different classes, or there is no test set.
+        different classes, or there is no test set, or one beside `test_per_class`.
     """
     tree = FileTree(source)
     # Archives often hold a single folder with everything in it.
@@ -269,6 +277,11 @@ def custom(source: str | os.PathLike[str], *, test_per_class: int = 0) -> ImageF
     ]
     if "train" in split_folders and test_folders:
         content = _list_splits(tree, split_folders["train"], *test_folders)
+        if test_per_class:
+            raise ArchiveError(
+                f"--test_per_class={test_per_class}: {source} has test images already, "
+                f"in {test_folders[0]}: leave the option out, or move them"
+            )
         return dataclasses.replace(content, apply_orientation=True)
     if any(map(tree.folders, split_folders.values())):
         name = next(iter(split_folders))
