@@ -81,8 +81,9 @@ def audit(
       on_block: called after each block with its number of examples.
 
     Raises:
-      ValueError: logits of several views, groups of other classes, or a student on
-        other examples.
+      TypeError: examples that are no `Logits`.
+      ValueError: logits of several views, groups of other classes, a student on other
+        examples, or block_size < 1.
 
     >>> from ltkd_jax.data import logits
     >>> groups = ClassGroups.from_assignment([0, 1], names=["head", "tail"])
@@ -97,8 +98,10 @@ def audit(
     (0.0, 1.31)
     """
     _check(examples, groups, student)
-    if not block_size:
+    if block_size is None:
         block_size = _default_block_size(len(examples), examples.num_classes)
+    if block_size < 1:
+        raise ValueError(f"block_size={block_size} must be at least 1")
     sums = _Sums(groups, tuple(float(temperature) for temperature in temperatures))
     student_blocks = None if student is None else student.blocks(block_size)
     pad = functools.partial(_pad, size=block_size)
@@ -131,6 +134,12 @@ def _default_block_size(num_examples: int, num_classes: int) -> int:
 
 
 def _check(examples: Logits, groups: ClassGroups, student: Logits | None) -> None:
+    for logits in (examples, student):
+        if logits is not None and not isinstance(logits, Logits):
+            raise TypeError(
+                f"the examples are of type {type(logits).__name__}: give Logits, such "
+                "as `ltkd_jax.data.logits.from_arrays(values, labels)`"
+            )
     if examples.values.ndim != 2:
         raise ValueError(
             f"{examples.source}: logits are {list(examples.values.shape)}; give one "

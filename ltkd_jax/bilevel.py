@@ -9,9 +9,9 @@ A virtual step is θ' = θ − η ∇_θ L(θ, φ). The weight net descends the 
 balanced data, of the θ' that K virtual steps lead to. Its input, the features, carries
 no gradient to θ, so that ∇_θ L is linear in the weights.
 
-All functions take plain callables and pytrees: no model, no loss and no config. Under
-`pmap` or `shard_map`, set `Problem.axis_name`; under `jit` with sharded batches, leave
-it None.
+All functions take plain callables and pytrees of arrays: no model, no loss and no
+config. Under `pmap` or `shard_map`, set `Problem.axis_name`; under `jit` with sharded
+batches, leave it None.
 
 Source: Nguyen, Phan and Ta, "Balancing Knowledge Distillation for Imbalance Learning
 with Bilevel Optimization", arXiv 2605.17839, for K = 1; the K-step form is this
@@ -219,6 +219,7 @@ def step(
             "iterations, a whole number >= 1"
         )
     num_lookahead = _num_batches(batches)
+    params = _as_own(params, problem.axis_name)
 
     def iterate(update_weight_net: bool) -> StepResult:
         first_batch = jax.tree.map(lambda x: x[0], batches)
@@ -301,7 +302,7 @@ def hypergradient(
     outer_loss, gradient = jax.value_and_grad(lookahead, argnums=2)(
         problem,
         params,
-        meta_params,
+        _as_own(meta_params, problem.axis_name),
         batches,
         outer_batch,
         learning_rate,
@@ -355,6 +356,7 @@ def lookahead(
         return _descend(params, gradient, learning_rate), None
 
     num_lookahead = _num_batches(batches)
+    params = _as_own(params, problem.axis_name)
     if unroll:
         for j in range(num_lookahead):
             batch = jax.tree.map(lambda x, j=j: x[j], batches)
@@ -424,7 +426,7 @@ def _look_one_step_ahead(
     def weigh(meta_params: PyTree) -> jax.Array:
         return _weigh(problem, meta_params, inner.terms, inner.aux)
 
-    weights, weight_vjp = jax.vjp(weigh, meta_params)
+    weights, weight_vjp = jax.vjp(weigh, _as_own(meta_params, problem.axis_name))
     gradient = inner.weighted_grad(weights)
     ahead_params = _descend(params, gradient, learning_rate)
     # Averaged over devices before the product with J, which has this device's examples.
@@ -432,7 +434,7 @@ def _look_one_step_ahead(
         jax.value_and_grad(problem.outer_fn)(ahead_params, outer_batch),
         problem.axis_name,
     )
-    slopes = inner.jvp(outer_grad)
+    slopes = inner.jvp(_as_own(outer_grad, problem.axis_name))
     cotangent = -learning_rate / len(inner.terms) * slopes
     (hypergrad,) = weight_vjp(cotangent.astype(weights.dtype))
     return weights, gradient, outer_loss, _average(hypergrad, problem.axis_name)
@@ -442,11 +444,11 @@ def _weigh(
     problem: Problem, meta_params: PyTree, terms: jax.Array, aux: Aux
 ) -> jax.Array:
     """Returns the weights `[B, T]` of a batch; the features carry no gradient."""
-    if terms.ndim != 2 or not isinstance(aux, Aux):
+    if terms.ndim != 2 or not terms.size or not isinstance(aux, Aux):
         raise ValueError(
             f"terms_fn returned terms of shape {terms.shape} and a "
-            f"{type(aux).__name__}: it must return terms [B, T] and an Aux for one "
-            "batch; batches are stacked, [K, B, …], for K = 1 too"
+            f"{type(aux).__name__}: it must return terms [B, T], with B > 0, and an "
+            "Aux for one batch; batches are stacked, [K, B, …], for K = 1 too"
         )
     weights = problem.weight_fn(meta_params, jax.lax.stop_gradient(aux.features))
     if weights.shape != terms.shape:
@@ -465,6 +467,21 @@ def _descend(
     return jax.tree.map(
         lambda p, g: (p - learning_rate * g).astype(p.dtype), params, gradient
     )
+
+
+def _as_own(tree: PyTree, axis_name: str | None) -> PyTree:
+    """Returns arrays that count as each device's own, though all have the same values.
+
+    `jax.shard_map` sums the gradient of an array that all devices share over them, by
+    its default `check_vma=True`. Here `_average` combines the gradients, as under
+    `pmap`.
+    """
+    if axis_name is None:
+        return tree
+    # Always true, and compiled to nothing, but of a type that depends on the device.
+    # `jax.lax.pcast` would do it, but refuses arrays that are a device's own already.
+    is_device = jax.lax.axis_index(axis_name) >= 0
+    return jax.tree.map(lambda x: jnp.where(is_device, x, x), tree)
 
 
 def _average(tree: PyTree, axis_name: str | None) -> PyTree:

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ltkd_jax import losses, names
-from ltkd_jax.groups import ClassGroups, check_counts
+from ltkd_jax.groups import DEFAULT_FRACTIONS, ClassGroups, check_counts
 
 
 class Mixup(NamedTuple):
@@ -208,7 +208,7 @@ class ClassInfo(NamedTuple):
 
     Attributes:
       counts: float `[C]`, training images of each class.
-      groups: the groups of LTKD; None for a method that needs none.
+      groups: such as those of LTKD; None if there are too few classes for the default.
     """
 
     counts: np.ndarray
@@ -529,7 +529,11 @@ def _ltkd_terms(
         raise ValueError(f"mass={mass!r} must be one of {', '.join(MASSES)}")
     of_dataset = mass == "dataset"
     groups = _equal_groups(info.counts, num_groups) if num_groups else info.groups
-    assert groups is not None  # `create` provides them
+    if groups is None:
+        raise ValueError(
+            f"{len(info.counts)} classes are too few for head, medium and tail: give "
+            "groups, or num_groups"
+        )
 
     def inter(p: Predictions) -> jax.Array:
         teacher_mass = None
@@ -630,7 +634,8 @@ def create(
     Args:
       method: a row of `METHODS`.
       class_counts: `[C]`, training images of each class, positive.
-      groups: the groups of LTKD; by default head, medium and tail by rank.
+      groups: such as those of LTKD; by default head, medium and tail by rank, which
+        need three classes.
       warmup_steps: steps over which the weights of distillation terms grow linearly.
       **values: hyperparameters of the method, see `hyperparameters`.
 
@@ -651,9 +656,7 @@ def create(
     if warmup_steps < 0:
         raise ValueError(f"warmup_steps={warmup_steps} must not be negative")
     counts = check_counts(class_counts)
-    # With `num_groups`, a method makes its own.
-    needs_groups = method.startswith("ltkd") and not values.get("num_groups")
-    if groups is None and needs_groups:
+    if groups is None and len(counts) >= len(DEFAULT_FRACTIONS):
         groups = ClassGroups.from_counts(counts)
     if groups is not None and len(groups.assignment) != len(counts):
         raise ValueError(
@@ -661,7 +664,12 @@ def create(
             f"{len(counts)}"
         )
     terms = METHODS[method].terms_fn(ClassInfo(counts, groups), **values)
-    return Objective(terms, warmup_steps)
+    objective = Objective(terms, warmup_steps)
+    if len(set(objective.names)) < len(terms):
+        raise ValueError(
+            f"method {method!r} has terms with the same name: {list(objective.names)}"
+        )
+    return objective
 
 
 # --- Functions of predictions for learned weights ---

@@ -13,15 +13,15 @@ def write(run, folder):
         old_file.unlink()
     with SummaryWriter(str(folder)) as writer:
         for record in run["metrics"]:
-            for name, value in _scalars(record):
+            for name, value in scalars(record):
                 writer.add_scalar(name, value, record["step"])
     return len(run["metrics"])
 
 
-def _scalars(record, prefix=""):
+def scalars(record, prefix=""):
     """Yields (name, value) of every number; slashes join the names of nested ones."""
     for name, value in record.items():
         if isinstance(value, dict):
-            yield from _scalars(value, f"{prefix}{name}/")
+            yield from scalars(value, f"{prefix}{name}/")
         elif isinstance(value, (int, float)) and name != "step":
             yield f"{prefix}{name}", value

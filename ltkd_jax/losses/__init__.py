@@ -17,12 +17,14 @@ enough to contain several images of the rarest group, or the sums be given:
 `where` (bool, broadcastable to `[..., C]`) marks the classes that exist; `example_mask`
 (bool `[B]`) marks the examples that are not padding. Logits that are masked count
 nowhere, whatever they are, and get the gradient 0. Temperatures and weights may be
-traced.
+traced. The rebalanced target is a constant of the derivative, also of that with respect
+to τ.
 
-Logits must be finite where they are not masked. One that marks a missing class, such as
-−inf or `finfo.min`, makes the loss NaN, at the latest when τ < 1 lets it overflow: mark
-the class by `where` instead. Fill padded inputs of the network with finite numbers: in
-its backward pass the gradient 0 of their logits times NaN is NaN.
+Logits must be finite where they are not masked. With one that marks a missing class,
+such as −inf or `finfo.min`, a loss may be infinite or NaN, at the latest when τ < 1
+lets it overflow: mark the class by `where` instead. Fill padded inputs of the network
+with finite numbers: in its backward pass the gradient 0 of their logits times NaN is
+NaN.
 
 Labels outside `[0, C)` raise a ValueError if they are concrete; traced ones make the
 loss NaN, and so does any label that `where` excludes.

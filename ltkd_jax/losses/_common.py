@@ -37,12 +37,25 @@ def check_logits(logits: jax.Array) -> None:
         )
 
 
+def check_scalar(value: Scalar, name: str) -> None:
+    """Raises a ValueError unless the value is a single number.
+
+    An array of several would broadcast with the losses `[B]`.
+    """
+    if jnp.ndim(value) != 0:
+        raise ValueError(f"{name} is of shape {jnp.shape(value)}: give one number")
+
+
 def check_temperature(temperature: Scalar) -> None:
-    """Raises a ValueError if the temperature is concrete and not positive."""
+    """Raises a ValueError unless the temperature is a positive, finite number.
+
+    Of a traced one only the shape is known.
+    """
+    check_scalar(temperature, "temperature")
     if isinstance(temperature, jax.core.Tracer):
         return
-    if not (np.asarray(temperature) > 0).all():
-        raise ValueError(f"temperature={temperature} must be positive")
+    if not 0 < float(temperature) < np.inf:
+        raise ValueError(f"temperature={temperature} must be positive and finite")
 
 
 def check_pair(

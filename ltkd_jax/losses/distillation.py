@@ -110,6 +110,8 @@ def dkd(
     )
     # Without others the target has all of the mass.
     tckd = jnp.where(others.any(axis=-1), tckd, 0)
+    _common.check_scalar(alpha, "alpha")
+    _common.check_scalar(beta, "beta")
     loss = temperature**2 * (alpha * tckd + beta * of_others.kl)
     return jnp.where(target.any(axis=-1), loss, jnp.nan)
 

@@ -339,6 +339,8 @@ def ltkd(
     split = _split_batch(
         student_logits, teacher_logits, groups, temperature, where, example_mask
     )
+    _common.check_scalar(alpha, "alpha")
+    _common.check_scalar(beta, "beta")
     inter = _rebalanced_inter(split, axis_name, example_mask, teacher_mass)
     loss = alpha * inter + beta * split.intra.sum(axis=-1)
     return temperature**2 * _mask_examples(loss, example_mask)
@@ -392,7 +394,12 @@ def _mask_examples(x: jax.Array, example_mask: ArrayLike | None) -> jax.Array:
 
 
 def _check_example_mask(example_mask: ArrayLike, batch: jax.Array) -> jax.Array:
-    mask = jnp.asarray(example_mask, bool)
+    mask = jnp.asarray(example_mask)
+    if mask.dtype != bool:
+        raise TypeError(
+            f"example_mask must be bool, got {mask.dtype}{mask.shape}; multiply the "
+            "losses by weights instead"
+        )
     chex.assert_shape(mask, batch.shape[:1], custom_message="example_mask must be [B]")
     return mask
 

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from experiments import tensorboard
+from experiments.reporting.tensorboard import scalars
 
 RECORDS = [
     {
@@ -23,6 +24,16 @@ def write_workdir(folder):
     lines = [json.dumps(record) + "\n" for record in RECORDS]
     (folder / "metrics.jsonl").write_text("".join(lines))
     return str(folder)
+
+
+def test_names_for_other_trackers():
+    """The function that docs/logging.md uses has flat names."""
+    assert dict(scalars(RECORDS[0])) == {
+        "epoch": 1.0,
+        "loss": 0.2,
+        "test/all": 40.0,
+        "test/groups/tail": 3.0,
+    }
 
 
 def test_written_values(tmp_path, capsys):

@@ -246,6 +246,10 @@ def test_audit_bad_input():
         bias.audit(examples, ClassGroups.from_assignment([0, 1, 2]))
     with pytest.raises(ValueError, match=r"\[97, 1, 7\]"):
         bias.audit(logits.from_arrays(z[:, None], labels, views=True), GROUPS)
+    with pytest.raises(ValueError, match="block_size=-1 must be at least 1"):
+        audit(z, labels, block_size=-1)
+    with pytest.raises(TypeError, match="of type ndarray: give Logits"):
+        bias.audit(z, GROUPS)
     with pytest.raises(ValueError, match="96 examples of 7 classes"):
         bias.audit(examples, GROUPS, student=logits.from_arrays(z[1:], labels[1:]))
     with pytest.raises(ValueError, match=r"97 rows differ"):

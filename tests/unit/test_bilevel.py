@@ -147,6 +147,83 @@ def test_lookahead():
         assert error < 1e-6
 
 
+def split_over_devices(api, step):
+    """Returns `step(meta, batches, outer_batch)` for batches split over four devices.
+
+    Batches are `[K, B, …]`, the outer batch is `[B, …]`.
+    """
+    axis_name = "devices"
+    if api in ("pmap", "vmap"):
+        transform = getattr(jax, api)
+        mapped = transform(step, axis_name=axis_name, in_axes=(None, 1, 0))
+
+        def split(x, axis):
+            sizes = (*x.shape[:axis], 4, x.shape[axis] // 4, *x.shape[axis + 1 :])
+            return x.reshape(sizes)
+
+        def run(meta, batches, outer_batch):
+            batches = jax.tree.map(lambda x: split(x, 1), batches)
+            outer_batch = jax.tree.map(lambda x: split(x, 0), outer_batch)
+            results = mapped(meta, batches, outer_batch)
+            return jax.tree.map(lambda x: x[0], results)
+
+        return run
+    mesh = jax.make_mesh(
+        (4,),
+        (axis_name,),
+        axis_types=(jax.sharding.AxisType.Auto,),
+        devices=jax.devices()[:4],
+    )
+    spec = jax.sharding.PartitionSpec
+    return jax.jit(
+        jax.shard_map(
+            step,
+            mesh=mesh,
+            in_specs=(spec(), spec(None, axis_name), spec(axis_name)),
+            out_specs=spec(),
+            check_vma=api == "checked shard_map",
+        )
+    )
+
+
+@pytest.mark.parametrize("lookahead", [1, 2])
+@pytest.mark.parametrize("api", ["pmap", "vmap", "shard_map", "checked shard_map"])
+def test_devices_equal_one(api, lookahead):
+    """Two steps on four devices equal those on one; the second updates the weights."""
+    with jax.enable_x64(True):
+        problem, *arguments = create_problem("mlp", "kd", lookahead=lookahead)
+        params, meta_params, batches, outer_batch = double(arguments)
+        optimizer = optax.sgd(1.0)
+        meta = bilevel.init(meta_params, optimizer)
+
+        def two_steps(problem, meta, batches, outer_batch):
+            results = []
+            for _ in range(2):
+                result = bilevel.step(
+                    problem,
+                    params,
+                    meta,
+                    batches,
+                    outer_batch,
+                    0.3,
+                    optimizer=optimizer,
+                    update_every=2,
+                )
+                meta = result.meta
+                results.append((result.gradient, meta, result.outer_loss))
+            return results
+
+        on_one = functools.partial(two_steps, problem)
+        expected = jax.jit(on_one)(meta, batches, outer_batch)
+        problem = dataclasses.replace(problem, axis_name="devices")
+        on_devices = split_over_devices(api, functools.partial(two_steps, problem))
+        actual = on_devices(meta, batches, outer_batch)
+        assert relative_error(actual, expected) < 1e-12
+        for result, expected_result in zip(actual, expected):
+            assert relative_error(result[0], expected_result[0]) < 1e-12
+            assert relative_error(result[1].params, expected_result[1].params) < 1e-12
+
+
 def freeze_features(problem, params, meta_params, batches, outer_batch, rate):
     """Returns a problem, and its arguments, whose batches contain their features.
 
@@ -491,6 +568,7 @@ def terms_without_aux(params, batch):
         (dict(terms_fn=one_dimensional_terms), r"terms of shape \(4,\)"),
         (dict(terms_fn=terms_without_aux), "an Aux"),
         (dict(batches=jnp.zeros((0, 4))), "K >= 1"),
+        (dict(batches=jnp.zeros((1, 0))), r"terms of shape \(0, 2\).*B > 0"),
         (dict(batches=(jnp.zeros((2, 4)), jnp.zeros((3, 4)))), "leading axes 2, 3"),
         (
             dict(num_weights=3),

@@ -659,15 +659,36 @@ def test_labels_as_constants_of_a_jitted_function():
 
 @pytest.mark.parametrize(
     "temperature",
-    [-1, 0.0, np.float32(-1), np.float32(0), jnp.float32(-2), float("nan")],
+    [-1, 0.0, np.float32(0), jnp.float32(-2), float("nan"), float("inf")],
 )
 def test_temperature_not_positive(temperature):
     with pytest.raises(ValueError, match="must be positive"):
         losses.kd(jnp.zeros((2, 3)), jnp.zeros((2, 3)), temperature=temperature)
 
 
+@pytest.mark.parametrize("shape", [(B, 1), (C,)])
+def test_several_numbers_for_one(shape):
+    """They would broadcast with `[B]`, and a mean of the result would hide it."""
+    x = draw("random")
+    several = jnp.ones(shape)
+    with_several = x._replace(temperature=several)
+    for loss in TEACHER_LOSSES.values():
+        with pytest.raises(ValueError, match="temperature is of shape"):
+            loss.call(losses, with_several)
+        with pytest.raises(ValueError, match="temperature is of shape"):
+            jax.jit(loss.call, static_argnums=0)(losses, with_several)
+    for name in ("alpha", "beta"):
+        with pytest.raises(ValueError, match=f"{name} is of shape"):
+            losses.ltkd(x.student, x.teacher, x.groups, **{name: several})
+        with pytest.raises(ValueError, match=f"{name} is of shape"):
+            losses.dkd(x.student, x.teacher, x.labels, **{name: several})
+
+
 def test_wrong_types_and_counts():
     zeros = jnp.zeros((2, 3))
+    with pytest.raises(TypeError, match="example_mask must be bool, got float32"):
+        three_groups = ClassGroups.from_assignment([0, 1, 2])
+        losses.ltkd(zeros, zeros, three_groups, example_mask=jnp.array([0.5, 1.0]))
     with pytest.raises(TypeError, match="logits must be real"):
         losses.cross_entropy(zeros + 1j, jnp.array([0, 1]))
     for where in (jnp.full(3, 0.5), jnp.ones(3, int)):

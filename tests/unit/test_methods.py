@@ -146,11 +146,25 @@ def test_mass_bad_input():
         _ = methods.Objective(terms).mass_temperature
 
 
+def test_method_gets_default_groups(monkeypatch):
+    monkeypatch.setattr(methods, "METHODS", dict(methods.METHODS))
+    received = []
+
+    @methods.register
+    def grouped(info):
+        received.append(info.groups)
+        return (methods.hard_term("ce", losses.cross_entropy, 1.0),) * 2
+
+    with pytest.raises(ValueError, match=r"same name: \['ce', 'ce'\]"):
+        methods.create("grouped", [50, 20, 5])
+    assert received[0].assignment.tolist() == [0, 1, 2]
+
+
 def test_two_classes():
     assert methods.create("ce", [5, 3]).names == ("ce",)
     objective = methods.create("ltkd", [5, 3], num_groups=2)
     assert objective.names == ("ce", "inter", "intra")
-    with pytest.raises(ValueError, match="fractions=.*3 groups of 2 classes"):
+    with pytest.raises(ValueError, match="2 classes are too few for head, med"):
         methods.create("ltkd", [5, 3])
 
 
