@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import optax
 
 PyTree = Any
+AxisName = str | tuple[str, ...] | None
 
 
 class Aux(NamedTuple):
@@ -53,13 +54,13 @@ class Problem:
       outer_fn: `(params, outer batch) -> scalar`, the loss that the weights shall
         lower. It averages over this device's batch only.
       weight_fn: `(meta_params, features [B, F]) -> weights [B, T]`.
-      axis_name: name of the device axis over which batches are split, if any.
+      axis_name: name of the device axis (or axes) over which batches are split, if any.
     """
 
     terms_fn: Callable[[PyTree, PyTree], tuple[jax.Array, Aux]]
     outer_fn: Callable[[PyTree, PyTree], jax.Array]
     weight_fn: Callable[[PyTree, jax.Array], jax.Array]
-    axis_name: str | None = None
+    axis_name: AxisName = None
 
 
 class MetaState(NamedTuple):
@@ -339,7 +340,8 @@ def lookahead(
         K. XLA compiles convolutions inside a scan to much slower code on CPU.
 
     Returns:
-      Scalar, the outer loss of this device.
+      Scalar, the outer loss of this device. For its average over devices and the
+      gradient of that, call `hypergradient`.
 
     Raises:
       ValueError: K < 1, or weights whose shape differs from the terms'.
@@ -457,7 +459,8 @@ def _weigh(
             f"{terms.shape}: it must return one weight for each of the "
             f"{terms.shape[-1]} terms of an example"
         )
-    return weights
+    # Weights that do not depend on the batch would count as shared by all devices.
+    return _as_own(weights, problem.axis_name)
 
 
 def _descend(
@@ -469,7 +472,7 @@ def _descend(
     )
 
 
-def _as_own(tree: PyTree, axis_name: str | None) -> PyTree:
+def _as_own(tree: PyTree, axis_name: AxisName) -> PyTree:
     """Returns arrays that count as each device's own, though all have the same values.
 
     `jax.shard_map` sums the gradient of an array that all devices share over them, by
@@ -484,7 +487,7 @@ def _as_own(tree: PyTree, axis_name: str | None) -> PyTree:
     return jax.tree.map(lambda x: jnp.where(is_device, x, x), tree)
 
 
-def _average(tree: PyTree, axis_name: str | None) -> PyTree:
+def _average(tree: PyTree, axis_name: AxisName) -> PyTree:
     return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
 
 

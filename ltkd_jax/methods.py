@@ -119,7 +119,7 @@ class Objective:
     """Holds loss terms with static weights.
 
     Attributes:
-      terms: T terms.
+      terms: T terms, with different names.
       warmup_steps: steps over which the weights of distillation terms grow linearly.
 
     >>> import jax.numpy as jnp
@@ -130,6 +130,10 @@ class Objective:
 
     terms: tuple[Term, ...]
     warmup_steps: int = 0
+
+    def __post_init__(self) -> None:
+        if len(set(self.names)) < len(self.terms):
+            raise ValueError(f"terms have the same name: {', '.join(self.names)}")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -664,12 +668,7 @@ def create(
             f"{len(counts)}"
         )
     terms = METHODS[method].terms_fn(ClassInfo(counts, groups), **values)
-    objective = Objective(terms, warmup_steps)
-    if len(set(objective.names)) < len(terms):
-        raise ValueError(
-            f"method {method!r} has terms with the same name: {list(objective.names)}"
-        )
-    return objective
+    return Objective(terms, warmup_steps)
 
 
 # --- Functions of predictions for learned weights ---

@@ -79,7 +79,8 @@ def load(folder, *, data_dir: str = "", subset: str = "") -> Trained:
         if not (folder / name).exists():
             raise ConfigError(
                 f"{folder} has no {name}: give the work directory of a finished run, "
-                "or a finished teacher's folder such as runs/teachers/HASH"
+                "or a finished teacher's folder such as runs/teachers/HASH; repeat a "
+                f"run of an earlier version, which wrote no {inference.FILE_NAME}"
             )
     recorded = identity.read_json(folder / "config.json")
     try:

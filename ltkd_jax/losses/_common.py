@@ -43,7 +43,9 @@ def check_scalar(value: Scalar, name: str) -> None:
     An array of several would broadcast with the losses `[B]`.
     """
     if jnp.ndim(value) != 0:
-        raise ValueError(f"{name} is of shape {jnp.shape(value)}: give one number")
+        raise ValueError(
+            f"{name} is of shape {jnp.shape(value)}: give one number, without axes"
+        )
 
 
 def check_temperature(temperature: Scalar) -> None:

@@ -244,7 +244,7 @@ def load(
                 f"{path} is not of {name} with {num_classes} classes: of {key} it has "
                 f"{shape}, not {expected_shape}"
             )
-        if _is_float(arrays[key]) != _is_float(expected[key]):
+        if _kind(arrays[key]) != _kind(expected[key]):
             raise ValueError(
                 f"{path}: {key} is of {arrays[key].dtype}, where {name} has "
                 f"{expected[key].dtype}"
@@ -385,9 +385,11 @@ def _describe_shape(array: np.ndarray | jax.ShapeDtypeStruct | None) -> str:
     return "none" if array is None else f"shape {list(array.shape)}"
 
 
-def _is_float(array: np.ndarray | jax.ShapeDtypeStruct) -> bool:
+def _kind(array: np.ndarray | jax.ShapeDtypeStruct) -> str:
+    """Returns "f" for all floats, and NumPy's letter for the kind of other types."""
     # JAX's `issubdtype` knows bfloat16.
-    return jnp.issubdtype(array.dtype, jnp.floating)
+    is_float = jnp.issubdtype(array.dtype, jnp.floating)
+    return "f" if is_float else array.dtype.kind
 
 
 if __name__ == "__main__":

@@ -221,6 +221,34 @@ def test_devices_equal_one(api, lookahead):
         assert relative_error(actual[1], meta_params) > 1e-6
 
 
+@pytest.mark.parametrize("lookahead", [1, 2])
+def test_weights_without_features_on_devices(lookahead):
+    """Weights that are the same on all devices have the right gradient, too."""
+    problem = bilevel.Problem(
+        two_terms,
+        outer_fn=lambda params, batch: jnp.mean((params - batch) ** 2),
+        weight_fn=lambda meta, features: jnp.tile(meta, (len(features), 1)),
+    )
+    optimizer = optax.sgd(1.0)
+    meta = bilevel.init(jnp.array([0.5, 0.2]), optimizer)
+    params = jnp.float32(1)
+    batches = jnp.arange(8.0 * lookahead).reshape(lookahead, 8)
+
+    def step(problem, meta, batches, outer_batch):
+        result = bilevel.step(
+            problem, params, meta, batches, outer_batch, 0.01, optimizer=optimizer
+        )
+        return result.gradient, result.meta.params
+
+    expected = step(problem, meta, batches, batches[0])
+    problem = dataclasses.replace(problem, axis_name="devices")
+    on_devices = split_over_devices(
+        "checked shard_map", functools.partial(step, problem)
+    )
+    actual = on_devices(meta, batches, batches[0])
+    assert relative_error(actual, expected) < 1e-5
+
+
 def freeze_features(problem, params, meta_params, batches, outer_batch, rate):
     """Returns a problem, and its arguments, whose batches contain their features.
 

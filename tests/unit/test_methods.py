@@ -1,5 +1,7 @@
 """The table of methods."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -141,7 +143,8 @@ def test_mass_bad_input():
     with pytest.raises(ValueError, match="mass='epoch' must be one of batch, dataset"):
         methods.create("ltkd", COUNTS, GROUPS, mass="epoch")
     terms = methods.create("ltkd", COUNTS, mass="dataset", temperature=2.0).terms
-    terms += methods.create("ltkd", COUNTS, mass="dataset", temperature=3.0).terms
+    for term in methods.create("ltkd", COUNTS, mass="dataset", temperature=3.0).terms:
+        terms += (dataclasses.replace(term, name=f"second {term.name}"),)
     with pytest.raises(ValueError, match=r"mass_temperature \[2.0, 3.0\]"):
         _ = methods.Objective(terms).mass_temperature
 
@@ -155,7 +158,7 @@ def test_method_gets_default_groups(monkeypatch):
         received.append(info.groups)
         return (methods.hard_term("ce", losses.cross_entropy, 1.0),) * 2
 
-    with pytest.raises(ValueError, match=r"same name: \['ce', 'ce'\]"):
+    with pytest.raises(ValueError, match="same name: ce, ce"):
         methods.create("grouped", [50, 20, 5])
     assert received[0].assignment.tolist() == [0, 1, 2]
 
