@@ -237,7 +237,7 @@ def test_random_bits(data_dir, tmp_path):
 @pytest.mark.parametrize(
     "values, message",
     [
-        ({"data.imbalance": 50.0}, "imbalance=50.0.*n_max=20 class 3"),
+        ({"data.imbalance": 50.0}, "imbalance=50: .*class 2 with 20.*'cat'"),
         ({"data.stream": False, "data.image_size": 0}, "data.image_size"),
         ({"data.name": "wasps"}, "'wasps'.*prepare folder --name wasps"),
         ({"data.name": "cifar1000"}, "'cifar1000'.*'cifar100'"),
