@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ltkd_jax import losses, names
-from ltkd_jax.groups import DEFAULT_FRACTIONS, ClassGroups, check_counts
+from ltkd_jax.groups import ClassGroups, check_counts
 
 
 class Mixup(NamedTuple):
@@ -660,7 +660,8 @@ def create(
     if warmup_steps < 0:
         raise ValueError(f"warmup_steps={warmup_steps} must not be negative")
     counts = check_counts(class_counts)
-    if groups is None and len(counts) >= len(DEFAULT_FRACTIONS):
+    # Head, medium and tail need a class each.
+    if groups is None and len(counts) >= 3:
         groups = ClassGroups.from_counts(counts)
     if groups is not None and len(groups.assignment) != len(counts):
         raise ValueError(
