@@ -122,6 +122,9 @@ class Objective:
       terms: T terms, with different names.
       warmup_steps: steps over which the weights of distillation terms grow linearly.
 
+    Raises:
+      ValueError: two terms have the same name.
+
     >>> import jax.numpy as jnp
     >>> objective = create("kd", [500, 50, 5], warmup_steps=10)
     >>> objective.names, objective.weights(5).tolist()
@@ -644,8 +647,8 @@ def create(
       **values: hyperparameters of the method, see `hyperparameters`.
 
     Raises:
-      ValueError: an unknown method or hyperparameter, or groups of another number of
-        classes.
+      ValueError: an unknown method or hyperparameter, groups of another number of
+        classes, or fewer than three classes without groups, if the method needs them.
 
     >>> create("ltkd", [500, 50, 5], alpha=2.0).names
     ('ce', 'inter', 'intra')

@@ -16,9 +16,8 @@ enough to contain several images of the rarest group, or the sums be given:
 
 `where` (bool, broadcastable to `[..., C]`) marks the classes that exist; `example_mask`
 (bool `[B]`) marks the examples that are not padding. Logits that are masked count
-nowhere, whatever they are, and get the gradient 0. Temperatures and weights may be
-traced. The rebalanced target is a constant of the derivative, also of that with respect
-to τ.
+nowhere, whatever they are, and get the gradient 0. Temperatures and weights are single
+numbers, and may be traced. The rebalanced target carries no gradient, not even to τ.
 
 Logits must be finite where they are not masked. With one that marks a missing class,
 such as −inf or `finfo.min`, a loss may be infinite or NaN, at the latest when τ < 1

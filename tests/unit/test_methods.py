@@ -156,11 +156,16 @@ def test_method_gets_default_groups(monkeypatch):
     @methods.register
     def grouped(info):
         received.append(info.groups)
-        return (methods.hard_term("ce", losses.cross_entropy, 1.0),) * 2
+        return (methods.hard_term("ce", losses.cross_entropy, 1.0),)
 
-    with pytest.raises(ValueError, match="same name: ce, ce"):
-        methods.create("grouped", [50, 20, 5])
+    methods.create("grouped", [50, 20, 5])
     assert received[0].assignment.tolist() == [0, 1, 2]
+
+
+def test_terms_with_the_same_name():
+    term = methods.hard_term("ce", losses.cross_entropy, 1.0)
+    with pytest.raises(ValueError, match="same name: ce, ce"):
+        methods.Objective((term, term))
 
 
 def test_two_classes():
